@@ -1,0 +1,31 @@
+"""jpfq: post-training quantization of JAX networks by path following."""
+
+from .matrix import GPFQ as GPFQ
+from .matrix import MSQ as MSQ
+from .matrix import Descending as Descending
+from .matrix import Gram as Gram
+from .matrix import Info as Info
+from .matrix import Natural as Natural
+from .matrix import QTensor as QTensor
+from .matrix import Rows as Rows
+from .matrix import solve as solve
+from .network import Quantized as Quantized
+from .network import Rule as Rule
+from .network import Weighted as Weighted
+from .network import quantize as quantize
+from .scalar import AbsMax as AbsMax
+from .scalar import Asymmetric as Asymmetric
+from .scalar import Binary as Binary
+from .scalar import Equispaced as Equispaced
+from .scalar import Fixed as Fixed
+from .scalar import Infinite as Infinite
+from .scalar import Integer as Integer
+from .scalar import Median as Median
+from .scalar import MinMSE as MinMSE
+from .scalar import Nearest as Nearest
+from .scalar import PerChannel as PerChannel
+from .scalar import PerGroup as PerGroup
+from .scalar import PerTensor as PerTensor
+from .scalar import Quantile as Quantile
+from .scalar import Symmetric as Symmetric
+from .scalar import Ternary as Ternary

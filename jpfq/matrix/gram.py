@@ -1,0 +1,166 @@
+"""What a method needs to know of the data: sums over calibration rows, streamed batch by batch.
+
+X are the inputs of a layer in the float network, Xq its inputs in the network quantized so far; both have the shape
+(*rows, in). Every field of `Gram` is a sum over rows, so two of them add: over batches, over devices, over hosts.
+"""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import register_dataclass
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gram:
+    """Second moments of a layer's inputs.
+
+    C holds `G - H` with G = Xq^T X: a small correction instead of the difference of two large sums. `C` and `drift` are
+    None as long as the two networks agree (X is Xq), where both are exactly zero.
+    """
+
+    H: jax.Array  # (in, in)  Xq^T Xq
+    C: jax.Array | None  # (in, in)  Xq^T (X - Xq); row: quantized side
+    drift: jax.Array | None  # (in, in)  (X - Xq)^T (X - Xq)
+    sum_X: jax.Array  # (in,)
+    sum_Xq: jax.Array  # (in,)
+    count: jax.Array  # ()  rows seen, or the sum of their weights
+
+    @classmethod
+    def from_data(cls, X: jax.Array, Xq: jax.Array | None = None, weights: jax.Array | None = None) -> Self:
+        """The Gram of one batch.
+
+        Args:
+            X: float inputs (*rows, in).
+            Xq: inputs of the quantized network, same shape; None where the two agree.
+            weights: one number per row (*rows,), broadcast over the leading axes of the rows; 0 leaves a row out.
+        """
+        if Xq is not None and X.shape != Xq.shape:
+            raise ValueError(f"X and Xq must have one shape (*rows, in); got {X.shape} and {Xq.shape}.")
+        if X.ndim < 2:
+            raise ValueError(f"X must be (*rows, in), at least two axes; got shape {X.shape}.")
+        dtype = jnp.promote_types(X.dtype, jnp.float32)
+        X = X.astype(dtype)
+        Xq = None if Xq is None else Xq.astype(dtype)
+        rows = X.shape[:-1]
+        weight = jnp.ones(rows, dtype) if weights is None else _over_rows(weights, rows).astype(dtype)
+        right = X if Xq is None else Xq
+        left = right if weights is None else right * weight[..., None]
+        sum_q = _sum_rows(weight, right)
+        if Xq is None:
+            return cls(inner(left, right), None, None, sum_q, sum_q, weight.sum())
+        D = X - Xq
+        drift = inner(D if weights is None else D * weight[..., None], D)
+        return cls(inner(left, right), inner(left, D), drift, _sum_rows(weight, X), sum_q, weight.sum())
+
+    def update(self, X, Xq=None, weights=None) -> Self:
+        """This Gram and one more batch."""
+        return self.merge(type(self).from_data(X, Xq, weights))
+
+    def merge(self, other: Self) -> Self:
+        """The Gram of both sets of rows. Across devices the same is `jax.lax.psum(gram, axis)`."""
+        add = lambda a, b: b if a is None else a if b is None else a + b
+        values = ((getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
+        return type(self)(*(add(a, b) for a, b in values))
+
+    def permute(self, p: jax.Array) -> Self:
+        """The Gram of the inputs taken in the order p."""
+        both = lambda M: None if M is None else M[p][:, p]
+        return type(self)(both(self.H), both(self.C), both(self.drift), self.sum_X[p], self.sum_Xq[p], self.count)
+
+    @property
+    def diagonal(self) -> jax.Array:
+        """Square norm of each input coordinate on the quantized side (in,); 0 marks a dead coordinate."""
+        return jnp.diagonal(self.H)
+
+    @property
+    def G(self) -> jax.Array:
+        """Xq^T X (in, in)."""
+        return self.H if self.C is None else self.H + self.C
+
+    @property
+    def mean_X(self) -> jax.Array:
+        """Mean of the float inputs (in,)."""
+        return self.sum_X / jnp.maximum(self.count, 1)
+
+    @property
+    def mean_Xq(self) -> jax.Array:
+        """Mean of the quantized network's inputs (in,)."""
+        return self.sum_Xq / jnp.maximum(self.count, 1)
+
+    def energy(self, W: jax.Array) -> jax.Array:
+        """||X w||^2 for each column w of W (in, out): the energy of the float outputs."""
+        return self.square_error(W, jnp.zeros_like(W))
+
+    def square_error(self, W: jax.Array, q: jax.Array) -> jax.Array:
+        """||X w - Xq q||^2 per column, for W and q (in, out).
+
+        With e = w - q this is e^T H e + 2 e^T C w + w^T drift w: nothing large cancels, unlike in algorithms that keep
+        ||X w||^2 and subtract.
+        """
+        e = W - q
+        total = jnp.sum(e * matmul(self.H, e), axis=0)
+        if self.C is not None and self.drift is not None:
+            total += 2 * jnp.sum(e * matmul(self.C, W), axis=0) + jnp.sum(W * matmul(self.drift, W), axis=0)
+        return jnp.maximum(total, 0)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The calibration rows themselves, for the data form: X and Xq are (rows, in), Xq None where the networks agree."""
+
+    X: jax.Array
+    Xq: jax.Array | None = None
+
+    def __post_init__(self):
+        shapes = [getattr(x, "shape", None) for x in (self.X, self.Xq)]
+        if shapes[0] and shapes[1] and shapes[0] != shapes[1]:
+            raise ValueError(f"X and Xq must have one shape (rows, in); got {shapes[0]} and {shapes[1]}.")
+
+    @property
+    def quantized(self) -> jax.Array:
+        """Xq, or X where the two agree."""
+        return self.X if self.Xq is None else self.Xq
+
+    @property
+    def diagonal(self) -> jax.Array:
+        """As `Gram.diagonal`."""
+        return jnp.sum(self.quantized**2, axis=0)
+
+    def permute(self, p: jax.Array) -> Self:
+        """The rows with their coordinates in the order p."""
+        return type(self)(self.X[:, p], None if self.Xq is None else self.Xq[:, p])
+
+    def gram(self) -> Gram:
+        """Their Gram."""
+        return Gram.from_data(self.X, self.Xq)
+
+
+def matmul(a, b):
+    """a @ b at full precision: products that feed the recursion never run in bfloat16 or TF32."""
+    return jnp.matmul(a, b, precision="highest")
+
+
+def inner(X, Y):
+    """X^T Y over all row axes, without merging them (a sharded axis must not be reshaped)."""
+    rows = tuple(range(X.ndim - 1))
+    return lax.dot_general(X, Y, ((rows, rows), ((), ())), precision="highest")
+
+
+def _sum_rows(weight, X):
+    rows = tuple(range(weight.ndim))
+    return lax.dot_general(weight, X, ((rows, rows), ((), ())), precision="highest")
+
+
+def _over_rows(weights, rows):
+    """Weights whose axes are the leading axes of the rows, broadcast to all of them."""
+    weights = jnp.asarray(weights)
+    if weights.shape != rows[: weights.ndim]:
+        raise ValueError(
+            f"Row weights of shape {weights.shape} do not fit rows of shape {rows}: leading axes must agree."
+        )
+    return jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (len(rows) - weights.ndim)), rows)

@@ -1,0 +1,102 @@
+"""QTensor: a quantized kernel as integer codes and steps, in the kernel's own shape; and Info, what its making was like."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import register_dataclass
+
+from ..scalar import Grid
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """step * (codes - zero), where one entry of `step` serves a block of codes.
+
+    `step` and `zero` have the rank of `codes`, and each of their axes divides that of `codes`: entry i of an axis serves
+    the i-th of its equal runs. Per channel on a dense kernel (in, out) that is a step of shape (1, out); in groups of 32
+    inputs, (in / 32, out).
+    """
+
+    codes: jax.Array
+    step: jax.Array
+    zero: jax.Array
+    grid: Grid
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})  # of the kernel it stands for
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel."""
+        return self.codes.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes when codes are packed at their storage bits, steps kept in float32 and fitted zero points as codes."""
+        zeros = self.zero.size if self.grid.alphabet().zero is None else 0
+        bits = (self.codes.size + zeros) * self.grid.storage_bits + 32 * self.step.size
+        return -(-bits // 8)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Packed bits per weight, steps and zero points included."""
+        return 8 * self.nbytes / self.codes.size
+
+    def dequantize(self) -> jax.Array:
+        """The kernel these codes stand for, in its own dtype."""
+        step, zero = (_spread(x, self.codes.shape) for x in (self.step, self.zero))
+        return (step * (self.codes.astype(step.dtype) - zero)).astype(self.dtype)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What one kernel's quantization was like, on the calibration data."""
+
+    square_error: jax.Array  # ||X W - Xq q||_F^2
+    energy: jax.Array  # ||X W||_F^2
+    saturation: jax.Array  # share of arguments more than half a step outside the grid
+    dead: jax.Array  # input coordinates that are zero on all the data
+    sparsity: jax.Array  # share of weights quantized to 0
+    entropy: jax.Array  # of the codes, in bits per weight: the rate an entropy coder would reach
+    zero_steps: jax.Array  # steps of 0 under weights that are not all 0: an error where positive
+
+    @property
+    def relative_error(self) -> jax.Array:
+        """||X W - Xq q||_F / ||X W||_F; 0 where both are 0."""
+        return jnp.sqrt(self.square_error / jnp.where(self.square_error + self.energy > 0, self.energy, 1))
+
+    @classmethod
+    def join(cls, infos: "list[Info]") -> "Info":
+        """Of a kernel quantized in equal parts (the layers of a stack)."""
+        total = lambda name: sum(getattr(i, name) for i in infos)
+        sums = {name: total(name) for name in ("square_error", "energy", "dead", "zero_steps")}
+        means = {name: total(name) / len(infos) for name in ("saturation", "sparsity", "entropy")}
+        return cls(**sums, **means)
+
+
+def code_dtype(grid: Grid) -> np.dtype:
+    """The smallest of NumPy's integers that holds the codes of a grid; int32 where the width is swept over."""
+    try:
+        lo, hi, *_ = grid.alphabet()
+        lo, hi = int(lo), int(hi)
+    except jax.errors.ConcretizationTypeError:
+        return np.dtype(np.int32)
+    kinds = (np.int8, np.uint8, np.int16, np.uint16, np.int32)
+    return np.dtype(next(k for k in kinds if np.iinfo(k).min <= lo and hi <= np.iinfo(k).max))
+
+
+def entropy(codes: jax.Array) -> jax.Array:
+    """Entropy of integer codes in bits; codes 2^16 and more above the lowest are counted together."""
+    flat = codes.ravel().astype(jnp.int32)
+    share = jnp.bincount(jnp.minimum(flat - flat.min(), 2**16 - 1), length=2**16) / flat.size
+    return -jnp.sum(share * jnp.log2(jnp.where(share > 0, share, 1)))
+
+
+def _spread(x, shape):
+    """Repeats every entry of `x` over the run it serves."""
+    for axis, (here, full) in enumerate(zip(x.shape, shape, strict=True)):
+        if here not in (1, full):
+            x = jnp.repeat(x, full // here, axis)
+    return jnp.broadcast_to(x, shape)

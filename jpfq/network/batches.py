@@ -1,0 +1,110 @@
+"""Calibration batches: read once, checked, and sorted by shape."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """A batch with row weights, such as a padding mask, that keep some rows out of the statistics.
+
+    weights: (batch,), (batch, position) or whatever the leading axes of the layers' inputs are; 0 leaves a row out.
+    """
+
+    batch: Any
+    weights: Any
+
+
+class Shaped(NamedTuple):
+    """All batches of one shape."""
+
+    example: Any  # a batch, as a pytree
+    leaves: list[list]
+    weights: list
+
+
+def read_batches(batches: Iterable) -> list[Shaped]:
+    """Batches grouped by shape, in the order of their first appearance.
+
+    Raises:
+        ValueError: no batches; a batch of another structure, type or feature shape than the first; NaN or infinity.
+    """
+    if isinstance(batches, (dict, str)) or hasattr(batches, "shape") or not isinstance(batches, Iterable):
+        raise ValueError(f"batches is an iterable of batches, such as a list of arrays; got {_describe(batches)}.")
+    groups: dict = {}
+    first = None
+    for number, item in enumerate(batches):
+        batch, weights = (item.batch, item.weights) if isinstance(item, Weighted) else (item, None)
+        leaves, tree = jax.tree.flatten(batch)
+        leaves = [_array(x, number) for x in leaves]
+        signature = tree, [(x.shape[1:], x.dtype) for x in leaves]
+        first = first or signature
+        _check_like(first, signature, number)
+        if weights is not None:
+            weights = _check_weights(weights, leaves, number)
+        shapes = tuple(x.shape for x in leaves)
+        group = groups.setdefault(shapes, Shaped(tree.unflatten(leaves), [], []))
+        group.leaves.append(leaves)
+        group.weights.append(weights)
+    if not groups:
+        raise ValueError("batches is empty: quantization needs calibration data. (A generator can be read only once.)")
+    return list(groups.values())
+
+
+def shapes_of(batch: Any) -> Any:
+    """A batch as shapes, for a plan: arrays and `jax.ShapeDtypeStruct`s may stand in it."""
+    batch = batch.batch if isinstance(batch, Weighted) else batch
+    abstract = lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jax.eval_shape(lambda: _array(x, 0))
+    return jax.tree.map(abstract, batch)
+
+
+def _array(x, number):
+    if isinstance(x, (bool, str)) or not isinstance(x, (jax.Array, np.ndarray, np.generic, int, float)):
+        try:
+            if isinstance(x, (bool, str)):
+                raise TypeError
+            x = np.asarray(x)
+            jnp.dtype(x.dtype)
+        except TypeError as error:
+            raise ValueError(
+                f"Batch {number} holds {x!r}, which is no array. Arguments that do not change, such as train=False, go "
+                "into kwargs={'train': False}."
+            ) from error
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.inexact) and not bool(jnp.isfinite(x).all()):
+        raise ValueError(f"Batch {number} holds NaN or infinity.")
+    return x
+
+
+def _check_like(first, here, number):
+    if here[0] != first[0]:
+        raise ValueError(f"Batch {number} has the structure {here[0]}; the first has {first[0]}.")
+    for expected, given in zip(first[1], here[1], strict=True):
+        if expected != given:
+            show = lambda signature: f"(batch, {', '.join(map(str, signature[0]))}) {signature[1]}"
+            raise ValueError(
+                f"Batch {number} has an input of shape {show(given)}; the first has {show(expected)}. Only the leading "
+                "axis may differ."
+            )
+
+
+def _check_weights(weights, leaves, number):
+    weights = jnp.asarray(weights).astype(jnp.float32)
+    if weights.ndim == 0 or not any(x.shape[: weights.ndim] == weights.shape for x in leaves):
+        shapes = ", ".join(str(x.shape) for x in leaves)
+        raise ValueError(
+            f"Batch {number} has row weights of shape {weights.shape}, which are the leading axes of none of its inputs "
+            f"({shapes})."
+        )
+    if not bool((jnp.isfinite(weights) & (weights >= 0)).all()):
+        raise ValueError(f"Batch {number} has row weights that are negative or not finite.")
+    return weights
+
+
+def _describe(x):
+    return f"an array of shape {x.shape}: did you mean [x]?" if hasattr(x, "shape") else f"{type(x).__name__}"

@@ -1,0 +1,80 @@
+"""Equations as hashable values: equal for equal computations, whatever their variables are called.
+
+Two uses: equal equations of one program are merged, and segments of equal form share one compiled function, within a
+network, between networks, and between calls. A key holds everything the computation depends on, the constants of inner
+jaxprs included.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from .compat import inner_jaxprs, is_jaxpr, is_literal, opened
+
+
+def canonical(x: Any) -> Any:
+    """A hashable stand-in for an equation, a jaxpr, an array, or a parameter of an equation."""
+    if hasattr(x, "primitive"):
+        return _equation(x)
+    if is_jaxpr(x):
+        return _jaxpr(x)
+    if isinstance(x, (np.ndarray, np.generic, jax.Array)):
+        array = np.asarray(x)
+        return "array", array.shape, str(array.dtype), array.tobytes()
+    if isinstance(x, dict):
+        return "dict", tuple((k, canonical(v)) for k, v in sorted(x.items(), key=lambda item: str(item[0])))
+    if isinstance(x, (tuple, list)):
+        return type(x).__name__, tuple(map(canonical, x))
+    try:
+        hash(x)
+    except TypeError:
+        return type(x).__name__, repr(x)
+    return type(x).__name__, x
+
+
+def segment(equations: list, inputs: list, outputs: list) -> Any:
+    """The key of a function from `inputs` to `outputs` made of `equations`."""
+    names = {v: i for i, v in enumerate(inputs)}
+    return tuple(_aval(v) for v in inputs), _body(equations, names), tuple(names[v] for v in outputs)
+
+
+def _jaxpr(x):
+    jaxpr, constants = opened(x)
+    names = {v: i for i, v in enumerate([*jaxpr.constvars, *jaxpr.invars])}
+    body = _body(jaxpr.eqns, names)
+    return (
+        tuple(map(canonical, constants)),
+        tuple(map(_aval, names)),
+        body,
+        tuple(_operand(v, names) for v in jaxpr.outvars),
+    )
+
+
+def _body(equations, names):
+    body = []
+    for eqn in equations:
+        operands = tuple(_operand(v, names) for v in eqn.invars)
+        body.append((_equation(eqn), operands))
+        for v in eqn.outvars:
+            names.setdefault(v, len(names))
+    return tuple(body)
+
+
+def _operand(v, names):
+    return ("literal", canonical(np.asarray(v.val)), _aval(v)) if is_literal(v) else names[v]
+
+
+def _equation(eqn):
+    """An equation without its operands. Where it holds a jaxpr, functions beside it are rules for its derivatives."""
+    holds_jaxpr = bool(inner_jaxprs(eqn))
+    parameters = {k: v for k, v in eqn.params.items() if not (holds_jaxpr and _is_rule(v))}
+    return eqn.primitive.name, canonical(parameters), repr(eqn.ctx), tuple(map(_aval, eqn.outvars))
+
+
+def _is_rule(value):
+    return callable(value) and not is_jaxpr(value)
+
+
+def _aval(v):
+    return str(v.aval), getattr(v.aval, "weak_type", False), str(getattr(v.aval, "sharding", ""))

@@ -1,0 +1,67 @@
+"""The one place that knows how JAX releases differ in the shape of their intermediate representation."""
+
+from typing import Any
+
+import jax
+from jax.extend.core import Literal as Literal
+
+KEPT = {"scan", "while", "cond", "pallas_call", "shard_map", "custom_partitioning", "reduce", "reduce_window"}
+
+
+def opened(jaxpr: Any) -> tuple[Any, tuple]:
+    """(jaxpr, constants) of a closed jaxpr; up to JAX 0.10 an open and a closed one are two classes, later they are one."""
+    return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()) or ())
+
+
+def is_jaxpr(x: Any) -> bool:
+    """Whether `x` is a jaxpr of either kind."""
+    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
+
+
+def inner_jaxprs(eqn) -> list:
+    """The jaxprs among an equation's parameters (the body of a loop, the branches of a cond)."""
+    values = (w for v in eqn.params.values() for w in (v if isinstance(v, (tuple, list)) else (v,)))
+    return [v for v in values if is_jaxpr(v)]
+
+
+def call_body(eqn) -> Any | None:
+    """The jaxpr an equation merely calls (jit, remat, custom_jvp, ..), or None.
+
+    Recognised by signature: a jaxpr among the parameters whose inputs and outputs have the equation's types. Names of
+    primitives and of their parameters change between releases.
+    """
+    if eqn.primitive.name in KEPT:
+        return None
+    signature = lambda variables: [(getattr(v.aval, "shape", None), getattr(v.aval, "dtype", None)) for v in variables]
+    for body in inner_jaxprs(eqn):
+        jaxpr, _ = opened(body)
+        if signature(jaxpr.invars) == signature(eqn.invars) and signature(jaxpr.outvars) == signature(eqn.outvars):
+            return body
+    return None
+
+
+def scan_arity(eqn) -> tuple[int, int]:
+    """How many constants and carries a scan has. Told by rank, as newer releases rename the parameters that say so."""
+    body, _ = opened(eqn.params["jaxpr"])
+    carries = sum(o.aval.ndim == v.aval.ndim for o, v in zip(eqn.outvars, body.outvars, strict=True))
+    scanned = sum(v.aval.ndim == b.aval.ndim + 1 for v, b in zip(eqn.invars, body.invars, strict=True))
+    return len(eqn.invars) - scanned - carries, carries
+
+
+def bind(eqn, values: list) -> list:
+    """Evaluates one equation, eagerly or under a trace, in the context it was traced in."""
+    with eqn.ctx.manager:
+        out = eqn.primitive.bind(*values, **eqn.params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def is_literal(variable) -> bool:
+    """Whether an equation's input is a constant written into the program."""
+    return isinstance(variable, Literal)
+
+
+def key_name(entry: Any) -> str | None:
+    """One step of a pytree path as users write it; None for the accessor of a boxed parameter."""
+    if isinstance(entry, jax.tree_util.GetAttrKey):
+        return None if entry.name == "value" else entry.name
+    return str(getattr(entry, "key", getattr(entry, "idx", entry)))

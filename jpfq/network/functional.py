@@ -1,0 +1,46 @@
+"""A model as a pure function of its leaves and a batch, and the way back. Adapters for Flax are in linen.py and nnx.py."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from .compat import key_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Functional:
+    """fn(leaves, batch) with a path for each leaf."""
+
+    fn: Callable[[Sequence, Any], Any]
+    paths: tuple[str, ...]
+    leaves: tuple
+    trainable: tuple[bool, ...]  # False for state such as BatchNorm statistics, which is never quantized
+    rebuild: Callable[[Sequence], dict[str, Any]]  # new leaves -> what a `Quantized` offers: params, variables or model
+
+
+def from_function(fn: Callable, params: Any, kwargs: dict) -> Functional:
+    """Any fn(params, *inputs) over a pytree of parameters."""
+    paths, leaves, tree = flatten(params)
+    return Functional(
+        lambda leaves, batch: call(lambda *args, **kw: fn(tree.unflatten(leaves), *args, **kw), batch, kwargs),
+        paths,
+        leaves,
+        (True,) * len(leaves),
+        lambda leaves: {"params": tree.unflatten(leaves)},
+    )
+
+
+def flatten(tree: Any) -> tuple[tuple[str, ...], tuple, Any]:
+    """Paths joined by '/', leaves, and structure of a pytree."""
+    flat, structure = jax.tree_util.tree_flatten_with_path(tree)
+    names = ([key_name(entry) for entry in path] for path, _ in flat)
+    return tuple("/".join(n for n in name if n) for name in names), tuple(leaf for _, leaf in flat), structure
+
+
+def call(f: Callable, batch: Any, kwargs: dict) -> Any:
+    """Calls `f` on a batch: a dict holds keyword arguments, a tuple or list positional ones, anything else is the input."""
+    if isinstance(batch, dict):
+        return f(**batch, **kwargs)
+    return f(*(batch if isinstance(batch, (tuple, list)) else (batch,)), **kwargs)

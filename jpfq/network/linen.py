@@ -1,0 +1,49 @@
+"""Flax Linen: (module, variables) as a pure function of leaves, and back."""
+
+from typing import Any
+
+import flax.errors
+from flax import linen
+
+from .functional import Functional, call, flatten
+
+
+def is_linen(model: Any) -> bool:
+    return isinstance(model, linen.Module)
+
+
+def from_linen(module: linen.Module, variables: Any, kwargs: dict) -> Functional:
+    """Leaves are those of `variables`; parameters are named by their path below "params", other collections in full."""
+    if variables is None:
+        raise ValueError(
+            "A Linen module needs its variables: jpfq.quantize(module, batches, rules, variables=variables)."
+        )
+    if "params" not in variables:
+        raise ValueError(
+            f"variables must hold the collection 'params', as module.init returns it; got {sorted(variables)}. "
+            "For bare parameters pass variables={'params': params}."
+        )
+    full, leaves, tree = flatten(variables)
+    trainable = tuple(path.startswith("params/") for path in full)
+
+    def fn(leaves, batch):
+        variables = tree.unflatten(leaves)
+        try:
+            return call(lambda *args, **kw: module.apply(variables, *args, **kw), batch, kwargs)
+        except flax.errors.ModifyScopeVariableError as error:
+            raise ValueError(
+                "The model changes its variables while it runs, as BatchNorm does in training. Run it in evaluation mode: "
+                f"kwargs={{'train': False}} or whatever switch it has. Flax says: {error}"
+            ) from error
+        except flax.errors.InvalidRngError as error:
+            raise ValueError(
+                "The model asks for random numbers, as Dropout does in training. Run it in evaluation mode: "
+                f"kwargs={{'deterministic': True}} or whatever switch it has. Flax says: {error}"
+            ) from error
+
+    paths = tuple(path.removeprefix("params/") for path in full)
+    return Functional(fn, paths, leaves, trainable, lambda leaves: _rebuild(tree.unflatten(leaves)))
+
+
+def _rebuild(variables):
+    return {"variables": variables, "params": variables["params"]}

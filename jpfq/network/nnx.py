@@ -1,0 +1,51 @@
+"""Flax NNX: a model as a pure function of leaves, and back. The model given is never touched."""
+
+from typing import Any
+
+from flax import nnx
+
+from .functional import Functional, call, flatten
+
+
+def is_nnx(model: Any) -> bool:
+    return isinstance(model, nnx.Module)
+
+
+def from_nnx(model: nnx.Module, kwargs: dict) -> Functional:
+    """Leaves are those of its parameters (`nnx.Param`) and of all its other state."""
+    graph, params, state = nnx.split(model, nnx.Param, ...)
+    paths, leaves, tree = flatten(params)
+    state_paths, state_leaves, state_tree = flatten(state)
+    count = len(leaves)
+
+    def merge(leaves):
+        return nnx.merge(graph, tree.unflatten(leaves[:count]), state_tree.unflatten(leaves[count:]))
+
+    def fn(leaves, batch):
+        model = merge(leaves)
+        out = call(model, batch, kwargs)
+        _, _, after = nnx.split(model, nnx.Param, ...)
+        _refuse_change(state_paths, leaves[count:], dict(zip(*flatten(after)[:2], strict=True)))
+        return out
+
+    return Functional(
+        fn,
+        paths + state_paths,
+        leaves + state_leaves,
+        (True,) * count + (False,) * len(state_leaves),
+        lambda leaves: {"model": merge(leaves), "params": tree.unflatten(leaves[:count])},
+    )
+
+
+def _refuse_change(paths, before, after):
+    for path, leaf in zip(paths, before, strict=True):
+        if after.get(path) is not leaf:
+            random = "rngs" in path.split("/") or "count" in path.split("/")
+            kind = (
+                "draws random numbers, as Dropout does in training"
+                if random
+                else ("changes its state, as BatchNorm does in training")
+            )
+            raise ValueError(
+                f"The model {kind} ('{path}' changes while it runs). Call model.eval() before quantizing it."
+            )

@@ -1,0 +1,184 @@
+"""A model as a Program: one flat list of equations over its parameters and one batch.
+
+The model is traced once. Calls (jit, remat, custom derivatives) are inlined, scans over stacked layers unrolled, equal
+equations merged and dead ones dropped, by evaluating the trace a second time under `jax.make_jaxpr`. What is left names
+every matrix product of the model; sites.py finds those that have weights.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from .canonical import canonical
+from .compat import bind, call_body, inner_jaxprs, is_literal, opened, scan_arity
+
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot")
+UNROLL = 1024  # longest stack of layers that is unrolled
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """Flat equations from parameters and inputs to outputs."""
+
+    equations: tuple
+    paths: tuple[str, ...]  # of the parameters
+    params: tuple  # their variables, one per path
+    inputs: tuple  # variables of the leaves of a batch
+    outputs: tuple  # variables or literals
+    constants: dict  # variable -> value
+    tree: Any  # structure of the outputs
+    fixed: frozenset  # variables that depend on parameters and constants alone
+    last_use: dict  # variable -> index of the last equation that reads it; len(equations) for outputs
+
+    def is_fixed(self, eqn) -> bool:
+        """Whether an equation depends on parameters and constants alone."""
+        return all(is_literal(v) or v in self.fixed for v in eqn.invars)
+
+
+def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> Program:
+    """The program of `fn(params, batch)`.
+
+    Args:
+        fn: takes a list of parameter leaves and a batch.
+        paths: a name for each leaf.
+        params: the leaves, or their `jax.ShapeDtypeStruct`s.
+        batch: a pytree of arrays or their `jax.ShapeDtypeStruct`s.
+    """
+    leaves, batch_tree = jax.tree.flatten(batch)
+    tree: list = []
+
+    def flat(params, leaves):
+        out, structure = jax.tree.flatten(fn(params, jax.tree.unflatten(batch_tree, leaves)))
+        tree.append(structure)
+        return out
+
+    closed = jax.make_jaxpr(flat)(list(params), leaves)
+    inliner = _Inliner()
+
+    def inlined(params, leaves):
+        fixed = [True] * len(params) + [False] * len(leaves)
+        return inliner.run(closed, [*params, *leaves], fixed)[0]
+
+    jaxpr, constants = opened(jax.make_jaxpr(inlined)(list(params), leaves))
+    equations = _live(jaxpr)
+    _refuse_random(equations)
+    variables = dict(zip(jaxpr.constvars, constants, strict=True))
+    given, rest = tuple(jaxpr.invars[: len(paths)]), tuple(jaxpr.invars[len(paths) :])
+    fixed = {*given, *variables}
+    last_use: dict = {}
+    for index, eqn in enumerate(equations):
+        if all(is_literal(v) or v in fixed for v in eqn.invars):
+            fixed.update(eqn.outvars)
+        last_use.update((v, index) for v in eqn.invars if not is_literal(v))
+    last_use.update((v, len(equations)) for v in jaxpr.outvars if not is_literal(v))
+    return Program(
+        tuple(equations),
+        tuple(paths),
+        given,
+        rest,
+        tuple(jaxpr.outvars),
+        variables,
+        tree[0],
+        frozenset(fixed),
+        last_use,
+    )
+
+
+def has_product(jaxpr: Any) -> bool:
+    """Whether a jaxpr holds a matrix product, at any depth."""
+    equations = opened(jaxpr)[0].eqns
+    return any(e.primitive.name in PRODUCTS or any(map(has_product, inner_jaxprs(e))) for e in equations)
+
+
+class _Inliner:
+    """Evaluates a jaxpr under an outer trace, going into calls and stacks of layers, each equation once."""
+
+    def __init__(self):
+        self.seen: dict = {}  # equation and identity of its inputs -> (outputs, inputs kept alive)
+
+    def run(self, body: Any, args: list, fixed: list[bool]) -> tuple[list, list[bool]]:
+        """Outputs of a jaxpr, and which of them depend on fixed arguments alone."""
+        jaxpr, constants = opened(body)
+        env = dict(zip(jaxpr.constvars, constants, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
+        known = set(jaxpr.constvars) | {v for v, f in zip(jaxpr.invars, fixed, strict=True) if f}
+        read = lambda v: v.val if is_literal(v) else env[v]
+        is_fixed = lambda v: is_literal(v) or v in known
+        for eqn in jaxpr.eqns:
+            values, flags = [read(v) for v in eqn.invars], [is_fixed(v) for v in eqn.invars]
+            called = call_body(eqn)
+            if called is not None:
+                out, flags = self.run(called, values, flags)
+            elif eqn.primitive.name == "scan" and _stacks_layers(eqn, flags):
+                out, flags = self.unroll(eqn, values, flags)
+            else:
+                out, flags = self.once(eqn, values), [all(flags)] * len(eqn.outvars)
+            env.update(zip(eqn.outvars, out, strict=True))
+            known.update(v for v, f in zip(eqn.outvars, flags, strict=True) if f)
+        return [read(v) for v in jaxpr.outvars], [is_fixed(v) for v in jaxpr.outvars]
+
+    def once(self, eqn, values):
+        """Binds an equation, or returns what an equal one gave."""
+        if eqn.effects:
+            return bind(eqn, values)
+        identity = tuple(id(v) if isinstance(v, jax.core.Tracer) else canonical(v) for v in values)
+        key = (canonical(eqn), identity)
+        if key not in self.seen:
+            self.seen[key] = bind(eqn, values), values
+        return self.seen[key][0]
+
+    def unroll(self, eqn, values, fixed):
+        """A scan, one layer after the other."""
+        constants, carries = scan_arity(eqn)
+        length, backwards = eqn.params["length"], eqn.params["reverse"]
+        first = constants + carries
+        state, flags, stacked = values[constants:first], fixed[constants:first], []
+        for i in reversed(range(length)) if backwards else range(length):
+            slices = [_entry(x, i) for x in values[first:]]
+            arguments = [*values[:constants], *state, *slices]
+            out, out_flags = self.run(eqn.params["jaxpr"], arguments, [*fixed[:constants], *flags, *fixed[first:]])
+            state, flags = out[:carries], [a and b for a, b in zip(flags, out_flags[:carries], strict=True)]
+            stacked.append(out[carries:])
+        if backwards:
+            stacked.reverse()
+        stack = lambda column: lax.concatenate([lax.expand_dims(y, (0,)) for y in column], 0)
+        outputs = [*state, *map(stack, zip(*stacked, strict=True))]
+        return outputs, flags + [False] * (len(outputs) - carries)
+
+
+def _stacks_layers(eqn, fixed):
+    """Whether a scan runs over parameters, and so is a stack of layers rather than a loop over time."""
+    constants, carries = scan_arity(eqn)
+    return any(fixed[constants + carries :]) and eqn.params["length"] <= UNROLL and has_product(eqn.params["jaxpr"])
+
+
+def _entry(x, i):
+    """x[i], by an index that is data: entries of one stack then share one compiled slice."""
+    start = (np.int32(i), *[np.int32(0)] * (x.ndim - 1))
+    return lax.squeeze(lax.dynamic_slice(x, start, (1, *x.shape[1:])), (0,))
+
+
+def _live(jaxpr):
+    """The equations that outputs or effects depend on."""
+    needed = {v for v in jaxpr.outvars if not is_literal(v)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(v in needed for v in eqn.outvars):
+            kept.append(eqn)
+            needed.update(v for v in eqn.invars if not is_literal(v))
+    return kept[::-1]
+
+
+def _refuse_random(equations):
+    for eqn in equations:
+        if eqn.primitive.name.startswith(("random_", "threefry", "rng_")):
+            raise ValueError(
+                f"The model draws random numbers ({eqn.primitive.name}), so the float and the quantized network would see "
+                "different noise. Switch dropout off: pass deterministic=True or train=False (Linen), call model.eval() "
+                "(NNX), or leave the noise out of the function."
+            )
+        for body in inner_jaxprs(eqn):
+            _refuse_random(opened(body)[0].eqns)

@@ -1,0 +1,159 @@
+"""Rules: which kernels are quantized how, by path; the first rule that matches a kernel decides."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from jax.tree_util import register_dataclass
+
+from ..matrix import Form, Method, Order, Recipe, recipe_of
+from ..scalar import Grid, Rounding, Scale
+from ..scalar.grid import Number
+
+_static = {"static": True}
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How the kernels are quantized whose whole path matches a regular expression.
+
+    Args:
+        pattern: matched against the '/'-joined path from end to end: "head/.*", ".*kernel".
+        bits: short for `grid=Integer(bits)`, or `Binary()` at one bit.
+        grid: the alphabet; give this or `bits`.
+        scale, method, rounding, order, form, block: as in `jpfq.solve`; what is left out takes its default there.
+        skip: leave these kernels as they are.
+        unsupported: what to do about matched kernels that cannot be quantized (tied, computed, inside a loop ..).
+            "skip" lists them with their reason, "error" refuses. Left out, they are listed if the rule matches others
+            that can be quantized, and refused if it matches none: such a rule names what it cannot have.
+    """
+
+    pattern: str = dataclasses.field(metadata=_static)
+    bits: Number | None = dataclasses.field(default=None, kw_only=True)
+    grid: Grid | None = dataclasses.field(default=None, kw_only=True)
+    scale: Scale | None = dataclasses.field(default=None, kw_only=True)
+    method: Method | None = dataclasses.field(default=None, kw_only=True)
+    rounding: Rounding | None = dataclasses.field(default=None, kw_only=True)
+    order: Order | None = dataclasses.field(default=None, kw_only=True)
+    form: Form | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
+    block: int | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
+    skip: bool = dataclasses.field(default=False, kw_only=True, metadata=_static)
+    unsupported: Literal["skip", "error"] | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"A rule's pattern is a regular expression; got {self.pattern!r}: {error}.") from error
+        if self.unsupported not in (None, "skip", "error"):
+            raise ValueError(f"unsupported is 'skip' or 'error'; got {self.unsupported!r}.")
+        if not self.skip:
+            try:
+                self.recipe()
+            except ValueError as error:
+                raise ValueError(f"Rule({self.pattern!r}): {error}") from error
+        elif self._settings():
+            raise ValueError(
+                f"Rule({self.pattern!r}) skips its kernels, so {sorted(self._settings())} mean nothing in it."
+            )
+
+    def matches(self, path: str) -> bool:
+        """Whether the pattern covers the whole path."""
+        return re.fullmatch(self.pattern, path) is not None
+
+    def recipe(self) -> Recipe:
+        """The settings of this rule with the defaults filled in."""
+        settings = self._settings()
+        return recipe_of(settings.pop("bits", None), settings.pop("grid", None), **settings)
+
+    def _settings(self):
+        names = ("bits", "grid", "scale", "method", "rounding", "order", "form", "block")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+class Assignment(NamedTuple):
+    """What the rules decide."""
+
+    recipes: dict[str, Recipe]  # kernels to quantize
+    skipped: dict[str, str]  # every other kernel, with the reason
+
+
+def as_rules(rules) -> tuple[Rule, ...]:
+    """The rules of a call: a number of bits, a rule, or a sequence of rules."""
+    if isinstance(rules, int) and not isinstance(rules, bool):
+        return (Rule(".*", bits=rules),)
+    if isinstance(rules, Rule):
+        return (rules,)
+    if isinstance(rules, (list, tuple)) and rules and all(isinstance(rule, Rule) for rule in rules):
+        return tuple(rules)
+    raise ValueError(f"rules is a number of bits, a jpfq.Rule, or a non-empty list of them; got {rules!r}.")
+
+
+def assign(
+    rules: Sequence[Rule], quantizable: Sequence[str], reasons: dict[str, str], paths: Sequence[str]
+) -> Assignment:
+    """Gives every kernel its rule.
+
+    Args:
+        rules: in order of precedence.
+        quantizable: paths of the kernels that can be quantized.
+        reasons: for every other kernel, why not.
+        paths: of all parameters.
+
+    Raises:
+        ValueError: if a rule matches nothing, or nothing that earlier rules leave, or only kernels that cannot be
+            quantized (`Rule.unsupported` says otherwise); if there is nothing to quantize.
+    """
+    kernels = dict.fromkeys([*quantizable, *reasons])
+    taken = {path: next((i for i, rule in enumerate(rules) if rule.matches(path)), None) for path in paths}
+    for number, rule in enumerate(rules):
+        _check_used(number, rule, rules, taken, kernels)
+        mine = [path for path in kernels if taken[path] == number]
+        refused = [path for path in mine if path in reasons]
+        strict = rule.unsupported == "error" or (rule.unsupported is None and len(refused) == len(mine))
+        if refused and strict and not rule.skip:
+            listing = "\n".join(f"  {path}: {reasons[path]}" for path in refused[:8])
+            raise ValueError(
+                f"Rule {number} ({rule.pattern!r}) names kernels that cannot be quantized:\n{listing}\n"
+                "Skip them by a rule before it, or pass unsupported='skip' to this one."
+            )
+    recipes, skipped = {}, {}
+    for path in kernels:
+        number = taken[path]
+        if number is None:
+            skipped[path] = "no rule matches it"
+        elif rules[number].skip:
+            skipped[path] = f"rule {number} ({rules[number].pattern!r}) skips it"
+        elif path in reasons:
+            skipped[path] = reasons[path]
+        else:
+            recipes[path] = rules[number].recipe()
+    if not recipes:
+        listing = "\n".join(f"  {path}: {reason}" for path, reason in skipped.items()) or "  it has no matrix products"
+        raise ValueError(f"Nothing in this model is to be quantized:\n{listing}")
+    return Assignment(recipes, skipped)
+
+
+def _check_used(number, rule, rules, taken, kernels):
+    matched = [path for path in taken if rule.matches(path)]
+    if not matched:
+        near = difflib.get_close_matches(rule.pattern, list(kernels) or list(taken), n=3, cutoff=0.3)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        some = ", ".join(list(kernels)[:8]) + (", .." if len(kernels) > 8 else "")
+        raise ValueError(
+            f"Rule {number} ({rule.pattern!r}) matches no parameter.{hint} Kernels: {some}. "
+            "A pattern is matched against the whole path."
+        )
+    if not any(taken[path] == number for path in matched):
+        first = taken[matched[0]]
+        raise ValueError(
+            f"Rule {number} ({rule.pattern!r}) decides nothing: rule {first} ({rules[first].pattern!r}) before it takes "
+            f"{matched[0]!r} and all else it matches. Put it first, or remove it."
+        )
+    if not rule.skip and not any(path in kernels for path in matched):
+        raise ValueError(
+            f"Rule {number} ({rule.pattern!r}) matches no kernel, only {', '.join(map(repr, matched[:3]))}."
+        )

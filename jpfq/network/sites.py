@@ -1,0 +1,212 @@
+"""Sites: the matrix products of a program whose one operand is a weight, and a reason for every weight that is not at one.
+
+A weight is reached from its parameter by structural steps alone (casts, reshapes, slices of a stack): its chain.
+"""
+
+import collections
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..matrix.layout import ConvLayout, DotLayout, Layout
+from .canonical import canonical
+from .compat import bind, inner_jaxprs, is_literal
+from .program import PRODUCTS, Program, has_product
+
+CASTS = {"convert_element_type", "reduce_precision"}
+STRUCTURAL = CASTS | {
+    "reshape", "transpose", "squeeze", "expand_dims", "slice", "dynamic_slice", "split", "rev", "broadcast_in_dim",
+    "copy", "copy_p", "stop_gradient", "sharding_constraint", "device_put", "optimization_barrier",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chain:
+    """The structural steps from a parameter to the operand of a product."""
+
+    steps: tuple = ()  # (equation, which of its outputs)
+
+    def __call__(self, leaf: jax.Array) -> jax.Array:
+        """The operand."""
+        for eqn, position in self.steps:
+            leaf = self._step(eqn, leaf)[position]
+        return leaf
+
+    def scatter(self, operand: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """A parameter of the given shape that holds `operand` where the chain reads it, and 0 elsewhere. Casts nothing."""
+
+        def structure(leaf):
+            for eqn, position in self.steps:
+                leaf = leaf if eqn.primitive.name in CASTS else self._step(eqn, leaf)[position]
+            return leaf
+
+        (leaf,) = jax.linear_transpose(structure, jax.ShapeDtypeStruct(shape, operand.dtype))(operand)
+        return leaf
+
+    @staticmethod
+    def _step(eqn, leaf):
+        return bind(eqn, [leaf, *(v.val for v in eqn.invars[1:])])
+
+    def key(self) -> Any:
+        """A hashable value, equal for chains that read the same entries."""
+        return tuple((canonical(e), tuple(str(v) for v in e.invars[1:]), i) for e, i in self.steps)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """A product of data with a weight."""
+
+    path: str
+    leaf: int  # index of the parameter
+    index: int  # of the product among the program's equations
+    weight: Any  # variable of the weight operand
+    data: Any  # variable of the data operand
+    chain: Chain
+    layout: Layout
+
+    @property
+    def reads(self) -> tuple:
+        """What sites with one Gram have in common: the data, and how they become rows."""
+        how = self.layout
+        if isinstance(how, ConvLayout):
+            window = tuple(how.shape[i] for i in how.spec[2:])
+            return self.data, window, how.strides, how.padding, how.data_dilation, how.dilation, how.groups
+        return self.data, how.data_contract, how.data_batch
+
+
+def find_sites(program: Program) -> tuple[list[Site], dict[str, str]]:
+    """The sites of a program, and the reason for each parameter that cannot be quantized, by path.
+
+    Listed are the parameters of rank 2 or more, and those that meet a product in any way.
+    """
+    finder = _Finder(program)
+    for index, eqn in enumerate(program.equations):
+        finder.visit(index, eqn)
+    return finder.finish()
+
+
+class _Finder:
+    """One pass over the equations that follows every parameter."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.origin: dict = {v: (leaf, Chain()) for leaf, v in enumerate(program.params)}
+        self.computed: dict = {}  # fixed variable that is no mere view -> the leaves it is computed from
+        self.sites: list[Site] = []
+        self.refused: dict[int, str] = {}  # leaf -> why a product with it is no site
+        self.uses: dict[int, set[str]] = collections.defaultdict(set)  # leaf -> primitives that use it otherwise
+
+    def visit(self, index, eqn):
+        name = eqn.primitive.name
+        views = [v for v in eqn.invars if not is_literal(v) and v in self.origin]
+        if name in PRODUCTS:
+            self.product(index, eqn, views)
+        elif views and self.is_step(eqn):
+            leaf, chain = self.origin[eqn.invars[0]]
+            for position, out in enumerate(eqn.outvars):
+                self.origin[out] = leaf, Chain((*chain.steps, (eqn, position)))
+            return
+        else:
+            for v in views:
+                self.uses[self.origin[v][0]].add(_use(eqn))
+        if self.program.is_fixed(eqn):
+            leaves = set().union(*(self.leaves(v) for v in eqn.invars if not is_literal(v)))
+            self.computed.update((v, leaves) for v in eqn.outvars)
+
+    def is_step(self, eqn):
+        """Whether an equation is a structural step of a parameter: nothing is repeated, nothing picked by data."""
+        if eqn.primitive.name not in STRUCTURAL or not all(map(is_literal, eqn.invars[1:])):
+            return False
+        return sum(v.aval.size for v in eqn.outvars) <= eqn.invars[0].aval.size
+
+    def leaves(self, v):
+        return {self.origin[v][0]} if v in self.origin else self.computed.get(v, set())
+
+    def product(self, index, eqn, views):
+        sides = [s for s in (0, 1) if not is_literal(eqn.invars[s]) and eqn.invars[s] in self.program.fixed]
+        if len(sides) != 1:  # no weight, or a product of weights: the latter is followed as any computation
+            for v in views:
+                self.uses[self.origin[v][0]].add("a product of two weights")
+            return
+        operand = eqn.invars[sides[0]]
+        if operand not in self.origin:
+            for leaf in self.leaves(operand):
+                self.refused.setdefault(leaf, "a product uses a weight that is computed from it, not stored")
+            return
+        leaf, chain = self.origin[operand]
+        layout = _layout(eqn, sides[0])
+        if isinstance(layout, str):
+            self.refused.setdefault(leaf, layout)
+            return
+        path, data = self.program.paths[leaf], eqn.invars[1 - sides[0]]
+        self.sites.append(Site(path, leaf, index, operand, data, chain, layout))
+
+    def finish(self):
+        by_leaf = collections.defaultdict(list)
+        for site in self.sites:
+            by_leaf[site.leaf].append(site)
+        reasons = {}
+        for leaf, (path, variable) in enumerate(zip(self.program.paths, self.program.params, strict=True)):
+            reason = self.reason(leaf, variable.aval, by_leaf.get(leaf, []))
+            if reason:
+                reasons[path] = reason
+        return [s for s in self.sites if s.path not in reasons], reasons
+
+    def reason(self, leaf, aval, sites):
+        """Why a parameter is not quantized; None where it is, or is nothing that one would."""
+        uses = sorted(self.uses[leaf])
+        if leaf in self.refused:
+            return self.refused[leaf]
+        if not sites:
+            if aval.ndim < 2:
+                return None
+            return f"used by {', '.join(uses)}, not as the weight of a product" if uses else "not used by the outputs"
+        if uses:
+            return f"tied: used by a product and by {', '.join(uses)}"
+        if not jnp.issubdtype(aval.dtype, jnp.floating):
+            return f"holds {aval.dtype}; weights must be real floating numbers"
+        covered = sum(s.weight.aval.size for s in sites)
+        if covered > aval.size:
+            return f"shared: used by {len(sites)} products"
+        if covered < aval.size:
+            return f"only {covered} of its {aval.size} entries are weights of a product"
+        return None
+
+
+def _use(eqn):
+    name = eqn.primitive.name
+    if any(map(has_product, inner_jaxprs(eqn))):
+        return f"a {name} loop with products inside" if name in ("scan", "while") else f"a {name} with products inside"
+    return f"{name} at an index picked by data" if name == "dynamic_slice" else name
+
+
+def _layout(eqn, side) -> Layout | str:
+    """How the product becomes matrices, or why it cannot."""
+    name, p, shape = eqn.primitive.name, eqn.params, eqn.invars[side].aval.shape
+    if name == "dot_general":
+        contract, batch = p["dimension_numbers"]
+        if not contract[side]:
+            return "its product contracts no axis"
+        take = lambda pair, i: tuple(pair[i])
+        return DotLayout(
+            shape, take(contract, side), take(batch, side), take(contract, 1 - side), take(batch, 1 - side)
+        )
+    if name != "conv_general_dilated":
+        return f"{name} is not supported"
+    if side == 0:
+        return "a convolution whose kernel is data"
+    if p["batch_group_count"] != 1:
+        return "a convolution in batch groups"
+    numbers = p["dimension_numbers"]
+    return ConvLayout(
+        shape,
+        tuple(p["window_strides"]),
+        tuple(map(tuple, p["padding"])),
+        tuple(p["lhs_dilation"]),
+        tuple(p["rhs_dilation"]),
+        tuple(numbers.lhs_spec),
+        tuple(numbers.rhs_spec),
+        p["feature_group_count"],
+    )

@@ -1,0 +1,25 @@
+"""Plain-text tables."""
+
+import io
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns under their headings; numbers to the right."""
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for position, title in enumerate(head):
+        numeric = all(_is_number(row[position]) for row in rows)
+        drawn.add_column(title, justify="right" if numeric else "left", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*row)
+    out = io.StringIO()
+    Console(file=out, width=1000).print(drawn)
+    return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
+
+
+def _is_number(text):
+    return text.strip("%x").replace(",", "").replace(".", "", 1).replace("-", "", 1).isdigit()

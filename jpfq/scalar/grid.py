@@ -1,0 +1,216 @@
+"""Grids: the integer codes a weight may take, and the values they stand for.
+
+A `Grid` is a setting: which integers exist and which of them means zero. `Levels` is that grid laid over actual weights:
+code k stands for the value `step * (k - zero)`. A scale (scale.py) makes the second from the first.
+"""
+
+import abc
+import dataclasses
+import math
+import numbers
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+Number = Any  # a Python number, or a traced scalar where a sweep runs over it
+
+MAX_BITS = 16
+UNBOUNDED = 2**24  # the largest code of `Infinite`: float32 holds every integer up to here
+
+
+class Alphabet(NamedTuple):
+    """The integers of a grid.
+
+    lo, hi: lowest and highest code. zero: the code, perhaps half-integer, that means the value 0; None where it is fitted
+    to the weights. reach: the distance in steps from zero to the level a scale puts its radius on; None if there is none.
+    """
+
+    lo: Number
+    hi: Number
+    zero: Number | None
+    reach: Number | None
+
+
+class Grid(abc.ABC):
+    """A setting that names an alphabet. Its numbers are pytree leaves: one compiled program serves every width."""
+
+    @abc.abstractmethod
+    def alphabet(self) -> Alphabet:
+        """The integers of this grid."""
+
+    def __str__(self):
+        given = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(str(getattr(self, f.name)) for f in given)})"
+
+    @property
+    def levels(self) -> Number:
+        """How many values a weight may take."""
+        lo, hi, *_ = self.alphabet()
+        return hi - lo + 1
+
+    @property
+    def log2_levels(self) -> float:
+        """Bits per weight that an ideal fixed-rate code needs: log2(levels), 1.58 for ternary."""
+        return math.log2(self.levels)
+
+    @property
+    def storage_bits(self) -> int:
+        """Whole bits that hold any one code."""
+        return math.ceil(self.log2_levels)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Integer(Grid):
+    """Signed integers -2^(b-1) .. 2^(b-1) - 1; `narrow` leaves out the lowest, which makes the grid symmetric.
+
+    The radius goes on the top level 2^(b-1) - 1. Two bits at least: for one bit take `Binary`.
+    """
+
+    bits: Number
+    narrow: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def __post_init__(self):
+        _check_bits(self.bits, "Integer", least=2, remedy=" For one bit use jpfq.Binary().")
+
+    def alphabet(self):
+        top = 2 ** (self.bits - 1) - 1
+        return Alphabet(lo=-top if self.narrow else -top - 1, hi=top, zero=0, reach=top)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Asymmetric(Grid):
+    """Unsigned integers 0 .. 2^b - 1 with an integer zero point fitted to the weights (OPTQ's default)."""
+
+    bits: Number
+
+    def __post_init__(self):
+        _check_bits(self.bits, "Asymmetric")
+
+    def alphabet(self):
+        top = 2**self.bits - 1
+        return Alphabet(lo=0, hi=top, zero=None, reach=top)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Symmetric(Grid):
+    """The 2K + 1 levels {0, +-step, .., +-K step} of GPFQ22, where K = 2^(b-1): one level more than b bits can store."""
+
+    K: Number
+
+    def __post_init__(self):
+        _check_count(self.K, "Symmetric", least=1)
+
+    def alphabet(self):
+        return Alphabet(lo=-self.K, hi=self.K, zero=0, reach=self.K)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Equispaced(Grid):
+    """The M levels radius * linspace(-1, 1, M) of GPFQ20. Zero is among them only when M is odd."""
+
+    M: Number
+
+    def __post_init__(self):
+        _check_count(self.M, "Equispaced", least=2)
+
+    def alphabet(self):
+        half = (self.M - 1) / 2
+        return Alphabet(lo=0, hi=self.M - 1, zero=half, reach=half)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ternary(Grid):
+    """{-radius, 0, radius}: 1.58 bits, stored in two."""
+
+    def alphabet(self):
+        return Alphabet(lo=-1, hi=1, zero=0, reach=1)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Binary(Grid):
+    """{-radius, radius}. There is no zero: a weight of exactly 0 is a tie and goes up, to +radius."""
+
+    def alphabet(self):
+        return Alphabet(lo=0, hi=1, zero=0.5, reach=0.5)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Infinite(Grid):
+    """All multiples of the step, as in the theory of GPFQ22 and SPFQ. It has no radius: give the step with `Fixed`.
+
+    Codes stay within +-2^24, the integers that float32 holds; nothing else saturates.
+    """
+
+    def alphabet(self):
+        return Alphabet(lo=-UNBOUNDED, hi=UNBOUNDED, zero=0, reach=None)
+
+    @property
+    def log2_levels(self):
+        return math.inf
+
+    @property
+    def storage_bits(self):
+        return 32
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """The values step * (k - zero), k = lo .. hi; `step` and `zero` have one shape.
+
+    A step of 0 belongs to weights that are all zero: every code then stands for 0.
+    """
+
+    step: jax.Array
+    zero: jax.Array
+    lo: jax.Array
+    hi: jax.Array
+
+    def position(self, v):
+        """`v` in units of the grid: its code is the integer nearest to this, within lo .. hi."""
+        return v / jnp.where(self.step > 0, self.step, 1) + self.zero
+
+    def encode(self, v):
+        """Nearest code, as a float. Ties go up, also below zero, as in GPFQ22."""
+        return jnp.clip(jnp.floor(self.position(v) + 0.5), self.lo, self.hi)
+
+    def decode(self, code):
+        """The value a code stands for."""
+        return self.step * (code - self.zero)
+
+    def saturates(self, v):
+        """Whether `v` lies more than half a step outside the range."""
+        x = self.position(v)
+        return (x < self.lo - 0.5) | (x > self.hi + 0.5)
+
+
+def grid_of_bits(bits: Number) -> Grid:
+    """The grid that a bare `bits=b` means: `Integer(b)`, and `Binary()` for one bit."""
+    _check_bits(bits, "bits")
+    return Binary() if is_number(bits) and bits == 1 else Integer(bits)
+
+
+def is_number(x) -> bool:
+    """Whether `x` is a plain number that can be checked: not a tracer, nor a placeholder of a tree operation."""
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+
+def _check_bits(bits, name, least=1, remedy=""):
+    wrong_type = isinstance(bits, (bool, str))
+    if wrong_type or (is_number(bits) and (bits != int(bits) or not least <= bits <= MAX_BITS)):
+        raise ValueError(f"{name} takes an integer number of bits from {least} to {MAX_BITS}; got {bits!r}.{remedy}")
+
+
+def _check_count(count, name, least):
+    wrong_type = isinstance(count, (bool, str))
+    if wrong_type or (is_number(count) and (count != int(count) or count < least)):
+        raise ValueError(f"{name} takes an integer of at least {least}; got {count!r}.")

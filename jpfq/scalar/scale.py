@@ -1,0 +1,225 @@
+"""Scales: from weights to the step (and zero point) of a grid.
+
+A scale is two choices. How an interval is read off a set of weights: `AbsMax`, `Quantile`, `Median`, `MinMSE`, or the step
+itself given by `Fixed`. And which weights share it: `PerTensor`, `PerChannel`, `PerGroup(size)`. On a symmetric grid the
+interval is [-radius, radius] and step = radius / reach; on `Asymmetric` it is [low, high], widened to contain 0, with
+step = (high - low) / (levels - 1) and zero = round(-low / step).
+"""
+
+import abc
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from .grid import Grid, Levels, Number, is_number
+
+
+def _static(default):
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+class Per(abc.ABC):
+    """Which weights of a matrix W (in, out) share one step."""
+
+    @abc.abstractmethod
+    def split(self, W: jax.Array) -> jax.Array:
+        """W as (groups, members, channels): a step is chosen over each row of members."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PerTensor(Per):
+    """One step for the whole matrix, as in the papers."""
+
+    def split(self, W):
+        return W.reshape(1, -1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerChannel(Per):
+    """One step per neuron."""
+
+    def split(self, W):
+        return W[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class PerGroup(Per):
+    """One step per neuron and run of `size` input coordinates."""
+
+    size: int
+
+    def __post_init__(self):
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f"PerGroup takes a positive number of input coordinates; got {self.size!r}.")
+
+    def split(self, W):
+        if W.shape[0] % self.size:
+            raise ValueError(
+                f"PerGroup({self.size}) does not divide the {W.shape[0]} input coordinates of a kernel; "
+                f"choose a divisor, or PerChannel() for that kernel by a rule of its own."
+            )
+        return W.reshape(-1, self.size, W.shape[1])
+
+
+class Scale(abc.ABC):
+    """A rule that lays a grid over a weight matrix."""
+
+    @abc.abstractmethod
+    def __call__(self, W: jax.Array, grid: Grid) -> Levels:
+        """Levels for W (in, out); `step` is (groups, out), with 1 in place of an axis that shares one step."""
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AbsMax(Scale):
+    """radius = c max |w|: nothing is clipped at c = 1."""
+
+    c: Number = 1.0
+    per: Per = _static(PerChannel())
+
+    def __post_init__(self):
+        _check_positive(self.c, "AbsMax: the factor c")
+
+    def __call__(self, W, grid):
+        return _lay(*_min_max(self.per.split(W), self.c, grid), grid)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantile(Scale):
+    """radius = c times the p-quantile of |w|; per tensor, its mean over the neurons (GPFQ22, SPFQ)."""
+
+    p: Number = 1.0
+    c: Number = 1.0
+    per: Per = _static(PerTensor())
+
+    def __post_init__(self):
+        _check_positive(self.c, "Quantile: the factor c")
+        if is_number(self.p) and not 0 < self.p <= 1:
+            raise ValueError(f"Quantile takes a share p in (0, 1]; got {self.p!r}.")
+
+    def __call__(self, W, grid):
+        shared = isinstance(self.per, PerTensor)
+        groups = (PerChannel() if shared else self.per).split(W)
+        p = jnp.asarray(self.p, W.dtype)
+        if grid.alphabet().zero is None:
+            low, high = jnp.quantile(groups, 1 - p, axis=1), jnp.quantile(groups, p, axis=1)
+        else:
+            high = jnp.quantile(jnp.abs(groups), p, axis=1)
+            low = -high
+        if shared:
+            low, high = low.mean(1, keepdims=True), high.mean(1, keepdims=True)
+        return _lay(self.c * low, self.c * high, grid)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Median(Scale):
+    """radius = c median |w| (GPFQ20, with c = 1 .. 10 searched). For symmetric grids."""
+
+    c: Number = 3.0
+    per: Per = _static(PerTensor())
+
+    def __post_init__(self):
+        _check_positive(self.c, "Median: the factor c")
+
+    def __call__(self, W, grid):
+        if grid.alphabet().zero is None:
+            raise ValueError("Median gives one radius, but Asymmetric needs two ends: use AbsMax, Quantile or MinMSE.")
+        radius = self.c * jnp.median(jnp.abs(self.per.split(W)), axis=1)
+        return _lay(-radius, radius, grid)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MinMSE(Scale):
+    """The interval of least sum |w - nearest(w)|^norm among shrunk copies of [min, max].
+
+    The copies are p [min, max] for `candidates` values of p, evenly spaced from 1 down to `least`. OPTQ's `mse` option is
+    the same with norm 2.4 and eighty candidates down to .2.
+    """
+
+    norm: float = _static(2)
+    candidates: int = _static(40)
+    least: Number = 0.2
+    per: Per = _static(PerChannel())
+
+    def __post_init__(self):
+        _check_positive(self.norm, "MinMSE: the norm")
+        if not isinstance(self.candidates, int) or self.candidates < 2:
+            raise ValueError(f"MinMSE takes two candidates or more; got {self.candidates!r}.")
+        if is_number(self.least) and not 0 < self.least < 1:
+            raise ValueError(f"MinMSE takes a least share in (0, 1); got {self.least!r}.")
+
+    def __call__(self, W, grid):
+        groups = self.per.split(W)
+        low, high = _min_max(groups, 1.0, grid)
+
+        def attempt(best, shrink):
+            levels = _lay(shrink * low, shrink * high, grid)
+            levels = dataclasses.replace(levels, step=levels.step[:, None], zero=levels.zero[:, None])
+            cost = jnp.sum(jnp.abs(groups - levels.decode(levels.encode(groups))) ** self.norm, axis=1)
+            return (jnp.minimum(cost, best[0]), jnp.where(cost < best[0], shrink, best[1])), None
+
+        start = (jnp.full_like(high, jnp.inf), jnp.ones_like(high))
+        (_, shrink), _ = jax.lax.scan(attempt, start, jnp.linspace(1, self.least, self.candidates, dtype=W.dtype))
+        return _lay(shrink * low, shrink * high, grid)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fixed(Scale):
+    """The step itself, in units of the weights: a number, or an array that broadcasts to (groups, out)."""
+
+    step: Any
+
+    def __post_init__(self):
+        _check_positive(self.step, "Fixed: the step")
+
+    def __call__(self, W, grid):
+        if grid.alphabet().zero is None:
+            raise ValueError("Fixed gives a step but no zero point, which Asymmetric needs: use AbsMax or MinMSE.")
+        step = jnp.asarray(self.step, W.dtype)
+        if step.ndim > 2 or (step.ndim and step.shape[-1] not in (1, W.shape[1])):
+            raise ValueError(
+                f"Fixed was given a step of shape {step.shape}; a kernel of {W.shape[1]} neurons takes a number, "
+                f"({W.shape[1]},) or (groups, {W.shape[1]})."
+            )
+        step = step.reshape((1,) * (2 - step.ndim) + step.shape)
+        if W.shape[0] % step.shape[0]:
+            raise ValueError(f"Fixed has {step.shape[0]} groups, which do not divide {W.shape[0]} input coordinates.")
+        return _levels(step, None, grid)
+
+
+def _min_max(groups, c, grid):
+    """[c min, c max] of each group, made symmetric unless the grid fits its zero point."""
+    if grid.alphabet().zero is None:
+        return c * groups.min(1), c * groups.max(1)
+    radius = c * jnp.abs(groups).max(1)
+    return -radius, radius
+
+
+def _lay(low, high, grid: Grid) -> Levels:
+    """The grid over the intervals [low, high]."""
+    lo, hi, zero, reach = grid.alphabet()
+    if reach is None:
+        raise ValueError(f"{grid} has no largest level to put a radius on: give its step with scale=jpfq.Fixed(step).")
+    if zero is not None:
+        return _levels(high / reach, zero, grid)
+    low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+    step = (high - low) / (hi - lo)
+    return _levels(step, jnp.floor(-low / jnp.where(step > 0, step, 1) + 0.5), grid)
+
+
+def _levels(step, zero, grid: Grid) -> Levels:
+    lo, hi, fixed_zero, _ = grid.alphabet()
+    lo, hi, zero = (jnp.asarray(x, step.dtype) for x in (lo, hi, fixed_zero if zero is None else zero))
+    return Levels(step, jnp.broadcast_to(zero, step.shape), lo, hi)
+
+
+def _check_positive(x, what):
+    if isinstance(x, str) or (is_number(x) and not x > 0):
+        raise ValueError(f"{what} must be a positive number; got {x!r}.")
