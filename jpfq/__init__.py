@@ -9,9 +9,11 @@ from .matrix import Natural as Natural
 from .matrix import QTensor as QTensor
 from .matrix import Rows as Rows
 from .matrix import solve as solve
+from .network import Plan as Plan
 from .network import Quantized as Quantized
 from .network import Rule as Rule
 from .network import Weighted as Weighted
+from .network import plan as plan
 from .network import quantize as quantize
 from .scalar import AbsMax as AbsMax
 from .scalar import Asymmetric as Asymmetric

@@ -5,11 +5,12 @@ X are the inputs of a layer in the float network, Xq its inputs in the network q
 """
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.tree_util import register_dataclass
 
 
@@ -62,9 +63,12 @@ class Gram:
 
     def merge(self, other: Self) -> Self:
         """The Gram of both sets of rows. Across devices the same is `jax.lax.psum(gram, axis)`."""
-        add = lambda a, b: b if a is None else a if b is None else a + b
-        values = ((getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
-        return type(self)(*(add(a, b) for a, b in values))
+
+        def add(name: str) -> Any:
+            a, b = getattr(self, name), getattr(other, name)
+            return b if a is None else a if b is None else a + b
+
+        return type(self)(*(add(field.name) for field in dataclasses.fields(self)))
 
     def permute(self, p: jax.Array) -> Self:
         """The Gram of the inputs taken in the order p."""
@@ -143,6 +147,11 @@ class Rows:
 def matmul(a, b):
     """a @ b at full precision: products that feed the recursion never run in bfloat16 or TF32."""
     return jnp.matmul(a, b, precision="highest")
+
+
+def is_traced(x) -> bool:
+    """Whether an array is a stand-in under jit or vmap, whose values cannot be looked at."""
+    return isinstance(x, Tracer)
 
 
 def inner(X, Y):

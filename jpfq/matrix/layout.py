@@ -7,6 +7,7 @@ are never merged, because a sharded axis must not be reshaped.
 import abc
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,11 @@ class Layout(abc.ABC):
     """How the weight operand and the data operand of one product become matrices. Hashable, hence static under jit."""
 
     shape: tuple[int, ...]  # of the weight operand
+
+    @property
+    @abc.abstractmethod
+    def rows_key(self) -> Any:
+        """What decides `rows`: layouts with equal keys turn one data operand into the same rows."""
 
     @abc.abstractmethod
     def matrices(self, W: jax.Array) -> jax.Array:
@@ -47,6 +53,10 @@ class DotLayout(Layout):
     data_contract: tuple[int, ...]
     data_batch: tuple[int, ...]
 
+    @property
+    def rows_key(self):
+        return self.data_contract, self.data_batch
+
     def _order(self):
         out = tuple(i for i in range(len(self.shape)) if i not in self.batch + self.contract)
         return self.batch + self.contract + out
@@ -69,8 +79,10 @@ class DotLayout(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class ConvLayout(Layout):
-    """`conv_general_dilated`: all patches, at the layer's own stride, padding and dilation; inputs in the order of a Flax
-    kernel (*window, channel), one matrix per feature group."""
+    """`conv_general_dilated`: all patches, at the layer's own stride, padding and dilation.
+
+    Inputs come in the order of a Flax kernel, (*window, channel), with one matrix per feature group.
+    """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -80,6 +92,11 @@ class ConvLayout(Layout):
     data_spec: tuple[int, ...]  # axes of (sample, channel, *space) in the data operand
     spec: tuple[int, ...]  # axes of (out, in, *window) in the weight operand
     groups: int
+
+    @property
+    def rows_key(self):
+        window = tuple(self.shape[i] for i in self.spec[2:])
+        return window, self.strides, self.padding, self.data_dilation, self.dilation, self.data_spec, self.groups
 
     @property
     def _order(self):

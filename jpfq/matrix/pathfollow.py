@@ -30,7 +30,7 @@ def follow(
     blocks = -(-n // block)
     more = blocks * block - n  # dead coordinates: they change nothing
     W = jnp.pad(W, ((0, more), (0, 0))).reshape(blocks, block, out)
-    index = jnp.pad(recursion.index, (0, more)).reshape(blocks, block)
+    index = jnp.pad(recursion.order, (0, more)).reshape(blocks, block)
     rows = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, more))), rows)
 
     def visit(state, x):

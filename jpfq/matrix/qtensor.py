@@ -70,10 +70,10 @@ class Info:
     @classmethod
     def join(cls, infos: "list[Info]") -> "Info":
         """Of a kernel quantized in equal parts (the layers of a stack)."""
-        total = lambda name: sum(getattr(i, name) for i in infos)
-        sums = {name: total(name) for name in ("square_error", "energy", "dead", "zero_steps")}
-        means = {name: total(name) / len(infos) for name in ("saturation", "sparsity", "entropy")}
-        return cls(**sums, **means)
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *infos)
+        sums = ("square_error", "energy", "dead", "zero_steps")
+        fields = {f.name: getattr(stacked, f.name) for f in dataclasses.fields(cls)}
+        return cls(**{name: x.sum() if name in sums else x.mean() for name, x in fields.items()})
 
 
 def code_dtype(grid: Grid) -> np.dtype:

@@ -13,7 +13,7 @@ from jax.tree_util import register_dataclass
 
 from ..scalar import Grid, Levels, MinMSE, Nearest, Rounding, Scale, grid_of_bits
 from .each import each
-from .gram import Gram, Rows, matmul
+from .gram import Gram, Rows, is_traced, matmul
 from .methods import GPFQ, Method
 from .order import Natural, Order
 from .pathfollow import follow
@@ -49,13 +49,13 @@ class Recipe:
     def prefers_rows(self, rows: int, n: int, out: int) -> bool:
         """Whether the data form is to be used for `rows` calibration rows, n inputs and `out` neurons.
 
-        Of the two forms the one with fewer operations is taken: 6 rows n out + 6 rows n block for the data form,
-        6 rows n^2 + 4 n^2 out for the Gram form.
+        It is where it takes fewer operations (6 rows n (out + block) against 6 rows n^2 + 4 n^2 out) and no more memory
+        (2 rows n + 3 rows out against 3 n^2 numbers): for many more inputs than rows.
         """
         if self.form != "auto" or not self.method.local:
             return self.form == "data"
-        block = self.block or n
-        return 6 * rows * n * (out + block) < 6 * rows * n * n + 4 * n * n * out
+        faster = 6 * rows * n * (out + (self.block or n)) < 6 * rows * n * n + 4 * n * n * out
+        return faster and rows * (2 * n + 3 * out) <= 3 * n * n
 
 
 class Solution(NamedTuple):
@@ -105,9 +105,8 @@ def solve(
     _check(W, data, recipe, key)
     if isinstance(data, Rows) and not recipe.prefers_rows(*data.X.shape, W.shape[1]):
         data = data.gram()
-    batch = lambda tree: jax.tree.map(lambda x: x[None], tree)
     work = W.astype(jnp.promote_types(W.dtype, jnp.float32))
-    result = solve_all(batch(work), batch(data), recipe, key)
+    result = solve_all(work[None], jax.tree.map(lambda x: x[None], data), recipe, key)
     raise_on(result.info, recipe, "the matrix")
     codes = result.codes[0].astype(code_dtype(recipe.grid))
     return QTensor(codes, result.step[0], result.zero[0], recipe.grid, W.dtype), result.info
@@ -179,7 +178,7 @@ def solve_all(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | 
 
 def raise_on(info: Info, recipe: Recipe, name: str) -> None:
     """Raises what went wrong inside a compiled solve; a no-op while traced."""
-    if isinstance(info.zero_steps, jax.core.Tracer):
+    if is_traced(info.zero_steps):
         return
     if int(info.zero_steps):
         raise ValueError(
@@ -205,5 +204,5 @@ def _check(W, data, recipe, key):
     if recipe.rounding.random and key is None:
         raise ValueError(f"{recipe.rounding} draws random numbers: pass key=jax.random.key(...).")
     for name, x in (("W", W), ("The diagonal of the Gram", data.diagonal)):
-        if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
+        if not is_traced(x) and not bool(jnp.isfinite(x).all()):
             raise ValueError(f"{name} holds NaN or infinity.")

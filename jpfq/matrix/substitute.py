@@ -32,7 +32,7 @@ class Recursion(NamedTuple):
     """The loop, and what it knows of the grid. Methods decide what it is fed; `substitute` and `follow` run it in blocks."""
 
     levels: Levels  # step and zero (groups, out) or (1, 1)
-    index: jax.Array  # (in,) original index of each coordinate: it picks the coordinate's group and random draw
+    order: jax.Array  # (in,) original index of each coordinate: it picks the coordinate's group and random draw
     out: int
     rounding: Rounding
     key: jax.Array | None = None
@@ -53,7 +53,8 @@ class Recursion(NamedTuple):
                 t, i, a, feedback, group = x
                 if feedback is not None:
                     a = a - jnp.dot(feedback, q, precision="highest")
-                levels = Levels(*(group or (step, zero)), self.levels.lo, self.levels.hi)
+                here_step, here_zero = group or (step, zero)
+                levels = Levels(here_step, here_zero, self.levels.lo, self.levels.hi)
                 carry, code = self.rounding(carry, a, levels, None if draw is None else jax.random.fold_in(draw, i))
                 value = levels.decode(code)
                 return (carry, q.at[t].set(value)), Path(code, value, levels.saturates(a))
@@ -68,7 +69,7 @@ class Recursion(NamedTuple):
     def _levels(self, index):
         """Step and zero of every neuron (out,), or of every coordinate too (in, out) where groups differ."""
         groups = self.levels.step.shape[0]
-        pick = (lambda x: x[index // (self.index.shape[0] // groups)]) if groups > 1 else (lambda x: x[0])
+        pick = (lambda x: x[index // (self.order.shape[0] // groups)]) if groups > 1 else (lambda x: x[0])
         spread = lambda x: jnp.broadcast_to(pick(x), (*pick(x).shape[:-1], self.out))
         return spread(self.levels.step), spread(self.levels.zero), groups > 1
 
@@ -82,7 +83,7 @@ def substitute(A: jax.Array, L: jax.Array | None, recursion: Recursion, *, block
         recursion: grid, rounding and indices of the coordinates.
         block: coordinates per block; None runs the plain scan. Changes the cost, never the codes.
     """
-    n, index = A.shape[0], recursion.index
+    n, index = A.shape[0], recursion.order
     if L is None or block is None or block >= n:
         return recursion.scan(A, L, index, recursion.start())[1]
     blocks = -(-n // block)

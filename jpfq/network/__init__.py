@@ -1,6 +1,8 @@
 """One model: traced to a flat program, walked with both networks at once, put back together."""
 
 from .batches import Weighted as Weighted
+from .plan import Plan as Plan
+from .plan import plan as plan
 from .quantize import Quantized as Quantized
 from .quantize import quantize as quantize
 from .rules import Rule as Rule

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from .canonical import canonical
 from .compat import bind, call_body, inner_jaxprs, is_literal, opened, scan_arity
@@ -124,7 +125,7 @@ class _Inliner:
         """Binds an equation, or returns what an equal one gave."""
         if eqn.effects:
             return bind(eqn, values)
-        identity = tuple(id(v) if isinstance(v, jax.core.Tracer) else canonical(v) for v in values)
+        identity = tuple(id(v) if isinstance(v, Tracer) else canonical(v) for v in values)
         key = (canonical(eqn), identity)
         if key not in self.seen:
             self.seen[key] = bind(eqn, values), values

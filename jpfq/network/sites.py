@@ -69,11 +69,7 @@ class Site:
     @property
     def reads(self) -> tuple:
         """What sites with one Gram have in common: the data, and how they become rows."""
-        how = self.layout
-        if isinstance(how, ConvLayout):
-            window = tuple(how.shape[i] for i in how.spec[2:])
-            return self.data, window, how.strides, how.padding, how.data_dilation, how.dilation, how.groups
-        return self.data, how.data_contract, how.data_batch
+        return self.data, self.layout.rows_key
 
 
 def find_sites(program: Program) -> tuple[list[Site], dict[str, str]]:

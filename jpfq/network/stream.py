@@ -3,7 +3,7 @@
 Until the first quantized site the two agree and are computed once. A value is dropped after its last use.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
@@ -38,9 +38,26 @@ class Stream:
         self.peak = 0
 
     def advance(self, number: int) -> None:
-        """Brings both networks of every batch to a stop; to the end where `number` is the count of stops."""
+        """Brings both networks of every batch to a stop."""
+        step = self._step(min(site.index for site in self.stops[number]))
+        for batch in range(len(self.shared)):
+            step(batch)
+        self._drop_fixed()
+
+    def finish(self) -> Iterator[tuple[list, list]]:
+        """Per batch: the outputs of the float and of the quantized network. Each batch is let go before the next."""
+        step = self._step(len(self.program.equations))
+        for batch in range(len(self.shared)):
+            step(batch)
+            shared, (exact, quantized) = self.shared[batch], self.forked[batch]
+            read = lambda v, values: v.val if is_literal(v) else self._read(v, {}, values, shared)
+            yield tuple([read(v, values) for v in self.program.outputs] for values in (exact, quantized))  # type: ignore
+            for values in (shared, exact, quantized):
+                values.clear()
+
+    def _step(self, end: int) -> Callable[[int], None]:
+        """A function that takes one batch from where it is up to equation `end`."""
         program, start = self.program, self.at
-        end = min(s.index for s in self.stops[number]) if number < len(self.stops) else len(program.equations)
         common, forked = [], []
         for index, eqn in enumerate(program.equations[start:end], start):
             if program.is_fixed(eqn):
@@ -48,42 +65,39 @@ class Stream:
             else:
                 (forked if index in self.forked_equations else common).append(eqn)
         used_here = {v for e in forked for v in e.invars if not is_literal(v)}
-        later = lambda v: program.last_use.get(v, -1) >= end
-        both, each = Segment(common, lambda v: later(v) or v in used_here), Segment(forked, later)
-        for shared, (exact, quantized) in zip(self.shared, self.forked, strict=True):
-            shared.update(both(lambda v: shared[v] if v in shared else self.fixed[v]))
+        both = Segment(common, lambda v: self._later(v, end) or v in used_here)
+        each = Segment(forked, lambda v: self._later(v, end))
+        self.at = end
+
+        def step(batch):
+            shared, (exact, quantized) = self.shared[batch], self.forked[batch]
+            shared.update(both(lambda v: self._read(v, {}, {}, shared)))
             for values, weights in ((exact, {}), (quantized, self.quantized)):
                 values.update(each(lambda v: self._read(v, weights, values, shared)))
             self._note_peak()
             for values in (shared, exact, quantized):
-                for v in [v for v in values if not later(v)]:
+                for v in [v for v in values if not self._later(v, end)]:
                     del values[v]
+
+        return step
+
+    def _later(self, v, end):
+        return self.program.last_use.get(v, -1) >= end
+
+    def _drop_fixed(self):
         for values in (self.fixed, self.quantized):
-            for v in [v for v in values if not later(v) and v not in self.kept]:
+            for v in [v for v in values if not self._later(v, self.at) and v not in self.kept]:
                 del values[v]
-        self.at = end
 
     def inputs(self, site: Site) -> Iterator[tuple[jax.Array, jax.Array | None, jax.Array | None]]:
         """Per batch: the site's input in the float and the quantized network (None where they agree), and row weights."""
         for shared, (exact, quantized), weights in zip(self.shared, self.forked, self.weights, strict=True):
             v = site.data
-            yield (exact[v], quantized[v], weights) if v in self.forks else (self._data(v, shared), None, weights)
+            yield (exact[v], quantized[v], weights) if v in self.forks else (self._read(v, {}, {}, shared), None, weights)
 
     def install(self, site: Site, operand: jax.Array) -> None:
         """Puts a quantized weight into the quantized network."""
         self.quantized[site.weight] = operand
-
-    def outputs(self) -> Iterator[tuple[list, list]]:
-        """Per batch, at the end: the outputs of the float and of the quantized network."""
-        for shared, (exact, quantized) in zip(self.shared, self.forked, strict=True):
-            values = [
-                [v.val if is_literal(v) else self._read(v, {}, network, shared) for v in self.program.outputs]
-                for network in (exact, quantized)
-            ]
-            yield values[0], values[1]
-
-    def _data(self, v, shared):
-        return shared[v] if v in shared else self.fixed[v]
 
     def _read(self, v, weights, values, shared):
         for place in (weights, values, shared, self.fixed):

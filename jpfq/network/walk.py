@@ -5,9 +5,10 @@ quantized weight into the quantized network. One forward pass of each network in
 """
 
 import functools
+import operator
 import zlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,14 +73,13 @@ def walk(
                 stream.install(stream.stops[number][position], operand)
             done.append((site, solution._replace(q=None)))
             report(site.path, float(solution.info.relative_error))
-    for stream in streams:
-        stream.advance(len(stream.stops))
+    output_error = _output_error(streams)
     tensors, info = {}, {}
     for path, done in parts.items():
         leaf = first.program.params[done[0][0].leaf].aval
         tensors[path] = _assemble(done, leaf.shape, leaf.dtype, recipes[path])
         info[path] = Info.join([solution.info for _, solution in done])
-    return Walked(tensors, info, _output_error(streams), sum(stream.peak for stream in streams))
+    return Walked(tensors, info, output_error, sum(stream.peak for stream in streams))
 
 
 class _Gather:
@@ -105,11 +105,8 @@ class _Gather:
             for x, xq, weights in stream.inputs(site):
                 yield layout, x, xq, _fit(weights, rows_shape(layout, x.shape), site.path)
 
-    def gram(self):
-        total = None
-        for layout, x, xq, weights in self.batches():
-            total = _accumulate(total, x, xq, weights, layout)
-        return total
+    def gram(self) -> Any:
+        return functools.reduce(lambda total, batch: _accumulate(total, *batch), self.batches(), None)
 
     def rows(self):
         collected = [_flat_rows(x, xq, weights, layout) for layout, x, xq, weights in self.batches()]
@@ -117,7 +114,7 @@ class _Gather:
 
 
 @functools.partial(jax.jit, static_argnames="layout")
-def _accumulate(total, x, xq, weights, layout):
+def _accumulate(total, layout, x, xq, weights):
     gram = each(lambda X, Xq: Gram.from_data(X, Xq, weights), layout.rows(x), None if xq is None else layout.rows(xq))
     return gram if total is None else total.merge(gram)
 
@@ -180,11 +177,8 @@ def _assemble(done, shape, dtype, recipe) -> QTensor:
 
 def _full(done, shape, read):
     """One array of the parameter's shape from arrays (B, groups or in, out or 1) of its sites."""
-    total = None
-    for site, solution in done:
-        part = site.chain.scatter(site.layout.operand(_to_matrices(read(solution), site.layout.dims)), shape)
-        total = part if total is None else total + part
-    return total
+    matrices = ((site, _to_matrices(read(solution), site.layout.dims)) for site, solution in done)
+    return functools.reduce(operator.add, (site.chain.scatter(site.layout.operand(M), shape) for site, M in matrices))
 
 
 def _to_matrices(x, dims):
@@ -219,12 +213,9 @@ def _others(x, axis):
 
 
 def _output_error(streams) -> list[float]:
-    sums = None
-    for stream in streams:
-        for exact, quantized in stream.outputs():
-            part = np.array([_square_error(a, b) for a, b in zip(exact, quantized, strict=True)])
-            sums = part if sums is None else sums + part
-    return [float(np.sqrt(error / energy)) if energy else float("nan") for error, energy in sums]
+    pairs = (zip(exact, quantized, strict=True) for stream in streams for exact, quantized in stream.finish())
+    sums = sum(np.array([_square_error(a, b) for a, b in batch]).reshape(-1, 2) for batch in pairs)
+    return [float(np.sqrt(error / energy)) if energy else float("nan") for error, energy in np.asarray(sums)]
 
 
 @jax.jit
