@@ -43,11 +43,9 @@ class Gram:
             raise ValueError(f"X and Xq must have one shape (*rows, in); got {X.shape} and {Xq.shape}.")
         if X.ndim < 2:
             raise ValueError(f"X must be (*rows, in), at least two axes; got shape {X.shape}.")
-        dtype = jnp.promote_types(X.dtype, jnp.float32)
-        X = X.astype(dtype)
-        Xq = None if Xq is None else Xq.astype(dtype)
+        X, Xq = at_least_float32(X), None if Xq is None else at_least_float32(Xq)
         rows = X.shape[:-1]
-        weight = jnp.ones(rows, dtype) if weights is None else _over_rows(weights, rows).astype(dtype)
+        weight = jnp.ones(rows, X.dtype) if weights is None else _over_rows(weights, rows).astype(X.dtype)
         right = X if Xq is None else Xq
         left = right if weights is None else right * weight[..., None]
         sum_q = _sum_rows(weight, right)
@@ -147,6 +145,13 @@ class Rows:
 def matmul(a, b):
     """a @ b at full precision: products that feed the recursion never run in bfloat16 or TF32."""
     return jnp.matmul(a, b, precision="highest")
+
+
+def at_least_float32(x):
+    """`x` in the type that Grams and the recursion work in: float64 stays, all else becomes float32."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise ValueError(f"Inputs must be real numbers; got {x.dtype}.")
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def is_traced(x) -> bool:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .gram import at_least_float32
+
 
 class Layout(abc.ABC):
     """How the weight operand and the data operand of one product become matrices. Hashable, hence static under jit."""
@@ -116,7 +118,7 @@ class ConvLayout(Layout):
         window = [self.shape[i] for i in self.spec[2:]]
         channels_last = (0, x.ndim - 1, *range(1, x.ndim - 1))
         patches = lax.conv_general_dilated_patches(
-            x.astype(jnp.promote_types(x.dtype, jnp.float32)),
+            at_least_float32(x),
             window,
             self.strides,
             self.padding,

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from ..scalar import Grid, Levels, MinMSE, Nearest, Rounding, Scale, grid_of_bits
+from ..scalar import Codes, Grid, Levels, MinMSE, Nearest, Rounding, Scale, grid_of_bits
 from .each import each
-from .gram import Gram, Rows, is_traced, matmul
+from .gram import Gram, Rows, at_least_float32, is_traced, matmul
 from .methods import GPFQ, Method
 from .order import Natural, Order
 from .pathfollow import follow
@@ -102,11 +102,12 @@ def solve(
     """
     recipe = recipe_of(bits, grid, **settings)
     W = jnp.asarray(W)
+    if isinstance(data, Rows):
+        data = jax.tree.map(at_least_float32, data)
     _check(W, data, recipe, key)
     if isinstance(data, Rows) and not recipe.prefers_rows(*data.X.shape, W.shape[1]):
         data = data.gram()
-    work = W.astype(jnp.promote_types(W.dtype, jnp.float32))
-    result = solve_all(work[None], jax.tree.map(lambda x: x[None], data), recipe, key)
+    result = solve_all(at_least_float32(W)[None], jax.tree.map(lambda x: x[None], data), recipe, key)
     raise_on(result.info, recipe, "the matrix")
     codes = result.codes[0].astype(code_dtype(recipe.grid))
     return QTensor(codes, result.step[0], result.zero[0], recipe.grid, W.dtype), result.info
@@ -139,12 +140,16 @@ _examples = {
 }
 
 
-@jax.jit
 def solve_all(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None) -> Solution:
     """Quantizes B matrices W (B, in, out), with a leading axis of B on every array of `data`.
 
-    A scale per tensor is shared by all B. Key: folded by matrix, neuron and input coordinate.
+    A scale per tensor is shared by all B. Key: folded by matrix, neuron and input coordinate. Compiled once for all grids.
     """
+    return _solve_all(W, data, dataclasses.replace(recipe, grid=Codes.of(recipe.grid)), key)
+
+
+@jax.jit
+def _solve_all(W, data, recipe, key):
     B, n, out = W.shape
     levels = recipe.scale(jnp.moveaxis(W, 0, 1).reshape(n, B * out), recipe.grid)
     split = lambda x: x[None] if x.shape[1] == 1 else jnp.moveaxis(x.reshape(x.shape[0], B, out), 1, 0)
@@ -162,7 +167,7 @@ def solve_all(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | 
         else:
             path = substitute(*recipe.method(sorted_W, sorted_data), recursion, block=recipe.block)
             square_error = jnp.sum(sorted_data.square_error(sorted_W, path.q))
-            energy = jnp.sum(data.energy(W))
+            energy = jnp.sum(sorted_data.energy(sorted_W))  # shares products with the line before
         codes, q = (x if p is None else jnp.zeros_like(x).at[p].set(x) for x in (path.codes, path.q))
         nonzero = jnp.any(W.reshape(step.shape[0], -1, out) != 0, axis=1)
         counts = (square_error, energy, jnp.sum(data.diagonal == 0), jnp.sum((step == 0) & nonzero))

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-
 from ..matrix import Recipe
 from .batches import shapes_of
 from .compat import is_literal
@@ -117,7 +116,7 @@ def _line(site: Site, analysis: Analysis, batches: int) -> Line:
 def _peak(analysis: Analysis, lines: Sequence[Line], batches: int) -> int:
     """The walk with sizes in place of arrays."""
     program, groups = analysis.program, stops(analysis.sites)
-    forked, forked_equations = forks(program, analysis.sites)
+    _, forked_equations = forks(program, analysis.sites)
     params = sum(_bytes(v) for v in program.params)
     live = {v: _bytes(v) * batches for v in program.inputs}
     done = 0  # bytes of codes, and of quantized weights still to be used

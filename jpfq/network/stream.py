@@ -93,7 +93,9 @@ class Stream:
         """Per batch: the site's input in the float and the quantized network (None where they agree), and row weights."""
         for shared, (exact, quantized), weights in zip(self.shared, self.forked, self.weights, strict=True):
             v = site.data
-            yield (exact[v], quantized[v], weights) if v in self.forks else (self._read(v, {}, {}, shared), None, weights)
+            yield (
+                (exact[v], quantized[v], weights) if v in self.forks else (self._read(v, {}, {}, shared), None, weights)
+            )
 
     def install(self, site: Site, operand: jax.Array) -> None:
         """Puts a quantized weight into the quantized network."""

@@ -3,6 +3,7 @@
 from .grid import Alphabet as Alphabet
 from .grid import Asymmetric as Asymmetric
 from .grid import Binary as Binary
+from .grid import Codes as Codes
 from .grid import Equispaced as Equispaced
 from .grid import Grid as Grid
 from .grid import Infinite as Infinite

@@ -164,6 +164,25 @@ class Infinite(Grid):
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Codes(Grid):
+    """Any run of integers: a grid given by its alphabet. Every grid can be written so, which lets all share one program."""
+
+    lo: Number
+    hi: Number
+    zero: Number | None
+    reach: Number | None
+
+    @classmethod
+    def of(cls, grid: Grid) -> "Codes":
+        """The same grid, in numbers of one type."""
+        return cls(*(None if x is None else 1.0 * x for x in grid.alphabet()))
+
+    def alphabet(self):
+        return Alphabet(self.lo, self.hi, self.zero, self.reach)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Levels:
     """The values step * (k - zero), k = lo .. hi; `step` and `zero` have one shape.
 
@@ -181,7 +200,9 @@ class Levels:
 
     def encode(self, v):
         """Nearest code, as a float. Ties go up, also below zero, as in GPFQ22."""
-        return jnp.clip(jnp.floor(self.position(v) + 0.5), self.lo, self.hi)
+        x = self.position(v)
+        below = jnp.floor(x)  # and not floor(x + 1/2), which rounds twice: wrong just below 1/2 and from 2^23 on
+        return jnp.clip(jnp.where(x - below < 0.5, below, below + 1), self.lo, self.hi)
 
     def decode(self, code):
         """The value a code stands for."""

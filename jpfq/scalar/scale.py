@@ -207,10 +207,11 @@ def _lay(low, high, grid: Grid) -> Levels:
     lo, hi, zero, reach = grid.alphabet()
     if reach is None:
         raise ValueError(f"{grid} has no largest level to put a radius on: give its step with scale=jpfq.Fixed(step).")
+    number = lambda x: jnp.asarray(x, high.dtype)  # of a traced integer
     if zero is not None:
-        return _levels(high / reach, zero, grid)
+        return _levels(high / number(reach), zero, grid)
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    step = (high - low) / (hi - lo)
+    step = (high - low) / number(hi - lo)
     return _levels(step, jnp.floor(-low / jnp.where(step > 0, step, 1) + 0.5), grid)
 
 

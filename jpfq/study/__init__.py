@@ -1,0 +1,1 @@
+"""Many runs: comparisons, pictures, the command line."""
