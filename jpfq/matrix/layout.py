@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .gram import at_least_float32
-
 
 class Layout(abc.ABC):
     """How the weight operand and the data operand of one product become matrices. Hashable, hence static under jit."""
@@ -115,19 +113,16 @@ class ConvLayout(Layout):
         )
 
     def rows(self, x):
+        x = x.transpose(self.data_spec[0], *self.data_spec[2:], self.data_spec[1])
+        space = zip(self.padding, self.data_dilation, strict=True)
+        widen = [(low, high, dilation - 1) for (low, high), dilation in space]
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *widen, (0, 0, 0)])
         window = [self.shape[i] for i in self.spec[2:]]
-        channels_last = (0, x.ndim - 1, *range(1, x.ndim - 1))
-        patches = lax.conv_general_dilated_patches(
-            at_least_float32(x),
-            window,
-            self.strides,
-            self.padding,
-            self.data_dilation,
-            self.dilation,
-            dimension_numbers=lax.ConvDimensionNumbers(self.data_spec, (0, 1, *range(2, x.ndim)), channels_last),
-            precision=lax.Precision.HIGHEST,
-        )  # (sample, *space, channel * window)
-        channels = x.shape[self.data_spec[1]]
-        patches = patches.reshape(*patches.shape[:-1], self.groups, channels // self.groups, math.prod(window))
-        patches = jnp.moveaxis(patches.swapaxes(-1, -2), -3, 0)
-        return patches.reshape(*patches.shape[:-2], -1)
+        for axis, (size, stride, dilation) in enumerate(zip(window, self.strides, self.dilation, strict=True), 1):
+            reach = x.shape[axis] - (size - 1) * dilation
+            offsets = [lax.slice_in_dim(x, i * dilation, i * dilation + reach, stride, axis) for i in range(size)]
+            x = jnp.stack(offsets, axis=-2)
+        # (sample, *space, *window, channel)
+        head, channels = x.shape[: 1 + len(window)], x.shape[-1]
+        x = x.reshape(*head, math.prod(window), self.groups, channels // self.groups)
+        return jnp.moveaxis(x, -2, 0).reshape(self.groups, *head, -1)

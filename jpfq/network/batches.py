@@ -59,8 +59,7 @@ def read_batches(batches: Iterable) -> list[Shaped]:
 def shapes_of(batch: Any) -> Any:
     """A batch as shapes, for a plan: arrays and `jax.ShapeDtypeStruct`s may stand in it."""
     batch = batch.batch if isinstance(batch, Weighted) else batch
-    abstract = lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jax.eval_shape(lambda: _array(x, 0))
-    return jax.tree.map(abstract, batch)
+    return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(_array(x, 0)), batch)
 
 
 def _array(x, number):

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..matrix import Recipe
+from ..matrix import Natural, Recipe
 from .batches import shapes_of
 from .compat import is_literal
 from .quantize import Analysis, adapt, analyse
@@ -92,53 +92,52 @@ def plan(
 
 
 def _line(site: Site, analysis: Analysis, batches: int) -> Line:
-    B, n, out = site.layout.dims
+    """Sizes and operations of one site. Counts of temporaries are what XLA reports for the compiled functions."""
+    dims = B, n, out = site.layout.dims
     per_batch = math.prod(rows_shape(site.layout, site.data.aval.shape))
     rows = per_batch * batches
     recipe = analysis.assignment.recipes[site.path]
-    forked, _ = forks(analysis.program, analysis.sites)
-    networks = 2 if site.data in forked else 1
-    matrices = 3 if networks == 2 else 1  # H, C, drift
-    copies = max(0, math.prod(site.layout.dims[:2]) * per_batch - site.data.aval.size) > 0  # patches are copies
-    block = recipe.block or n
-    panel = 7 * n * out  # weights, target, values, codes, errors
+    variables, _ = forks(analysis.program, analysis.sites)
+    networks = 2 if site.data in variables else 1
+    patches = 3 if B * per_batch * n > site.data.aval.size else 0  # copies made of the inputs of a convolution
     if recipe.prefers_rows(rows, n, out):
-        work = B * (networks * rows * n + 3 * rows * out + panel)
-        flops = 6.0 * B * rows * n * (out + block)
-        return Line(site.path, (B, n, out), rows, recipe, "data", 4 * work, flops)
-    gather = B * per_batch * n * (2 * networks if copies else networks - 1)  # patches, and the difference X - Xq
-    feedback = 2 if recipe.method.local else 0
-    work = B * (matrices * n * n + max(matrices * n * n + gather // B, feedback * n * n + panel))
-    flops = B * (2.0 * matrices * rows * n * n + (4.0 if feedback else 0.0) * n * n * out)
-    return Line(site.path, (B, n, out), rows, recipe, "gram", 4 * work, flops)
+        work = B * (2 * networks * rows * n + 3 * rows * out + 6 * n * out)
+        return Line(site.path, dims, rows, recipe, "data", 4 * work, 6.0 * B * rows * n * (out + (recipe.block or n)))
+    matrices = 3 if networks == 2 else 1  # H, C, drift
+    copies = (2 + (0 if isinstance(recipe.order, Natural) else matrices)) if recipe.method.local else 0
+    gather = per_batch * n * (patches * networks + networks - 1) + 2 * matrices * n * n
+    solve = (matrices + copies) * n * n + 9 * n * out
+    products = 4.0 if recipe.method.local else 0.0
+    flops = B * (2.0 * matrices * rows * n * n + products * n * n * out)
+    return Line(site.path, dims, rows, recipe, "gram", 4 * B * max(gather, solve), flops)
 
 
 def _peak(analysis: Analysis, lines: Sequence[Line], batches: int) -> int:
     """The walk with sizes in place of arrays."""
     program, groups = analysis.program, stops(analysis.sites)
     _, forked_equations = forks(program, analysis.sites)
-    params = sum(_bytes(v) for v in program.params)
-    live = {v: _bytes(v) * batches for v in program.inputs}
-    done = 0  # bytes of codes, and of quantized weights still to be used
-    start, peak = 0, 0
     ends = [min(analysis.sites[i].index for i in group) for group in groups]
+    live = {v: _bytes(v) for v in program.inputs}  # of one batch
+    codes = 0  # of the kernels that are done
+    start, peak = 0, 0
     for number, end in enumerate([*ends, len(program.equations)]):
-        inside = 0
+        before, inside = sum(live.values()), 0
         for index, eqn in enumerate(program.equations[start:end], start):
-            if program.is_fixed(eqn):
-                continue
-            for v in eqn.outvars:
-                size = _bytes(v) * (2 if index in forked_equations else 1)
-                inside = max(inside, _bytes(v))
-                if program.last_use.get(v, -1) >= end:
-                    live[v] = size * (batches if number < len(groups) else 1)  # outputs are let go batch by batch
-        peak = max(peak, sum(live.values()) + 2 * inside + done)
+            if not program.is_fixed(eqn):
+                inside = max([inside, *map(_bytes, eqn.outvars)])
+                networks = 2 if index in forked_equations else 1
+                live.update((v, networks * _bytes(v)) for v in eqn.outvars if program.last_use.get(v, -1) >= end)
+        moving = sum(live.values()) + 2 * inside  # one batch at a time holds what it had and what it makes
         live = {v: size for v, size in live.items() if program.last_use.get(v, -1) >= end}
         if number < len(groups):
-            peak = max(peak, sum(live.values()) + done + max(lines[i].workspace for i in groups[number]))
-            done += sum(2 * _bytes(analysis.sites[i].weight) for i in groups[number])
+            waiting = (batches - 1) * max(before, sum(live.values()))
+            workspace = max(lines[i].workspace for i in groups[number])
+            peak = max(peak, codes + waiting + moving, codes + batches * sum(live.values()) + workspace)
+            codes += sum(_bytes(analysis.sites[i].weight) for i in groups[number])
+        else:  # outputs are compared and let go batch by batch
+            peak = max(peak, codes + (batches - 1) * before + moving)
         start = end
-    return params + peak
+    return sum(map(_bytes, program.params)) + peak
 
 
 def _bytes(v) -> int:

@@ -142,6 +142,7 @@ def quantize(
         )
         for a, group in zip(analyses, shaped, strict=True)
     ]
+    del shaped  # the streams let inputs go once they are used
     with progress_bar(len(first.sites), progress) as report:
         walked = walk(streams, first.assignment.recipes, key, report)
 

@@ -185,10 +185,9 @@ def _layout(eqn, side) -> Layout | str:
         contract, batch = p["dimension_numbers"]
         if not contract[side]:
             return "its product contracts no axis"
-        take = lambda pair, i: tuple(pair[i])
-        return DotLayout(
-            shape, take(contract, side), take(batch, side), take(contract, 1 - side), take(batch, 1 - side)
-        )
+        # inputs in the order of the weight's own axes, whatever order the product names them in
+        weight_contract, data_contract = zip(*sorted(zip(contract[side], contract[1 - side], strict=True)), strict=True)
+        return DotLayout(shape, weight_contract, tuple(batch[side]), data_contract, tuple(batch[1 - side]))
     if name != "conv_general_dilated":
         return f"{name} is not supported"
     if side == 0:

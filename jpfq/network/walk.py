@@ -106,7 +106,7 @@ class _Gather:
                 yield layout, x, xq, _fit(weights, rows_shape(layout, x.shape), site.path)
 
     def gram(self) -> Any:
-        return functools.reduce(lambda total, batch: _accumulate(total, *batch), self.batches(), None)
+        return functools.reduce(_merge, (_gram(*batch) for batch in self.batches()))
 
     def rows(self):
         collected = [_flat_rows(x, xq, weights, layout) for layout, x, xq, weights in self.batches()]
@@ -114,9 +114,13 @@ class _Gather:
 
 
 @functools.partial(jax.jit, static_argnames="layout")
-def _accumulate(total, layout, x, xq, weights):
-    gram = each(lambda X, Xq: Gram.from_data(X, Xq, weights), layout.rows(x), None if xq is None else layout.rows(xq))
-    return gram if total is None else total.merge(gram)
+def _gram(layout, x, xq, weights):
+    return each(lambda X, Xq: Gram.from_data(X, Xq, weights), layout.rows(x), None if xq is None else layout.rows(xq))
+
+
+@functools.partial(jax.jit, donate_argnames="total")
+def _merge(total, gram):
+    return total.merge(gram)
 
 
 @functools.partial(jax.jit, static_argnames="layout")
@@ -143,10 +147,10 @@ def _fit(weights, rows, path):
     shape = weights.shape
     if shape == rows[: len(shape)]:
         return jnp.broadcast_to(weights.reshape(shape + (1,) * (len(rows) - len(shape))), rows)
-    if rows and weights.size == rows[0]:  # samples and positions merged into one axis
-        return jnp.broadcast_to(weights.reshape(-1, *(1,) * (len(rows) - 1)), rows)
     if rows and shape[0] == rows[0]:  # one row per sample: it counts if any of its positions does
         return _fit(weights.reshape(shape[0], -1).max(1), rows, path)
+    if rows and rows[0] % weights.size == 0:  # samples merged with positions, or with what comes after them
+        return _fit(jnp.repeat(weights.ravel(), rows[0] // weights.size), rows, path)
     raise ValueError(
         f"Row weights of shape {shape} do not fit the rows {rows} that reach {path}: the leading axes of the weights must "
         "be those of the layer's input, such as (batch,) or (batch, position)."

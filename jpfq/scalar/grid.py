@@ -175,7 +175,8 @@ class Codes(Grid):
     @classmethod
     def of(cls, grid: Grid) -> "Codes":
         """The same grid, in numbers of one type."""
-        return cls(*(None if x is None else 1.0 * x for x in grid.alphabet()))
+        real = lambda x: float(x) if is_number(x) else jnp.asarray(x, float)  # strict promotion allows no int * float
+        return cls(*(None if x is None else real(x) for x in grid.alphabet()))
 
     def alphabet(self):
         return Alphabet(self.lo, self.hi, self.zero, self.reach)

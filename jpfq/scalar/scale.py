@@ -206,7 +206,7 @@ def _lay(low, high, grid: Grid) -> Levels:
     """The grid over the intervals [low, high]."""
     lo, hi, zero, reach = grid.alphabet()
     if reach is None:
-        raise ValueError(f"{grid} has no largest level to put a radius on: give its step with scale=jpfq.Fixed(step).")
+        raise ValueError("Infinite has no largest level to put a radius on: give its step with scale=jpfq.Fixed(step).")
     number = lambda x: jnp.asarray(x, high.dtype)  # of a traced integer
     if zero is not None:
         return _levels(high / number(reach), zero, grid)
