@@ -1,5 +1,9 @@
 """Strict settings for all tests: no silent promotion of types or ranks; warnings are errors (pyproject.toml)."""
 
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+
 import jax
 import pytest
 

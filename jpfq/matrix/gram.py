@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
-from jax.tree_util import register_dataclass
+
+from ..scalar.pytree import register_dataclass
 
 
 @register_dataclass
@@ -70,8 +71,8 @@ class Gram:
 
     def permute(self, p: jax.Array) -> Self:
         """The Gram of the inputs taken in the order p."""
-        both = lambda M: None if M is None else M[p][:, p]
-        return type(self)(both(self.H), both(self.C), both(self.drift), self.sum_X[p], self.sum_Xq[p], self.count)
+        C, drift = (None if M is None else M[p][:, p] for M in (self.C, self.drift))
+        return type(self)(self.H[p][:, p], C, drift, self.sum_X[p], self.sum_Xq[p], self.count)
 
     @property
     def diagonal(self) -> jax.Array:
@@ -120,6 +121,8 @@ class Rows:
 
     def __post_init__(self):
         shapes = [getattr(x, "shape", None) for x in (self.X, self.Xq)]
+        if shapes[0] and len(shapes[0]) < 2:
+            raise ValueError(f"X must be (rows, in); got shape {shapes[0]}.")
         if shapes[0] and shapes[1] and shapes[0] != shapes[1]:
             raise ValueError(f"X and Xq must have one shape (rows, in); got {shapes[0]} and {shapes[1]}.")
 

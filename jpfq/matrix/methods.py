@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
+from ..scalar.pytree import register_dataclass
 from .gram import Gram, Rows, matmul
 
 

@@ -5,7 +5,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
+
+from ..scalar.pytree import register_dataclass
 
 
 class Order(abc.ABC):

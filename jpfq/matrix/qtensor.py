@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import register_dataclass
 
 from ..scalar import Grid
+from ..scalar.pytree import register_dataclass
 
 
 @register_dataclass

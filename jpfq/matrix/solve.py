@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
 from ..scalar import Codes, Grid, Levels, MinMSE, Nearest, Rounding, Scale, grid_of_bits
+from ..scalar.pytree import register_dataclass
 from .each import each
 from .gram import Gram, Rows, at_least_float32, is_traced, matmul
 from .methods import GPFQ, Method
@@ -105,7 +105,7 @@ def solve(
     if isinstance(data, Rows):
         data = jax.tree.map(at_least_float32, data)
     _check(W, data, recipe, key)
-    if isinstance(data, Rows) and not recipe.prefers_rows(*data.X.shape, W.shape[1]):
+    if isinstance(data, Rows) and not recipe.prefers_rows(data.X.shape[0], *W.shape):
         data = data.gram()
     result = solve_all(at_least_float32(W)[None], jax.tree.map(lambda x: x[None], data), recipe, key)
     raise_on(result.info, recipe, "the matrix")
@@ -127,7 +127,10 @@ def recipe_of(bits: int | None, grid: Grid | None, **settings) -> Recipe:
                 if isinstance(value, type) and issubclass(value, kind)
                 else ""
             )
-            raise ValueError(f"{name} takes a {kind.__name__}, such as jpfq.{_examples[name]}; got {value!r}{hint}")
+            article = "an" if kind is Order else "a"
+            raise ValueError(
+                f"{name} takes {article} {kind.__name__}, such as jpfq.{_examples[name]}; got {value!r}{hint}"
+            )
     return Recipe(**settings)
 
 
@@ -165,7 +168,8 @@ def _solve_all(W, data, recipe, key):
             path, u = follow(sorted_W, sorted_data, recipe.method, recursion, block=recipe.block)
             square_error, energy = jnp.sum(u**2), jnp.sum(matmul(data.X, W) ** 2)
         else:
-            path = substitute(*recipe.method(sorted_W, sorted_data), recursion, block=recipe.block)
+            A, L = recipe.method(sorted_W, sorted_data)
+            path = substitute(A, L, recursion, block=recipe.block)
             square_error = jnp.sum(sorted_data.square_error(sorted_W, path.q))
             energy = jnp.sum(sorted_data.energy(sorted_W))  # shares products with the line before
         codes, q = (x if p is None else jnp.zeros_like(x).at[p].set(x) for x in (path.codes, path.q))
@@ -208,6 +212,7 @@ def _check(W, data, recipe, key):
         raise ValueError("form='data' needs the calibration rows: pass jpfq.Rows(X, Xq) in place of a Gram.")
     if recipe.rounding.random and key is None:
         raise ValueError(f"{recipe.rounding} draws random numbers: pass key=jax.random.key(...).")
-    for name, x in (("W", W), ("The diagonal of the Gram", data.diagonal)):
-        if not is_traced(x) and not bool(jnp.isfinite(x).all()):
+    moments = (data.sum_X, data.sum_Xq) if isinstance(data, Gram) else (data.X, data.quantized)
+    for name, values in (("W", (W,)), (f"The {type(data).__name__}", (*moments, data.diagonal))):
+        if any(not is_traced(x) and not bool(jnp.isfinite(x).all()) for x in values):
             raise ValueError(f"{name} holds NaN or infinity.")

@@ -6,10 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from jax.tree_util import register_dataclass
-
 from ..matrix import Form, Method, Order, Recipe, recipe_of
-from ..scalar import Grid, Rounding, Scale
+from ..scalar import Grid, Rounding, Scale, register_dataclass
 from ..scalar.grid import Number
 
 _static = {"static": True}

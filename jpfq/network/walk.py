@@ -16,6 +16,7 @@ import numpy as np
 
 from ..matrix import Gram, Info, QTensor, Recipe, Rows, Solution, code_dtype, raise_on, solve_all
 from ..matrix.each import each
+from ..matrix.gram import at_least_float32
 from ..matrix.layout import Layout
 from .sites import CASTS, Site
 from .stream import Stream
@@ -63,10 +64,9 @@ def walk(
         for position, site in enumerate(stop):
             recipe, done = recipes[site.path], parts.setdefault(site.path, [])
             W = site.layout.matrices(site.chain(first.fixed[first.program.params[site.leaf]]))
-            W = W.astype(jnp.promote_types(W.dtype, jnp.float32))
             draw = None if key is None else jax.random.fold_in(key, zlib.crc32(site.path.encode()))
             draw = None if draw is None else jax.random.fold_in(draw, len(done))
-            solution = solve_all(W, gather(recipe, W.shape), recipe, draw)
+            solution = solve_all(at_least_float32(W), gather(recipe, W.shape), recipe, draw)
             raise_on(solution.info, recipe, site.path)
             operand = _operand(solution.q, site.layout, _casts(first, site))
             for stream in streams:
@@ -126,8 +126,7 @@ def _merge(total, gram):
 @functools.partial(jax.jit, static_argnames="layout")
 def _flat_rows(x, xq, weights, layout):
     def flat(x):
-        X = layout.rows(x)
-        X = X.astype(jnp.promote_types(X.dtype, jnp.float32))
+        X = at_least_float32(layout.rows(x))
         X = X if weights is None else X * jnp.sqrt(weights.astype(X.dtype))[..., None]
         return X.reshape(X.shape[0], -1, X.shape[-1])
 
@@ -226,5 +225,5 @@ def _output_error(streams) -> list[float]:
 def _square_error(a, b):
     if not jnp.issubdtype(a.dtype, jnp.floating):
         return jnp.zeros(2)
-    a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (a, b))
+    a, b = at_least_float32(a), at_least_float32(b)
     return jnp.stack([jnp.sum((a - b) ** 2), jnp.sum(a**2)])

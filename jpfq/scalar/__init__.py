@@ -12,6 +12,7 @@ from .grid import Levels as Levels
 from .grid import Symmetric as Symmetric
 from .grid import Ternary as Ternary
 from .grid import grid_of_bits as grid_of_bits
+from .pytree import register_dataclass as register_dataclass
 from .rounding import Nearest as Nearest
 from .rounding import Rounding as Rounding
 from .scale import AbsMax as AbsMax

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
+
+from .pytree import register_dataclass
 
 Number = Any  # a Python number, or a traced scalar where a sweep runs over it
 
@@ -154,6 +155,10 @@ class Infinite(Grid):
         return Alphabet(lo=-UNBOUNDED, hi=UNBOUNDED, zero=0, reach=None)
 
     @property
+    def levels(self):
+        return math.inf
+
+    @property
     def log2_levels(self):
         return math.inf
 
@@ -228,11 +233,13 @@ def is_number(x) -> bool:
 
 def _check_bits(bits, name, least=1, remedy=""):
     wrong_type = isinstance(bits, (bool, str))
-    if wrong_type or (is_number(bits) and (bits != int(bits) or not least <= bits <= MAX_BITS)):
+    if wrong_type or (
+        is_number(bits) and (not math.isfinite(bits) or bits != int(bits) or not least <= bits <= MAX_BITS)
+    ):
         raise ValueError(f"{name} takes an integer number of bits from {least} to {MAX_BITS}; got {bits!r}.{remedy}")
 
 
 def _check_count(count, name, least):
     wrong_type = isinstance(count, (bool, str))
-    if wrong_type or (is_number(count) and (count != int(count) or count < least)):
+    if wrong_type or (is_number(count) and (not math.isfinite(count) or count != int(count) or count < least)):
         raise ValueError(f"{name} takes an integer of at least {least}; got {count!r}.")

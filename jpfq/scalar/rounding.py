@@ -9,9 +9,9 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
-from jax.tree_util import register_dataclass
 
 from .grid import Levels
+from .pytree import register_dataclass
 
 
 class Rounding(abc.ABC):

@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
 from .grid import Grid, Levels, Number, is_number
+from .pytree import register_dataclass
 
 
 def _static(default):

@@ -34,11 +34,11 @@ class CNN(linen.Module):
 
 
 class MLP(nnx.Module):
-    """Four dense layers."""
+    """Six dense layers."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in ((64, 256), (256, 256), (256, 256))])
-        self.head = nnx.Linear(256, 10, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in ((64, 128), *[(128, 128)] * 4)])
+        self.head = nnx.Linear(128, 10, rngs=rngs)
 
     def __call__(self, x):
         x = x.reshape(x.shape[0], -1)

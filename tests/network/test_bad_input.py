@@ -1,0 +1,188 @@
+"""Input that cannot be used: an error that says what was given, what was expected and what to do, before any work."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import jpfq
+from tests.network import zoo
+
+X = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
+PARAMS = {"layer_1": {"kernel": np.ones((4, 3), np.float32)}, "layer_2": {"kernel": np.ones((3, 2), np.float32)}}
+
+
+def two_layers(params, x):
+    return jnp.tanh(x @ params["layer_1"]["kernel"]) @ params["layer_2"]["kernel"]
+
+
+def quantize(batches=(X,), rules=4, params=PARAMS, fn=two_layers, **kwargs):
+    return jpfq.quantize(fn, list(batches), rules, params=params, **kwargs)
+
+
+def test_the_baseline_of_these_tests_works():
+    assert set(quantize().tensors) == {"layer_1/kernel", "layer_2/kernel"}
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "batches is empty"),
+        ([X, X * np.nan], "Batch 1 holds NaN or infinity"),
+        ([X, X, np.full_like(X, np.inf)], "Batch 2 holds NaN or infinity"),
+        ([X, (X, X)], "Batch 1 has the structure"),
+        ([X, X[:, :3]], r"Batch 1 has an input of shape \(batch, 3\).*first has \(batch, 4\)"),
+        ([X, X.astype(np.int32)], "int32"),
+        ([(X, "eval")], "'eval', which is no array.*kwargs"),
+        ([{"x": X, "train": False}], "False, which is no array.*kwargs"),
+        ([jpfq.Weighted(X, np.ones(7))], r"row weights of shape \(7,\).*\(10, 4\)"),
+        ([jpfq.Weighted(X, -np.ones(10))], "negative or not finite"),
+    ],
+)
+def test_batches(batches, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(batches)
+
+
+def test_an_array_is_not_a_list_of_batches():
+    with pytest.raises(ValueError, match=r"did you mean \[x\]"):
+        jpfq.quantize(two_layers, X, 4, params=PARAMS)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named(bad):
+    params = {**PARAMS, "layer_2": {"kernel": np.full((3, 2), bad, np.float32)}}
+    with pytest.raises(ValueError, match=r"layer_2/kernel holds NaN or infinity"):
+        quantize(params=params)
+
+
+def test_data_that_overflow_on_the_way_name_the_site():
+    fn = lambda params, x: jnp.exp(1e3 * (x @ params["layer_1"]["kernel"])) @ params["layer_2"]["kernel"]
+    with pytest.raises(ValueError, match=r"layer_2/kernel overflow"):
+        quantize(fn=fn)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.complex64])
+def test_integer_and_complex_weights_are_refused(dtype):
+    params = {**PARAMS, "layer_2": {"kernel": np.ones((3, 2), dtype)}}
+    fn = lambda params, x: jnp.real(two_layers(params, x))
+    with pytest.raises(ValueError, match=rf"layer_2/kernel: holds {np.dtype(dtype)}"):
+        quantize(params=params, fn=fn, rules=[jpfq.Rule("layer_1/.*", skip=True), jpfq.Rule("layer_2/.*", bits=4)])
+    assert "holds" in quantize(params=params, fn=fn).skipped["layer_2/kernel"]
+
+
+@pytest.mark.parametrize("bits", [0, 17, -1, 2.5, "4", None, True, [], [4]])
+def test_bits_out_of_range(bits):
+    with pytest.raises(ValueError, match=r"bits|rules"):
+        quantize(rules=bits)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([("layer_3/.*", {"bits": 4})], r"matches no parameter. Did you mean 'layer_[12]/kernel'"),
+        ([("kernel", {"bits": 4})], "matched against the whole path"),
+        ([(".*", {"bits": 4}), ("layer_1/.*", {"bits": 8})], "Rule 1 .* decides nothing: rule 0"),
+        ([(".*", {"skip": True})], "Nothing in this model is to be quantized"),
+        ([("(", {"bits": 4})], "regular expression"),
+        ([(".*", {})], "bits=... or grid="),
+        ([(".*", {"bits": 4, "grid": jpfq.Ternary()})], "one of them"),
+        ([(".*", {"bits": 4, "method": jpfq.GPFQ})], r"did you mean jpfq.GPFQ\(\)"),
+        ([(".*", {"bits": 4, "scale": "absmax"})], r"scale takes a Scale, such as jpfq.AbsMax\(\)"),
+        ([(".*", {"skip": True, "bits": 4})], r"skips its kernels, so \['bits'\] mean nothing"),
+        ([(".*", {"bits": 4, "form": "rows"})], "form is"),
+        ([(".*", {"bits": 4, "unsupported": "ignore"})], "unsupported is"),
+        ([(".*", {"bits": 4, "method": jpfq.MSQ(), "form": "data"})], "no data form"),
+    ],
+)
+def test_rules(rules, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(rules=[jpfq.Rule(pattern, **settings) for pattern, settings in rules])
+
+
+def test_a_rule_that_names_what_cannot_be_quantized():
+    case = zoo.computed()
+    run = lambda *rules: jpfq.quantize(case.model, case.batches, list(rules), **case.given)
+    rest = jpfq.Rule(".*", bits=8)
+    with pytest.raises(
+        ValueError, match=r"(?s)names kernels that cannot be quantized.*shared: shared: used by 2 products"
+    ):
+        run(jpfq.Rule("shared", bits=8), rest)
+    with pytest.raises(ValueError, match=r"cannot be quantized"):
+        run(jpfq.Rule(".*", bits=8, unsupported="error"))
+    assert "shared" in run(jpfq.Rule("shared", bits=8, unsupported="skip"), rest).skipped
+    assert "skips it" in run(jpfq.Rule("shared", skip=True), rest).skipped["shared"]
+
+
+def test_a_model_with_nothing_to_quantize():
+    with pytest.raises(ValueError, match=r"(?s)cannot be quantized.*table: used by gather"):
+        quantize([np.zeros(3, np.int32)], params={"table": np.ones((5, 2), np.float32)}, fn=lambda p, i: p["table"][i])
+    with pytest.raises(ValueError, match=r"no matrix products|matches no"):
+        quantize(params={"scale": np.ones(4, np.float32)}, fn=lambda p, x: p["scale"] * x)
+
+
+def test_a_step_of_zero_under_weights_names_the_kernel_and_an_all_zero_neuron_does_not():
+    W = np.zeros((4, 3), np.float32)
+    W[0, 1] = 1.0
+    with pytest.raises(ValueError, match=r"Median.* gives a step of zero under weights of layer_1/kernel"):
+        quantize(rules=jpfq.Rule(".*", bits=4, scale=jpfq.Median(3.0)), params={**PARAMS, "layer_1": {"kernel": W}})
+    quantized = quantize(params={**PARAMS, "layer_1": {"kernel": W}})
+    np.testing.assert_array_equal(quantized.params["layer_1"]["kernel"][:, [0, 2]], 0)
+    assert np.isfinite(quantized.output_error)
+
+
+def test_models_and_their_parameters():
+    module = nn.Dense(3)
+    variables = module.init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=r"needs its variables"):
+        jpfq.quantize(module, [X], 4)
+    with pytest.raises(ValueError, match=r"collection 'params'.*\['bias', 'kernel'\]"):
+        jpfq.quantize(module, [X], 4, variables=variables["params"])
+    with pytest.raises(ValueError, match=r"takes variables; got params"):
+        jpfq.quantize(module, [X], 4, params=variables)
+    with pytest.raises(ValueError, match=r"needs its parameters"):
+        jpfq.quantize(two_layers, [X], 4)
+    with pytest.raises(ValueError, match=r"neither variables nor params"):
+        jpfq.quantize(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), [X], 4, params={})
+    with pytest.raises(ValueError, match=r"model is a Linen module"):
+        jpfq.quantize("resnet", [X], 4, params={})
+
+
+class Training(nn.Module):
+    """A Linen model that is still in training: of dropout or of BatchNorm."""
+
+    dropout: bool
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4)(x)
+        return nn.Dropout(0.5, deterministic=False)(x) if self.dropout else nn.BatchNorm(use_running_average=False)(x)
+
+
+@pytest.mark.parametrize(("dropout", "message"), [(True, "Dropout.*deterministic"), (False, "BatchNorm.*train")])
+def test_linen_models_in_training_are_refused(dropout, message):
+    model = Training(dropout)
+    variables = model.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, X)
+    with pytest.raises(ValueError, match=message):
+        jpfq.quantize(model, [X], 4, variables=variables)
+
+
+@pytest.mark.parametrize("part", ["drop", "norm"])
+def test_nnx_models_in_training_are_refused(part):
+    case = zoo.mlp()
+    getattr(case.model, part).train()
+    with pytest.raises(ValueError, match=rf"'{part}/.*model\.eval\(\)"):
+        jpfq.quantize(case.model, case.batches, 4)
+
+
+def test_weights_that_do_not_fit_a_layer_name_it():
+    fn = lambda params, x: x.reshape(5, 8) @ params
+    with pytest.raises(ValueError, match=r"Row weights of shape \(10,\) do not fit the rows \(5,\) that reach kernel"):
+        jpfq.quantize(
+            lambda p, x: fn(p["kernel"], x),
+            [jpfq.Weighted(X, np.ones(10))],
+            4,
+            params={"kernel": np.ones((8, 3), np.float32)},
+        )

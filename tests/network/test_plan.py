@@ -1,0 +1,122 @@
+"""`plan`: what quantize will do, from shapes alone."""
+
+import itertools
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jpfq
+from tests.network import zoo
+
+
+@pytest.mark.parametrize("name", ["mlp", "scanned"])
+def test_a_plan_says_what_quantize_does(name):
+    case = zoo.CASES[name]()
+    plan = jpfq.plan(case.model, case.batches[0], 4, batches=3, **case.given)
+    quantized = jpfq.quantize(case.model, case.batches, 4, **case.given)
+    assert {line.path for line in plan.lines} == set(quantized.tensors)
+    assert plan.skipped == quantized.skipped
+    for path in [*quantized.tensors, *quantized.skipped]:
+        assert path in str(plan)
+
+
+def test_a_plan_refuses_what_quantize_refuses():
+    case = zoo.cnn()
+    with pytest.raises(ValueError, match="Did you mean 'Dense_0/kernel'"):
+        jpfq.plan(case.model, case.batches[0], jpfq.Rule("Dens_0/kernel", bits=4), **case.given)
+
+
+def decoder(depth, width, heads, kv_heads, hidden, vocabulary, dtype):
+    """A decoder in the shapes of the Llama family, as a function and abstract parameters."""
+    shape, head = (lambda *s: jax.ShapeDtypeStruct(s, dtype)), width // heads
+    names = {
+        "q": (width, heads, head),
+        "k": (width, kv_heads, head),
+        "v": (width, kv_heads, head),
+        "o": (heads, head, width),
+    }
+    names |= {
+        "gate": (width, hidden),
+        "up": (width, hidden),
+        "down": (hidden, width),
+        "norm1": (width,),
+        "norm2": (width,),
+    }
+    params = {f"layer_{i}": {name: shape(*s) for name, s in names.items()} for i in range(depth)}
+    params |= {"embed": shape(vocabulary, width), "head": shape(width, vocabulary)}
+    norm = lambda x, scale: scale * x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-5)
+
+    @jax.checkpoint
+    def block(p, x):
+        h = norm(x, p["norm1"])
+        q, k, v = (jnp.einsum("bsd,dhk->bshk", h, p[name]) for name in "qkv")
+        k, v = (jnp.repeat(t, heads // kv_heads, axis=2) for t in (k, v))
+        causal = jnp.tri(x.shape[1], dtype=bool)
+        scores = jax.nn.softmax(jnp.where(causal, jnp.einsum("bshk,bthk->bhst", q, k), -1e9))
+        x = x + jnp.einsum("bshk,hkd->bsd", jnp.einsum("bhst,bthk->bshk", scores, v), p["o"])
+        h = norm(x, p["norm2"])
+        return x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
+
+    def fn(params, tokens):
+        x = params["embed"][tokens]
+        for i in range(depth):
+            x = block(params[f"layer_{i}"], x)
+        return x @ params["head"]
+
+    return fn, params
+
+
+def test_a_decoder_of_eight_billion_parameters_is_planned_without_allocating():
+    fn, params = decoder(32, 4096, 32, 8, 14336, 128256, jnp.bfloat16)
+    before = {id(x) for x in jax.live_arrays()}
+    rules = [jpfq.Rule("head", skip=True), jpfq.Rule(".*", bits=4)]
+    plan = jpfq.plan(fn, jax.ShapeDtypeStruct((4, 2048), jnp.int32), rules, params=params, batches=32)
+    assert len(plan.lines) == 32 * 7
+    assert sum(np.prod(line.dims) for line in plan.lines) == 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert set(plan.skipped) == {"head", "embed"}
+    assert sum(x.nbytes for x in jax.live_arrays() if id(x) not in before) < 2**20
+    assert plan.lines[0].rows == 32 * 4 * 2048
+    # the float and the quantized activations that wait before `down`, and nothing near as large as the logits
+    assert 2 * 32 * 4 * 2048 * 14336 * 2 < plan.memory < 2 * 32 * 4 * 2048 * 128256 * 2
+
+
+class PeakOfArrays:
+    """The most bytes of live arrays that a thread sees while the body runs."""
+
+    def __enter__(self):
+        self.peak, self.running = 0, True
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while self.running:
+            self.peak = max(self.peak, sum(x.nbytes for x in jax.live_arrays()))
+            time.sleep(0.002)
+
+    def __exit__(self, *_):
+        self.running = False
+        self.thread.join()
+
+
+def test_activations_and_parameters_in_the_estimate_are_those_that_live():
+    """On a model whose memory is activations and parameters, not the workspace of compiled functions, which hides."""
+    widths = (256, 512, 384, 16)
+    params = {f"layer_{i}": zoo.normal(i, a, b) / np.sqrt(a) for i, (a, b) in enumerate(itertools.pairwise(widths))}
+
+    def fn(params, x):
+        for i in range(3):
+            x = jnp.tanh(x @ params[f"layer_{i}"])
+        return x
+
+    data = [np.asarray(zoo.normal(i, 1000, 256)) for i in range(10)]
+    base = sum(x.nbytes for x in jax.live_arrays()) - sum(p.nbytes for p in params.values())
+    with PeakOfArrays() as seen:
+        quantized = jpfq.quantize(fn, data, 4, params=params)
+    plan = jpfq.plan(fn, data[0], 4, params=params, batches=10)
+    assert 0.75 < plan.memory / (seen.peak - base) < 1.25
+    assert quantized.peak_bytes < plan.memory

@@ -1,0 +1,302 @@
+"""`quantize` on whole models: drop-in results, the codes of a layer-by-layer loop in NumPy, no recompilation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import jpfq
+from jpfq.network import walk as walk_module
+from jpfq.network.stream import Stream
+from tests.network import zoo
+from tests.reference import gpfq as reference
+
+SYMMETRIC = jpfq.Rule(".*", grid=jpfq.Symmetric(4), scale=jpfq.AbsMax(0.8))
+
+
+@pytest.fixture
+def compilations():
+    """Counts XLA compilations: a list that grows by one with each."""
+    seen = []
+    listener = lambda event, duration, **_: seen.append(event) if event.endswith("backend_compile_duration") else None
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    return seen
+
+
+def codes_of(W, X, Xq, step):
+    """Codes -4 .. 4 by the reference loop, with one step per neuron."""
+    levels = reference.level_lists(W.shape, step[None], range(-4, 5), np.zeros((1, 1)))
+    return reference.gpfq_state(W, X, Xq, levels).index - 4
+
+
+def parameters(case, quantized):
+    """Paths and leaves of the parameters that came back."""
+    return jax.tree_util.tree_leaves_with_path(quantized.params), jax.tree_util.tree_leaves_with_path(
+        case.variables["params"] if case.variables is not None else nnx.state(case.model, nnx.Param)
+    )
+
+
+@pytest.mark.parametrize("name", zoo.CASES)
+def test_every_model_comes_back_whole(name, monkeypatch):
+    case = zoo.CASES[name]()
+    streamed = []
+    finish = Stream.finish
+
+    def recording(self):
+        for pair in finish(self):
+            streamed.append(pair)
+            yield pair
+
+    monkeypatch.setattr(Stream, "finish", recording)
+    quantized = jpfq.quantize(case.model, case.batches, 8, **case.given)
+
+    assert set(quantized.tensors) == set(quantized.info) == case.kernels
+    assert set(quantized.skipped) == case.left
+    after, before = parameters(case, quantized)
+    assert [path for path, _ in after] == [path for path, _ in before]
+    for (path, new), (_, old) in zip(after, before):
+        assert (new.shape, new.dtype) == (old.shape, old.dtype), path
+
+    dropped_in = quantized.variables if case.variables is not None else quantized.model
+    given = case.variables if case.variables is not None else case.model
+    for batch, (exact, quant) in zip(case.batches, streamed, strict=True):
+        scale = float(jnp.abs(exact[0]).max())
+        np.testing.assert_allclose(case(given, batch), exact[0], atol=2e-5 * scale)
+        np.testing.assert_allclose(case(dropped_in, batch), quant[0], atol=2e-5 * scale)
+    assert 0 < quantized.output_error < 0.02
+
+
+def test_codes_equal_a_layer_by_layer_reference(x64):
+    """Exactly, in float64: the reference runs both networks forward for every layer and follows the path on rows."""
+    generator = np.random.default_rng(0)
+    weights = [generator.normal(size=s) for s in ((12, 20), (20, 16), (16, 5))]
+    data = [generator.normal(size=(40, 12)) for _ in range(3)]
+    fn = lambda params, x: jnp.maximum(jnp.maximum(x @ params["a"], 0) @ params["b"], 0) @ params["c"]
+    quantized = jpfq.quantize(fn, data, SYMMETRIC, params=dict(zip("abc", map(jnp.asarray, weights))))
+
+    X = Xq = np.concatenate(data)
+    for name, W in zip("abc", weights):
+        step = 0.8 * np.abs(W).max(0) / 4
+        codes = codes_of(W, X, Xq, step)
+        np.testing.assert_array_equal(quantized.tensors[name].codes, codes)
+        q = codes * step
+        np.testing.assert_array_equal(quantized.params[name], quantized.tensors[name].dequantize())
+        np.testing.assert_allclose(quantized.params[name], q, rtol=1e-14)
+        expected = np.linalg.norm(X @ W - Xq @ q) / np.linalg.norm(X @ W)
+        np.testing.assert_allclose(quantized.info[name].relative_error, expected, rtol=1e-9)
+        X, Xq = np.maximum(X @ W, 0), np.maximum(Xq @ q, 0)
+    last = np.concatenate([fn(dict(zip("abc", weights)), x) for x in data])
+    lossy = np.concatenate([fn(quantized.params, x) for x in data])
+    np.testing.assert_allclose(quantized.output_error, np.linalg.norm(last - lossy) / np.linalg.norm(last), rtol=1e-9)
+
+
+def test_convolutions_follow_their_true_patches(x64):
+    """Stride, padding, dilation and feature groups: codes equal the reference on im2col rows."""
+    generator = np.random.default_rng(1)
+    W, x = generator.normal(size=(3, 2, 4, 6)), generator.normal(size=(5, 9, 8, 8))
+
+    def fn(params, x):
+        return jax.lax.conv_general_dilated(
+            x, params["w"], (2, 1), ((1, 2), (0, 1)), rhs_dilation=(2, 1), dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=2,
+        )  # fmt: skip
+
+    quantized = jpfq.quantize(fn, [x], SYMMETRIC, params={"w": jnp.asarray(W)})
+    patches = reference.im2col(x, (3, 2), (2, 1), ((1, 2), (0, 1)), (2, 1), (1, 1), 2)
+    for group, X in enumerate(patches.reshape(2, -1, patches.shape[-1])):
+        part = W[..., group * 3 : group * 3 + 3].reshape(-1, 3)
+        codes = codes_of(part, X, X, 0.8 * np.abs(part).max(0) / 4)
+        got = np.asarray(quantized.tensors["w"].codes)[..., group * 3 : group * 3 + 3].reshape(-1, 3)
+        np.testing.assert_array_equal(got, codes)
+
+
+def test_a_stack_of_layers_gives_the_codes_of_its_layers(x64):
+    scanned, data = zoo.scanned(), [jnp.asarray(b, jnp.float64) for b in zoo.batches(32, 16)]
+    variables = jax.tree.map(lambda p: p.astype(jnp.float64), scanned.variables)
+    layers = variables["params"]["layers"]
+    single = {f"layer_{i}": jax.tree.map(lambda p: p[i], layers) for i in range(4)} | {
+        "head": variables["params"]["head"]
+    }
+    one = jpfq.quantize(scanned.model, data, SYMMETRIC, variables=variables)
+    two = jpfq.quantize(zoo.Unrolled(), data, SYMMETRIC, variables={"params": single})
+    for name in ("Dense_0", "Dense_1"):
+        stacked = one.tensors[f"layers/{name}/kernel"]
+        for i in range(4):
+            alone = two.tensors[f"layer_{i}/{name}/kernel"]
+            np.testing.assert_array_equal(stacked.codes[i], alone.codes)
+            np.testing.assert_array_equal(stacked.step[i], alone.step)
+    assert one.output_error == pytest.approx(two.output_error, rel=1e-9)
+
+
+def test_linen_and_nnx_give_the_same_codes(x64):
+    class Twin(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(5, name="b", param_dtype=jnp.float64)(
+                nn.relu(nn.Dense(9, name="a", param_dtype=jnp.float64)(x))
+            )
+
+    class Other(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Linear(6, 9, param_dtype=jnp.float64, rngs=rngs)
+            self.b = nnx.Linear(9, 5, param_dtype=jnp.float64, rngs=rngs)
+
+        def __call__(self, x):
+            return self.b(nnx.relu(self.a(x)))
+
+    other, data = Other(nnx.Rngs(0)), [zoo.normal(1, 30, 6).astype(jnp.float64)]
+    params = {
+        name: {"kernel": getattr(other, name).kernel[...], "bias": getattr(other, name).bias[...]} for name in "ab"
+    }
+    one = jpfq.quantize(Twin(), data, 3, variables={"params": params})
+    two = jpfq.quantize(other, data, 3)
+    for name in ("a/kernel", "b/kernel"):
+        np.testing.assert_array_equal(one.tensors[name].codes, two.tensors[name].codes)
+
+
+def test_experts_are_quantized_each_on_its_own_data(x64):
+    W = np.random.default_rng(0).normal(size=(3, 8, 4))
+    x = np.random.default_rng(1).normal(size=(3, 20, 8))
+    fn = lambda params, x: jnp.einsum("ebd,edf->ebf", x, params["w"])
+    tensor = jpfq.quantize(fn, [x], SYMMETRIC, params={"w": jnp.asarray(W)}).tensors["w"]
+    assert tensor.step.shape == (3, 1, 4)
+    for e in range(3):
+        alone, _ = jpfq.solve(W[e], jpfq.Gram.from_data(x[e]), grid=jpfq.Symmetric(4), scale=jpfq.AbsMax(0.8))
+        np.testing.assert_array_equal(tensor.codes[e], alone.codes)
+
+
+def test_a_smaller_last_batch_counts_like_the_others(x64):
+    fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
+    params = {"a": zoo.normal(0, 8, 12).astype(jnp.float64), "b": zoo.normal(1, 12, 3).astype(jnp.float64)}
+    x = zoo.normal(2, 50, 8).astype(jnp.float64)
+    whole = jpfq.quantize(fn, [x], SYMMETRIC, params=params)
+    split = jpfq.quantize(fn, iter([x[:20], x[20:40], x[40:]]), SYMMETRIC, params=params)
+    for name in "ab":
+        np.testing.assert_array_equal(whole.tensors[name].codes, split.tensors[name].codes)
+    assert whole.output_error == pytest.approx(split.output_error, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 6)])
+@pytest.mark.parametrize("form", ["gram", "data"])
+def test_rows_of_weight_zero_are_left_out(x64, shape, form):
+    """Padding in sequences, merged axes and pooled samples alike."""
+
+    def fn(params, x):
+        x = jnp.tanh(x @ params["a"])
+        x = (x.reshape(-1, 8) @ params["b"]).reshape(x.shape)
+        return x[:, 0] @ params["c"]
+
+    params = {name: zoo.normal(i, 8, 8).astype(jnp.float64) for i, name in enumerate("abc")}
+    x = zoo.normal(9, 4, 6, 8).astype(jnp.float64)
+    weights = np.ones(shape)
+    weights[2:] = 0  # the last two samples are padding
+    rule = jpfq.Rule(".*", bits=3, form=form)
+    masked = jpfq.quantize(fn, [jpfq.Weighted(x, weights)], rule, params=params)
+    kept = jpfq.quantize(fn, [x[:2]], rule, params=params)
+    for name in "abc":
+        np.testing.assert_array_equal(masked.tensors[name].codes, kept.tensors[name].codes)
+
+
+def test_data_and_gram_form_agree(x64):
+    params = {"w": zoo.normal(0, 300, 8).astype(jnp.float64)}
+    x = zoo.normal(1, 20, 300).astype(jnp.float64)
+    fn = lambda params, x: x @ params["w"]
+    forms = {
+        form: jpfq.quantize(fn, [x, x[:5]], jpfq.Rule(".*", bits=3, form=form), params=params)
+        for form in ("gram", "data")
+    }
+    np.testing.assert_array_equal(forms["gram"].tensors["w"].codes, forms["data"].tensors["w"].codes)
+    automatic = jpfq.plan(fn, x, 3, params=params, batches=2)
+    assert automatic.lines[0].form == "data"
+
+
+def test_batches_may_be_arrays_tuples_or_dicts():
+    fn = lambda params, x, scale=1.0: scale * (x @ params)
+    x, params = zoo.normal(0, 10, 4), zoo.normal(1, 4, 3)
+    plain = jpfq.quantize(fn, [x], 4, params=params)
+    for batch in ((x,), [x], {"x": x}, (np.asarray(x), np.float32(2.0)), {"x": x, "scale": np.ones(())}):
+        again = jpfq.quantize(fn, [batch], 4, params=params)
+        np.testing.assert_array_equal(plain.tensors[""].codes, again.tensors[""].codes)
+    assert jpfq.quantize(fn, [x], 4, params=params, kwargs={"scale": 3.0}).tensors[""].shape == (4, 3)
+
+
+def test_the_given_model_is_not_touched():
+    case = zoo.mlp()
+    before = jax.tree.map(np.asarray, nnx.state(case.model, nnx.Param))
+    quantized = jpfq.quantize(case.model, case.batches, 3)
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(case.model, nnx.Param))
+    assert quantized.model is not case.model
+    with pytest.raises(AttributeError, match=r"quantized\.params"):
+        quantized.variables  # noqa: B018
+
+
+def test_parameters_keep_type_and_placement():
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
+    params = {"w": jax.device_put(zoo.normal(0, 8, 6).astype(jnp.bfloat16), placed), "b": jnp.zeros(6, jnp.bfloat16)}
+    fn = lambda params, x: x.astype(jnp.bfloat16) @ params["w"] + params["b"]
+    quantized = jpfq.quantize(fn, [zoo.normal(1, 10, 8)], 4, params=params)
+    assert quantized.params["w"].sharding == placed
+    assert quantized.params["w"].dtype == jnp.bfloat16
+    assert quantized.params["b"] is params["b"]
+
+
+def test_a_second_run_compiles_nothing(compilations):
+    for case in (zoo.lm(), zoo.scanned()):
+        jpfq.quantize(case.model, case.batches, 4, **case.given)
+        compilations.clear()
+        jpfq.quantize(case.model, case.batches, 3, **case.given)  # another width is the same program
+        assert compilations == []
+
+
+def test_compilations_do_not_grow_with_depth(compilations):
+    counts = []
+    for depth in (2, 4):
+        case = zoo.lm(depth)
+        jax.clear_caches()
+        walk_module._known_runs.clear()
+        compilations.clear()
+        jpfq.quantize(case.model, case.batches, 4, **case.given)
+        counts.append(len(compilations))
+    assert counts[0] == counts[1] > 0
+
+
+def test_gpfq_beats_rounding_on_every_output():
+    case = zoo.mlp(jnp.float32)
+    errors = {
+        name: jpfq.quantize(case.model, case.batches, jpfq.Rule(".*", bits=3, method=method), **case.given).output_error
+        for name, method in {"msq": jpfq.MSQ(), "gpfq": jpfq.GPFQ()}.items()
+    }
+    assert errors["gpfq"] < 0.8 * errors["msq"]
+
+
+def test_the_summary_lists_every_kernel_and_what_was_left():
+    case = zoo.lm()
+    text = jpfq.quantize(case.model, case.batches, 4, **case.given).summary()
+    for path in case.kernels | case.left:
+        assert path in text
+    assert "tied: used by a product and by gather" in text
+
+
+def test_per_group_scales_land_on_the_kernel():
+    """Groups of input coordinates in a kernel of rank 3 whose contracted axes are merged."""
+    W, x = zoo.normal(0, 4, 8, 6), zoo.normal(1, 20, 4, 8)
+    fn = lambda params, x: jnp.einsum("bhd,hdo->bo", x, params["w"])
+    rule = jpfq.Rule(".*", bits=4, scale=jpfq.AbsMax(per=jpfq.PerGroup(4)))
+    quantized = jpfq.quantize(fn, [x], rule, params={"w": W})
+    tensor = quantized.tensors["w"]
+    assert tensor.step.shape == (4, 2, 6)
+    np.testing.assert_allclose(tensor.step, np.abs(np.asarray(W).reshape(4, 2, 4, 6)).max(2) / 7, rtol=1e-6)
+    np.testing.assert_array_equal(quantized.params["w"], tensor.dequantize())
+
+
+def test_a_per_tensor_scale_is_one_number_for_all_groups():
+    W, x = zoo.normal(0, 3, 3, 1, 6), zoo.normal(1, 4, 8, 8, 6)
+    fn = lambda params, x: jax.lax.conv_general_dilated(
+        x, params, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=6
+    )
+    tensor = jpfq.quantize(fn, [x], jpfq.Rule(".*", bits=4, scale=jpfq.Median(3.0)), params=W).tensors[""]
+    assert tensor.step.shape == (1, 1, 1, 1)
+    np.testing.assert_allclose(tensor.step.item(), 3 * np.median(np.abs(W)) / 7, rtol=1e-6)

@@ -1,0 +1,104 @@
+"""The four layers import only from their left, and each outside package only where it belongs."""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1] / "jpfq"
+FILES = sorted(ROOT.rglob("*.py"))
+LAYERS = ("scalar", "matrix", "network", "study")  # each may import from itself and from its left
+
+ONLY_IN = {
+    "flax": {"network/linen.py", "network/nnx.py", "study/demo.py", "study/models.py"},
+    "optax": {"study/demo.py", "study/models.py"},
+    "matplotlib": {"study/plot.py"},
+}
+
+
+def imported(path):
+    """Absolute dotted names of everything a file imports, wherever in the file."""
+    package = ("jpfq", *path.relative_to(ROOT).parent.parts)
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = (*base, *(node.module.split(".") if node.module else ()))
+            names |= {".".join((*module, alias.name)) for alias in node.names}
+    return names
+
+
+def layer_of(name):
+    """The layer a dotted name of jpfq lies in; None for other packages and the top."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "jpfq" and len(parts) > 1 and parts[1] in LAYERS else None
+
+
+def wrong(path):
+    """Complaints about the imports of a file."""
+    here = path.relative_to(ROOT).as_posix()
+    layer = here.split("/")[0] if "/" in here else None
+    for name in sorted(imported(path)):
+        top = name.split(".")[0]
+        if layer and top == "jpfq":
+            target = layer_of(name)
+            if target is None:
+                yield f"{here} imports {name}, the whole package"
+            elif LAYERS.index(target) > LAYERS.index(layer):
+                yield f"{here} imports {name}, to the right"
+        if top in ONLY_IN and here not in ONLY_IN[top]:
+            yield f"{here} imports {name}"
+        if name.startswith("jax._src") or top == "jaxlib":
+            yield f"{here} imports {name}, which is private to JAX"
+        known = {"jax", "numpy", "jpfq"} | sys.stdlib_module_names
+        if layer in ("scalar", "matrix") and top not in known:
+            yield f"{here} imports {name}, neither jax, numpy nor the standard library"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_only_from_the_left(path):
+    assert list(wrong(path)) == []
+
+
+@pytest.mark.parametrize("layer", ["scalar", "matrix"])
+def test_settings_are_registered_so_that_their_class_counts(layer):
+    """See jpfq/scalar/pytree.py: with JAX's own `register_dataclass` two classes may share a compiled program."""
+    for path in (ROOT / layer).glob("*.py"):
+        assert "jax.tree_util.register_dataclass" not in imported(path), path.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_names_nothing_private_of_jax(path):
+    attributes = {ast.unparse(n) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+    assert not {a for a in attributes if a.startswith("jax._src")}
+
+
+def test_all_layers_are_there():
+    assert {p.relative_to(ROOT).parts[0] for p in FILES if p.parent != ROOT} == set(LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "complaint"),
+    [
+        ("scalar/x.py", "from ..matrix import solve", "to the right"),
+        ("matrix/x.py", "import jpfq.network.walk", "to the right"),
+        ("matrix/x.py", "from jpfq import quantize", "whole package"),
+        ("network/x.py", "def f():\n    from flax import nnx", "imports flax"),
+        ("study/x.py", "import matplotlib.pyplot as plt", "imports matplotlib"),
+        ("network/x.py", "from jax._src.core import Var", "private"),
+        ("scalar/x.py", "import scipy.linalg", "neither"),
+        ("matrix/x.py", "from ..scalar import Grid", None),
+        ("network/linen.py", "import flax.linen as nn", None),
+        ("scalar/x.py", "import abc, math, numpy as np\nfrom jax import lax\nfrom .grid import Grid", None),
+    ],
+)
+def test_the_check_itself_sees(tmp_path, monkeypatch, file, line, complaint):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / file
+    path.parent.mkdir()
+    path.write_text(line + "\n")
+    found = list(wrong(path))
+    assert any(complaint in c for c in found) if complaint else not found

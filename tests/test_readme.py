@@ -1,0 +1,52 @@
+"""The README is true: every block of code in it runs, in order, and every command is one that exists."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from jpfq.study.cli import main
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_python_blocks_run_in_order(capsys):
+    namespace: dict = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in blocks("python"):
+            if not block.startswith("# mymodel.py"):
+                exec(compile(block, "README.md", "exec"), namespace)
+    assert "hidden/kernel" in capsys.readouterr().out
+    assert namespace["errors"].shape == (6,)
+
+
+def test_the_command_for_an_own_model_runs(tmp_path, monkeypatch, capsys):
+    (own,) = [block for block in blocks("python") if block.startswith("# mymodel.py")]
+    (tmp_path / "mymodel.py").write_text(own)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (command,) = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("jpfq quantize")]
+    assert main(command.split()[1:]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("Ternary()", "Integer(4)", "kernels quantized to"))
+
+
+def test_the_first_commands_are_those_of_ci_and_cli():
+    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    assert commands[0].endswith("&& jpfq demo")
+    install_and_test = commands[1]
+    assert install_and_test.split(" && ")[1] == "pytest"
+    extra = re.search(r"'\.\[(\w+)\]'", install_and_test)
+    assert extra
+    assert f"-e '.[{extra[1]}]' && pytest" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)]+)\)", TEXT) + re.findall(r"`(bench/\w+\.py)`", TEXT))
+def test_files_it_points_to_exist(target):
+    assert (ROOT / target).exists()
