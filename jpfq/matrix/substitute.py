@@ -81,10 +81,11 @@ def substitute(A: jax.Array, L: jax.Array | None, recursion: Recursion, *, block
         A: target (in, out).
         L: feedback (in, in), strictly lower triangular; None means 0.
         recursion: grid, rounding and indices of the coordinates.
-        block: coordinates per block; None runs the plain scan. Changes the cost, never the codes.
+        block: coordinates per block; None runs the plain scan, and so do two blocks or fewer. Changes the cost, and the
+            codes only where rounding errors decide a tie.
     """
     n, index = A.shape[0], recursion.order
-    if L is None or block is None or block >= n:
+    if L is None or block is None or n <= 2 * block:
         return recursion.scan(A, L, index, recursion.start())[1]
     blocks = -(-n // block)
     more = blocks * block - n  # dead coordinates: they change nothing

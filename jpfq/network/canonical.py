@@ -8,6 +8,7 @@ jaxprs included.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .compat import inner_jaxprs, is_jaxpr, is_literal, opened
@@ -20,7 +21,9 @@ def canonical(x: Any) -> Any:
     if is_jaxpr(x):
         return _jaxpr(x)
     if isinstance(x, (np.ndarray, np.generic, jax.Array)):
-        array = np.asarray(x)
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.extended)
+        with jax.ensure_compile_time_eval():
+            array = np.asarray(jax.random.key_data(x) if is_key else x)
         return "array", array.shape, str(array.dtype), array.tobytes()
     if isinstance(x, dict):
         return "dict", tuple((k, canonical(v)) for k, v in sorted(x.items(), key=lambda item: str(item[0])))

@@ -105,7 +105,7 @@ def _line(site: Site, analysis: Analysis, batches: int) -> Line:
         return Line(site.path, dims, rows, recipe, "data", 4 * work, 6.0 * B * rows * n * (out + (recipe.block or n)))
     matrices = 3 if networks == 2 else 1  # H, C, drift
     copies = (2 + (0 if isinstance(recipe.order, Natural) else matrices)) if recipe.method.local else 0
-    gather = per_batch * n * (patches * networks + networks - 1) + 2 * matrices * n * n
+    gather = per_batch * n * (patches * networks + networks - 1) + 3 * matrices * n * n
     solve = (matrices + copies) * n * n + 9 * n * out
     products = 4.0 if recipe.method.local else 0.0
     flops = B * (2.0 * matrices * rows * n * n + products * n * n * out)
@@ -133,7 +133,7 @@ def _peak(analysis: Analysis, lines: Sequence[Line], batches: int) -> int:
             waiting = (batches - 1) * max(before, sum(live.values()))
             workspace = max(lines[i].workspace for i in groups[number])
             peak = max(peak, codes + waiting + moving, codes + batches * sum(live.values()) + workspace)
-            codes += sum(_bytes(analysis.sites[i].weight) for i in groups[number])
+            codes += sum(analysis.sites[i].weight.aval.size for i in groups[number])
         else:  # outputs are compared and let go batch by batch
             peak = max(peak, codes + (batches - 1) * before + moving)
         start = end

@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
 from .canonical import canonical
 from .compat import bind, call_body, inner_jaxprs, is_literal, opened, scan_arity
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot")
+DRAWS = ("random_bits", "random_gamma", "threefry2x32", "rng_bit_generator", "rng_uniform")
 UNROLL = 1024  # longest stack of layers that is unrolled
 
 
@@ -125,7 +125,7 @@ class _Inliner:
         """Binds an equation, or returns what an equal one gave."""
         if eqn.effects:
             return bind(eqn, values)
-        identity = tuple(id(v) if isinstance(v, Tracer) else canonical(v) for v in values)
+        identity = tuple(id(v) if isinstance(v, jax.Array) else canonical(v) for v in values)
         key = (canonical(eqn), identity)
         if key not in self.seen:
             self.seen[key] = bind(eqn, values), values
@@ -175,7 +175,7 @@ def _live(jaxpr):
 
 def _refuse_random(equations):
     for eqn in equations:
-        if eqn.primitive.name.startswith(("random_", "threefry", "rng_")):
+        if eqn.primitive.name in DRAWS:
             raise ValueError(
                 f"The model draws random numbers ({eqn.primitive.name}), so the float and the quantized network would see "
                 "different noise. Switch dropout off: pass deterministic=True or train=False (Linen), call model.eval() "

@@ -4,6 +4,7 @@ For each stop (sites that read the same input): advance all batches to it, sum t
 quantized weight into the quantized network. One forward pass of each network in all, whatever the depth.
 """
 
+import collections
 import functools
 import operator
 import zlib
@@ -56,7 +57,9 @@ def walk(
         report: told the path and the relative error of each site that is done.
     """
     first = streams[0]
+    waiting = collections.Counter(site.path for stop in first.stops for site in stop)
     parts: dict[str, list[tuple[Site, Solution]]] = {}
+    tensors, info = {}, {}
     for number, stop in enumerate(first.stops):
         for stream in streams:
             stream.advance(number)
@@ -71,15 +74,13 @@ def walk(
             operand = _operand(solution.q, site.layout, _casts(first, site))
             for stream in streams:
                 stream.install(stream.stops[number][position], operand)
-            done.append((site, solution._replace(q=None)))
+            done.append((site, solution._replace(q=None, codes=solution.codes.astype(code_dtype(recipe.grid)))))
+            if len(done) == waiting[site.path]:
+                leaf = first.program.params[site.leaf].aval
+                tensors[site.path] = _assemble(done, leaf.shape, leaf.dtype, recipe)
+                info[site.path] = Info.join([solution.info for _, solution in parts.pop(site.path)])
             report(site.path, float(solution.info.relative_error))
-    output_error = _output_error(streams)
-    tensors, info = {}, {}
-    for path, done in parts.items():
-        leaf = first.program.params[done[0][0].leaf].aval
-        tensors[path] = _assemble(done, leaf.shape, leaf.dtype, recipes[path])
-        info[path] = Info.join([solution.info for _, solution in done])
-    return Walked(tensors, info, output_error, sum(stream.peak for stream in streams))
+    return Walked(tensors, info, _output_error(streams), sum(stream.peak for stream in streams))
 
 
 class _Gather:
@@ -118,7 +119,7 @@ def _gram(layout, x, xq, weights):
     return each(lambda X, Xq: Gram.from_data(X, Xq, weights), layout.rows(x), None if xq is None else layout.rows(xq))
 
 
-@functools.partial(jax.jit, donate_argnames="total")
+@jax.jit
 def _merge(total, gram):
     return total.merge(gram)
 
@@ -173,7 +174,7 @@ def _operand(q, layout, casts):
 def _assemble(done, shape, dtype, recipe) -> QTensor:
     """The tensor of a parameter from the solutions of its sites."""
     step, zero = (_full(done, shape, lambda s: getattr(s, name)) for name in ("step", "zero"))
-    codes = _full(done, shape, lambda s: s.codes)
+    codes = _full(done, shape, lambda s: s.codes.astype(s.step.dtype))  # only floats can be scattered
     runs = tuple(slice(None, None, run) for run in _runs(done, shape))
     return QTensor(codes.astype(code_dtype(recipe.grid)), step[runs], zero[runs], recipe.grid, np.dtype(dtype))
 

@@ -353,7 +353,10 @@ NAN = float("nan")
         (lambda c: c | {"data": c["X"]}, r"jpfq\.Gram or jpfq\.Rows.*from_data\(X, Xq\)"),
         (lambda c: c | {"data": jpfq.Gram.from_data(c["X"].at[0, 0].set(NAN))}, "holds NaN or infinity"),
         (lambda c: c | {"data": jpfq.Rows(c["X"].at[0, 0].set(NAN))}, "holds NaN or infinity"),
-        (lambda c: c | {"data": jpfq.Gram.from_data(c["X"].at[0, 0].set(NAN), c["X"])}, "The Gram holds NaN or infinity"),
+        (
+            lambda c: c | {"data": jpfq.Gram.from_data(c["X"].at[0, 0].set(NAN), c["X"])},
+            "The Gram holds NaN or infinity",
+        ),
         (lambda c: c | {"data": jpfq.Gram.from_data(c["X"] * 1e25)}, "infinity"),
         (lambda c: c | {"data": jpfq.Rows(c["X"].astype(jnp.complex64))}, "real numbers; got complex64"),
         (lambda c: c | {"bits": None}, "bits=... or grid=..., one of them"),

@@ -300,3 +300,29 @@ def test_a_per_tensor_scale_is_one_number_for_all_groups():
     tensor = jpfq.quantize(fn, [x], jpfq.Rule(".*", bits=4, scale=jpfq.Median(3.0)), params=W).tensors[""]
     assert tensor.step.shape == (1, 1, 1, 1)
     np.testing.assert_allclose(tensor.step.item(), 3 * np.median(np.abs(W)) / 7, rtol=1e-6)
+
+
+def test_boxed_parameters_and_transposed_convolutions():
+    """Parameters in a box with axis names keep it, and their paths do not show it."""
+
+    class Boxed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            names = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+            return nn.ConvTranspose(4, (3, 3), strides=(2, 2))(nn.relu(nn.Dense(16, kernel_init=names)(x)))
+
+    model, x = Boxed(), zoo.normal(0, 8, 5, 5, 6)
+    variables = model.init(jax.random.key(0), x)
+    quantized = jpfq.quantize(model, [x], 8, variables=variables)
+    assert set(quantized.tensors) == {"Dense_0/kernel", "ConvTranspose_0/kernel"}
+    assert isinstance(quantized.variables["params"]["Dense_0"]["kernel"], nn.Partitioned)
+    error = model.apply(quantized.variables, x) - model.apply(variables, x)
+    assert quantized.output_error == pytest.approx(
+        float(jnp.linalg.norm(error) / jnp.linalg.norm(model.apply(variables, x))), rel=1e-3
+    )
+
+
+def test_a_key_that_is_only_carried_along_is_no_random_number():
+    key = jax.random.key(3)
+    fn = lambda params, x: x @ params + jax.random.key_data(key)[0].astype(jnp.float32)
+    assert jpfq.quantize(fn, [zoo.normal(0, 9, 3)], 8, params=zoo.normal(1, 3, 2)).output_error < 0.02
