@@ -23,7 +23,7 @@ def canonical(x: Any) -> Any:
     if isinstance(x, (np.ndarray, np.generic, jax.Array)):
         is_key = jnp.issubdtype(x.dtype, jax.dtypes.extended)
         with jax.ensure_compile_time_eval():
-            array = np.asarray(jax.random.key_data(x) if is_key else x)
+            array = np.asarray(jax.random.key_data(jnp.asarray(x)) if is_key else x)
         return "array", array.shape, str(array.dtype), array.tobytes()
     if isinstance(x, dict):
         return "dict", tuple((k, canonical(v)) for k, v in sorted(x.items(), key=lambda item: str(item[0])))
