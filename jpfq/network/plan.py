@@ -58,7 +58,7 @@ class Plan:
             f"{len(by_path)} kernels with {weights:,} weights to quantize, {len(self.skipped)} left as they are. "
             f"Peak memory about {_size(self.memory)}; arithmetic about {self.flops:.3g} operations."
         )
-        return "\n".join(text)
+        return "\n\n".join(text)
 
 
 def plan(

@@ -84,7 +84,7 @@ class Quantized:
             f"{len(self.skipped)} left as they are. Relative error of the outputs: {self.output_error:.2%}. "
             f"Peak of live activations: {self.peak_bytes:,} bytes."
         )
-        return "\n".join(lines)
+        return "\n\n".join(lines)
 
 
 def quantize(
