@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +62,15 @@ def shapes_of(batch: Any) -> Any:
 
 
 def _array(x, number):
-    if isinstance(x, (bool, str)) or not isinstance(x, (jax.Array, np.ndarray, np.generic, int, float)):
-        try:
-            if isinstance(x, (bool, str)):
-                raise TypeError
-            x = np.asarray(x)
-            jnp.dtype(x.dtype)
-        except TypeError as error:
-            raise ValueError(
-                f"Batch {number} holds {x!r}, which is no array. Arguments that do not change, such as train=False, go "
-                "into kwargs={'train': False}."
-            ) from error
-    x = jnp.asarray(x)
+    try:
+        if isinstance(x, (bool, str)):
+            raise TypeError("a constant, not data")
+        x = jnp.asarray(x)
+    except TypeError as error:
+        raise ValueError(
+            f"Batch {number} holds {x!r}, which is no array. Arguments that do not change, such as train=False, go "
+            "into kwargs={'train': False}."
+        ) from error
     if jnp.issubdtype(x.dtype, jnp.inexact) and not bool(jnp.isfinite(x).all()):
         raise ValueError(f"Batch {number} holds NaN or infinity.")
     return x

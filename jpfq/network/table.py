@@ -17,7 +17,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         drawn.add_row(*row)
     out = io.StringIO()
-    Console(file=out, width=1000).print(drawn)
+    Console(file=out, width=1000, markup=False, emoji=False).print(drawn)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
 
 
