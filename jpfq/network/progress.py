@@ -17,7 +17,7 @@ def progress_bar(total: int, show: bool | None) -> Iterator[Callable[[str, float
     """
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("error {task.fields[error]:.2%}"),
