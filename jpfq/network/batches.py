@@ -13,6 +13,8 @@ class Weighted:
     """A batch with row weights, such as a padding mask, that keep some rows out of the statistics.
 
     weights: (batch,), (batch, position) or whatever the leading axes of the layers' inputs are; 0 leaves a row out.
+    Where a layer merges these axes with later ones, the batch is taken to come first; where it keeps one row per sample, a
+    sample counts if any of its positions does.
     """
 
     batch: Any

@@ -85,20 +85,20 @@ def plan(
         >>> print(jpfq.plan(model, batches[0], 4, variables=variables, batches=len(batches)))
     """
     analysis = analyse(adapt(model, variables, params, kwargs), as_rules(rules), shapes_of(batch))
-    lines = [_line(site, analysis, batches) for site in analysis.sites]
+    variables, equations = forks(analysis.program, analysis.sites)
+    lines = [_line(site, site.data in variables, analysis, batches) for site in analysis.sites]
     forward = sum(4.0 * line.rows * math.prod(line.dims) for line in lines)
-    memory = _peak(analysis, lines, batches)
+    memory = _peak(analysis, equations, lines, batches)
     return Plan(lines, analysis.assignment.skipped, memory, forward + sum(line.flops for line in lines))
 
 
-def _line(site: Site, analysis: Analysis, batches: int) -> Line:
+def _line(site: Site, forked: bool, analysis: Analysis, batches: int) -> Line:
     """Sizes and operations of one site. Counts of temporaries are what XLA reports for the compiled functions."""
     dims = B, n, out = site.layout.dims
     per_batch = math.prod(rows_shape(site.layout, site.data.aval.shape))
     rows = per_batch * batches
     recipe = analysis.assignment.recipes[site.path]
-    variables, _ = forks(analysis.program, analysis.sites)
-    networks = 2 if site.data in variables else 1
+    networks = 2 if forked else 1
     patches = 3 if B * per_batch * n > site.data.aval.size else 0  # copies made of the inputs of a convolution
     if recipe.prefers_rows(rows, n, out):
         work = B * (2 * networks * rows * n + 3 * rows * out + 6 * n * out)
@@ -112,10 +112,9 @@ def _line(site: Site, analysis: Analysis, batches: int) -> Line:
     return Line(site.path, dims, rows, recipe, "gram", 4 * B * max(gather, solve), flops)
 
 
-def _peak(analysis: Analysis, lines: Sequence[Line], batches: int) -> int:
+def _peak(analysis: Analysis, forked_equations: set[int], lines: Sequence[Line], batches: int) -> int:
     """The walk with sizes in place of arrays."""
     program, groups = analysis.program, stops(analysis.sites)
-    _, forked_equations = forks(program, analysis.sites)
     ends = [min(analysis.sites[i].index for i in group) for group in groups]
     live = {v: _bytes(v) for v in program.inputs}  # of one batch
     codes = 0  # of the kernels that are done

@@ -35,13 +35,15 @@ class Stream:
         self.shared = [dict(zip(program.inputs, leaves, strict=True)) for leaves in batches]
         self.forked: list[tuple[dict, dict]] = [({}, {}) for _ in batches]
         self.forks, self.forked_equations = forks(program, [site for stop in stops for site in stop])
-        self.peak = 0
+        self.peak = 0  # bytes of live activations at a stop, at most
+        self._note_peak()
 
     def advance(self, number: int) -> None:
         """Brings both networks of every batch to a stop."""
         step = self._step(min(site.index for site in self.stops[number]))
         for batch in range(len(self.shared)):
             step(batch)
+        self._note_peak()
         self._drop_fixed()
 
     def finish(self) -> Iterator[tuple[list, list]]:
@@ -74,7 +76,6 @@ class Stream:
             shared.update(both(lambda v: self._read(v, {}, {}, shared)))
             for values, weights in ((exact, {}), (quantized, self.quantized)):
                 values.update(each(lambda v: self._read(v, weights, values, shared)))
-            self._note_peak()
             for values in (shared, exact, quantized):
                 for v in [v for v in values if not self._later(v, end)]:
                     del values[v]

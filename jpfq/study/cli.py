@@ -10,7 +10,7 @@ from pathlib import Path
 from ..matrix import Method
 from ..network import Rule
 from ..scalar import AbsMax, Grid, MinMSE, Ternary, grid_of_bits
-from .compare import METHODS, Subject, compare, trial_table
+from .compare import METHODS, Subject, Trial, compare, trial_table
 from .plot import score_against_bits
 
 SCALES = {"minmse": MinMSE(), "absmax": AbsMax()}
@@ -77,21 +77,20 @@ def _quantize(options):
     methods: dict[str, Method] = {name: METHODS[name] for name in options.method}
     skips = [Rule(pattern, skip=True) for pattern in options.skip]
     scale = SCALES[options.scale]
-    _study([subject], lambda subject: compare(subject, grids, scale, methods, skips), options.picture)
-    if options.summary:
-        for grid in grids:
-            for method in methods.values():
-                rules = [*skips, Rule(".*", grid=grid, scale=scale, method=method)]
-                print(f"\n{grid} {type(method).__name__}\n{subject.quantize(rules).summary()}")
+    trials = _study([subject], lambda subject: compare(subject, grids, scale, methods, skips), options.picture)
+    for trial in trials if options.summary else ():
+        print(f"\n{trial.grid} {trial.method}\n{trial.summary}")
 
 
-def _study(subjects: Sequence[Subject], run: Callable, picture: Path | None):
+def _study(subjects: Sequence[Subject], run: Callable, picture: Path | None) -> list[Trial]:
+    """Prints the table of all trials and saves the picture."""
     floats = {subject.name: subject.score() for subject in subjects}
     trials = [trial for subject in subjects for trial in run(subject)]
     print(trial_table(trials, floats))
     if picture:
         score_against_bits(trials, floats, picture)
         print(f"\nPicture of accuracy against bits: {picture.resolve()}")
+    return trials
 
 
 def _subject(name: str) -> Subject:

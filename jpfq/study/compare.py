@@ -53,6 +53,7 @@ class Trial:
     float_nbytes: int
     output_error: float
     seconds: float
+    summary: str  # of all its kernels
 
 
 METHODS = {"MSQ": MSQ(), "GPFQ": GPFQ()}
@@ -74,7 +75,8 @@ def compare(
             seconds = time.perf_counter() - start
             full = sum(tensor.codes.size * tensor.dtype.itemsize for tensor in quantized.tensors.values())
             figures = (quantized.bits_per_weight, quantized.nbytes, full, quantized.output_error, seconds)
-            trials.append(Trial(subject.name, grid, name, subject.score(quantized), *figures))
+            score, summary = subject.score(quantized), quantized.summary()
+            trials.append(Trial(subject.name, grid, name, score, *figures, summary))
     return trials
 
 
