@@ -3,11 +3,12 @@
 A method is a function (W, Gram) -> System(A, L); everything else (rounding, grid, order, blocking) is shared.
 With D = diag(H):
 
-    MSQ     A = W                               L = 0
-    GPFQ    A = W + L W + D^-1 tril(C) W        L = D^-1 stril(H)          (= D^-1 tril(G) W, as G = H + C)
+    MSQ     A = W                                      L = 0
+    GPFQ    A = W + L W + D^-1 tril(C) W               L = D^-1 stril(H)          (= D^-1 tril(G) W, as G = H + C)
+    UNI     A = W + L W + D^-1 stril(C) W / scaling    L = D^-1 stril(H) / scaling
 
 GPFQ is the greedy path-following quantizer of Lybrand and Saab (2020) and Zhang, Zhou and Saab (2022); the Gram form
-follows from taking the inner product of their state u with the next column of Xq.
+follows from taking the inner product of their state u with the next column of Xq. The methods that factor H are in optq.py.
 """
 
 import abc
@@ -17,15 +18,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..scalar.grid import Number, is_number
 from ..scalar.pytree import register_dataclass
 from .gram import Gram, Rows, matmul
 
 
 class System(NamedTuple):
-    """One nonlinear forward substitution q = Q(A - L q)."""
+    """One nonlinear forward substitution q = Q(A - L q).
+
+    `cost` bounds what rounding does to the output: with W0 what an infinitely fine grid would return and e = a - q the
+    errors of rounding, ||Xq (W0 - q)||^2 <= sum_t cost_t e_t^2. None where no such bound is known.
+    """
 
     A: jax.Array  # (in, out)
     L: jax.Array | None  # (in, in) strictly lower triangular; None means 0
+    cost: jax.Array | None  # (in,)
 
 
 class Method(abc.ABC):
@@ -51,8 +58,14 @@ class MSQ(Method):
     """Memoryless scalar quantization: round each weight by itself (also called RTN)."""
 
     def __call__(self, W, gram):
-        del gram
-        return System(W, None)
+        return System(W, None, _any_errors(gram.diagonal))
+
+    @property
+    def local(self):
+        return True
+
+    def block(self, W, rows, u):
+        return System(W, None, None)
 
 
 @register_dataclass
@@ -61,22 +74,60 @@ class GPFQ(Method):
     """Greedy path following: each code makes up, along its own input coordinate, for all errors before it."""
 
     def __call__(self, W, gram):
-        inverse = _inverse(gram.diagonal)
-        L = inverse[:, None] * jnp.tril(gram.H, -1)
+        D, inverse = gram.diagonal[:, None], inverse_of(gram.diagonal)
+        L = inverse * jnp.tril(gram.H, -1)
         A = W + matmul(L, W)
         if gram.C is not None:
-            A += inverse[:, None] * matmul(jnp.tril(gram.C), W)
-        return System(jnp.where(gram.diagonal[:, None] > 0, A, 0), L)
+            A += inverse * matmul(jnp.tril(gram.C), W)
+        return System(jnp.where(D > 0, A, 0), L, gram.diagonal)
 
     @property
     def local(self):
         return True
 
     def block(self, W, rows, u):
-        A, L = self(W, rows.gram())
-        return System(A + _inverse(rows.diagonal)[:, None] * matmul(rows.quantized.T, u), L)
+        A, L, cost = self(W, rows.gram())
+        return System(A + inverse_of(rows.diagonal) * matmul(rows.quantized.T, u), L, cost)
 
 
-def _inverse(diagonal):
-    """1 / diagonal, and 0 at dead coordinates: their argument is 0, so they get the level nearest 0."""
-    return jnp.where(diagonal > 0, 1 / jnp.where(diagonal > 0, diagonal, 1), 0)
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class UNI(Method):
+    """GPFQ with the feedback divided by `scaling` >= 1, which keeps arguments of a short alphabet within its range.
+
+    q_t = Q( w_t + <Xq_t, u> / (scaling ||Xq_t||^2) ), from the unified framework of H. Zhang and Saab (2024). With
+    `Stochastic` and scaling 1, on aligned weights (`Align`), this is SPFQ. A dead coordinate rounds its own weight.
+    """
+
+    scaling: Number = 1.0
+
+    def __post_init__(self):
+        if isinstance(self.scaling, (str, bool)) or (is_number(self.scaling) and not self.scaling >= 1):
+            raise ValueError(f"UNI takes a scaling C of at least 1; got {self.scaling!r}.")
+
+    def __call__(self, W, gram):
+        inverse = inverse_of(gram.diagonal) / self.scaling
+        L = inverse * jnp.tril(gram.H, -1)
+        A = W + matmul(L, W)
+        if gram.C is not None:
+            A += inverse * matmul(jnp.tril(gram.C, -1), W)
+        return System(A, L, _any_errors(gram.diagonal))
+
+    @property
+    def local(self):
+        return True
+
+    def block(self, W, rows, u):
+        A, L, cost = self(W, rows.gram())
+        return System(A + inverse_of(rows.diagonal) / self.scaling * matmul(rows.quantized.T, u), L, cost)
+
+
+def inverse_of(diagonal: jax.Array) -> jax.Array:
+    """1 / diagonal as a column (in, 1), and 0 at dead coordinates: their argument is 0, their level the nearest to 0."""
+    return jnp.where(diagonal > 0, 1 / jnp.where(diagonal > 0, diagonal, 1), 0)[:, None]
+
+
+def _any_errors(diagonal):
+    """The cost of errors that nothing makes up for: (sum_t |e_t| ||x_t||)^2 <= sum_t e_t^2 ||x_t|| . sum_t ||x_t||."""
+    norms = jnp.sqrt(diagonal)
+    return norms * norms.sum()

@@ -8,6 +8,8 @@ import numpy as np
 
 from ..scalar import Grid
 from ..scalar.pytree import register_dataclass
+from .layout import Layout
+from .rotate import Hadamard
 
 
 @register_dataclass
@@ -18,6 +20,9 @@ class QTensor:
     `step` and `zero` have the rank of `codes`, and each of their axes divides that of `codes`: entry i of an axis serves
     the i-th of its equal runs. Per channel on a dense kernel (in, out) that is a step of shape (1, out); in groups of 32
     inputs, (in / 32, out).
+
+    Where the inputs were rotated before quantizing, `rotated` names the rotation, and how the kernel is a matrix: the codes
+    are those of the rotated kernel, which `dequantize` turns back.
     """
 
     codes: jax.Array
@@ -25,6 +30,7 @@ class QTensor:
     zero: jax.Array
     grid: Grid
     dtype: np.dtype = dataclasses.field(metadata={"static": True})  # of the kernel it stands for
+    rotated: tuple[Hadamard, Layout] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,7 +52,11 @@ class QTensor:
     def dequantize(self) -> jax.Array:
         """The kernel these codes stand for, in its own dtype."""
         step, zero = (_spread(x, self.codes.shape) for x in (self.step, self.zero))
-        return (step * (self.codes.astype(step.dtype) - zero)).astype(self.dtype)
+        kernel = step * (self.codes.astype(step.dtype) - zero)
+        if self.rotated is not None:
+            rotation, layout = self.rotated
+            kernel = layout.operand(jax.vmap(rotation.back)(layout.matrices(kernel)))
+        return kernel.astype(self.dtype)
 
 
 @register_dataclass
@@ -61,19 +71,35 @@ class Info:
     sparsity: jax.Array  # share of weights quantized to 0
     entropy: jax.Array  # of the codes, in bits per weight: the rate an entropy coder would reach
     zero_steps: jax.Array  # steps of 0 under weights that are not all 0: an error where positive
+    square_floor: jax.Array  # of the square error, what the method would leave on an infinitely fine grid
+    square_bound: jax.Array  # on the square error where nothing saturates, known beforehand; nan where none is
+    failed: jax.Array  # entries of the system that are not finite: a factorisation that failed where positive
 
     @property
     def relative_error(self) -> jax.Array:
         """||X W - Xq q||_F / ||X W||_F; 0 where both are 0."""
-        return jnp.sqrt(self.square_error / jnp.where(self.square_error + self.energy > 0, self.energy, 1))
+        return self._relative(self.square_error)
+
+    @property
+    def relative_floor(self) -> jax.Array:
+        """The share of `relative_error` that no grid, however fine, would remove: what X - Xq leaves with this method."""
+        return self._relative(self.square_floor)
+
+    @property
+    def relative_bound(self) -> jax.Array:
+        """The bound on `relative_error`, for a grid wide enough; nan where the method or the data form has none."""
+        return self._relative(self.square_bound)
+
+    def _relative(self, square):
+        return jnp.sqrt(square / jnp.where(square + self.energy > 0, self.energy, 1))
 
     @classmethod
     def join(cls, infos: "list[Info]") -> "Info":
         """Of a kernel quantized in equal parts (the layers of a stack)."""
         stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *infos)
-        sums = ("square_error", "energy", "dead", "zero_steps")
+        means = ("saturation", "sparsity", "entropy")
         fields = {f.name: getattr(stacked, f.name) for f in dataclasses.fields(cls)}
-        return cls(**{name: x.sum() if name in sums else x.mean() for name, x in fields.items()})
+        return cls(**{name: x.mean() if name in means else x.sum() for name, x in fields.items()})
 
 
 def code_dtype(grid: Grid) -> np.dtype:

@@ -6,13 +6,15 @@ codes, and nearly all arithmetic in products. Blocks are visited inside panels, 
 which a loop of fixed shape multiplies in vain, stays small.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.scipy.linalg import solve_triangular
 
-from ..scalar import Levels, Rounding
+from ..scalar import Here, Levels, Rounding
 from .gram import matmul
 
 BLOCK = 64
@@ -26,6 +28,7 @@ class Path(NamedTuple):
     codes: jax.Array  # integers, as floats
     q: jax.Array  # their values
     saturated: jax.Array  # whether the argument A - L q lay beyond the grid by more than half a step
+    refit: Levels | None = None  # the levels of each block (blocks, out), where they are refit on the way
 
 
 class Recursion(NamedTuple):
@@ -36,45 +39,68 @@ class Recursion(NamedTuple):
     out: int
     rounding: Rounding
     key: jax.Array | None = None
+    carry: Any = None  # of the rounding, for each neuron (out, ..); None starts with `rounding.init()`
+    refit: Callable[[jax.Array], Levels] | None = None  # the levels of a block, from its weights as they have become
 
     def start(self) -> Any:
         """The carries of all neurons before the first coordinate."""
+        if self.carry is not None:
+            return self.carry
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.out, *jnp.shape(x))), self.rounding.init())
 
-    def scan(self, A: jax.Array, L: jax.Array | None, index: jax.Array, carry: Any) -> tuple[Any, Path]:
-        """Runs through the coordinates `index`, given their target A and their feedback L among themselves."""
-        step, zero, grouped = self._levels(index)
+    def scan(self, A: jax.Array, L: jax.Array | None, index: jax.Array, carry: Any, given: Any = ()) -> tuple[Any, Path]:
+        """Runs through the coordinates `index`, given their target A and their feedback L among themselves.
 
-        def neuron(A, step, zero, carry, o):
+        `given` is a tree of arrays (in, out) or (in,), of which the rounding sees the entries of its coordinate.
+        """
+        levels = self.levels if self.refit is None else self.refit(_current(A, L))
+        step, zero, grouped = self._at(levels, index)
+
+        def neuron(A, given, step, zero, carry, o):
             draw = None if self.key is None else jax.random.fold_in(self.key, o)
 
             def visit(state, x):
                 carry, q = state
-                t, i, a, feedback, group = x
+                t, i, a, feedback, given, group = x
                 if feedback is not None:
                     a = a - jnp.dot(feedback, q, precision="highest")
                 here_step, here_zero = group or (step, zero)
-                levels = Levels(here_step, here_zero, self.levels.lo, self.levels.hi)
-                carry, code = self.rounding(carry, a, levels, None if draw is None else jax.random.fold_in(draw, i))
-                value = levels.decode(code)
-                return (carry, q.at[t].set(value)), Path(code, value, levels.saturates(a))
+                here = Levels(here_step, here_zero, levels.lo, levels.hi)
+                key = None if draw is None else jax.random.fold_in(draw, i)
+                carry, code = self.rounding(carry, a, Here(here, key, given))
+                value = here.decode(code)
+                return (carry, q.at[t].set(value)), Path(code, value, here.saturates(a))
 
-            coordinates = (jnp.arange(A.shape[0]), index, A, L, (step, zero) if grouped else ())
+            coordinates = (jnp.arange(A.shape[0]), index, A, L, given, (step, zero) if grouped else ())
             (carry, _), path = lax.scan(visit, (carry, jnp.zeros_like(A)), coordinates)
             return carry, path
 
-        columns = (1, 1 if grouped else 0, 1 if grouped else 0, 0, 0)
-        return jax.vmap(neuron, in_axes=columns, out_axes=(0, 1))(A, step, zero, carry, jnp.arange(self.out))
+        columns = (1, jax.tree.map(lambda x: 1 if x.ndim == 2 else None, given), *(1 if grouped else 0,) * 2, 0, 0)
+        mapped = jax.vmap(neuron, in_axes=columns, out_axes=(0, 1))
+        carry, path = mapped(A, given, step, zero, carry, jnp.arange(self.out))
+        return carry, path if self.refit is None else path._replace(refit=levels)
 
-    def _levels(self, index):
+    def values(self, codes: jax.Array) -> jax.Array:
+        """The values of codes (in, out), in the order of the recursion."""
+        return self.spread().decode(codes)
+
+    def spread(self) -> Levels:
+        """The levels of every weight: step and zero (in, out)."""
+        step, zero, grouped = self._at(self.levels, self.order)
+        full = lambda x: jnp.broadcast_to(x if grouped else x[None], (self.order.shape[0], self.out))
+        return Levels(full(step), full(zero), self.levels.lo, self.levels.hi)
+
+    def _at(self, levels, index):
         """Step and zero of every neuron (out,), or of every coordinate too (in, out) where groups differ."""
-        groups = self.levels.step.shape[0]
+        groups = levels.step.shape[0]
         pick = (lambda x: x[index // (self.order.shape[0] // groups)]) if groups > 1 else (lambda x: x[0])
         spread = lambda x: jnp.broadcast_to(pick(x), (*pick(x).shape[:-1], self.out))
-        return spread(self.levels.step), spread(self.levels.zero), groups > 1
+        return spread(levels.step), spread(levels.zero), groups > 1
 
 
-def substitute(A: jax.Array, L: jax.Array | None, recursion: Recursion, *, block: int | None = BLOCK) -> Path:
+def substitute(
+    A: jax.Array, L: jax.Array | None, recursion: Recursion, *, block: int | None = BLOCK, given: Any = ()
+) -> Path:
     """Solves q = Q(A - L q) for all neurons.
 
     Args:
@@ -83,13 +109,17 @@ def substitute(A: jax.Array, L: jax.Array | None, recursion: Recursion, *, block
         recursion: grid, rounding and indices of the coordinates.
         block: coordinates per block; None runs the plain scan, and so do two blocks or fewer. Changes the cost, and the
             codes only where rounding errors decide a tie.
+        given: what the rounding is to know of each coordinate, a tree of arrays (in, out) or (in,).
     """
     n, index = A.shape[0], recursion.order
-    if L is None or block is None or n <= 2 * block:
-        return recursion.scan(A, L, index, recursion.start())[1]
+    if recursion.refit is None and (L is None or block is None or n <= 2 * block):
+        return recursion.scan(A, L, index, recursion.start(), given)[1]
+    if block is None or L is None:
+        raise ValueError("Steps that are refit on the way need a feedback, and blocks of one group each.")
     blocks = -(-n // block)
     more = blocks * block - n  # dead coordinates: they change nothing
-    A, L, index = jnp.pad(A, ((0, more), (0, 0))), jnp.pad(L, ((0, more), (0, more))), jnp.pad(index, (0, more))
+    pad = lambda x: jnp.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1)))
+    A, L, index, given = pad(A), jnp.pad(L, ((0, more), (0, more))), pad(index), jax.tree.map(pad, given)
     width = block * -(-blocks // min(PANELS, max(1, n // PANEL)))  # coordinates in a panel
 
     carry, done = recursion.start(), []
@@ -98,12 +128,13 @@ def substitute(A: jax.Array, L: jax.Array | None, recursion: Recursion, *, block
         R = A[here]
         if done:
             R = R - matmul(L[here, :first], jnp.concatenate([path.q for path in done]))
-        carry, path = _panel(recursion, R, L[here, here], index[here], carry, block)
+        near = jax.tree.map(lambda x: x[here], given)
+        carry, path = _panel(recursion, R, L[here, here], index[here], carry, near, block)
         done.append(path)
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n], *done)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n] if parts[0].ndim else parts[0], *done)
 
 
-def _panel(recursion, R, L, index, carry, block):
+def _panel(recursion, R, L, index, carry, given, block):
     """The recursion on one panel, `block` coordinates at a time."""
 
     def visit(state, first):
@@ -111,8 +142,13 @@ def _panel(recursion, R, L, index, carry, block):
         take = lambda x, axis=0: lax.dynamic_slice_in_dim(x, first, block, axis)
         feedback = take(L)
         argument = take(R) - matmul(feedback, q)  # rows of q not yet reached are 0
-        carry, path = recursion.scan(argument, take(feedback, 1), take(index), carry)
+        carry, path = recursion.scan(argument, take(feedback, 1), take(index), carry, jax.tree.map(take, given))
         return (carry, lax.dynamic_update_slice_in_dim(q, path.q, first, 0)), path
 
     (carry, _), path = lax.scan(visit, (carry, jnp.zeros_like(R)), jnp.arange(0, R.shape[0], block))
-    return carry, jax.tree.map(lambda x: x.reshape(R.shape), path)
+    return carry, jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]) if x.ndim == 3 else x[0], path)
+
+
+def _current(A, L):
+    """What the weights of a block have become when it is reached: the w that rounding without error would return."""
+    return A if L is None else solve_triangular(L, A, lower=True, unit_diagonal=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from ..matrix import Form, Method, Order, Recipe, recipe_of
+from ..matrix import Finish, Form, Hadamard, Method, Order, Prepare, Recipe, recipe_of
 from ..scalar import Grid, Rounding, Scale, register_dataclass
 from ..scalar.grid import Number
 
@@ -22,7 +22,9 @@ class Rule:
         pattern: matched against the '/'-joined path from end to end: "head/.*", ".*kernel".
         bits: short for `grid=Integer(bits)`, or `Binary()` at one bit.
         grid: the alphabet; give this or `bits`.
-        scale, method, rounding, order, form, block: as in `jpfq.solve`; what is left out takes its default there.
+        scale, rotation, order, prepare, method, rounding, form, block: as in `jpfq.solve`; what is left out takes the
+            value recommended there.
+        finish: likewise; None for no finish.
         skip: leave these kernels as they are.
         unsupported: what to do about matched kernels that cannot be quantized (tied, computed, inside a loop ..).
             "skip" lists them with their reason, "error" refuses. Left out, they are listed if the rule matches others
@@ -33,9 +35,12 @@ class Rule:
     bits: Number | None = dataclasses.field(default=None, kw_only=True)
     grid: Grid | None = dataclasses.field(default=None, kw_only=True)
     scale: Scale | None = dataclasses.field(default=None, kw_only=True)
+    rotation: Hadamard | None = dataclasses.field(default=None, kw_only=True)
+    order: Order | None = dataclasses.field(default=None, kw_only=True)
+    prepare: Prepare | tuple[Prepare, ...] | None = dataclasses.field(default=None, kw_only=True)
     method: Method | None = dataclasses.field(default=None, kw_only=True)
     rounding: Rounding | None = dataclasses.field(default=None, kw_only=True)
-    order: Order | None = dataclasses.field(default=None, kw_only=True)
+    finish: Finish | None | Literal["recommended"] = dataclasses.field(default="recommended", kw_only=True)
     form: Form | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
     block: int | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
     skip: bool = dataclasses.field(default=False, kw_only=True, metadata=_static)
@@ -68,8 +73,9 @@ class Rule:
         return recipe_of(settings.pop("bits", None), settings.pop("grid", None), **settings)
 
     def _settings(self):
-        names = ("bits", "grid", "scale", "method", "rounding", "order", "form", "block")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        names = ("bits", "grid", "scale", "rotation", "order", "prepare", "method", "rounding", "form", "block")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given if self.finish == "recommended" else given | {"finish": self.finish}
 
 
 class Assignment(NamedTuple):

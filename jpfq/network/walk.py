@@ -69,8 +69,10 @@ def walk(
             W = site.layout.matrices(site.chain(first.fixed[first.program.params[site.leaf]]))
             draw = None if key is None else jax.random.fold_in(key, zlib.crc32(site.path.encode()))
             draw = None if draw is None else jax.random.fold_in(draw, len(done))
-            solution = solve_all(at_least_float32(W), gather(recipe, W.shape), recipe, draw)
-            raise_on(solution.info, recipe, site.path)
+            recipe.refuse(gather.count, W.shape[1], site.path)
+            data = gather(recipe, W.shape)
+            solution = solve_all(at_least_float32(W), data, recipe, draw)
+            raise_on(solution.info, recipe, site.path, data)
             operand = _operand(solution.q, site.layout, _casts(first, site))
             for stream in streams:
                 stream.install(stream.stops[number][position], operand)
@@ -176,7 +178,8 @@ def _assemble(done, shape, dtype, recipe) -> QTensor:
     step, zero = (_full(done, shape, lambda s: getattr(s, name)) for name in ("step", "zero"))
     codes = _full(done, shape, lambda s: s.codes.astype(s.step.dtype))  # only floats can be scattered
     runs = tuple(slice(None, None, run) for run in _runs(done, shape))
-    return QTensor(codes.astype(code_dtype(recipe.grid)), step[runs], zero[runs], recipe.grid, np.dtype(dtype))
+    rotated = None if recipe.rotation is None else (recipe.rotation, done[0][0].layout)
+    return QTensor(codes.astype(code_dtype(recipe.grid)), step[runs], zero[runs], recipe.grid, np.dtype(dtype), rotated)
 
 
 def _full(done, shape, read):

@@ -2,30 +2,57 @@
 
 A rounding keeps a carry from one input coordinate of a neuron to the next, so that rules which remember what they did
 (partial sums, budgets) fit the same loop. One that draws random numbers says so and is given a key per coordinate.
+
+    Nearest         the level p of least (a - p)^2
+    Stochastic      the level below or above, at random, so that its mean is a             (SPFQ; on two levels: 1-bit UNI)
+    SoftThreshold   the level of least (a - p)^2 / 2 + lam |p|                             (sparse GPFQ22)
+    HardThreshold   0 if |a| <= lam, else nearest
+    Prune           0 or c at random where |a| < c, with mean a, and then another rounding (UNI)
 """
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from .grid import Levels
+from .grid import Levels, Number, is_number
 from .pytree import register_dataclass
+
+Unit = Literal["weight", "step", "radius"]
+
+
+class Here(NamedTuple):
+    """What a rounding knows of the coordinate it is at."""
+
+    levels: Levels  # scalars
+    key: jax.Array | None  # of this neuron and coordinate
+    given: Any  # what the recursion was told about it
 
 
 class Rounding(abc.ABC):
     """One neuron's rounding; the recursion maps it over neurons."""
 
-    random: ClassVar[bool] = False
+    random: ClassVar[bool] = False  # draws from the key
+    sparse: ClassVar[bool] = False  # sends weights to 0 on purpose, hence needs a grid that has 0
 
     def init(self) -> Any:
         """The carry before the first coordinate."""
         return ()
 
     @abc.abstractmethod
-    def __call__(self, carry: Any, a: jax.Array, levels: Levels, key: jax.Array | None) -> tuple[Any, jax.Array]:
-        """Rounds the argument `a` of one coordinate to a code of `levels` (scalars); returns the new carry and the code."""
+    def __call__(self, carry: Any, a: jax.Array, here: Here) -> tuple[Any, jax.Array]:
+        """Rounds the argument `a` of one coordinate (a scalar) to a code; returns the new carry and the code."""
+
+    @abc.abstractmethod
+    def error(self, levels: Levels) -> jax.Array:
+        """The largest |a - q| of an argument within the range of the grid, in the shape of `levels.step`."""
+
+    @property
+    def settled(self) -> "Rounding | None":
+        """What coordinate descent rounds by afterwards; None if it would undo this rounding."""
+        return self
 
 
 @register_dataclass
@@ -33,6 +60,134 @@ class Rounding(abc.ABC):
 class Nearest(Rounding):
     """The level p that minimises (a - p)^2; of two at equal distance the upper one."""
 
-    def __call__(self, carry, a, levels, key):
-        del key
-        return carry, levels.encode(a)
+    def __call__(self, carry, a, here):
+        return carry, here.levels.encode(a)
+
+    def error(self, levels):
+        return levels.step / 2
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stochastic(Rounding):
+    """One of the two levels around a, at random, with mean a: step (floor(x) + Bernoulli(x - floor(x))), x = a / step.
+
+    Beyond the grid it saturates. On `Binary()` this is the unbiased 1-bit operator: +-K with P(+K) = (1 + a / K) / 2.
+    Source: SPFQ (Zhang, Saab 2023) section 2; the unified framework (H. Zhang, Saab 2024) for one bit.
+    """
+
+    random = True
+
+    def __call__(self, carry, a, here):
+        x = here.levels.position(a)
+        below = jnp.floor(x)
+        up = jax.random.uniform(here.key, dtype=x.dtype) < x - below
+        return carry, jnp.clip(jnp.where(up, below + 1, below), here.levels.lo, here.levels.hi)
+
+    def error(self, levels):
+        return levels.step
+
+    @property
+    def settled(self):
+        return Nearest()
+
+
+class _Threshold(Rounding):
+    """A rounding with a threshold: a number in units of the weights, of the step, or of the radius (the top level)."""
+
+    sparse = True
+    unit: Unit
+
+    def _of(self, threshold, levels):
+        unit = {"weight": 1, "step": levels.step, "radius": levels.step * (levels.hi - levels.zero)}[self.unit]
+        return jnp.asarray(threshold, levels.step.dtype) * unit
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SoftThreshold(_Threshold):
+    """Shrink by `lam`, then round to the nearest level.
+
+    On a uniform grid that is the level p which minimises (a - p)^2 / 2 + lam |p| (GPFQ22 with an l1 penalty).
+    """
+
+    lam: Number
+    unit: Unit = dataclasses.field(default="weight", metadata={"static": True})
+
+    def __post_init__(self):
+        _check_threshold(self.lam, self.unit, "SoftThreshold: lam")
+
+    def __call__(self, carry, a, here):
+        shrunk = jnp.maximum(jnp.abs(a) - self._of(self.lam, here.levels), 0)
+        return carry, here.levels.encode(jnp.sign(a) * shrunk)
+
+    def error(self, levels):
+        return levels.step / 2 + self._of(self.lam, levels)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HardThreshold(_Threshold):
+    """0 where |a| <= lam, else the nearest level.
+
+    GPFQ22's l0 variant on a grid that can be stored: there the levels are +-(lam + k step), which is not uniform.
+    """
+
+    lam: Number
+    unit: Unit = dataclasses.field(default="weight", metadata={"static": True})
+
+    def __post_init__(self):
+        _check_threshold(self.lam, self.unit, "HardThreshold: lam")
+
+    def __call__(self, carry, a, here):
+        levels = here.levels
+        return carry, jnp.where(jnp.abs(a) <= self._of(self.lam, levels), levels.zero, levels.encode(a))
+
+    def error(self, levels):
+        return jnp.maximum(levels.step / 2, self._of(self.lam, levels))
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prune(_Threshold):
+    """Where |a| < c: c sign(a) with probability |a| / c, else 0, which has mean a. Then the rounding `then`.
+
+    With `Stochastic` after it the whole is unbiased, and |a - q| <= c + step; with c a multiple of the step the second
+    rounding leaves what was pruned or raised as it is (H. Zhang, Saab 2024). `prune` is the first part alone.
+    """
+
+    random = True
+
+    c: Number
+    unit: Unit = dataclasses.field(default="weight", metadata={"static": True})
+    then: Rounding = Stochastic()
+
+    def __post_init__(self):
+        _check_threshold(self.c, self.unit, "Prune: c")
+
+    def init(self):
+        return self.then.init()
+
+    def __call__(self, carry, a, here):
+        first, second = jax.random.split(here.key)
+        return self.then(carry, prune(a, self._of(self.c, here.levels), first), here._replace(key=second))
+
+    def error(self, levels):
+        return self._of(self.c, levels) + self.then.error(levels)
+
+    @property
+    def settled(self):
+        return None
+
+
+def prune(a: jax.Array, c: jax.Array, key: jax.Array) -> jax.Array:
+    """a where |a| >= c; else c sign(a) with probability |a| / c and 0 otherwise: unbiased pruning, without quantization."""
+    kept = jax.random.uniform(key, jnp.shape(a), a.dtype) * c < jnp.abs(a)
+    return jnp.where(jnp.abs(a) >= c, a, jnp.where(kept, c * jnp.sign(a), 0))
+
+
+def _check_threshold(x, unit, what):
+    if isinstance(x, (str, bool)) or (is_number(x) and not x >= 0):
+        raise ValueError(f"{what} must be a number, 0 or more; got {x!r}.")
+    if unit not in ("weight", "step", "radius"):
+        raise ValueError(f"unit is 'weight', 'step' or 'radius'; got {unit!r}.")

@@ -1,9 +1,9 @@
 """Scales: from weights to the step (and zero point) of a grid.
 
-A scale is two choices. How an interval is read off a set of weights: `AbsMax`, `Quantile`, `Median`, `MinMSE`, or the step
-itself given by `Fixed`. And which weights share it: `PerTensor`, `PerChannel`, `PerGroup(size)`. On a symmetric grid the
-interval is [-radius, radius] and step = radius / reach; on `Asymmetric` it is [low, high], widened to contain 0, with
-step = (high - low) / (levels - 1) and zero = round(-low / step).
+A scale is two choices. How an interval is read off a set of weights: `AbsMax`, `Quantile`, `Median`, `MinMSE`, `MinError`
+(which asks the recursion), or the step itself given by `Fixed`. And which weights share it: `PerTensor`, `PerChannel`,
+`PerGroup(size)`. On a symmetric grid the interval is [-radius, radius] and step = radius / reach; on `Asymmetric` it is
+[low, high], widened to contain 0, with step = (high - low) / (levels - 1) and zero = round(-low / step).
 """
 
 import abc
@@ -19,6 +19,11 @@ from .pytree import register_dataclass
 
 def _static(default):
     return dataclasses.field(default=default, metadata={"static": True})
+
+
+def _check_positive(x, what):
+    if isinstance(x, str) or (is_number(x) and not x > 0):
+        raise ValueError(f"{what} must be a positive number; got {x!r}.")
 
 
 class Per(abc.ABC):
@@ -47,9 +52,14 @@ class PerChannel(Per):
 
 @dataclasses.dataclass(frozen=True)
 class PerGroup(Per):
-    """One step per neuron and run of `size` input coordinates."""
+    """One step per neuron and run of `size` input coordinates.
+
+    The steps are chosen before the recursion; with `refit`, each group's when the recursion reaches it, from what its
+    weights have become by then (the default of OPTQ's code; it needs order=Natural()).
+    """
 
     size: int
+    refit: bool = False
 
     def __post_init__(self):
         if not isinstance(self.size, int) or self.size < 1:
@@ -67,9 +77,18 @@ class PerGroup(Per):
 class Scale(abc.ABC):
     """A rule that lays a grid over a weight matrix."""
 
+    per: Per
+
     @abc.abstractmethod
-    def __call__(self, W: jax.Array, grid: Grid) -> Levels:
-        """Levels for W (in, out); `step` is (groups, out), with 1 in place of an axis that shares one step."""
+    def __call__(self, W: jax.Array, grid: Grid, importance: jax.Array | None = None) -> Levels:
+        """Levels for W (in, out); `step` is (groups, out), with 1 in place of an axis that shares one step.
+
+        `importance` (in, out) is what a square error of each weight costs in the output, as far as known: diag(H).
+        """
+
+    def multiples(self, dtype) -> jax.Array | None:
+        """Multiples of the steps, among which the recursion is to find the one of least output error; None: no search."""
+        return None
 
 
 @register_dataclass
@@ -83,7 +102,7 @@ class AbsMax(Scale):
     def __post_init__(self):
         _check_positive(self.c, "AbsMax: the factor c")
 
-    def __call__(self, W, grid):
+    def __call__(self, W, grid, importance=None):
         return _lay(*_min_max(self.per.split(W), self.c, grid), grid)
 
 
@@ -101,7 +120,7 @@ class Quantile(Scale):
         if is_number(self.p) and not 0 < self.p <= 1:
             raise ValueError(f"Quantile takes a share p in (0, 1]; got {self.p!r}.")
 
-    def __call__(self, W, grid):
+    def __call__(self, W, grid, importance=None):
         shared = isinstance(self.per, PerTensor)
         groups = (PerChannel() if shared else self.per).split(W)
         p = jnp.asarray(self.p, W.dtype)
@@ -126,7 +145,7 @@ class Median(Scale):
     def __post_init__(self):
         _check_positive(self.c, "Median: the factor c")
 
-    def __call__(self, W, grid):
+    def __call__(self, W, grid, importance=None):
         if grid.alphabet().zero is None:
             raise ValueError("Median gives one radius, but Asymmetric needs two ends: use AbsMax, Quantile or MinMSE.")
         radius = self.c * jnp.median(jnp.abs(self.per.split(W)), axis=1)
@@ -139,13 +158,15 @@ class MinMSE(Scale):
     """The interval of least sum |w - nearest(w)|^norm among shrunk copies of [min, max].
 
     The copies are p [min, max] for `candidates` values of p, evenly spaced from 1 down to `least`. OPTQ's `mse` option is
-    the same with norm 2.4 and eighty candidates down to .2.
+    the same with norm 2.4 and eighty candidates down to .2. `weighted` multiplies each term by the energy of its input
+    coordinate, diag(H).
     """
 
     norm: float = _static(2)
     candidates: int = _static(40)
     least: Number = 0.2
     per: Per = _static(PerChannel())
+    weighted: bool = _static(False)
 
     def __post_init__(self):
         _check_positive(self.norm, "MinMSE: the norm")
@@ -154,14 +175,17 @@ class MinMSE(Scale):
         if is_number(self.least) and not 0 < self.least < 1:
             raise ValueError(f"MinMSE takes a least share in (0, 1); got {self.least!r}.")
 
-    def __call__(self, W, grid):
+    def __call__(self, W, grid, importance=None):
         groups = self.per.split(W)
+        if self.weighted and importance is None:
+            raise ValueError("MinMSE(weighted=True) needs the importance of each weight, diag(H).")
+        weight = self.per.split(importance) if self.weighted and importance is not None else jnp.ones((), W.dtype)
         low, high = _min_max(groups, 1.0, grid)
 
         def attempt(best, shrink):
             levels = _lay(shrink * low, shrink * high, grid)
             levels = dataclasses.replace(levels, step=levels.step[:, None], zero=levels.zero[:, None])
-            cost = jnp.sum(jnp.abs(groups - levels.decode(levels.encode(groups))) ** self.norm, axis=1)
+            cost = jnp.sum(weight * jnp.abs(groups - levels.decode(levels.encode(groups))) ** self.norm, axis=1)
             return (jnp.minimum(cost, best[0]), jnp.where(cost < best[0], shrink, best[1])), None
 
         start = (jnp.full_like(high, jnp.inf), jnp.ones_like(high))
@@ -171,15 +195,51 @@ class MinMSE(Scale):
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
+class MinError(Scale):
+    """The multiple of another scale that leaves the least output error ||X w - Xq q||, found by running the recursion.
+
+    `candidates` multiples, evenly spaced from `least` to `most`, are tried by method and rounding themselves; each neuron
+    takes its own best one (all together where one step serves the whole matrix).
+    """
+
+    base: Scale = AbsMax()
+    least: Number = 0.3
+    most: Number = 1.0
+    candidates: int = _static(12)
+
+    def __post_init__(self):
+        for x in (self.least, self.most):
+            _check_positive(x, "MinError: a multiple")
+        if is_number(self.least) and is_number(self.most) and not self.least < self.most:
+            raise ValueError(f"MinError searches from least to most; got {self.least!r} to {self.most!r}.")
+        if not isinstance(self.candidates, int) or self.candidates < 2:
+            raise ValueError(f"MinError takes two candidates or more; got {self.candidates!r}.")
+        if isinstance(self.base, MinError):
+            raise ValueError("MinError searches among multiples of a plain scale, not of another search.")
+
+    @property
+    def per(self) -> Per:  # type: ignore[override]
+        return self.base.per
+
+    def __call__(self, W, grid, importance=None):
+        return self.base(W, grid, importance)
+
+    def multiples(self, dtype):
+        return jnp.linspace(self.least, self.most, self.candidates, dtype=dtype)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Fixed(Scale):
     """The step itself, in units of the weights: a number, or an array that broadcasts to (groups, out)."""
 
     step: Any
+    per = PerChannel()  # not a setting: the shape of the step says it
 
     def __post_init__(self):
         _check_positive(self.step, "Fixed: the step")
 
-    def __call__(self, W, grid):
+    def __call__(self, W, grid, importance=None):
         if grid.alphabet().zero is None:
             raise ValueError("Fixed gives a step but no zero point, which Asymmetric needs: use AbsMax or MinMSE.")
         step = jnp.asarray(self.step, W.dtype)
@@ -220,7 +280,3 @@ def _levels(step, zero, grid: Grid) -> Levels:
     lo, hi, zero = (jnp.asarray(x, step.dtype) for x in (lo, hi, fixed_zero if zero is None else zero))
     return Levels(step, jnp.broadcast_to(zero, step.shape), lo, hi)
 
-
-def _check_positive(x, what):
-    if isinstance(x, str) or (is_number(x) and not x > 0):
-        raise ValueError(f"{what} must be a positive number; got {x!r}.")

@@ -1,0 +1,100 @@
+"""Damping, and the one factorisation that OPTQ, Qronos and least squares share.
+
+    H + lam I = V V^T,  V upper triangular;     T = (V diag(V)^-1)^T,  unit lower triangular
+
+V is a flipped Cholesky factor: V[t, t] is the distance of column t of [Xq; sqrt(lam) I] from the span of the columns after
+it, the part of an error at t that later coordinates cannot make up for. A dead coordinate gets a diagonal of 1.
+"""
+
+import abc
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy.linalg import solve_triangular
+
+from ..scalar.grid import Number, is_number
+from ..scalar.pytree import register_dataclass
+from .gram import matmul
+
+
+class Damping(abc.ABC):
+    """How much is added to the diagonal of H before it is factored."""
+
+    share: Number
+
+    def __post_init__(self):
+        if isinstance(self.share, (str, bool)) or (is_number(self.share) and not self.share >= 0):
+            raise ValueError(f"{type(self).__name__} takes a share of 0 or more; got {self.share!r}.")
+
+    @abc.abstractmethod
+    def __call__(self, H: jax.Array) -> jax.Array:
+        """lam, a number."""
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MeanDiagonal(Damping):
+    """lam = share times the mean of diag(H) over the coordinates that are alive (OPTQ: .01)."""
+
+    share: Number = 0.01
+
+    def __call__(self, H):
+        diagonal = jnp.diagonal(H)
+        return self.share * jnp.sum(diagonal) / jnp.maximum(jnp.sum(diagonal > 0), 1).astype(H.dtype)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TopEigenvalue(Damping):
+    """lam = share times the largest eigenvalue of H, by 30 power iterations (Qronos: 1e-6, with activations 1e-3)."""
+
+    share: Number = 1e-6
+
+    def __call__(self, H):
+        return self.share * top_eigenvalue(H)
+
+
+def top_eigenvalue(H: jax.Array) -> jax.Array:
+    """The largest eigenvalue of a positive semidefinite matrix, from below, by 30 power iterations."""
+
+    def turn(_, v):
+        v = matmul(H, v)
+        return v / jnp.maximum(jnp.linalg.norm(v), jnp.finfo(v.dtype).tiny)
+
+    start = jnp.sqrt(jnp.maximum(jnp.diagonal(H), 0))
+    v = lax.fori_loop(0, 30, turn, start / jnp.maximum(jnp.linalg.norm(start), jnp.finfo(H.dtype).tiny))
+    return jnp.vdot(v, matmul(H, v))
+
+
+class Factor(NamedTuple):
+    """V of H + lam I = V V^T (in, in); NaN where the factorisation failed."""
+
+    V: jax.Array
+
+    @property
+    def diagonal(self) -> jax.Array:
+        """V[t, t] (in,)."""
+        return jnp.diagonal(self.V)
+
+    @property
+    def L(self) -> jax.Array:
+        """T - I, strictly lower triangular."""
+        return jnp.tril((self.V / self.diagonal).T, -1)
+
+    def feedback(self, B: jax.Array) -> jax.Array:
+        """T (H + lam I)^-1 B = diag(V)^-1 V^-1 B."""
+        return solve_triangular(self.V, B) / self.diagonal[:, None]
+
+    def solve(self, B: jax.Array) -> jax.Array:
+        """(H + lam I)^-1 B."""
+        return solve_triangular(self.V, solve_triangular(self.V, B), trans=1)
+
+
+def factor(H: jax.Array, damping: Damping) -> Factor:
+    """The factor of H + lam I."""
+    diagonal = jnp.diagonal(H)
+    damped = H + jnp.diag(jnp.where(diagonal > 0, damping(H), 1))
+    return Factor(jnp.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)[::-1, ::-1])

@@ -1,0 +1,182 @@
+"""What may be done to the codes after the recursion: all of it lowers ||X W - Xq q||, whichever method the codes are from.
+
+    Refit           steps times c* = <X w, Xq q> / ||Xq q||^2 per neuron
+    Descend         cyclic coordinate descent: every code in turn takes its best level, the others held
+    CosineDescend   the same with the step free: every code takes the level of largest cosine between Xq q and X w
+
+A pass of descent is the recursion once more. With D = diag(H), p the codes' values before the pass and q after it, the
+best value of weight t is a_t with
+
+    a = A - L q,     L = D^-1 stril(H),     A = D^-1 (G W - striu(H) p) = W + L W + D^-1 (C W + striu(H) (W - p))
+
+so a pass has GPFQ's L and the blocks of every other recursion. What the cosine needs more, each rounding is given.
+"""
+
+import abc
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..scalar import Levels, Rounding
+from ..scalar.pytree import register_dataclass
+from .gram import Gram, matmul
+from .methods import inverse_of
+from .substitute import Recursion, substitute
+
+
+class Finish(abc.ABC):
+    """A last improvement of codes and steps."""
+
+    @property
+    def descends(self) -> bool:
+        """Whether codes change."""
+        return True
+
+    @property
+    def frees_step(self) -> bool:
+        """Whether each neuron's steps change."""
+        return True
+
+    @abc.abstractmethod
+    def __call__(
+        self, W: jax.Array, gram: Gram, codes: jax.Array, recursion: Recursion, block: int | None
+    ) -> tuple[jax.Array, Levels]:
+        """Better codes (in, out) and levels, for weights and Gram in the order of the recursion."""
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Refit(Finish):
+    """The steps that suit the codes best: times c* = <X w, Xq q> / ||Xq q||^2, one factor per neuron.
+
+    Where one step serves the whole matrix, one factor for all its neurons. A neuron of c* <= 0 keeps its step.
+    """
+
+    @property
+    def descends(self):
+        return False
+
+    def __call__(self, W, gram, codes, recursion, block):
+        return codes, _refit(W, gram, codes, recursion)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Descend(Finish):
+    """Cyclic coordinate descent on the grid as it is (CDQuant, COMQ): with nearest rounding the error never grows."""
+
+    passes: int = dataclasses.field(default=3, metadata={"static": True})
+
+    def __post_init__(self):
+        _check_passes(self)
+
+    @property
+    def frees_step(self):
+        return False
+
+    def __call__(self, W, gram, codes, recursion, block):
+        best, L = _descent(W, gram)
+
+        def one(codes, _):
+            A = best(recursion.values(codes))
+            return substitute(A, L, recursion, block=block).codes, None
+
+        return lax.scan(one, codes, length=self.passes)[0], recursion.levels
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CosineDescend(Finish):
+    """Cyclic coordinate descent with a free step per neuron: the error never grows.
+
+    The inner loop of Beacon (arXiv 2508.20293), here from the codes of any method. Each code takes the level that maximises
+    cos(X w, Xq q), and each neuron's steps are refit after every pass.
+    """
+
+    passes: int = dataclasses.field(default=4, metadata={"static": True})
+
+    def __post_init__(self):
+        _check_passes(self)
+
+    def __call__(self, W, gram, codes, recursion, block):
+        best, L = _descent(W, gram)
+        goal = matmul(gram.H, W) + (0 if gram.C is None else matmul(gram.C, W))
+        seek = recursion._replace(rounding=_Cosine(), key=None)
+
+        def one(state, _):
+            codes, levels = state
+            here = seek._replace(levels=levels)
+            q = here.values(codes)
+            product = jnp.sum(q * goal, 0)  # <X w, Xq q>, and since steps are refit also ||Xq q||^2
+            here = here._replace(carry=(product, product))
+            A = best(q) - q  # L meets the new values, hence what is left to gain and not the value itself
+            codes = substitute(A, L, here, block=block, given=(gram.diagonal, goal, codes)).codes
+            return (codes, _refit(W, gram, codes, here)), None
+
+        start = (codes, _refit(W, gram, codes, recursion))
+        return lax.scan(one, start, length=self.passes)[0]
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Cosine(Rounding):
+    """The level of largest cosine, all other codes held.
+
+    With s = <X w, Xq q>, r = ||Xq q||^2 and c = s / r, changing weight t by d adds to s^2 / r
+
+        gain(d) = (2 s e d + k d^2) / (r + 2 d r_t + d^2 h),     e = g - c r_t,  k = g^2 - c^2 r h
+
+    where g = <Xq_t, X w>, r_t = <Xq_t, Xq q>, h = ||Xq_t||^2. It has one stationary point of s > 0, a maximum or a minimum:
+    the best level is one of its two neighbours or an end of the grid.
+    """
+
+    def __call__(self, carry, a, here):
+        (s, r), levels, (h, g, code) = carry, here.levels, here.given
+        c = s / jnp.where(r > 0, r, 1)
+        now = levels.decode(code)
+        r_t = g - h * a
+        e, k = h * a + (1 - c) * r_t, g**2 - c**2 * r * h
+        bend = s * h - g * r_t
+        middle = jnp.floor(levels.position(now + jnp.where(bend > 0, r * e / jnp.where(bend > 0, bend, 1), 0)))
+        choices = jnp.clip(jnp.stack([middle, middle + 1, levels.lo, levels.hi]), levels.lo, levels.hi)
+        d = levels.decode(choices) - now
+        energy = r + 2 * d * r_t + d**2 * h
+        gain = jnp.where((energy > 0) & (s + d * g > 0), (2 * s * e * d + k * d**2) / jnp.where(energy > 0, energy, 1), -1)
+        best = jnp.argmax(gain)
+        moves = gain[best] > 0
+        d = jnp.where(moves, d[best], 0)
+        return (s + d * g, r + 2 * d * r_t + d**2 * h), jnp.where(moves, choices[best], code)
+
+    def error(self, levels):
+        return levels.step * (levels.hi - levels.lo)
+
+
+def _descent(W, gram) -> tuple[Any, jax.Array]:
+    """The target of a pass, as a function of the values before it, and the feedback."""
+    D, inverse = gram.diagonal[:, None], inverse_of(gram.diagonal)
+    L, rest = inverse * jnp.tril(gram.H, -1), jnp.triu(gram.H, 1)
+    fixed = W + matmul(L, W)
+    if gram.C is not None:
+        fixed += inverse * matmul(gram.C, W)
+    return lambda p: jnp.where(D > 0, fixed + inverse * matmul(rest, W - p), 0), L
+
+
+def _refit(W, gram, codes, recursion) -> Levels:
+    levels = recursion.levels
+    q = recursion.values(codes)
+    e = W - q
+    gap = matmul(gram.H, e) + (0 if gram.C is None else matmul(gram.C, W))  # Xq^T (X W - Xq q)
+    over, energy = jnp.sum(q * gap, 0, keepdims=True), jnp.sum(q * matmul(gram.H, q), 0, keepdims=True)
+    if levels.step.shape[1] == 1:
+        over, energy = over.sum(1, keepdims=True), energy.sum(1, keepdims=True)
+    c = 1 + over / jnp.where(energy > 0, energy, 1)
+    return dataclasses.replace(levels, step=levels.step * jnp.where(c > 0, c, 1))
+
+
+def _check_passes(finish):
+    if not isinstance(finish.passes, int) or isinstance(finish.passes, bool) or finish.passes < 1:
+        raise ValueError(f"{type(finish).__name__} takes at least one pass; got {finish.passes!r}.")
+

@@ -1,0 +1,112 @@
+"""The methods that factor H + lam I = V V^T (damping.py): each code makes up for earlier errors, and every weight not yet
+rounded is kept at its best given the codes so far.
+
+With T = (V diag(V)^-1)^T unit lower triangular, all have L = T - I but GPTAQ:
+
+    OPTQ     A = T W
+    QEP      A = T (W + alpha (H + lam)^-1 C W) = T W + alpha diag(V)^-1 V^-1 C W
+    Qronos   QEP at alpha = 1, that is T W* with W* the least squares weights; exact: the first row undamped and greedy
+    GPTAQ    A = M^-T W,  L = -(N M^-1)^T           with M, N of its docstring
+
+OPTQ's code updates the weights that follow with an inverse factor; unrolled that is T (Zhang, Saab, Colbert). That Qronos
+differs from the least squares form in its first row only is seen by writing its trailing factor in terms of V.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+
+from ..scalar.grid import Number, is_number
+from ..scalar.pytree import register_dataclass
+from .damping import Damping, MeanDiagonal, factor
+from .gram import matmul
+from .methods import Method, System, inverse_of
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OPTQ(Method):
+    """Frantar et al. 2022 (also called GPTQ). It aims at Xq W, the float weights on the quantized network's inputs."""
+
+    damping: Damping = MeanDiagonal(0.01)
+
+    def __call__(self, W, gram):
+        return _system(W, gram, self.damping, None)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QEP(Method):
+    """OPTQ on weights moved by `alpha` of the way to the least squares weights of X W (arXiv 2504.09629)."""
+
+    alpha: Number = 0.5
+    damping: Damping = MeanDiagonal(0.01)
+
+    def __post_init__(self):
+        _check_alpha(self.alpha, "QEP")
+
+    def __call__(self, W, gram):
+        return _system(W, gram, self.damping, self.alpha)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Qronos(Method):
+    """Corrects all past errors, of this layer and of those before it, and keeps the future at its best (arXiv 2505.11695).
+
+    The default is its least squares form (arXiv 2508.04853, remark 5.2): OPTQ on W* = (H + lam)^-1 (G + lam) W. `exact` is
+    the definition: the first coordinate is rounded greedily, w_1 + C_1 W / H_11, before the rest is corrected.
+    """
+
+    exact: bool = dataclasses.field(default=False, metadata={"static": True})
+    damping: Damping = MeanDiagonal(0.01)
+
+    def __call__(self, W, gram):
+        A, L, cost = _system(W, gram, self.damping, 1)
+        if self.exact and gram.C is not None:
+            first = W[:1] + inverse_of(gram.diagonal[:1]) * matmul(gram.C[:1], W)
+            A = A.at[:1].set(jnp.where(gram.diagonal[:1, None] > 0, first, 0))
+        return System(A, L, cost)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GPTAQ(Method):
+    """OPTQ with a first-order correction for X - Xq (arXiv 2504.02692, in the form of its code).
+
+    With U = V^-1, N = striu(diag(U)^-1 U) and M = I + N - striu(P), P = alpha striu(C^T U^T) U.
+    """
+
+    alpha: Number = 0.25
+    damping: Damping = MeanDiagonal(0.01)
+
+    def __post_init__(self):
+        _check_alpha(self.alpha, "GPTAQ")
+
+    def __call__(self, W, gram):
+        if gram.C is None:
+            return _system(W, gram, self.damping, None)
+        V, eye = factor(gram.H, self.damping).V, jnp.eye(*gram.H.shape, dtype=W.dtype)
+        U = solve_triangular(V, eye)
+        N = jnp.triu(U / jnp.diagonal(U)[:, None], 1)
+        P = self.alpha * matmul(jnp.triu(matmul(U, gram.C).T, 1), U)
+        M = eye + N - jnp.triu(P, 1)
+        of_M = lambda B: solve_triangular(M, B, trans=1, unit_diagonal=True)
+        live = gram.diagonal[:, None] > 0  # P would pass on what a dead coordinate had in X
+        return System(of_M(jnp.where(live, W, 0)) * live, -jnp.tril(of_M(N.T), -1), None)
+
+
+def _system(W, gram, damping, alpha) -> System:
+    """OPTQ on the weights W + alpha (H + lam)^-1 C W."""
+    factored = factor(gram.H, damping)
+    L = factored.L
+    A = W + matmul(L, W)
+    if alpha is not None and gram.C is not None:
+        A += alpha * factored.feedback(matmul(gram.C, W))
+    return System(jnp.where(gram.diagonal[:, None] > 0, A, 0), L, factored.diagonal**2)
+
+
+def _check_alpha(alpha, name):
+    if isinstance(alpha, (str, bool)) or (is_number(alpha) and not 0 <= alpha <= 1):
+        raise ValueError(f"{name} takes alpha in [0, 1]; got {alpha!r}.")

@@ -1,0 +1,182 @@
+"""Recipe: everything that decides the codes of a matrix, given its data; what is left out, and what contradicts itself."""
+
+import dataclasses
+from typing import Literal
+
+from ..scalar import Fixed, Grid, MinError, MinMSE, Nearest, PerGroup, Rounding, Scale, grid_of_bits
+from ..scalar.grid import is_number
+from ..scalar.pytree import register_dataclass
+from .finish import CosineDescend, Descend, Finish
+from .malysaab import MalySaab
+from .malysaab import refuse as refuse_walk
+from .methods import GPFQ, Method
+from .optq import Qronos
+from .order import Descending, Natural, Order
+from .prepare import Prepare
+from .rotate import Hadamard
+from .substitute import BLOCK
+
+Form = Literal["auto", "gram", "data"]
+_static = {"static": True}
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One part in each slot around the recursion, in the order in which they act."""
+
+    grid: Grid
+    scale: Scale
+    rotation: Hadamard | None
+    order: Order
+    prepare: tuple[Prepare, ...]
+    method: Method
+    rounding: Rounding
+    finish: Finish | None
+    form: Form = dataclasses.field(default="auto", metadata=_static)
+    block: int | None = dataclasses.field(default=BLOCK, metadata=_static)
+
+    def __post_init__(self):
+        if self.form not in ("auto", "gram", "data"):
+            raise ValueError(f"form is 'auto', 'gram' or 'data'; got {self.form!r}.")
+        if self.block is not None and (not isinstance(self.block, int) or self.block < 1):
+            raise ValueError(
+                f"block is a positive number of coordinates, or None for the plain scan; got {self.block!r}."
+            )
+        if isinstance(self.rounding, Rounding) and isinstance(self.method, Method):  # no placeholders of a tree operation
+            _refuse_contradictions(self)
+
+    @property
+    def refits(self) -> int | None:
+        """The size of the groups whose steps are refit on the way; None if steps are chosen beforehand."""
+        per = self.scale.per
+        return per.size if isinstance(per, PerGroup) and per.refit else None
+
+    @property
+    def moves_step(self) -> bool:
+        """Whether steps may end up elsewhere than the scale laid them, each matrix's by itself."""
+        return isinstance(self.scale, MinError) or (self.finish is not None and self.finish.frees_step)
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the calibration rows themselves are asked for."""
+        return self.form == "data" or any(p.needs_rows for p in self.prepare)
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether something in the recipe works on the Gram only."""
+        return _needs_gram(self) is not None
+
+    def prefers_rows(self, rows: int, n: int, out: int) -> bool:
+        """Whether the data form is to be used for `rows` calibration rows, n inputs and `out` neurons.
+
+        It is where it takes fewer operations (6 rows n (out + block) against 6 rows n^2 + 4 n^2 out) and no more memory
+        (2 rows n + 3 rows out against 3 n^2 numbers): for many more inputs than rows.
+        """
+        if self.needs_rows or self.form == "gram" or self.needs_gram:
+            return self.needs_rows
+        faster = 6 * rows * n * (out + (self.block or n)) < 6 * rows * n * n + 4 * n * n * out
+        return faster and rows * (2 * n + 3 * out) <= 3 * n * n
+
+    def refuse(self, rows: int, n: int, name: str) -> None:
+        """Raises where this recipe cannot be used for n inputs and that many calibration rows."""
+        per = self.scale.per
+        if isinstance(per, PerGroup) and n % per.size:
+            raise ValueError(
+                f"PerGroup({per.size}) does not divide the {n} input coordinates of {name}; choose a divisor, or "
+                "PerChannel() for that kernel by a rule of its own."
+            )
+        if any(isinstance(p, MalySaab) for p in self.prepare):
+            refuse_walk(rows, n, name)
+        if self.rotation is not None:
+            self.rotation.refuse(n, name)
+
+
+def recipe_of(bits: int | None, grid: Grid | None, **settings) -> Recipe:
+    """The recipe of a call that names bits or a grid, what it leaves out filled in: see `jpfq.best`."""
+    if (bits is None) == (grid is None):
+        raise ValueError(f"Give bits=... or grid=..., one of them; got bits={bits!r} and grid={grid!r}.")
+    settings = {"grid": grid_of_bits(bits) if grid is None else grid, **settings}
+    if isinstance(settings.get("prepare"), Prepare):
+        settings["prepare"] = (settings["prepare"],)
+    for name, (kind, example) in _kinds.items():
+        if name in settings and not (settings[name] is None and name in ("finish", "rotation")):
+            for value in settings[name] if name == "prepare" else (settings[name],):
+                _check_kind(name, value, kind, example)
+    return Recipe(**_defaults(settings) | settings)
+
+
+_kinds = {
+    "grid": (Grid, "Ternary()"),
+    "scale": (Scale, "AbsMax()"),
+    "method": (Method, "GPFQ()"),
+    "rounding": (Rounding, "Nearest()"),
+    "order": (Order, "Natural()"),
+    "prepare": (Prepare, "Align()"),
+    "finish": (Finish, "Refit()"),
+    "rotation": (Hadamard, "Hadamard()"),
+}
+
+
+def _check_kind(name, value, kind, example):
+    if not isinstance(value, kind):
+        hint = f"; did you mean jpfq.{value.__name__}()?" if isinstance(value, type) and issubclass(value, kind) else ""
+        article = "an" if kind is Order else "a"
+        raise ValueError(f"{name} takes {article} {kind.__name__}, such as jpfq.{example}; got {value!r}{hint}")
+
+
+def _defaults(settings) -> dict:
+    """What we recommend for all that is left out, next to what is given.
+
+    The finish rounds to nearest, so a rounding that draws or prunes gets none; a step given as `Fixed` stays as it is.
+    """
+    on_data = settings.get("form") == "data"
+    scale = settings.get("scale", MinMSE() if on_data else MinError())
+    finish = Descend() if isinstance(scale, Fixed) else CosineDescend()
+    plain = type(settings.get("rounding", Nearest())) is Nearest and not on_data
+    refits = isinstance(scale.per, PerGroup) and scale.per.refit
+    return {
+        "scale": scale,
+        "rotation": None,
+        "order": Natural() if refits else Descending(),
+        "prepare": (),
+        "method": GPFQ() if on_data else Qronos(),
+        "rounding": Nearest(),
+        "finish": finish if plain else None,
+    }
+
+
+def _needs_gram(recipe) -> str | None:
+    """The part that works on the Gram only, if there is one."""
+    if not recipe.method.local:
+        return str(recipe.method)
+    gram_only = [p for p in recipe.prepare if not p.needs_rows]
+    searches = isinstance(recipe.scale, MinError)
+    part = next(iter(gram_only), recipe.finish) or recipe.rotation or (recipe.scale if searches or recipe.refits else None)
+    return None if part is None else str(part)
+
+
+def _refuse_contradictions(recipe):
+    finish, rounding, scale = recipe.finish, recipe.rounding, recipe.scale
+    if recipe.form == "data" and recipe.needs_gram:
+        raise ValueError(f"{_needs_gram(recipe)} has no data form; use form='gram'.")
+    if rounding.sparse and not _has_zero(recipe.grid):
+        raise ValueError(f"{rounding} sends weights to 0, which is no level of {recipe.grid}: take a grid with 0.")
+    if finish is not None and finish.descends and (rounding.settled is None or (rounding.sparse and finish.frees_step)):
+        raise ValueError(f"{finish} would bring back weights that {rounding} sends to 0: take finish=Refit() or None.")
+    if finish is not None and finish.frees_step and isinstance(scale, Fixed):
+        raise ValueError(f"{finish} changes the step that Fixed gives: take finish=Descend() or None.")
+    if recipe.refits:
+        if isinstance(scale, MinError):
+            raise ValueError(f"{scale} searches for steps beforehand, which PerGroup(refit=True) chooses on the way.")
+        if not isinstance(recipe.order, Natural):
+            raise ValueError("PerGroup(refit=True) takes groups as the recursion meets them: it needs order=Natural().")
+    if any(p.needs_rows for p in recipe.prepare) and (len(recipe.prepare) > 1 or recipe.rotation is not None):
+        raise ValueError(f"{recipe.prepare[-1]} works on the calibration rows, hence alone and without a rotation.")
+
+
+def _has_zero(grid) -> bool:
+    lo, hi, zero, _ = grid.alphabet()
+    if not all(x is None or is_number(x) for x in (lo, hi, zero)):
+        return True  # swept over: its values cannot be looked at
+    return zero is None or (zero == int(zero) and lo <= zero <= hi)

@@ -1,0 +1,65 @@
+"""Random rotation of the inputs, which spreads outliers over all of them: X W = (X R) (R^T W) for orthogonal R.
+
+The codes are then those of R^T W. Dequantizing rotates back, so the kernel that a network gets is R q, in the coordinates it
+had: exact wherever the dequantized kernel is used. A runtime that multiplies the integer codes must rotate its inputs itself.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..scalar.pytree import register_dataclass
+from .gram import Gram, matmul
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hadamard:
+    """R = diag(random signs) times Hadamard blocks, of the largest power of two that divides the number of inputs.
+
+    Incoherence processing as in QuIP# and QuaRot. `seed` picks the signs, which need not be stored.
+    """
+
+    seed: int = dataclasses.field(default=0, metadata={"static": True})
+
+    def __post_init__(self):
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"Hadamard takes an integer seed; got {self.seed!r}.")
+
+    def refuse(self, n: int, name: str) -> None:
+        """Raises where there is nothing to rotate."""
+        if _power(n) < 2:
+            raise ValueError(f"Hadamard rotates blocks of a power of two, but {name} has an odd number of inputs, {n}.")
+
+    def forth(self, M: jax.Array) -> jax.Array:
+        """R^T M, for M (in, ..)."""
+        return self._blocks(M * self._signs(M)[:, None])
+
+    def back(self, M: jax.Array) -> jax.Array:
+        """R M."""
+        return self._blocks(M) * self._signs(M)[:, None]
+
+    def gram(self, gram: Gram) -> Gram:
+        """The Gram of the inputs X R, Xq R."""
+        square = lambda M: None if M is None else self.forth(self.forth(M).T).T
+        vector = lambda x: self.forth(x[:, None])[:, 0]
+        return Gram(square(gram.H), square(gram.C), square(gram.drift), *map(vector, (gram.sum_X, gram.sum_Xq)), gram.count)
+
+    def _signs(self, M):
+        signs = np.random.default_rng(self.seed).integers(0, 2, M.shape[0]) * 2 - 1
+        return jnp.asarray(signs, M.dtype)
+
+    def _blocks(self, M):
+        size = _power(M.shape[0])
+        H = jnp.ones((1, 1), M.dtype)
+        while H.shape[0] < size:
+            H = jnp.block([[H, H], [H, -H]])
+        blocks = jax.vmap(matmul, (None, 0))(H / size**0.5, M.reshape(-1, size, M.shape[1]))
+        return blocks.reshape(M.shape)
+
+
+def _power(n: int) -> int:
+    """The largest power of two that divides n."""
+    return n & -n

@@ -1,0 +1,177 @@
+"""The stages of one solve, in one compiled program:
+
+    rotation, order, prepare -> scale -> method, recursion (for each multiple of the steps, where the scale searches)
+    -> finish -> what it was like
+
+for several matrices with data of their own (the feature groups of a convolution, experts). The network walk calls it.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..scalar import Codes, Levels
+from .bounds import residual, square_bound, target
+from .each import each
+from .gram import Gram, Rows, matmul
+from .pathfollow import follow
+from .qtensor import Info, entropy
+from .recipe import Recipe
+from .substitute import Path, Recursion, substitute
+
+
+class Solution(NamedTuple):
+    """The result for B matrices of one kernel."""
+
+    codes: jax.Array  # (B, in, out) integers, as floats
+    q: jax.Array  # (B, in, out) their values, rotated back
+    step: jax.Array  # (B, groups, out), or (1, 1, 1) where all share one
+    zero: jax.Array
+    info: Info
+
+
+def solve_all(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None) -> Solution:
+    """Quantizes B matrices W (B, in, out), with a leading axis of B on every array of `data`.
+
+    A scale per tensor is shared by all B, unless a search or a finish moves it. Key: folded by matrix, neuron and input
+    coordinate. Compiled once for all grids.
+    """
+    return _solve_all(W, data, dataclasses.replace(recipe, grid=Codes.of(recipe.grid)), key)
+
+
+class _Job(NamedTuple):
+    """One matrix on its way, its coordinates in the order of the recursion."""
+
+    order: jax.Array
+    W: jax.Array  # the float weights, and the data they meet: what every error is measured against
+    data: Any
+    ready_W: jax.Array  # the same as prepared for the recursion
+    ready_data: Any
+
+
+@jax.jit
+def _solve_all(W, data, recipe, key):
+    B, n, out = W.shape
+    jobs = each(lambda W, data: _prepare(W, data, recipe), W, data)
+    ready, importance = each(lambda job: (_back(job.ready_W, job.order), _back(job.data.diagonal, job.order)), jobs)
+    flat = lambda x: jnp.moveaxis(x, 0, 1).reshape(n, B * out)
+    levels = recipe.scale(flat(ready), recipe.grid, flat(jnp.broadcast_to(importance[..., None], W.shape)))
+    shared = levels.step.shape[1] == 1
+    split = lambda x: x[None] if shared else jnp.moveaxis(x.reshape(x.shape[0], B, out), 1, 0)
+    step, zero = (jnp.broadcast_to(x, (B, *x.shape[1:])) for x in (split(levels.step), split(levels.zero)))
+
+    def one(job, weights, step, zero, b):
+        draw = None if key is None else jax.random.fold_in(key, b)
+        recursion = Recursion(Levels(step, zero, levels.lo, levels.hi), job.order, out, recipe.rounding, draw)
+        return _quantize(job, weights, recursion, recipe)
+
+    codes, q, step, zero, parts = each(one, jobs, ready, step, zero, jnp.arange(B))
+    if shared and not recipe.moves_step:
+        step, zero = step[:1], zero[:1]
+    sums = {name: x.sum() for name, x in parts.items()}
+    means = {name: parts[name].mean() for name in ("saturation", "sparsity")}
+    return Solution(codes, q, step, zero, Info(**sums | means, entropy=entropy(codes)))
+
+
+def _prepare(W, data, recipe) -> _Job:
+    if recipe.rotation is not None:
+        W, data = recipe.rotation.forth(W), recipe.rotation.gram(data)
+    p = recipe.order(data)
+    if p is not None:
+        W, data = W[p], data.permute(p)
+    ready = W, data
+    for part in recipe.prepare:
+        if not part.needs_levels:
+            ready = part(*ready, None)
+    return _Job(jnp.arange(W.shape[0]) if p is None else p, W, data, *ready)
+
+
+def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
+    """Codes, values, steps and figures of one matrix; `weights` are the prepared ones in their own order."""
+    W, data = job.ready_W, job.ready_data
+    for part in recipe.prepare:
+        if part.needs_levels:
+            W, data = part(W, data, recursion.spread())
+    if isinstance(data, Rows) and not recipe.needs_gram:
+        path, _ = follow(W, data, recipe.method, recursion, block=recipe.block)
+        floor, bound, failed = jnp.nan, jnp.nan, 0
+    else:
+        system = recipe.method(W, _as_gram(data))
+        path, recursion = _run(system, job, recursion, recipe)
+        exact = recipe.prepare == () and isinstance(job.data, Gram) and job.data.C is None  # then W0 is W
+        floor = 0.0 if exact else _square_error(job, target(system))
+        known = system.cost is not None
+        reach = recipe.rounding.error(recursion.spread())
+        bound = jnp.sqrt(floor) + jnp.sqrt(square_bound(system.cost, reach).sum()) if known else jnp.nan
+        failed = sum(jnp.sum(~jnp.isfinite(x)) for x in (system.A, system.L) if x is not None)
+    codes, levels = path.codes, recursion.levels
+    if recipe.finish is not None:
+        settled = recursion._replace(rounding=recipe.rounding.settled, refit=None)
+        codes, levels = recipe.finish(job.W, _as_gram(job.data), codes, settled, recipe.block)
+    q = recursion._replace(levels=levels).values(codes)
+
+    groups = levels.step.shape[0]
+    nonzero = jnp.any(weights.reshape(groups, -1, weights.shape[1]) != 0, axis=1)
+    as_number = lambda x: jnp.asarray(x, W.dtype)
+    figures = {
+        "square_error": _square_error(job, q),
+        "energy": _square_error(job, jnp.zeros_like(q)),
+        "saturation": jnp.mean(path.saturated),
+        "dead": jnp.sum(job.data.diagonal == 0),
+        "sparsity": jnp.mean(q == 0),
+        "zero_steps": jnp.sum((levels.step == 0) & nonzero),
+        "square_floor": as_number(floor),
+        "square_bound": as_number(bound) ** 2,
+        "failed": jnp.asarray(failed),
+    }
+    codes, q = _back(codes, job.order), _back(q, job.order)
+    if recipe.rotation is not None:
+        q = recipe.rotation.back(q)
+    return codes, q, levels.step, levels.zero, figures
+
+
+def _run(system, job, recursion, recipe) -> tuple[Path, Recursion]:
+    """The recursion, and with the levels that it ended on."""
+    block = recipe.block
+    if recipe.refits and system.L is not None:
+        block, recursion = recipe.refits, recursion._replace(refit=lambda W: recipe.scale(W, recipe.grid))
+    multiples = recipe.scale.multiples(system.A.dtype)
+    if multiples is None:
+        path = substitute(system.A, system.L, recursion, block=block)
+        return path, recursion if path.refit is None else recursion._replace(levels=path.refit)
+
+    levels = recursion.levels
+    scaled = lambda c: recursion._replace(levels=dataclasses.replace(levels, step=levels.step * c))
+
+    def attempt(best, c):
+        path = substitute(system.A, system.L, scaled(c), block=block)
+        error = _as_gram(job.data).square_error(job.W, path.q)
+        if levels.step.shape[1] == 1:
+            error = jnp.broadcast_to(error.sum(), error.shape)
+        new = (error, jnp.broadcast_to(c, error.shape), path)
+        better = error < best[0]
+        return jax.tree.map(lambda new, old: jnp.where(better, new, old), new, best), None
+
+    blank = jnp.zeros(system.A.shape, system.A.dtype)
+    start = (jnp.full(recursion.out, jnp.inf, blank.dtype), jnp.ones(recursion.out, blank.dtype), Path(blank, blank, blank > 0))
+    (_, c, path), _ = lax.scan(attempt, start, multiples)
+    return path, scaled(c[:1] if levels.step.shape[1] == 1 else c)
+
+
+def _square_error(job, q):
+    """||X W - Xq q||_F^2 against the float weights."""
+    if isinstance(job.data, Rows):
+        return jnp.sum(residual(job.data, job.W, q) ** 2)
+    return jnp.sum(job.data.square_error(job.W, q))
+
+
+def _as_gram(data) -> Gram:
+    return data.gram() if isinstance(data, Rows) else data
+
+
+def _back(x, order):
+    """Coordinates in the order of the recursion put back in their own."""
+    return jnp.zeros_like(x).at[order].set(x)
