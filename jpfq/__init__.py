@@ -23,6 +23,7 @@ from .matrix import QTensor as QTensor
 from .matrix import Qronos as Qronos
 from .matrix import Refit as Refit
 from .matrix import Rows as Rows
+from .matrix import Shrinkage as Shrinkage
 from .matrix import TopEigenvalue as TopEigenvalue
 from .matrix import solve as solve
 from .network import Plan as Plan

@@ -35,6 +35,7 @@ from .recipe import Form as Form
 from .recipe import Recipe as Recipe
 from .recipe import recipe_of as recipe_of
 from .rotate import Hadamard as Hadamard
+from .shrink import Shrinkage as Shrinkage
 from .solve import raise_on as raise_on
 from .solve import solve as solve
 from .stages import Solution as Solution

@@ -104,11 +104,16 @@ class Gram:
         With e = w - q this is e^T H e + 2 e^T C w + w^T drift w: nothing large cancels, unlike in algorithms that keep
         ||X w||^2 and subtract.
         """
+        total = self.excess(W, q)
+        if self.drift is not None:
+            total += jnp.sum(W * matmul(self.drift, W), axis=0)
+        return jnp.maximum(total, 0)
+
+    def excess(self, W: jax.Array, q: jax.Array) -> jax.Array:
+        """`square_error` less ||(X - Xq) w||^2, the part that does not depend on q; may be negative."""
         e = W - q
         total = jnp.sum(e * matmul(self.H, e), axis=0)
-        if self.C is not None and self.drift is not None:
-            total += 2 * jnp.sum(e * matmul(self.C, W), axis=0) + jnp.sum(W * matmul(self.drift, W), axis=0)
-        return jnp.maximum(total, 0)
+        return total if self.C is None else total + 2 * jnp.sum(e * matmul(self.C, W), axis=0)
 
 
 @register_dataclass

@@ -14,6 +14,7 @@ from .optq import Qronos
 from .order import Descending, Natural, Order
 from .prepare import Prepare
 from .rotate import Hadamard
+from .shrink import Shrinkage
 from .substitute import BLOCK
 
 Form = Literal["auto", "gram", "data"]
@@ -27,6 +28,7 @@ class Recipe:
 
     grid: Grid
     scale: Scale
+    shrinkage: Shrinkage | None
     rotation: Hadamard | None
     order: Order
     prepare: tuple[Prepare, ...]
@@ -100,7 +102,7 @@ def recipe_of(bits: int | None, grid: Grid | None, **settings) -> Recipe:
     if isinstance(settings.get("prepare"), Prepare):
         settings["prepare"] = (settings["prepare"],)
     for name, (kind, example) in _kinds.items():
-        if name in settings and not (settings[name] is None and name in ("finish", "rotation")):
+        if name in settings and not (settings[name] is None and name in ("finish", "rotation", "shrinkage")):
             for value in settings[name] if name == "prepare" else (settings[name],):
                 _check_kind(name, value, kind, example)
     return Recipe(**_defaults(settings) | settings)
@@ -115,6 +117,7 @@ _kinds = {
     "prepare": (Prepare, "Align()"),
     "finish": (Finish, "Refit()"),
     "rotation": (Hadamard, "Hadamard()"),
+    "shrinkage": (Shrinkage, "Shrinkage()"),
 }
 
 
@@ -135,8 +138,10 @@ def _defaults(settings) -> dict:
     finish = Descend() if isinstance(scale, Fixed) else CosineDescend()
     plain = type(settings.get("rounding", Nearest())) is Nearest and not on_data
     refits = isinstance(scale.per, PerGroup) and scale.per.refit
+    needs_rows = any(p.needs_rows for p in settings.get("prepare", ()))
     return {
         "scale": scale,
+        "shrinkage": None if on_data or needs_rows else Shrinkage(),
         "rotation": None,
         "order": Natural() if refits else Descending(),
         "prepare": (),
@@ -152,8 +157,8 @@ def _needs_gram(recipe) -> str | None:
         return str(recipe.method)
     gram_only = [p for p in recipe.prepare if not p.needs_rows]
     searches = isinstance(recipe.scale, MinError)
-    part = next(iter(gram_only), recipe.finish) or recipe.rotation or (recipe.scale if searches or recipe.refits else None)
-    return None if part is None else str(part)
+    parts = (*gram_only, recipe.finish, recipe.shrinkage, recipe.rotation, recipe.scale if searches or recipe.refits else None)
+    return next((str(part) for part in parts if part is not None), None)
 
 
 def _refuse_contradictions(recipe):
@@ -171,8 +176,11 @@ def _refuse_contradictions(recipe):
             raise ValueError(f"{scale} searches for steps beforehand, which PerGroup(refit=True) chooses on the way.")
         if not isinstance(recipe.order, Natural):
             raise ValueError("PerGroup(refit=True) takes groups as the recursion meets them: it needs order=Natural().")
-    if any(p.needs_rows for p in recipe.prepare) and (len(recipe.prepare) > 1 or recipe.rotation is not None):
-        raise ValueError(f"{recipe.prepare[-1]} works on the calibration rows, hence alone and without a rotation.")
+    others = len(recipe.prepare) > 1 or recipe.rotation is not None or recipe.shrinkage is not None
+    if any(p.needs_rows for p in recipe.prepare) and others:
+        raise ValueError(
+            f"{recipe.prepare} works on the calibration rows: alone, without a rotation and without shrinkage."
+        )
 
 
 def _has_zero(grid) -> bool:

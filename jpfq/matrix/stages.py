@@ -1,6 +1,6 @@
 """The stages of one solve, in one compiled program:
 
-    rotation, order, prepare -> scale -> method, recursion (for each multiple of the steps, where the scale searches)
+    rotation, order, shrinkage, prepare -> scale -> method, recursion (for each multiple of the steps, where the scale searches)
     -> finish -> what it was like
 
 for several matrices with data of their own (the feature groups of a convolution, experts). The network walk calls it.
@@ -46,9 +46,10 @@ class _Job(NamedTuple):
     """One matrix on its way, its coordinates in the order of the recursion."""
 
     order: jax.Array
-    W: jax.Array  # the float weights, and the data they meet: what every error is measured against
+    W: jax.Array  # the float weights, and the data they meet: what every figure is about
     data: Any
-    ready_W: jax.Array  # the same as prepared for the recursion
+    trusted: Any  # the data after shrinkage: what codes and steps are chosen by
+    ready_W: jax.Array  # weights and data as prepared for the recursion
     ready_data: Any
 
 
@@ -82,11 +83,12 @@ def _prepare(W, data, recipe) -> _Job:
     p = recipe.order(data)
     if p is not None:
         W, data = W[p], data.permute(p)
-    ready = W, data
+    trusted = data if recipe.shrinkage is None else recipe.shrinkage(data)
+    ready = W, trusted
     for part in recipe.prepare:
         if not part.needs_levels:
             ready = part(*ready, None)
-    return _Job(jnp.arange(W.shape[0]) if p is None else p, W, data, *ready)
+    return _Job(jnp.arange(W.shape[0]) if p is None else p, W, data, trusted, *ready)
 
 
 def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
@@ -110,7 +112,7 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
     codes, levels = path.codes, recursion.levels
     if recipe.finish is not None:
         settled = recursion._replace(rounding=recipe.rounding.settled, refit=None)
-        codes, levels = recipe.finish(job.W, _as_gram(job.data), codes, settled, recipe.block)
+        codes, levels = recipe.finish(job.W, _as_gram(job.trusted), codes, settled, recipe.block)
     q = recursion._replace(levels=levels).values(codes)
 
     groups = levels.step.shape[0]
@@ -148,7 +150,7 @@ def _run(system, job, recursion, recipe) -> tuple[Path, Recursion]:
 
     def attempt(best, c):
         path = substitute(system.A, system.L, scaled(c), block=block)
-        error = _as_gram(job.data).square_error(job.W, path.q)
+        error = _as_gram(job.trusted).excess(job.W, path.q)
         if levels.step.shape[1] == 1:
             error = jnp.broadcast_to(error.sum(), error.shape)
         new = (error, jnp.broadcast_to(c, error.shape), path)

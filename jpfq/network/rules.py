@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from ..matrix import Finish, Form, Hadamard, Method, Order, Prepare, Recipe, recipe_of
+from ..matrix import Finish, Form, Hadamard, Method, Order, Prepare, Recipe, Shrinkage, recipe_of
 from ..scalar import Grid, Rounding, Scale, register_dataclass
 from ..scalar.grid import Number
 
@@ -22,9 +22,9 @@ class Rule:
         pattern: matched against the '/'-joined path from end to end: "head/.*", ".*kernel".
         bits: short for `grid=Integer(bits)`, or `Binary()` at one bit.
         grid: the alphabet; give this or `bits`.
-        scale, rotation, order, prepare, method, rounding, form, block: as in `jpfq.solve`; what is left out takes the
+        scale, shrinkage, rotation, order, prepare, method, rounding, form, block: as in `jpfq.solve`; what is left out takes the
             value recommended there.
-        finish: likewise; None for no finish.
+        finish, shrinkage: likewise; None for none.
         skip: leave these kernels as they are.
         unsupported: what to do about matched kernels that cannot be quantized (tied, computed, inside a loop ..).
             "skip" lists them with their reason, "error" refuses. Left out, they are listed if the rule matches others
@@ -41,6 +41,7 @@ class Rule:
     method: Method | None = dataclasses.field(default=None, kw_only=True)
     rounding: Rounding | None = dataclasses.field(default=None, kw_only=True)
     finish: Finish | None | Literal["recommended"] = dataclasses.field(default="recommended", kw_only=True)
+    shrinkage: Shrinkage | None | Literal["recommended"] = dataclasses.field(default="recommended", kw_only=True)
     form: Form | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
     block: int | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
     skip: bool = dataclasses.field(default=False, kw_only=True, metadata=_static)
@@ -75,7 +76,8 @@ class Rule:
     def _settings(self):
         names = ("bits", "grid", "scale", "rotation", "order", "prepare", "method", "rounding", "form", "block")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return given if self.finish == "recommended" else given | {"finish": self.finish}
+        chosen = {name: getattr(self, name) for name in ("finish", "shrinkage")}  # None is a choice
+        return given | {name: value for name, value in chosen.items() if value != "recommended"}
 
 
 class Assignment(NamedTuple):
