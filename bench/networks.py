@@ -1,4 +1,4 @@
-"""The trained networks for CIFAR-10 that benchmarks use: GPFQ20's CNN and ResNet20, with stored weights, and the pictures."""
+"""Networks for CIFAR-10 that benchmarks share, with stored weights: GPFQ20's CNN and ResNet20."""
 
 from pathlib import Path
 

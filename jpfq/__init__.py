@@ -30,6 +30,8 @@ from .network import Plan as Plan
 from .network import Quantized as Quantized
 from .network import Rule as Rule
 from .network import Weighted as Weighted
+from .network import best as best
+from .network import paper as paper
 from .network import plan as plan
 from .network import quantize as quantize
 from .scalar import AbsMax as AbsMax

@@ -37,7 +37,7 @@ def follow(
         carry, u = state
         i, W, index = x
         here = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * block, block, 1), rows)
-        A, L = method.block(W, here, u)
+        A, L, _ = method.block(W, here, u)
         carry, path = recursion.scan(A, L, index, carry)
         return (carry, u + matmul(here.X, W) - matmul(here.quantized, path.q)), path
 

@@ -98,6 +98,7 @@ def _line(site: Site, forked: bool, analysis: Analysis, batches: int) -> Line:
     per_batch = math.prod(rows_shape(site.layout, site.data.aval.shape))
     rows = per_batch * batches
     recipe = analysis.assignment.recipes[site.path]
+    recipe.refuse(rows, n, site.path)
     networks = 2 if forked else 1
     patches = 3 if B * per_batch * n > site.data.aval.size else 0  # copies made of the inputs of a convolution
     if recipe.prefers_rows(rows, n, out):

@@ -15,7 +15,7 @@ from .nnx import from_nnx, is_nnx
 from .program import Program, trace
 from .progress import progress_bar
 from .rules import Assignment, Rule, as_rules, assign
-from .sites import Site, find_sites
+from .sites import CASTS, Site, find_sites
 from .stream import Stream
 from .table import table
 from .walk import stops, walk
@@ -200,7 +200,21 @@ def analyse(functional: Functional, rules: Sequence[Rule], example: Any) -> Anal
     reasons = {path: reason for path, reason in reasons.items() if path not in state}
     trainable = [path for path in functional.paths if path not in state]
     assignment = assign(rules, list(dict.fromkeys(site.path for site in sites)), reasons, trainable)
-    return Analysis(program, [site for site in sites if site.path in assignment.recipes], assignment)
+    sites = [site for site in sites if site.path in assignment.recipes]
+    for path, recipe in assignment.recipes.items():
+        if recipe.rotation is not None:
+            _check_rotation(path, [site for site in sites if site.path == path], program)
+    return Analysis(program, sites, assignment)
+
+
+def _check_rotation(path, sites, program):
+    """Dequantizing turns a kernel back as a whole, so it must be one matrix as it stands."""
+    shape = program.params[sites[0].leaf].aval.shape
+    if len(sites) > 1 or any(eqn.primitive.name not in CASTS for eqn, _ in sites[0].chain.steps):
+        raise ValueError(
+            f"Hadamard cannot be folded into {path} {shape}: the model reshapes, transposes or slices this kernel before it "
+            "multiplies, or uses it more than once. Give it a rule without rotation."
+        )
 
 
 def _check_finite(functional, analysis):

@@ -1,0 +1,124 @@
+"""The published methods with their own alphabets, scales and orders, as rules for `quantize`. Ours is `jpfq.best`.
+
+Each function takes the paper's own parameters and returns a list of rules, so that others may go before it:
+
+    jpfq.quantize(model, batches, [jpfq.Rule("head/.*", skip=True), *jpfq.paper.optq(bits=3)], variables=variables)
+
+All convolutions are unfolded over all their input channels at their own stride, which GPFQ20 (one channel at a time) and
+GPFQ22 (a random part of non-overlapping patches) did not yet do.
+"""
+
+from ..matrix import GPFQ, MSQ, OPTQ, UNI, Align, Descending, MagR, MalySaab, MeanDiagonal, Natural, Qronos, TopEigenvalue
+from ..scalar import (
+    AbsMax,
+    Asymmetric,
+    Binary,
+    Equispaced,
+    Grid,
+    HardThreshold,
+    Integer,
+    Median,
+    Nearest,
+    PerChannel,
+    PerGroup,
+    Prune,
+    Quantile,
+    SoftThreshold,
+    Stochastic,
+    Symmetric,
+)
+from ..scalar.grid import Number
+from .rules import Rule
+
+
+def rtn(bits: Number = 4, *, pattern: str = ".*") -> list[Rule]:
+    """Plain rounding to nearest, the largest weight of each neuron on the top level: what every method is compared with."""
+    return _plain(pattern, grid=Integer(bits), scale=AbsMax(), method=MSQ(), order=Natural())
+
+
+def gpfq20(levels: Number = 3, C: Number = 2.0, *, pattern: str = ".*") -> list[Rule]:
+    """GPFQ (Lybrand, Saab 2020): `levels` equispaced levels of radius C median|W|, one radius per layer."""
+    return _plain(pattern, grid=Equispaced(levels), scale=Median(C), method=GPFQ(), order=Natural())
+
+
+def gpfq22(
+    bits: Number = 4,
+    C: Number = 1.16,
+    p: Number = 1.0,
+    *,
+    soft: Number | None = None,
+    hard: Number | None = None,
+    pattern: str = ".*",
+) -> list[Rule]:
+    """GPFQ (Zhang, Zhou, Saab 2022): 2^b + 1 levels, radius C times the mean over neurons of the p-quantile of |w|.
+
+    `soft` or `hard` is the threshold of its sparse variants, in units of the weights. The hard one keeps the uniform levels
+    here, so that its codes can be stored.
+    """
+    if soft is not None and hard is not None:
+        raise ValueError(f"gpfq22 takes soft or hard, not both; got {soft!r} and {hard!r}.")
+    rounding = Nearest() if soft is None else SoftThreshold(soft)
+    rounding = rounding if hard is None else HardThreshold(hard)
+    how = {"scale": Quantile(p, C), "method": GPFQ(), "order": Natural(), "rounding": rounding}
+    return _plain(pattern, grid=Symmetric(2 ** (bits - 1)), **how)
+
+
+def spfq(bits: Number = 4, C: Number = 1.16, r: int = 1, p: Number = 1.0, *, pattern: str = ".*") -> list[Rule]:
+    """SPFQ (Zhang, Saab 2023): alignment of order r, then path following with stochastic rounding. Takes a key."""
+    how = {"scale": Quantile(p, C), "order": Natural(), "rounding": Stochastic()}
+    steps = {"method": GPFQ()} if r == 1 else {"prepare": Align(r), "method": UNI()}  # order 1 before it is GPFQ itself
+    return _plain(pattern, grid=Symmetric(2 ** (bits - 1)), **how, **steps)
+
+
+def uni(
+    bits: Number = 4, C: Number = 1.16, scaling: Number = 1.0, prune: Number = 0, *, pattern: str = ".*"
+) -> list[Rule]:
+    """The unified stochastic framework (H. Zhang, Saab 2024): quantization, pruning, both, and one bit. Takes a key.
+
+    `scaling` divides the feedback; weights below `prune` steps are pruned at random first; bits=1 is its 1-bit operator.
+    """
+    grid: Grid = Binary() if bits == 1 else Symmetric(2 ** (bits - 1))
+    rounding = Prune(prune, unit="step") if prune else Stochastic()
+    how = {"scale": Quantile(1.0, C), "order": Natural(), "prepare": Align(1), "rounding": rounding}
+    return _plain(pattern, grid=grid, method=UNI(scaling), **how)
+
+
+def maly_saab(*, pattern: str = ".*") -> list[Rule]:
+    """Maly, Saab (2022): one bit, +-max|w| of each neuron, by a walk in the kernel of fewer calibration rows than inputs."""
+    return _plain(pattern, grid=Binary(), scale=AbsMax(), prepare=MalySaab(), method=MSQ(), order=Natural())
+
+
+def optq(
+    bits: Number = 4,
+    group: int | None = None,
+    *,
+    symmetric: bool = False,
+    damping: Number = 0.01,
+    act_order: bool = False,
+    pattern: str = ".*",
+) -> list[Rule]:
+    """OPTQ, also called GPTQ (Frantar et al. 2022): min-max grids per neuron, or per `group` inputs refit on the way.
+
+    With `act_order` the largest inputs go first, and groups take their steps beforehand.
+    """
+    per = PerChannel() if group is None else PerGroup(group, refit=not act_order)
+    top = 2 ** (bits - 1)
+    grid, scale = (Integer(bits), AbsMax((top - 1) / (top - 0.5), per)) if symmetric else (Asymmetric(bits), AbsMax(per=per))
+    order = Descending() if act_order else Natural()
+    return _plain(pattern, grid=grid, scale=scale, method=OPTQ(MeanDiagonal(damping)), order=order)
+
+
+def qronos(
+    bits: Number = 4, beta: Number = 1.0, magr: Number | None = None, *, damping: Number = 1e-6, pattern: str = ".*"
+) -> list[Rule]:
+    """Qronos (Zhang, Zhang, Colbert, Saab 2025): asymmetric grids over beta [min, max] per neuron, largest inputs first.
+
+    The paper's 2-bit runs have beta=.8 and magr=.01 (and rotate the inputs: add rotation=jpfq.Hadamard() to the rule).
+    """
+    how = {} if magr is None else {"prepare": MagR(magr)}
+    method = Qronos(exact=True, damping=TopEigenvalue(damping))
+    return _plain(pattern, grid=Asymmetric(bits), scale=AbsMax(beta), method=method, order=Descending(), **how)
+
+
+def _plain(pattern, **settings) -> list[Rule]:
+    return [Rule(pattern, finish=None, shrinkage=None, **settings)]
