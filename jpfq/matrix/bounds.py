@@ -6,6 +6,7 @@ step for nearest, a step for stochastic rounding: `Rounding.error`), and `cost` 
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
 
 from ..scalar.grid import Number
 from .gram import Rows, matmul
@@ -44,8 +45,8 @@ def steady_error(step: Number, rows: Number, energy: Number) -> jax.Array:
 def max_error(error: Number, cost: jax.Array, p: Number = 2.0, scaling: Number = 1.0) -> jax.Array:
     """The largest entry of the final residual Xq (W0 - q) under unbiased stochastic rounding, with `confidence(..)`.
 
-    The residual is below N(0, beta I) in convex order, beta = (pi error^2 / 2) max_t cost_t scaling^2 / (2 scaling - 1), hence
-    ||u||_inf <= sqrt(4 p beta log n). With scaling 1 that is error sqrt(2 pi p log n) max_t ||Xq_t||, the bound of SPFQ;
+    The residual is below N(0, beta I) in convex order, beta = (pi error^2 / 2) max_t cost_t scaling^2 / (2 scaling - 1),
+    hence ||u||_inf <= sqrt(4 p beta log n). With scaling 1 that is error sqrt(2 pi p log n) max_t ||Xq_t||, the bound of SPFQ;
     for OPTQ and Qronos take V_tt^2 for cost, for UNI its scaling and diag(H).
     """
     n = cost.shape[0]
@@ -73,8 +74,11 @@ def kernel_walk_error(rows: Rows, step: Number) -> jax.Array:
 
 def target(system: System) -> jax.Array:
     """W0 = (I + L)^-1 A, which an infinitely fine grid would return (in, out)."""
-    A, L, _ = system
-    return A if L is None else jax.scipy.linalg.solve_triangular(L, A, lower=True, unit_diagonal=True)
+    base, L, about, _ = system
+    if L is None:
+        return base
+    about = jnp.zeros_like(base) if about is None else about
+    return about + solve_triangular(L, base - about, lower=True, unit_diagonal=True)
 
 
 def residual(rows: Rows, W: jax.Array, q: jax.Array) -> jax.Array:

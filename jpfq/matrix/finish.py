@@ -7,7 +7,7 @@
 A pass of descent is the recursion once more. With D = diag(H), p the codes' values before the pass and q after it, the
 best value of weight t is a_t with
 
-    a = A - L q,     L = D^-1 stril(H),     A = D^-1 (G W - striu(H) p) = W + L W + D^-1 (C W + striu(H) (W - p))
+    a = base + L (W - q),     L = D^-1 stril(H),     base = W + D^-1 (C W + striu(H) (W - p))
 
 so a pass has GPFQ's L and the blocks of every other recursion. What the cosine needs more, each rounding is given.
 """
@@ -81,8 +81,8 @@ class Descend(Finish):
         best, L = _descent(W, gram)
 
         def one(codes, _):
-            A = best(recursion.values(codes))
-            return substitute(A, L, recursion, block=block).codes, None
+            base = best(recursion.values(codes))
+            return substitute(base, L, recursion, block=block, about=W).codes, None
 
         return lax.scan(one, codes, length=self.passes)[0], recursion.levels
 
@@ -112,8 +112,8 @@ class CosineDescend(Finish):
             q = here.values(codes)
             product = jnp.sum(q * goal, 0)  # <X w, Xq q>, and since steps are refit also ||Xq q||^2
             here = here._replace(carry=(product, product))
-            A = best(q) - q  # L meets the new values, hence what is left to gain and not the value itself
-            codes = substitute(A, L, here, block=block, given=(gram.diagonal, goal, codes)).codes
+            given = (gram.diagonal, goal, codes)
+            codes = substitute(best(q) - q, L, here, block=block, about=W, given=given).codes
             return (codes, _refit(W, gram, codes, here)), None
 
         start = (codes, _refit(W, gram, codes, recursion))
@@ -144,7 +144,9 @@ class _Cosine(Rounding):
         choices = jnp.clip(jnp.stack([middle, middle + 1, levels.lo, levels.hi]), levels.lo, levels.hi)
         d = levels.decode(choices) - now
         energy = r + 2 * d * r_t + d**2 * h
-        gain = jnp.where((energy > 0) & (s + d * g > 0), (2 * s * e * d + k * d**2) / jnp.where(energy > 0, energy, 1), -1)
+        gain = jnp.where(
+            (energy > 0) & (s + d * g > 0), (2 * s * e * d + k * d**2) / jnp.where(energy > 0, energy, 1), -1
+        )
         best = jnp.argmax(gain)
         moves = gain[best] > 0
         d = jnp.where(moves, d[best], 0)
@@ -155,13 +157,10 @@ class _Cosine(Rounding):
 
 
 def _descent(W, gram) -> tuple[Any, jax.Array]:
-    """The target of a pass, as a function of the values before it, and the feedback."""
-    D, inverse = gram.diagonal[:, None], inverse_of(gram.diagonal)
-    L, rest = inverse * jnp.tril(gram.H, -1), jnp.triu(gram.H, 1)
-    fixed = W + matmul(L, W)
-    if gram.C is not None:
-        fixed += inverse * matmul(gram.C, W)
-    return lambda p: jnp.where(D > 0, fixed + inverse * matmul(rest, W - p), 0), L
+    """The base of a pass, as a function of the values before it, and the feedback."""
+    inverse = inverse_of(gram.diagonal)
+    fixed, rest = W if gram.C is None else W + inverse * matmul(gram.C, W), jnp.triu(gram.H, 1)
+    return lambda p: (fixed + inverse * matmul(rest, W - p)) * (inverse > 0), inverse * jnp.tril(gram.H, -1)
 
 
 def _refit(W, gram, codes, recursion) -> Levels:
@@ -179,4 +178,3 @@ def _refit(W, gram, codes, recursion) -> Levels:
 def _check_passes(finish):
     if not isinstance(finish.passes, int) or isinstance(finish.passes, bool) or finish.passes < 1:
         raise ValueError(f"{type(finish).__name__} takes at least one pass; got {finish.passes!r}.")
-

@@ -30,6 +30,7 @@ class MalySaab(Prepare):
     needs_levels = True
 
     def __call__(self, W, data, levels):
+        assert levels is not None
         refuse(*data.X.shape)
         Xq = data.quantized
         if data.Xq is not None:

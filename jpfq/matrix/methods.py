@@ -1,6 +1,6 @@
 """Methods: what the recursion q = Q(A - L q) is fed, from the weights and the Gram.
 
-A method is a function (W, Gram) -> System(A, L); everything else (rounding, grid, order, blocking) is shared.
+A method is a function (W, Gram) -> System; everything else (rounding, grid, order, blocking) is shared.
 With D = diag(H):
 
     MSQ     A = W                                      L = 0
@@ -24,15 +24,22 @@ from .gram import Gram, Rows, matmul
 
 
 class System(NamedTuple):
-    """One nonlinear forward substitution q = Q(A - L q).
+    """One nonlinear forward substitution q = Q(A - L q), with A = base + L about.
 
-    `cost` bounds what rounding does to the output: with W0 what an infinitely fine grid would return and e = a - q the
-    errors of rounding, ||Xq (W0 - q)||^2 <= sum_t cost_t e_t^2. None where no such bound is known.
+    Fed as base + L (about - q): nothing large cancels, and no product L W is made. `cost` bounds what rounding does to the
+    output: with W0 what an infinitely fine grid would return and e = a - q the errors of rounding,
+    ||Xq (W0 - q)||^2 <= sum_t cost_t e_t^2. None where no such bound is known.
     """
 
-    A: jax.Array  # (in, out)
+    base: jax.Array  # (in, out)
     L: jax.Array | None  # (in, in) strictly lower triangular; None means 0
+    about: jax.Array | None  # (in, out); None means 0
     cost: jax.Array | None  # (in,)
+
+    @property
+    def A(self) -> jax.Array:
+        """The target of the form q = Q(A - L q) (in, out)."""
+        return self.base if self.L is None or self.about is None else self.base + matmul(self.L, self.about)
 
 
 class Method(abc.ABC):
@@ -58,14 +65,14 @@ class MSQ(Method):
     """Memoryless scalar quantization: round each weight by itself (also called RTN)."""
 
     def __call__(self, W, gram):
-        return System(W, None, _any_errors(gram.diagonal))
+        return System(W, None, None, _any_errors(gram.diagonal))
 
     @property
     def local(self):
         return True
 
     def block(self, W, rows, u):
-        return System(W, None, None)
+        return System(W, None, None, None)
 
 
 @register_dataclass
@@ -74,20 +81,17 @@ class GPFQ(Method):
     """Greedy path following: each code makes up, along its own input coordinate, for all errors before it."""
 
     def __call__(self, W, gram):
-        D, inverse = gram.diagonal[:, None], inverse_of(gram.diagonal)
-        L = inverse * jnp.tril(gram.H, -1)
-        A = W + matmul(L, W)
-        if gram.C is not None:
-            A += inverse * matmul(jnp.tril(gram.C), W)
-        return System(jnp.where(D > 0, A, 0), L, gram.diagonal)
+        inverse = inverse_of(gram.diagonal)
+        base = W if gram.C is None else W + inverse * matmul(jnp.tril(gram.C), W)
+        return System(base * (inverse > 0), inverse * jnp.tril(gram.H, -1), W, gram.diagonal)
 
     @property
     def local(self):
         return True
 
     def block(self, W, rows, u):
-        A, L, cost = self(W, rows.gram())
-        return System(A + inverse_of(rows.diagonal) * matmul(rows.quantized.T, u), L, cost)
+        system = self(W, rows.gram())
+        return system._replace(base=system.base + inverse_of(rows.diagonal) * matmul(rows.quantized.T, u))
 
 
 @register_dataclass
@@ -107,19 +111,16 @@ class UNI(Method):
 
     def __call__(self, W, gram):
         inverse = inverse_of(gram.diagonal) / self.scaling
-        L = inverse * jnp.tril(gram.H, -1)
-        A = W + matmul(L, W)
-        if gram.C is not None:
-            A += inverse * matmul(jnp.tril(gram.C, -1), W)
-        return System(A, L, _any_errors(gram.diagonal))
+        base = W if gram.C is None else W + inverse * matmul(jnp.tril(gram.C, -1), W)
+        return System(base, inverse * jnp.tril(gram.H, -1), W, _any_errors(gram.diagonal))
 
     @property
     def local(self):
         return True
 
     def block(self, W, rows, u):
-        A, L, cost = self(W, rows.gram())
-        return System(A + inverse_of(rows.diagonal) / self.scaling * matmul(rows.quantized.T, u), L, cost)
+        system, inverse = self(W, rows.gram()), inverse_of(rows.diagonal) / self.scaling
+        return system._replace(base=system.base + inverse * matmul(rows.quantized.T, u))
 
 
 def inverse_of(diagonal: jax.Array) -> jax.Array:

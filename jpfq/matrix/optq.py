@@ -63,11 +63,12 @@ class Qronos(Method):
     damping: Damping = MeanDiagonal(0.01)
 
     def __call__(self, W, gram):
-        A, L, cost = _system(W, gram, self.damping, 1)
-        if self.exact and gram.C is not None:
-            first = W[:1] + inverse_of(gram.diagonal[:1]) * matmul(gram.C[:1], W)
-            A = A.at[:1].set(jnp.where(gram.diagonal[:1, None] > 0, first, 0))
-        return System(A, L, cost)
+        system = _system(W, gram, self.damping, 1)
+        if not self.exact or gram.C is None:
+            return system
+        inverse = inverse_of(gram.diagonal[:1])
+        first = (W[:1] + inverse * matmul(gram.C[:1], W)) * (inverse > 0)
+        return system._replace(base=system.base.at[:1].set(first))
 
 
 @register_dataclass
@@ -94,17 +95,16 @@ class GPTAQ(Method):
         M = eye + N - jnp.triu(P, 1)
         of_M = lambda B: solve_triangular(M, B, trans=1, unit_diagonal=True)
         live = gram.diagonal[:, None] > 0  # P would pass on what a dead coordinate had in X
-        return System(of_M(jnp.where(live, W, 0)) * live, -jnp.tril(of_M(N.T), -1), None)
+        return System(of_M(jnp.where(live, W, 0)) * live, -jnp.tril(of_M(N.T), -1), None, None)
 
 
 def _system(W, gram, damping, alpha) -> System:
     """OPTQ on the weights W + alpha (H + lam)^-1 C W."""
     factored = factor(gram.H, damping)
-    L = factored.L
-    A = W + matmul(L, W)
+    base = W
     if alpha is not None and gram.C is not None:
-        A += alpha * factored.feedback(matmul(gram.C, W))
-    return System(jnp.where(gram.diagonal[:, None] > 0, A, 0), L, factored.diagonal**2)
+        base = W + alpha * factored.feedback(matmul(gram.C, W))
+    return System(jnp.where(gram.diagonal[:, None] > 0, base, 0), factored.L, W, factored.diagonal**2)
 
 
 def _check_alpha(alpha, name):

@@ -37,8 +37,8 @@ def follow(
         carry, u = state
         i, W, index = x
         here = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * block, block, 1), rows)
-        A, L, _ = method.block(W, here, u)
-        carry, path = recursion.scan(A, L, index, carry)
+        base, L, about, _ = method.block(W, here, u)
+        carry, path = recursion.scan(base, L, index, carry, about=about)
         return (carry, u + matmul(here.X, W) - matmul(here.quantized, path.q)), path
 
     start = (recursion.start(), jnp.zeros((rows.X.shape[0], out), W.dtype))

@@ -45,7 +45,9 @@ class Recipe:
             raise ValueError(
                 f"block is a positive number of coordinates, or None for the plain scan; got {self.block!r}."
             )
-        if isinstance(self.rounding, Rounding) and isinstance(self.method, Method):  # no placeholders of a tree operation
+        if isinstance(self.rounding, Rounding) and isinstance(
+            self.method, Method
+        ):  # no placeholders of a tree operation
             _refuse_contradictions(self)
 
     @property
@@ -157,7 +159,13 @@ def _needs_gram(recipe) -> str | None:
         return str(recipe.method)
     gram_only = [p for p in recipe.prepare if not p.needs_rows]
     searches = isinstance(recipe.scale, MinError)
-    parts = (*gram_only, recipe.finish, recipe.shrinkage, recipe.rotation, recipe.scale if searches or recipe.refits else None)
+    parts = (
+        *gram_only,
+        recipe.finish,
+        recipe.shrinkage,
+        recipe.rotation,
+        recipe.scale if searches or recipe.refits else None,
+    )
     return next((str(part) for part in parts if part is not None), None)
 
 

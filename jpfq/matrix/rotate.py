@@ -1,7 +1,7 @@
 """Random rotation of the inputs, which spreads outliers over all of them: X W = (X R) (R^T W) for orthogonal R.
 
-The codes are then those of R^T W. Dequantizing rotates back, so the kernel that a network gets is R q, in the coordinates it
-had: exact wherever the dequantized kernel is used. A runtime that multiplies the integer codes must rotate its inputs itself.
+The codes are then those of R^T W. Dequantizing rotates back, so the kernel that a network gets is R q, in the coordinates
+it had: exact wherever the dequantized kernel is used. A runtime that multiplies the integer codes must rotate its inputs.
 """
 
 import dataclasses
@@ -45,7 +45,10 @@ class Hadamard:
         """The Gram of the inputs X R, Xq R."""
         square = lambda M: None if M is None else self.forth(self.forth(M).T).T
         vector = lambda x: self.forth(x[:, None])[:, 0]
-        return Gram(square(gram.H), square(gram.C), square(gram.drift), *map(vector, (gram.sum_X, gram.sum_Xq)), gram.count)
+        squares = (square(M) for M in (gram.H, gram.C, gram.drift))
+        return dataclasses.replace(
+            gram, **dict(zip(("H", "C", "drift"), squares)), sum_X=vector(gram.sum_X), sum_Xq=vector(gram.sum_Xq)
+        )
 
     def _signs(self, M):
         signs = np.random.default_rng(self.seed).integers(0, 2, M.shape[0]) * 2 - 1

@@ -1,8 +1,8 @@
 """Shrinkage: what few calibration rows say by chance is taken back, so that codes fit rows not seen as well.
 
-A Gram of m rows has n^2 / 2 correlations, most of them noise when m is not far above n. A method that inverts it, or descends
-on it, fits that noise: plain rounding then does better on new rows. The cure is old (Stein; Ledoit, Wolf 2004; Schaefer,
-Strimmer 2005) and not in the papers of these methods, which damp by a multiple of the identity.
+A Gram of m rows has n^2 / 2 correlations, most of them noise when m is not far above n. A method that inverts it, or
+descends on it, fits that noise: plain rounding then does better on new rows. The cure is old (Stein; Ledoit, Wolf 2004;
+Schaefer, Strimmer 2005) and not in the papers of these methods, which damp by a multiple of the identity.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Shrinkage:
         rows = jnp.maximum(gram.count, 1).astype(dtype)
         k = self.share * n / rows
         H = gram.H + k * jnp.diag(gram.diagonal)
-        if gram.C is None:
+        if gram.C is None or gram.drift is None:
             return dataclasses.replace(gram, H=H)
         C, diagonal = gram.C, jnp.diag(jnp.diagonal(gram.C))
         root = lambda d: jnp.where(d > 0, 1 / jnp.sqrt(jnp.where(d > 0, d, 1)), 0)

@@ -1,7 +1,7 @@
 """The stages of one solve, in one compiled program:
 
-    rotation, order, shrinkage, prepare -> scale -> method, recursion (for each multiple of the steps, where the scale searches)
-    -> finish -> what it was like
+    rotation, order, shrinkage, prepare -> scale -> method -> recursion (for each multiple of the steps, where the scale
+    searches) -> finish -> what it was like
 
 for several matrices with data of their own (the feature groups of a convolution, experts). The network walk calls it.
 """
@@ -16,7 +16,7 @@ from jax import lax
 from ..scalar import Codes, Levels
 from .bounds import residual, square_bound, target
 from .each import each
-from .gram import Gram, Rows, matmul
+from .gram import Gram, Rows
 from .pathfollow import follow
 from .qtensor import Info, entropy
 from .recipe import Recipe
@@ -105,10 +105,11 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
         path, recursion = _run(system, job, recursion, recipe)
         exact = recipe.prepare == () and isinstance(job.data, Gram) and job.data.C is None  # then W0 is W
         floor = 0.0 if exact else _square_error(job, target(system))
-        known = system.cost is not None
-        reach = recipe.rounding.error(recursion.spread())
-        bound = jnp.sqrt(floor) + jnp.sqrt(square_bound(system.cost, reach).sum()) if known else jnp.nan
-        failed = sum(jnp.sum(~jnp.isfinite(x)) for x in (system.A, system.L) if x is not None)
+        bound = jnp.nan
+        if system.cost is not None:
+            reach = recipe.rounding.error(recursion.spread())
+            bound = jnp.sqrt(floor) + jnp.sqrt(square_bound(system.cost, reach).sum())
+        failed = sum(jnp.sum(~jnp.isfinite(x)) for x in (system.base, system.L) if x is not None)
     codes, levels = path.codes, recursion.levels
     if recipe.finish is not None:
         settled = recursion._replace(rounding=recipe.rounding.settled, refit=None)
@@ -140,16 +141,17 @@ def _run(system, job, recursion, recipe) -> tuple[Path, Recursion]:
     block = recipe.block
     if recipe.refits and system.L is not None:
         block, recursion = recipe.refits, recursion._replace(refit=lambda W: recipe.scale(W, recipe.grid))
-    multiples = recipe.scale.multiples(system.A.dtype)
+    run = lambda recursion: substitute(system.base, system.L, recursion, block=block, about=system.about)
+    multiples = recipe.scale.multiples(system.base.dtype)
     if multiples is None:
-        path = substitute(system.A, system.L, recursion, block=block)
+        path = run(recursion)
         return path, recursion if path.refit is None else recursion._replace(levels=path.refit)
 
     levels = recursion.levels
     scaled = lambda c: recursion._replace(levels=dataclasses.replace(levels, step=levels.step * c))
 
     def attempt(best, c):
-        path = substitute(system.A, system.L, scaled(c), block=block)
+        path = run(scaled(c))
         error = _as_gram(job.trusted).excess(job.W, path.q)
         if levels.step.shape[1] == 1:
             error = jnp.broadcast_to(error.sum(), error.shape)
@@ -157,8 +159,12 @@ def _run(system, job, recursion, recipe) -> tuple[Path, Recursion]:
         better = error < best[0]
         return jax.tree.map(lambda new, old: jnp.where(better, new, old), new, best), None
 
-    blank = jnp.zeros(system.A.shape, system.A.dtype)
-    start = (jnp.full(recursion.out, jnp.inf, blank.dtype), jnp.ones(recursion.out, blank.dtype), Path(blank, blank, blank > 0))
+    blank = jnp.zeros_like(system.base)
+    start = (
+        jnp.full(recursion.out, jnp.inf, blank.dtype),
+        jnp.ones(recursion.out, blank.dtype),
+        Path(blank, blank, blank > 0),
+    )
     (_, c, path), _ = lax.scan(attempt, start, multiples)
     return path, scaled(c[:1] if levels.step.shape[1] == 1 else c)
 

@@ -48,36 +48,46 @@ class Recursion(NamedTuple):
             return self.carry
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.out, *jnp.shape(x))), self.rounding.init())
 
-    def scan(self, A: jax.Array, L: jax.Array | None, index: jax.Array, carry: Any, given: Any = ()) -> tuple[Any, Path]:
+    def scan(
+        self,
+        A: jax.Array,
+        L: jax.Array | None,
+        index: jax.Array,
+        carry: Any,
+        about: jax.Array | None = None,
+        given: Any = (),
+    ) -> tuple[Any, Path]:
         """Runs through the coordinates `index`, given their target A and their feedback L among themselves.
 
-        `given` is a tree of arrays (in, out) or (in,), of which the rounding sees the entries of its coordinate.
+        Arguments are A + L (about - q). `given` is a tree of arrays (in, out) or (in,), of which the rounding sees the
+        entries of its coordinate.
         """
-        levels = self.levels if self.refit is None else self.refit(_current(A, L))
+        about = jnp.zeros_like(A) if about is None else about
+        levels = self.levels if self.refit is None else self.refit(_current(A, L, about))
         step, zero, grouped = self._at(levels, index)
 
-        def neuron(A, given, step, zero, carry, o):
+        def neuron(A, about, given, step, zero, carry, o):
             draw = None if self.key is None else jax.random.fold_in(self.key, o)
 
             def visit(state, x):
-                carry, q = state
-                t, i, a, feedback, given, group = x
+                carry, e = state  # about - q of the coordinates done, 0 of the others
+                t, i, a, b, feedback, given, group = x
                 if feedback is not None:
-                    a = a - jnp.dot(feedback, q, precision="highest")
+                    a = a + jnp.dot(feedback, e, precision="highest")
                 here_step, here_zero = group or (step, zero)
                 here = Levels(here_step, here_zero, levels.lo, levels.hi)
                 key = None if draw is None else jax.random.fold_in(draw, i)
                 carry, code = self.rounding(carry, a, Here(here, key, given))
                 value = here.decode(code)
-                return (carry, q.at[t].set(value)), Path(code, value, here.saturates(a))
+                return (carry, e.at[t].set(b - value)), Path(code, value, here.saturates(a))
 
-            coordinates = (jnp.arange(A.shape[0]), index, A, L, given, (step, zero) if grouped else ())
+            coordinates = (jnp.arange(A.shape[0]), index, A, about, L, given, (step, zero) if grouped else ())
             (carry, _), path = lax.scan(visit, (carry, jnp.zeros_like(A)), coordinates)
             return carry, path
 
-        columns = (1, jax.tree.map(lambda x: 1 if x.ndim == 2 else None, given), *(1 if grouped else 0,) * 2, 0, 0)
+        columns = (1, 1, jax.tree.map(lambda x: 1 if x.ndim == 2 else None, given), *(1 if grouped else 0,) * 2, 0, 0)
         mapped = jax.vmap(neuron, in_axes=columns, out_axes=(0, 1))
-        carry, path = mapped(A, given, step, zero, carry, jnp.arange(self.out))
+        carry, path = mapped(A, about, given, step, zero, carry, jnp.arange(self.out))
         return carry, path if self.refit is None else path._replace(refit=levels)
 
     def values(self, codes: jax.Array) -> jax.Array:
@@ -99,9 +109,15 @@ class Recursion(NamedTuple):
 
 
 def substitute(
-    A: jax.Array, L: jax.Array | None, recursion: Recursion, *, block: int | None = BLOCK, given: Any = ()
+    A: jax.Array,
+    L: jax.Array | None,
+    recursion: Recursion,
+    *,
+    block: int | None = BLOCK,
+    about: jax.Array | None = None,
+    given: Any = (),
 ) -> Path:
-    """Solves q = Q(A - L q) for all neurons.
+    """Solves q = Q(A - L q) for all neurons; with `about`, q = Q(A + L (about - q)).
 
     Args:
         A: target (in, out).
@@ -109,17 +125,20 @@ def substitute(
         recursion: grid, rounding and indices of the coordinates.
         block: coordinates per block; None runs the plain scan, and so do two blocks or fewer. Changes the cost, and the
             codes only where rounding errors decide a tie.
+        about: values near q, such as the weights (in, out); None means 0.
         given: what the rounding is to know of each coordinate, a tree of arrays (in, out) or (in,).
     """
     n, index = A.shape[0], recursion.order
     if recursion.refit is None and (L is None or block is None or n <= 2 * block):
-        return recursion.scan(A, L, index, recursion.start(), given)[1]
+        return recursion.scan(A, L, index, recursion.start(), about, given)[1]
     if block is None or L is None:
         raise ValueError("Steps that are refit on the way need a feedback, and blocks of one group each.")
     blocks = -(-n // block)
     more = blocks * block - n  # dead coordinates: they change nothing
     pad = lambda x: jnp.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1)))
-    A, L, index, given = pad(A), jnp.pad(L, ((0, more), (0, more))), pad(index), jax.tree.map(pad, given)
+    about = jnp.zeros_like(A) if about is None else about
+    A, about, L, index = pad(A), pad(about), jnp.pad(L, ((0, more), (0, more))), pad(index)
+    given = jax.tree.map(pad, given)
     width = block * -(-blocks // min(PANELS, max(1, n // PANEL)))  # coordinates in a panel
 
     carry, done = recursion.start(), []
@@ -127,28 +146,28 @@ def substitute(
         here = slice(first, first + width)
         R = A[here]
         if done:
-            R = R - matmul(L[here, :first], jnp.concatenate([path.q for path in done]))
+            R = R + matmul(L[here, :first], about[:first] - jnp.concatenate([path.q for path in done]))
         near = jax.tree.map(lambda x: x[here], given)
-        carry, path = _panel(recursion, R, L[here, here], index[here], carry, near, block)
+        carry, path = _panel(recursion, R, L[here, here], index[here], carry, about[here], near, block)
         done.append(path)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n] if parts[0].ndim else parts[0], *done)
 
 
-def _panel(recursion, R, L, index, carry, given, block):
+def _panel(recursion, R, L, index, carry, about, given, block):
     """The recursion on one panel, `block` coordinates at a time."""
 
     def visit(state, first):
-        carry, q = state
+        carry, e = state
         take = lambda x, axis=0: lax.dynamic_slice_in_dim(x, first, block, axis)
-        feedback = take(L)
-        argument = take(R) - matmul(feedback, q)  # rows of q not yet reached are 0
-        carry, path = recursion.scan(argument, take(feedback, 1), take(index), carry, jax.tree.map(take, given))
-        return (carry, lax.dynamic_update_slice_in_dim(q, path.q, first, 0)), path
+        feedback, near = take(L), take(about)
+        argument = take(R) + matmul(feedback, e)  # rows of e not yet reached are 0
+        carry, path = recursion.scan(argument, take(feedback, 1), take(index), carry, near, jax.tree.map(take, given))
+        return (carry, lax.dynamic_update_slice_in_dim(e, near - path.q, first, 0)), path
 
     (carry, _), path = lax.scan(visit, (carry, jnp.zeros_like(R)), jnp.arange(0, R.shape[0], block))
     return carry, jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]) if x.ndim == 3 else x[0], path)
 
 
-def _current(A, L):
+def _current(A, L, about):
     """What the weights of a block have become when it is reached: the w that rounding without error would return."""
-    return A if L is None else solve_triangular(L, A, lower=True, unit_diagonal=True)
+    return A if L is None else about + solve_triangular(L, A - about, lower=True, unit_diagonal=True)

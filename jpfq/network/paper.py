@@ -8,7 +8,20 @@ All convolutions are unfolded over all their input channels at their own stride,
 GPFQ22 (a random part of non-overlapping patches) did not yet do.
 """
 
-from ..matrix import GPFQ, MSQ, OPTQ, UNI, Align, Descending, MagR, MalySaab, MeanDiagonal, Natural, Qronos, TopEigenvalue
+from ..matrix import (
+    GPFQ,
+    MSQ,
+    OPTQ,
+    UNI,
+    Align,
+    Descending,
+    MagR,
+    MalySaab,
+    MeanDiagonal,
+    Natural,
+    Qronos,
+    TopEigenvalue,
+)
 from ..scalar import (
     AbsMax,
     Asymmetric,
@@ -103,7 +116,9 @@ def optq(
     """
     per = PerChannel() if group is None else PerGroup(group, refit=not act_order)
     top = 2 ** (bits - 1)
-    grid, scale = (Integer(bits), AbsMax((top - 1) / (top - 0.5), per)) if symmetric else (Asymmetric(bits), AbsMax(per=per))
+    grid, scale = (
+        (Integer(bits), AbsMax((top - 1) / (top - 0.5), per)) if symmetric else (Asymmetric(bits), AbsMax(per=per))
+    )
     order = Descending() if act_order else Natural()
     return _plain(pattern, grid=grid, scale=scale, method=OPTQ(MeanDiagonal(damping)), order=order)
 

@@ -22,7 +22,7 @@ class Rule:
         pattern: matched against the '/'-joined path from end to end: "head/.*", ".*kernel".
         bits: short for `grid=Integer(bits)`, or `Binary()` at one bit.
         grid: the alphabet; give this or `bits`.
-        scale, shrinkage, rotation, order, prepare, method, rounding, form, block: as in `jpfq.solve`; what is left out takes the
+        scale, rotation, order, prepare, method, rounding, form, block: as in `jpfq.solve`; what is left out takes the
             value recommended there.
         finish, shrinkage: likewise; None for none.
         skip: leave these kernels as they are.
@@ -40,8 +40,8 @@ class Rule:
     prepare: Prepare | tuple[Prepare, ...] | None = dataclasses.field(default=None, kw_only=True)
     method: Method | None = dataclasses.field(default=None, kw_only=True)
     rounding: Rounding | None = dataclasses.field(default=None, kw_only=True)
-    finish: Finish | None | Literal["recommended"] = dataclasses.field(default="recommended", kw_only=True)
-    shrinkage: Shrinkage | None | Literal["recommended"] = dataclasses.field(default="recommended", kw_only=True)
+    finish: Finish | Literal["recommended"] | None = dataclasses.field(default="recommended", kw_only=True)
+    shrinkage: Shrinkage | Literal["recommended"] | None = dataclasses.field(default="recommended", kw_only=True)
     form: Form | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
     block: int | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
     skip: bool = dataclasses.field(default=False, kw_only=True, metadata=_static)

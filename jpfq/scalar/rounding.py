@@ -27,7 +27,7 @@ class Here(NamedTuple):
     """What a rounding knows of the coordinate it is at."""
 
     levels: Levels  # scalars
-    key: jax.Array | None  # of this neuron and coordinate
+    key: Any  # of this neuron and coordinate; None where no key was given
     given: Any  # what the recursion was told about it
 
 

@@ -279,4 +279,3 @@ def _levels(step, zero, grid: Grid) -> Levels:
     lo, hi, fixed_zero, _ = grid.alphabet()
     lo, hi, zero = (jnp.asarray(x, step.dtype) for x in (lo, hi, fixed_zero if zero is None else zero))
     return Levels(step, jnp.broadcast_to(zero, step.shape), lo, hi)
-

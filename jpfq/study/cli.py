@@ -7,13 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..matrix import Method
 from ..network import Rule
-from ..scalar import AbsMax, Grid, MinMSE, Ternary, grid_of_bits
-from .compare import METHODS, Subject, Trial, compare, trial_table
+from ..scalar import AbsMax, Grid, MinError, MinMSE, Ternary, grid_of_bits
+from .compare import METHODS, SHOWN, Subject, Trial, compare, trial_table
 from .plot import score_against_bits
 
-SCALES = {"minmse": MinMSE(), "absmax": AbsMax()}
+SCALES = {"minmse": MinMSE(), "absmax": AbsMax(), "minerror": MinError()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,8 +49,10 @@ def _parser():
     )
     own.add_argument("factory", metavar="MODULE:FACTORY", help="for example mypackage.models:trained")
     own.add_argument("--bits", nargs="+", default=["4"], help="numbers of bits from 1 to 16, or 'ternary'; default 4")
-    own.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS), help="default: all")
-    own.add_argument("--scale", choices=list(SCALES), default="minmse", help="how steps are chosen, per channel")
+    own.add_argument(
+        "--method", nargs="+", choices=list(METHODS), default=list(SHOWN), help=f"default: {' '.join(SHOWN)}"
+    )
+    own.add_argument("--scale", choices=list(SCALES), help="how steps are chosen; default: each method's own way")
     own.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="kernels to leave as they are")
     own.add_argument("--summary", action="store_true", help="print a table of all kernels for each result")
     own.add_argument("--picture", type=Path, help="where to save a picture, if the factory returns evaluate")
@@ -74,10 +75,9 @@ def _quantize(options):
         if subject.evaluate is None:
             raise ValueError("A picture needs scores: let the factory return evaluate as its fourth value.")
     grids = [_grid(bits) for bits in options.bits]
-    methods: dict[str, Method] = {name: METHODS[name] for name in options.method}
     skips = [Rule(pattern, skip=True) for pattern in options.skip]
-    scale = SCALES[options.scale]
-    trials = _study([subject], lambda subject: compare(subject, grids, scale, methods, skips), options.picture)
+    scale = SCALES.get(options.scale)
+    trials = _study([subject], lambda subject: compare(subject, grids, scale, options.method, skips), options.picture)
     for trial in trials if options.summary else ():
         print(f"\n{trial.grid} {trial.method}\n{trial.summary}")
 

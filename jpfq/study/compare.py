@@ -5,11 +5,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ..matrix import GPFQ, MSQ, Method
+from ..matrix import GPFQ, MSQ, OPTQ, Natural, Qronos
 from ..network import Quantized, Rule, quantize
 from ..network.linen import is_linen
 from ..network.table import table
-from ..scalar import Grid, Scale
+from ..scalar import Grid, MinMSE, Scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +56,31 @@ class Trial:
     summary: str  # of all its kernels
 
 
-METHODS = {"MSQ": MSQ(), "GPFQ": GPFQ()}
+_PLAIN = {"scale": MinMSE(), "order": Natural(), "finish": None, "shrinkage": None}
+METHODS: dict[str, dict] = {  # what a rule says besides the grid
+    "MSQ": {"method": MSQ(), **_PLAIN},
+    "GPFQ": {"method": GPFQ(), **_PLAIN},
+    "OPTQ": {"method": OPTQ(), **_PLAIN},
+    "Qronos": {"method": Qronos(), **_PLAIN},
+    "best": {},
+}
+SHOWN = ("MSQ", "GPFQ", "best")
 
 
 def compare(
     subject: Subject,
     grids: Iterable[Grid],
     scale: Scale | None = None,
-    methods: dict[str, Method] = METHODS,
+    methods: Sequence[str] = SHOWN,
     before: Sequence[Rule] = (),
 ) -> list[Trial]:
-    """Quantizes a model with every grid and method; `before` are rules that go first."""
+    """Quantizes a model with every grid and method of `METHODS`; `before` are rules that go first."""
     trials = []
     for grid in grids:
-        for name, method in methods.items():
+        for name in methods:
             start = time.perf_counter()
-            quantized = subject.quantize([*before, Rule(".*", grid=grid, scale=scale, method=method)])
+            settings: Any = METHODS[name] if scale is None else METHODS[name] | {"scale": scale}
+            quantized = subject.quantize([*before, Rule(".*", grid=grid, **settings)])
             seconds = time.perf_counter() - start
             full = sum(tensor.codes.size * tensor.dtype.itemsize for tensor in quantized.tensors.values())
             figures = (quantized.bits_per_weight, quantized.nbytes, full, quantized.output_error, seconds)

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..scalar import Grid
 from .compare import Trial
 
-COLORS = {"MSQ": "#b0562f", "GPFQ": "#1f5fa8"}
+COLORS = {"MSQ": "#b0562f", "GPFQ": "#1f5fa8", "best": "#2a7d46"}
 
 
 def score_against_bits(trials: Sequence[Trial], floats: dict[str, float | None], path: Path) -> None:
