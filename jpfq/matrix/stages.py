@@ -147,26 +147,25 @@ def _run(system, job, recursion, recipe) -> tuple[Path, Recursion]:
         path = run(recursion)
         return path, recursion if path.refit is None else recursion._replace(levels=path.refit)
 
-    levels = recursion.levels
+    levels, shared = recursion.levels, recursion.levels.step.shape[1] == 1
     scaled = lambda c: recursion._replace(levels=dataclasses.replace(levels, step=levels.step * c))
 
-    def attempt(best, c):
-        path = run(scaled(c))
+    def attempt(state, x):
+        (best_error, best_c, best_path), centre = state
+        offset, new_round = x
+        centre = jnp.where(new_round, best_c, centre)
+        path = run(scaled(centre + offset))
         error = _as_gram(job.trusted).excess(job.W, path.q)
-        if levels.step.shape[1] == 1:
-            error = jnp.broadcast_to(error.sum(), error.shape)
-        new = (error, jnp.broadcast_to(c, error.shape), path)
-        better = error < best[0]
-        return jax.tree.map(lambda new, old: jnp.where(better, new, old), new, best), None
+        error = error.sum() if shared else error
+        better, found = error < best_error, (error, centre + offset, path)
+        keep = lambda new, old: jnp.where(better, new, old)
+        return (jax.tree.map(keep, found, (best_error, best_c, best_path)), centre), None
 
-    blank = jnp.zeros_like(system.base)
-    start = (
-        jnp.full(recursion.out, jnp.inf, blank.dtype),
-        jnp.ones(recursion.out, blank.dtype),
-        Path(blank, blank, blank > 0),
-    )
-    (_, c, path), _ = lax.scan(attempt, start, multiples)
-    return path, scaled(c[:1] if levels.step.shape[1] == 1 else c)
+    blank, c = jnp.zeros_like(system.base), jnp.zeros(1 if shared else recursion.out, system.base.dtype)
+    start = jnp.full(() if shared else c.shape, jnp.inf, c.dtype), c, Path(blank, blank, blank > 0)
+    first = jnp.concatenate([jnp.arange(x.size) == 0 for x in multiples])
+    ((_, c, path), _), _ = lax.scan(attempt, (start, c), (jnp.concatenate(multiples), first))
+    return path, scaled(c)
 
 
 def _square_error(job, q):

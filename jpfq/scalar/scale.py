@@ -86,8 +86,11 @@ class Scale(abc.ABC):
         `importance` (in, out) is what a square error of each weight costs in the output, as far as known: diag(H).
         """
 
-    def multiples(self, dtype) -> jax.Array | None:
-        """Multiples of the steps, among which the recursion is to find the one of least output error; None: no search."""
+    def multiples(self, dtype) -> list[jax.Array] | None:
+        """Multiples of the steps, among which the recursion is to find the one of least output error; None: no search.
+
+        After the first array, what is added to the best one so far.
+        """
         return None
 
 
@@ -199,13 +202,15 @@ class MinError(Scale):
     """The multiple of another scale that leaves the least output error ||X w - Xq q||, found by running the recursion.
 
     `candidates` multiples, evenly spaced from `least` to `most`, are tried by method and rounding themselves; each neuron
-    takes its own best one (all together where one step serves the whole matrix).
+    takes its own best one (all together where one step serves the whole matrix). Then as many between its neighbours, and
+    so on, `rounds` times in all.
     """
 
     base: Scale = AbsMax()
     least: Number = 0.3
     most: Number = 1.0
-    candidates: int = _static(12)
+    candidates: int = _static(8)
+    rounds: int = _static(2)
 
     def __post_init__(self):
         for x in (self.least, self.most):
@@ -214,6 +219,8 @@ class MinError(Scale):
             raise ValueError(f"MinError searches from least to most; got {self.least!r} to {self.most!r}.")
         if not isinstance(self.candidates, int) or self.candidates < 2:
             raise ValueError(f"MinError takes two candidates or more; got {self.candidates!r}.")
+        if not isinstance(self.rounds, int) or self.rounds < 1:
+            raise ValueError(f"MinError takes one round or more; got {self.rounds!r}.")
         if isinstance(self.base, MinError):
             raise ValueError("MinError searches among multiples of a plain scale, not of another search.")
 
@@ -225,7 +232,10 @@ class MinError(Scale):
         return self.base(W, grid, importance)
 
     def multiples(self, dtype):
-        return jnp.linspace(self.least, self.most, self.candidates, dtype=dtype)
+        grid = jnp.linspace(self.least, self.most, self.candidates, dtype=dtype)
+        reach = grid[1] - grid[0]  # each round looks between the neighbours of the best so far
+        inner = jnp.linspace(-1, 1, self.candidates + 2, dtype=dtype)[1:-1]
+        return [grid, *(reach * (2 / (self.candidates + 1)) ** i * inner for i in range(self.rounds - 1))]
 
 
 @register_dataclass
