@@ -93,7 +93,8 @@ class CosineDescend(Finish):
     """Cyclic coordinate descent with a free step per neuron: the error never grows.
 
     The inner loop of Beacon (arXiv 2508.20293), here from the codes of any method. Each code takes the level that maximises
-    cos(X w, Xq q), and each neuron's steps are refit after every pass.
+    cos(X w, Xq q), and each neuron's steps are refit after every pass. Where one step serves the whole matrix it is held
+    during a pass, which then is one of `Descend`.
     """
 
     passes: int = dataclasses.field(default=4, metadata={"static": True})
@@ -104,12 +105,16 @@ class CosineDescend(Finish):
     def __call__(self, W, gram, codes, recursion, block):
         best, L = _descent(W, gram)
         goal = matmul(gram.H, W) + (0 if gram.C is None else matmul(gram.C, W))
-        seek = recursion._replace(rounding=_Cosine(), key=None)
+        shared = recursion.levels.step.shape[1] == 1
 
         def one(state, _):
             codes, levels = state
-            here = seek._replace(levels=levels)
+            here = recursion._replace(levels=levels)
             q = here.values(codes)
+            if shared:
+                codes = substitute(best(q), L, here, block=block, about=W).codes
+                return (codes, _refit(W, gram, codes, here)), None
+            here = here._replace(rounding=_Cosine(), key=None)
             product = jnp.sum(q * goal, 0)  # <X w, Xq q>, and since steps are refit also ||Xq q||^2
             here = here._replace(carry=(product, product))
             given = (gram.diagonal, goal, codes)

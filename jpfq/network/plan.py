@@ -105,11 +105,14 @@ def _line(site: Site, forked: bool, analysis: Analysis, batches: int) -> Line:
         work = B * (2 * networks * rows * n + 3 * rows * out + 6 * n * out)
         return Line(site.path, dims, rows, recipe, "data", 4 * work, 6.0 * B * rows * n * (out + (recipe.block or n)))
     matrices = 3 if networks == 2 else 1  # H, C, drift
-    copies = (2 + (0 if isinstance(recipe.order, Natural) else matrices)) if recipe.method.local else 0
+    passes = getattr(recipe.finish, "passes", 0)
+    bare = recipe.method.local and isinstance(recipe.order, Natural) and networks == 1
+    copies, columns = (7, 16) if passes else (2 if bare else 4, 12)
     gather = per_batch * n * (patches * networks + networks - 1) + 3 * matrices * n * n
-    solve = (matrices + copies) * n * n + 9 * n * out
-    products = 4.0 if recipe.method.local else 0.0
-    flops = B * (2.0 * matrices * rows * n * n + products * n * n * out)
+    solve = (matrices + copies) * n * n + columns * n * out
+    runs = recipe.scale.runs
+    products = (2 if runs > 1 else 1) * runs + 4 * passes + 4  # a search measures each of its runs
+    flops = B * (2.0 * matrices * rows * n * n + 2.0 * products * n * n * out)
     return Line(site.path, dims, rows, recipe, "gram", 4 * B * max(gather, solve), flops)
 
 

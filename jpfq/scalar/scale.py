@@ -86,6 +86,11 @@ class Scale(abc.ABC):
         `importance` (in, out) is what a square error of each weight costs in the output, as far as known: diag(H).
         """
 
+    @property
+    def runs(self) -> int:
+        """How many times the recursion runs until the steps are found."""
+        return 1
+
     def multiples(self, dtype) -> list[jax.Array] | None:
         """Multiples of the steps, among which the recursion is to find the one of least output error; None: no search.
 
@@ -227,6 +232,10 @@ class MinError(Scale):
     @property
     def per(self) -> Per:  # type: ignore[override]
         return self.base.per
+
+    @property
+    def runs(self):
+        return self.candidates * self.rounds
 
     def __call__(self, W, grid, importance=None):
         return self.base(W, grid, importance)
