@@ -17,7 +17,7 @@ import numpy as np
 from common import report, table, verdict
 
 import jpfq
-from jpfq.matrix import GPFQ, Gram, Recipe, Recursion, Rows, follow, solve_all, substitute
+from jpfq.matrix import GPFQ, Gram, Recursion, Rows, follow, recipe_of, solve_all, substitute
 from jpfq.matrix.gram import matmul
 from jpfq.matrix.substitute import BLOCK
 
@@ -39,27 +39,65 @@ def forms(n: int, out: int, seed: int) -> tuple[Form, list[Form]]:
     X = jax.nn.relu(jax.random.normal(keys[1], (2 * n, n)) @ mix)
     W = jax.random.normal(keys[2], (n, out)) / n**0.5
     gram, rows, method, grid = Gram.from_data(X), Rows(X[: n // 8]), GPFQ(), jpfq.Integer(4)
-    A, L = jax.jit(method)(W, gram)
+    system = jax.jit(method)(W, gram)
+    fed = system.base, system.L, system.about
     recursion = lambda W: Recursion(jpfq.AbsMax()(W, grid), jnp.arange(n), out, jpfq.Nearest())
     levels = recursion(W)._replace(out=None)
-    plain = lambda A, L, r, block: substitute(A, L, r._replace(out=out), block=block)
+    plain = lambda base, L, about, r, block: substitute(base, L, r._replace(out=out), block=block, about=about)
     data = lambda W, rows, r: follow(W, rows, method, r._replace(out=out))
     whole = [("AbsMax", jpfq.AbsMax()), ("MinMSE", jpfq.MinMSE())]
+    bare = {"method": method, "order": jpfq.Natural(), "finish": None, "shrinkage": None}
+    recipe = lambda scale: recipe_of(None, grid, scale=scale, **bare)
     blocked = {f"blocks of {b}": b for b in sorted({BLOCK, 32, 128})}
     lead = functools.partial(jax.tree.map, lambda x: x[None])
 
-    product = compiled("product", matmul, L, A)
+    product = compiled("product", matmul, gram.H, W)
     found = [
-        compiled("plain scan", functools.partial(plain, block=None), A, L, levels),
-        *(compiled(k, functools.partial(plain, block=b), A, L, levels) for k, b in blocked.items()),
+        compiled("plain scan", functools.partial(plain, block=None), *fed, levels),
+        *(compiled(k, functools.partial(plain, block=b), *fed, levels) for k, b in blocked.items()),
         compiled(f"data form, {n // 8} rows", data, W, rows, levels),
-        *(compiled(f"solve_all, {k}", solve_all, lead(W), lead(gram), Recipe(grid, s), None) for k, s in whole),
+        *(compiled(f"solve_all, {k}", solve_all, lead(W), lead(gram), recipe(s), None) for k, s in whole),
     ]
     codes = [np.asarray(form.run().codes) for form in found[: 1 + len(blocked)]]
     differ = max(float(np.mean(codes[0] != other)) for other in codes[1:])
     if differ > 0.01:  # a tie decided otherwise in float32 turns some codes after it, in its neuron
         raise SystemExit(f"The forms disagree on {differ:.2%} of the codes at n = {n}.")
     return product, found
+
+
+def methods(n: int, out: int, seed: int) -> tuple[Form, list[Form]]:
+    """The product, and the recursion of every method, rounding and finisher; the first is GPFQ's."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    X = jax.nn.relu(jax.random.normal(keys[0], (2 * n, n)) + jax.random.normal(keys[1], (2 * n, 1)))
+    Xq = X + 0.05 * jax.random.normal(keys[2], X.shape)
+    W, gram = jax.random.normal(keys[3], (n, out)) / n**0.5, Gram.from_data(X, Xq)
+    levels, order, key = jpfq.AbsMax()(W, jpfq.Integer(4)), jnp.arange(n), jax.random.key(0)
+
+    def run(rounding, draws=None):
+        f = lambda base, L, about, levels: substitute(
+            base, L, Recursion(levels, order, out, rounding, draws), about=about
+        )
+        return jax.jit(f)
+
+    nearest = run(jpfq.Nearest())
+    parts = {"GPFQ": GPFQ(), "UNI": jpfq.UNI(2.0), "OPTQ": jpfq.OPTQ(), "QEP": jpfq.QEP(), "Qronos": jpfq.Qronos()}
+    parts |= {"Qronos, exact": jpfq.Qronos(exact=True), "GPTAQ": jpfq.GPTAQ()}
+    systems = {name: jax.jit(method)(W, gram) for name, method in parts.items()}
+    fed = {name: (s.base, s.L, jnp.zeros_like(s.base) if s.about is None else s.about) for name, s in systems.items()}
+    found = [compiled(name, nearest, *args, levels) for name, args in fed.items()]
+    found.append(compiled("GPFQ, soft threshold", run(jpfq.SoftThreshold(0.01)), *fed["GPFQ"], levels))
+    found.append(compiled("GPFQ, stochastic", run(jpfq.Stochastic(), key), *fed["GPFQ"], levels))
+    codes = nearest(*fed["GPFQ"], levels).codes
+    for passes in (jpfq.Descend, jpfq.CosineDescend):
+        both = [jax.jit(functools.partial(_finish, passes(k), out)) for k in (1, 5)]
+        found.extend(
+            compiled(f"{passes.__name__}, {k} passes", f, W, gram, codes, levels) for k, f in zip((1, 5), both)
+        )
+    return compiled("product", matmul, gram.H, W), found
+
+
+def _finish(finish, out, W, gram, codes, levels):
+    return finish(W, gram, codes, Recursion(levels, jnp.arange(W.shape[0]), out, jpfq.Nearest()), BLOCK)[0]
 
 
 def compiled(name, f, *args) -> Form:
@@ -117,9 +155,22 @@ def main():
         aim = "reached" if ratio <= AIM else "missed"
         claim = f"n = {n}, O = {args.out}: blocked (default, {BLOCK}) at most {TARGET} products: {ratio:.2f}"
         verdicts.append(verdict(ratio <= TARGET, f"{claim} (aim {AIM}: {aim})"))
+    product, found = methods(1024, args.out, args.seed)
+    taken = measure(product, found, args.rounds)
+    base = np.median(taken["GPFQ"][1])
+    others = {form.name: np.median(taken[form.name][1]) for form in found}
+    rows = [(name, f"{ratio:.2f}", f"{ratio / base:.2f}") for name, ratio in others.items()]
+    every = table(("recursion of, n = 1024", "products", "of GPFQ's"), rows)
+    worst = max(others[name] for name in ("UNI", "OPTQ", "QEP", "Qronos", "Qronos, exact", "GPTAQ")) / base
+    verdicts.append(verdict(worst <= 1.1, f"every method's recursion costs what GPFQ's does, to 10 %: {worst:.2f}"))
+    for name in ("Descend", "CosineDescend"):
+        one = (others[f"{name}, 5 passes"] - others[f"{name}, 1 passes"]) / 4
+        verdicts.append(
+            verdict(one <= 2 * base + 1, f"a pass of {name} costs about a recursion and a product: {one:.2f}")
+        )
     head = ("n", "what", "seconds", "products", "least", "most", "compile s")
     note = f"O = {args.out}; medians of {args.rounds} rounds; products: time over one float32 product beside it"
-    report("recursion", parser, args, note, table(head, lines), "\n".join(verdicts))
+    report("recursion", parser, args, note, table(head, lines), every, "\n".join(verdicts))
 
 
 if __name__ == "__main__":

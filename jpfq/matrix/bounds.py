@@ -46,7 +46,7 @@ def max_error(error: Number, cost: jax.Array, p: Number = 2.0, scaling: Number =
     """The largest entry of the final residual Xq (W0 - q) under unbiased stochastic rounding, with `confidence(..)`.
 
     The residual is below N(0, beta I) in convex order, beta = (pi error^2 / 2) max_t cost_t scaling^2 / (2 scaling - 1),
-    hence ||u||_inf <= sqrt(4 p beta log n). With scaling 1 that is error sqrt(2 pi p log n) max_t ||Xq_t||, the bound of SPFQ;
+    hence ||u||_inf <= sqrt(4 p beta log n). With scaling 1 that is error sqrt(2 pi p log n) max_t ||Xq_t||, SPFQ's bound;
     for OPTQ and Qronos take V_tt^2 for cost, for UNI its scaling and diag(H).
     """
     n = cost.shape[0]

@@ -30,7 +30,8 @@ def solve(
         grid: the alphabet; give this or `bits`.
         key: for a rounding that draws random numbers.
         **settings: the parts, each taking its recommended value (`jpfq.best`) where it is left out:
-            `rotation`, `order`, `prepare` (one or a tuple), `scale`, `method`, `rounding`, `finish`; and `form`, `block`.
+            `shrinkage`, `rotation`, `order`, `prepare` (one or a tuple), `scale`, `method`, `rounding`, `finish`, `form`,
+            `block`.
 
     Returns:
         The quantized matrix, and what its making was like.
@@ -71,7 +72,7 @@ def raise_on(info: Info, recipe: Recipe, name: str, data: Gram | Rows) -> None:
         raise ValueError(
             f"{recipe.method} with prepare={recipe.prepare}: the factorisation of H + lam I failed for {name}, where H has "
             f"the condition number {_condition(data):.1e}. Raise the damping, for example to "
-            "damping=jpfq.MeanDiagonal(0.05), calibrate with more rows than inputs, or take jpfq.GPFQ(), which needs no factor."
+            "damping=jpfq.MeanDiagonal(0.05), calibrate with more rows than inputs, or take jpfq.GPFQ(), which has no factor."
         )
     if int(info.zero_steps):
         raise ValueError(
