@@ -1,12 +1,19 @@
 """What all tests share: the tolerance of each dtype, assertions about codes, problems with fixed seeds."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jpfq
+from jpfq.matrix import Recursion, substitute
 from jpfq.scalar import Rounding, register_dataclass
+from tests.reference import gpfq as reference
+
+# What `solve` does about a method when nothing more than the method is meant.
+PLAIN = {"shrinkage": None, "scale": jpfq.MinMSE(), "order": jpfq.Natural(), "finish": None}
 
 # How far two ways of computing one number of order 1 may lie apart: a few hundred roundings.
 TOLERANCE = {"float64": 1e-12, "float32": 3e-5, "bfloat16": 3e-2}
@@ -79,8 +86,12 @@ class Dither(Rounding):
 
     random = True
 
-    def __call__(self, carry, a, levels, key):
-        return carry, levels.encode(a + levels.step * (jax.random.uniform(key, dtype=a.dtype) - 0.5))
+    def __call__(self, carry, a, here):
+        shift = here.levels.step * (jax.random.uniform(here.key, dtype=a.dtype) - 0.5)
+        return carry, here.levels.encode(a + shift)
+
+    def error(self, levels):
+        return levels.step
 
 
 def problem(seed=0, *, m=64, n=40, out=6, dead=(), drift=0.1):
@@ -94,3 +105,21 @@ def problem(seed=0, *, m=64, n=40, out=6, dead=(), drift=0.1):
     if not drift:
         X = Xq
     return X, Xq, rng.standard_normal((n, out))
+
+
+def recursed(system, levels, order=None, rounding=None, key=None, block=None):
+    """The path of a system; methods of one shape share a program."""
+    order = jnp.arange(system.base.shape[0]) if order is None else order
+    return _recursed(system._replace(cost=None), levels, order, rounding or jpfq.Nearest(), key, block)
+
+
+@functools.partial(jax.jit, static_argnames="block")
+def _recursed(system, levels, order, rounding, key, block):
+    recursion = Recursion(levels, order, system.base.shape[1], rounding, key)
+    return substitute(system.base, system.L, recursion, block=block, about=system.about)
+
+
+def level_lists(levels, shape):
+    """The level list of every weight (in, out, count), for the references."""
+    codes = list(range(int(levels.lo), int(levels.hi) + 1))
+    return reference.level_lists(shape, np.asarray(levels.step), codes, np.asarray(levels.zero))

@@ -1,4 +1,4 @@
-"""One battery over order x method x form x rounding x grid: what every combination of settings keeps."""
+"""One battery over prepare x method x rounding x finish: what every combination of settings keeps."""
 
 import importlib
 
@@ -12,94 +12,164 @@ from tests.helpers import Dither, assert_close, assert_codes_equal, assert_on_gr
 
 N, OUT, DEAD = 40, 6, (3, 17)
 
-ORDERS = {"Natural": jpfq.Natural(), "Descending": jpfq.Descending()}
-METHODS = {"GPFQ-gram": (jpfq.GPFQ(), "gram"), "GPFQ-data": (jpfq.GPFQ(), "data"), "MSQ": (jpfq.MSQ(), "gram")}
-ROUNDINGS = {"Nearest": jpfq.Nearest(), "Dither": Dither()}
-GRIDS = [
-    jpfq.Integer(3),
-    jpfq.Integer(3, narrow=True),
-    jpfq.Asymmetric(3),
-    jpfq.Symmetric(4),
-    jpfq.Equispaced(4),
-    jpfq.Equispaced(5),
-    jpfq.Ternary(),
-    jpfq.Binary(),
-]
-# Every order with every method; drawing a key is tried on two of them, to save compilations.
-COMBINATIONS = [(order, method, "Nearest") for order in ORDERS for method in METHODS]
-COMBINATIONS += [("Natural", "GPFQ-data", "Dither"), ("Descending", "GPFQ-gram", "Dither")]
-each_combination = pytest.mark.parametrize(("order", "method", "rounding"), COMBINATIONS)
+SCALES = {
+    "groups": jpfq.AbsMax(1.1, per=jpfq.PerGroup(8)),
+    "channel": jpfq.AbsMax(1.1),
+    "tensor": jpfq.AbsMax(1.1, per=jpfq.PerTensor()),
+    "search": jpfq.MinError(candidates=3),
+    "refit": jpfq.AbsMax(per=jpfq.PerGroup(8, refit=True)),
+    "mse": jpfq.MinMSE(candidates=5, per=jpfq.PerGroup(8), weighted=True),
+}
+# Every part at least twice, each next to others every time; "rows" asks for the calibration rows, "X = Xq" has no drift.
+COMBINATIONS = {
+    "data form": ("groups", (), jpfq.GPFQ(), jpfq.Nearest(), None, "rows"),
+    "data form, drawn": ("channel", (), jpfq.UNI(2.0), jpfq.Stochastic(), None, "rows"),
+    "MSQ": ("mse", (), jpfq.MSQ(), jpfq.Nearest(), jpfq.Descend(1), "X = Xq"),
+    "SPFQ": ("channel", jpfq.Align(2), jpfq.UNI(), jpfq.Stochastic(), jpfq.Refit(), "natural"),
+    "sparse": ("groups", jpfq.LeastSquares(), jpfq.GPFQ(), jpfq.SoftThreshold(0.1), jpfq.Descend(1), ""),
+    "pruned": ("channel", jpfq.Align(), jpfq.UNI(2.0), jpfq.Prune(0.5, "step"), jpfq.Refit(), ""),
+    "OPTQ": ("refit", (), jpfq.OPTQ(), jpfq.Nearest(), jpfq.CosineDescend(1), "natural"),
+    "QEP": ("mse", (), jpfq.QEP(), jpfq.HardThreshold(0.2, "step"), jpfq.Refit(), "rotated"),
+    "GPTAQ": ("groups", jpfq.MagR(iterations=5), jpfq.GPTAQ(), jpfq.Stochastic(), jpfq.CosineDescend(1), ""),
+    "Qronos": ("search", (), jpfq.Qronos(), jpfq.Nearest(), jpfq.CosineDescend(1), ""),
+    "Qronos exact": (
+        "tensor",
+        jpfq.Align(),
+        jpfq.Qronos(exact=True),
+        jpfq.HardThreshold(0.1),
+        jpfq.Descend(1),
+        "rotated",
+    ),
+    "all": ("search", (jpfq.MagR(iterations=5), jpfq.LeastSquares(0.5)), jpfq.MSQ(), Dither(), jpfq.Refit(), "rotated"),
+}
+GRIDS = [jpfq.Integer(3), jpfq.Integer(3, narrow=True), jpfq.Symmetric(4), jpfq.Equispaced(5), jpfq.Ternary()]
+GRIDS += [jpfq.Equispaced(4), jpfq.Binary()]
+FITTED = jpfq.Asymmetric(3)  # its zero point is no number of the grid, which takes a program of its own
+WIDE = jpfq.Integer(9)
+each_combination = pytest.mark.parametrize("name", COMBINATIONS)
 
 
-def drawn(seed, method):
-    """Weights, and their data in the form that the method takes."""
+def drawn(name, seed=60):
+    """Weights, and their data in the form that the combination takes."""
     X, Xq, W = (jnp.asarray(x, jnp.float32) for x in problem(seed, n=N, out=OUT, dead=DEAD))
-    rows = jpfq.Rows(X, Xq)
-    return W, rows if METHODS[method][1] == "data" else rows.gram()
+    rows = jpfq.Rows(Xq) if COMBINATIONS[name][-1] == "X = Xq" else jpfq.Rows(X, Xq)
+    return W, rows if COMBINATIONS[name][-1] == "rows" else rows.gram()
 
 
-def settings(order, method, rounding):
+def settings(name):
     """What `solve` is called with."""
-    (method, form), rounding = METHODS[method], ROUNDINGS[rounding]
-    key = jax.random.key(0) if rounding.random else None
-    scale = jpfq.AbsMax(0.8, per=jpfq.PerGroup(8))
-    how = {"order": ORDERS[order], "method": method, "form": form, "rounding": rounding, "scale": scale}
-    return how | {"key": key, "block": 16}
+    scale, prepare, method, rounding, finish, how = COMBINATIONS[name]
+    parts = {"scale": SCALES[scale], "prepare": prepare, "method": method, "rounding": rounding, "finish": finish}
+    parts |= {"order": jpfq.Natural() if how == "natural" else jpfq.Descending(), "block": 16}
+    parts |= {"rotation": jpfq.Hadamard() if how == "rotated" else None, "form": "data" if how == "rows" else "auto"}
+    return parts | {"shrinkage": None, "key": jax.random.key(0) if rounding.random else None}
 
 
-def zeros(tensor):
-    """The code that means 0, of each weight."""
-    return np.repeat(np.asarray(tensor.zero), 8, 0)
+def solved(name, seed=60, grid=GRIDS[0], **changes):
+    return jpfq.solve(*drawn(name, seed), grid=grid, **settings(name) | changes)
 
 
-@pytest.mark.parametrize(
-    ("order", "method", "rounding", "grid"),
-    [(*how, grid) for how in COMBINATIONS for grid in (GRIDS if how[2] == "Nearest" else GRIDS[:2])],
-    ids=str,
-)
-def test_what_comes_out(order, method, rounding, grid):
-    W, data = drawn(60, method)
-    for weights in (W, W.astype(jnp.bfloat16)):
-        tensor, info = jpfq.solve(weights, data, grid=grid, **settings(order, method, rounding))
-        assert tensor.shape == tensor.codes.shape == (N, OUT)
-        assert tensor.step.shape == tensor.zero.shape == (N // 8, OUT)
-        assert tensor.dequantize().dtype == tensor.dtype == weights.dtype
-        assert tensor.step.dtype == info.relative_error.dtype == jnp.float32
-        assert_on_grid(tensor)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((tensor, info)))
-        assert 0 < info.relative_error < 2
-        assert info.dead == len(DEAD)
-        assert_close(info.sparsity, (np.asarray(tensor.codes) == zeros(tensor)).mean(), scale=1)
+def grids(name):
+    """Those that the combination takes, with levels for zero where it sends weights to zero; the fitted one for some."""
+    *_, rounding, _, _ = COMBINATIONS[name]
+    fitted = [FITTED] if name in ("OPTQ", "Qronos") else []
+    return fitted + [grid for grid in GRIDS if not rounding.sparse or grid not in (jpfq.Equispaced(4), jpfq.Binary())]
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize(("order", "method"), [(o, m) for o, m, r in COMBINATIONS if r == "Nearest" and m != "MSQ"])
-def test_dead_coordinates_take_the_level_nearest_zero(order, method, grid):
-    W, data = drawn(60, method)
-    tensor, _ = jpfq.solve(W, data, grid=grid, **settings(order, method, "Nearest"))
-    dead = list(DEAD)
-    step, zero = np.repeat(np.asarray(tensor.step), 8, 0)[dead], zeros(tensor)[dead]
-    assert_close(np.asarray(tensor.dequantize())[dead], np.where(zero == np.round(zero), 0, step / 2), scale=1)
-
-
-@pytest.mark.parametrize(("order", "method", "rounding"), [c for c in COMBINATIONS if c[2] == "Dither"])
-def test_jit_of_vmap_is_the_loop(order, method, rounding):
-    cases = [drawn(seed, method) for seed in (60, 61)]
-    solve = lambda W, data: jpfq.solve(W, data, grid=jpfq.Integer(3), **settings(order, method, rounding))
-    tensors, infos = jax.jit(jax.vmap(solve))(*jax.tree.map(lambda *x: jnp.stack(x), *cases))
-    for i, case in enumerate(cases):
-        tensor, info = solve(*case)
-        assert_codes_equal(tensors.codes[i], tensor.codes)
-        assert_close(tensors.dequantize()[i], tensor.dequantize())
-        assert_close(infos.relative_error[i], info.relative_error)
+def spread(x):
+    """A step or zero of each weight (in, out)."""
+    return np.broadcast_to(np.repeat(np.asarray(x), N // x.shape[0], 0), (N, OUT))
 
 
 @each_combination
-def test_layers_of_equal_shape_share_one_compilation(order, method, rounding):
-    compiled = importlib.import_module("jpfq.matrix.solve")._solve_all
-    recipe = settings(order, method, rounding)
-    jpfq.solve(*drawn(60, method), grid=jpfq.Integer(3), **recipe)
-    before = compiled._cache_size()
-    for seed, grid in ((61, jpfq.Integer(4)), (62, jpfq.Integer(8, narrow=True)), (63, jpfq.Symmetric(2))):
-        jpfq.solve(*drawn(seed, method), grid=grid, **recipe)
+def test_every_combination(name):
+    """On all grids by one program: shapes, dtypes, codes and figures, and what becomes of dead coordinates."""
+    compiled = importlib.import_module("jpfq.matrix.stages")._solve_all
+    W, data = drawn(name)
+    scale, _, method, _, _, how = COMBINATIONS[name]
+    X, Xq = (np.float64(x) for x in problem(60, n=N, out=OUT, dead=DEAD)[:2])
+    X, before = Xq if how == "X = Xq" else X, None
+    for grid in grids(name):
+        tensor, info = jpfq.solve(W, data, grid=grid, **settings(name))
+        before = compiled._cache_size() if before is None or grid is GRIDS[0] else before
+        assert tensor.shape == tensor.codes.shape == (N, OUT)
+        groups = N // 8 if scale in ("groups", "refit", "mse") else 1
+        assert tensor.step.shape == tensor.zero.shape == (groups, 1 if scale == "tensor" else OUT)
+        assert tensor.dequantize().dtype == tensor.dtype == W.dtype
+        assert tensor.step.dtype == info.relative_error.dtype == jnp.float32
+        if how != "rotated":
+            assert_on_grid(tensor)
+        finite = [x for field, x in vars(info).items() if field not in ("square_bound", "square_floor")]
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((tensor.codes, tensor.step, finite)))
+        assert info.failed == info.zero_steps == 0
+        values = spread(tensor.step) * (np.asarray(tensor.codes) - spread(tensor.zero))
+        assert_close(info.sparsity, (values == 0).mean(), scale=1)
+        q = np.float64(tensor.dequantize())
+        error = np.linalg.norm(X @ W - Xq @ q) / np.linalg.norm(X @ W)
+        assert abs(info.relative_error - error) < 1e-4 * (1 + error)
+        assert error < (4 if COMBINATIONS[name][3].random else 1.5)  # one bit, drawn, is coarse
+        if how == "rotated":
+            continue
+        assert info.dead == len(DEAD)
+        if not isinstance(method, jpfq.UNI | jpfq.MSQ):
+            at = list(DEAD)
+            nearest = np.where(spread(tensor.zero) == np.round(spread(tensor.zero)), 0, spread(tensor.step) / 2)
+            assert_close(np.abs(values[at]), np.abs(nearest[at]), scale=1)
+    for weights in (W.astype(jnp.bfloat16), drawn(name, 61)[0]):
+        tensor, _ = jpfq.solve(weights, data, grid=WIDE, **settings(name))
+        assert tensor.dequantize().dtype == weights.dtype
     assert compiled._cache_size() == before
+
+
+@each_combination
+def test_the_bound_holds_before_hand(name):
+    """On a grid that is wide enough, whatever the parts; there is none for GPTAQ and in the data form."""
+    *_, method, _, _, how = COMBINATIONS[name]
+    for seed in (60, 61):
+        _, info = solved(name, seed, WIDE)
+        if how == "rows" or isinstance(method, jpfq.GPTAQ):
+            assert np.isnan(info.relative_bound)
+            assert np.isnan(info.relative_floor) == (how == "rows")
+        elif info.saturation == 0:
+            assert info.relative_error <= info.relative_bound * (1 + 1e-5)
+            assert info.relative_floor < info.relative_bound < 10
+
+
+def number(x):
+    return jnp.asarray(x, jnp.float32)
+
+
+SWEEPS = {
+    "GPTAQ": lambda alpha, share, lam, c: {
+        "method": jpfq.GPTAQ(alpha, jpfq.MeanDiagonal(share)),
+        "rounding": jpfq.SoftThreshold(lam, "step"),
+        "scale": jpfq.AbsMax(c),
+        "finish": jpfq.Descend(1),
+    },
+    "pruned": lambda scaling, c, share, alpha: {
+        "method": jpfq.UNI(1 + scaling),
+        "rounding": jpfq.Prune(c, "step"),
+        "prepare": jpfq.LeastSquares(alpha, jpfq.TopEigenvalue(share)),
+        "finish": jpfq.Refit(),
+        "key": jax.random.key(1),
+    },
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_jit_of_vmap_over_numbers_and_matrices_is_the_loop(name):
+    numbers = np.float32([[0.2, 0.01, 0.3, 0.9], [0.9, 0.1, 0.6, 0.7], [0.5, 0.05, 0.1, 0.4]])
+    cases = [drawn(name, seed) for seed in (60, 61, 62)]
+
+    def solve(W, data, x):
+        return jpfq.solve(W, data, grid=jpfq.Integer(3), **settings(name) | SWEEPS[name](*x))
+
+    tensors, infos = jax.jit(jax.vmap(solve))(*jax.tree.map(lambda *x: jnp.stack(x), *cases), list(numbers.T))
+    compiled, before = importlib.import_module("jpfq.matrix.stages")._solve_all, None
+    for i, case in enumerate(cases):
+        tensor, info = solve(*case, [number(x) for x in numbers[i]])
+        before = before or compiled._cache_size()
+        assert_codes_equal(tensors.codes[i], tensor.codes)
+        assert_close(tensors.dequantize()[i], tensor.dequantize())
+        assert_close(infos.relative_error[i], info.relative_error)
+    assert compiled._cache_size() == before  # numbers do not compile anew

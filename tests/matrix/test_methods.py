@@ -12,21 +12,24 @@ from jpfq.matrix import Recursion, follow, substitute
 from jpfq.scalar import Levels
 from tests.helpers import assert_close, assert_codes_equal, problem
 from tests.reference import gpfq as reference
+from tests.reference import spfq
 
 N, OUT, K = 40, 6, 4
+NEAREST = jpfq.Nearest()
 BLOCKS = [1, 5, 16, 32, 64, None]
 DEAD = (0, 7, 39)
 
 
 @functools.partial(jax.jit, static_argnames=("block", "form"))
-def quantized(W, data, step, method, block, form):
+def quantized(W, data, step, method, block, form, rounding=NEAREST):
     """Codes on Symmetric(K) at given steps (1, out), and the final residual in the data form."""
     levels = Levels(step, jnp.zeros_like(step), *(jnp.asarray(x, step.dtype) for x in (-K, K)))
-    recursion = Recursion(levels, jnp.arange(W.shape[0]), W.shape[1], jpfq.Nearest())
+    recursion = Recursion(levels, jnp.arange(W.shape[0]), W.shape[1], rounding)
     if form == "data":
         path, u = follow(W, data, method, recursion, block=block)
         return path.codes, path.q, u
-    path = substitute(*method(W, data), recursion, block=block)
+    system = method(W, data)
+    path = substitute(system.base, system.L, recursion, block=block, about=system.about)
     return path.codes, path.q, None
 
 
@@ -81,24 +84,60 @@ def test_where_the_networks_agree(x64, form):
             assert_close(u, X @ (W - expected.q))
 
 
-def test_msq_is_rounding(x64):
+@pytest.mark.parametrize("form", ["gram", "data"])
+def test_msq_is_rounding(x64, form):
     X, Xq, W, _ = case(0.1, DEAD)
-    codes, q, _ = quantized(W, jpfq.Gram.from_data(X, Xq), steps(W), jpfq.MSQ(), 16, "gram")
+    rows = jpfq.Rows(X, Xq)
+    codes, q, u = quantized(W, rows if form == "data" else rows.gram(), steps(W), jpfq.MSQ(), 16, form)
     expected = reference.msq(W, level_lists(W))
     assert_codes_equal(codes, expected.index - K)
     assert_close(q, expected.q)
+    if form == "data":
+        assert_close(u, X @ W - Xq @ expected.q)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 4.0])
+@pytest.mark.parametrize("form", ["gram", "data"])
+def test_uni_is_the_published_recursion(x64, scaling, form):
+    X, Xq, W, _ = case(0.1, DEAD)
+    levels, rows = level_lists(W), jpfq.Rows(X, Xq)
+    nearest = lambda a, t, o: levels[t, o][reference.nearest(a, levels[t, o])]
+    expected = spfq.uni(W, X, Xq, scaling, nearest)
+    data = rows if form == "data" else rows.gram()
+    _, q, _ = quantized(W, data, steps(W), jpfq.UNI(scaling), 16, form)
+    assert_close(q, expected.q)
+
+
+def test_uni_without_scaling_is_gpfq_where_the_networks_agree(x64):
+    X, _, W, expected = case(0, ())
+    codes, *_ = quantized(W, jpfq.Gram.from_data(X), steps(W), jpfq.UNI(), 16, "gram")
+    assert_codes_equal(codes, expected.index - K)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_sparse_gpfq(x64, kind):
+    X, Xq, W, _ = case(0.1, DEAD)
+    levels, lam = level_lists(W), 0.3
+    rule = {"soft": spfq.soft_threshold, "hard": spfq.hard_threshold_grid}[kind]
+    expected = spfq.sparse_gpfq(W, X, Xq, lambda a, t, o: rule(a, lam, levels[t, o]))
+    rounding = {"soft": jpfq.SoftThreshold(lam), "hard": jpfq.HardThreshold(lam)}[kind]
+    gram = jpfq.Gram.from_data(X, Xq)
+    _, q, _ = quantized(W, gram, steps(W), jpfq.GPFQ(), 16, "gram", rounding)
+    assert_close(q, expected.q)
+    assert (expected.q == 0).mean() > 0.2
 
 
 def test_the_system_of_gpfq(x64):
     """A = D^-1 tril(G) W and L = D^-1 stril(H), with rows of zeros at dead coordinates."""
     X, Xq, W, _ = case(0.1, DEAD)
-    A, L = jpfq.GPFQ()(jnp.asarray(W), jpfq.Gram.from_data(X, Xq))
+    system = jpfq.GPFQ()(jnp.asarray(W), jpfq.Gram.from_data(X, Xq))
     H, G = Xq.T @ Xq, Xq.T @ X
+    assert_close(system.cost, np.diag(H))
     alive = np.diag(H) > 0
     for t in range(N):
         row = np.array([H[t, j] / H[t, t] if j < t and alive[t] else 0 for j in range(N)])
-        assert_close(L[t], row, scale=1)
-        assert_close(A[t], G[t, : t + 1] @ W[: t + 1] / H[t, t] if alive[t] else np.zeros(OUT), scale=1)
+        assert_close(system.L[t], row, scale=1)
+        assert_close(system.A[t], G[t, : t + 1] @ W[: t + 1] / H[t, t] if alive[t] else np.zeros(OUT), scale=1)
 
 
 @pytest.mark.parametrize("form", ["gram", "data"])
@@ -126,9 +165,11 @@ def test_units_of_the_data_do_not_matter(x64):
     assert_codes_equal(quantized(W, gram, steps(W), jpfq.GPFQ(), 16, "gram")[0], expected.index - K)
 
 
-def test_msq_has_no_data_form():
+def test_methods_that_factor_have_no_data_form():
     X, Xq, W, _ = case(0.1, DEAD)
-    assert jpfq.GPFQ().local
-    assert not jpfq.MSQ().local
-    with pytest.raises(TypeError, match="no data form"):
-        jpfq.MSQ().block(W, jpfq.Rows(X, Xq), np.zeros((X.shape[0], OUT)))
+    for method in (jpfq.GPFQ(), jpfq.MSQ(), jpfq.UNI()):
+        assert method.local
+    for method in (jpfq.OPTQ(), jpfq.QEP(), jpfq.GPTAQ(), jpfq.Qronos()):
+        assert not method.local
+        with pytest.raises(TypeError, match="no data form"):
+            method.block(W, jpfq.Rows(X, Xq), np.zeros((X.shape[0], OUT)))

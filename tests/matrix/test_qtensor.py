@@ -1,5 +1,7 @@
 """QTensor: values and sizes of a quantized kernel. Info: what its making was like."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,21 +120,23 @@ def test_entropy_is_that_of_the_shares():
 
 
 def info(**values):
-    zero = dict.fromkeys(("square_error", "energy", "saturation", "dead", "sparsity", "entropy", "zero_steps"), 0.0)
+    zero = dict.fromkeys((field.name for field in dataclasses.fields(jpfq.Info)), 0.0)
     return jpfq.Info(**{name: jnp.asarray(x) for name, x in (zero | values).items()})
 
 
-@pytest.mark.parametrize(("square_error", "energy", "expected"), [(4, 16, 0.5), (0, 9, 0), (0, 0, 0), (1, 0, np.inf)])
-def test_relative_error(square_error, energy, expected):
-    made = info(square_error=float(square_error), energy=float(energy))
-    np.testing.assert_allclose(made.relative_error, expected, rtol=1e-6)
+@pytest.mark.parametrize(("square", "energy", "expected"), [(4, 16, 0.5), (0, 9, 0), (0, 0, 0), (1, 0, np.inf)])
+@pytest.mark.parametrize("name", ["error", "floor", "bound"])
+def test_relative_figures(name, square, energy, expected):
+    made = info(energy=float(energy), **{f"square_{name}": float(square)})
+    np.testing.assert_allclose(getattr(made, f"relative_{name}"), expected, rtol=1e-6)
 
 
 def test_joined_parts_sum_their_errors_and_average_their_shares():
-    parts = [info(square_error=1.0, energy=4.0, dead=2, sparsity=0.5, entropy=2.0, saturation=0.1)]
-    parts += [info(square_error=3.0, energy=12.0, dead=1, sparsity=0.0, entropy=3.0, saturation=0.3)]
+    parts = [info(square_error=1.0, energy=4.0, dead=2, sparsity=0.5, entropy=2.0, saturation=0.1, square_bound=2.0)]
+    parts += [info(square_error=3.0, energy=12.0, dead=1, sparsity=0.0, entropy=3.0, saturation=0.3, square_bound=5.0)]
     joined = jpfq.Info.join(parts)
     assert (joined.square_error, joined.energy, joined.dead) == (4, 16, 3)
     assert (joined.sparsity, joined.entropy) == (0.25, 2.5)
     assert_close(joined.saturation, 0.2)
     assert_close(joined.relative_error, 0.5)
+    assert joined.square_bound == 7

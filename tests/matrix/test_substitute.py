@@ -27,11 +27,14 @@ class Carrying(Rounding):
     def init(self):
         return jnp.zeros(()), jnp.zeros((), jnp.int32)
 
-    def __call__(self, carry, a, levels, key):
-        left, seen = carry
+    def __call__(self, carry, a, here):
+        (left, seen), levels = carry, here.levels
         target = a + levels.step * 0.5 * left.astype(a.dtype)
         code = levels.encode(target)
         return ((levels.position(target) - code).astype(left.dtype), seen + 1), code
+
+    def error(self, levels):
+        return levels.step
 
 
 def system(seed, n=N, groups=1, scale=1.0):
@@ -71,6 +74,16 @@ def test_every_block_size_gives_the_codes_of_the_loop(x64, block):
     np.testing.assert_array_equal(path.saturated, (position < -16.5) | (position > 15.5))
     assert path.saturated.any()
     assert not path.saturated.all()
+
+
+@pytest.mark.parametrize("block", [16, None])
+def test_the_form_about_values(x64, block):
+    """q = Q(A + L (v - q)) is q = Q(A' - L q) with A' = A + L v."""
+    A, L, step = system(10)
+    about = np.random.default_rng(0).standard_normal(A.shape)
+    recursion = Recursion(levels_of(step), jnp.arange(N), OUT, jpfq.Nearest())
+    path = jax.jit(lambda A, about: substitute(A, jnp.asarray(L), recursion, block=block, about=about))(A, about)
+    assert_codes_equal(path.codes, by_loop(A + L @ about, L, step).index - 16)
 
 
 @pytest.mark.parametrize("block", [16, None])

@@ -13,12 +13,14 @@ from tests.network import zoo
 X = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
 PARAMS = {"layer_1": {"kernel": np.ones((4, 3), np.float32)}, "layer_2": {"kernel": np.ones((3, 2), np.float32)}}
 
+PLAIN = zoo.plain(bits=4)
+
 
 def two_layers(params, x):
     return jnp.tanh(x @ params["layer_1"]["kernel"]) @ params["layer_2"]["kernel"]
 
 
-def quantize(batches=(X,), rules=4, params=PARAMS, fn=two_layers, **kwargs):
+def quantize(batches=(X,), rules=PLAIN, params=PARAMS, fn=two_layers, **kwargs):
     return jpfq.quantize(fn, list(batches), rules, params=params, **kwargs)
 
 
@@ -69,7 +71,7 @@ def test_integer_and_complex_weights_are_refused(dtype):
     params = {**PARAMS, "layer_2": {"kernel": np.ones((3, 2), dtype)}}
     fn = lambda params, x: jnp.real(two_layers(params, x))
     with pytest.raises(ValueError, match=rf"layer_2/kernel: holds {np.dtype(dtype)}"):
-        quantize(params=params, fn=fn, rules=[jpfq.Rule("layer_1/.*", skip=True), jpfq.Rule("layer_2/.*", bits=4)])
+        quantize(params=params, fn=fn, rules=[jpfq.Rule("layer_1/.*", skip=True), zoo.plain("layer_2/.*", bits=4)])
     assert "holds" in quantize(params=params, fn=fn).skipped["layer_2/kernel"]
 
 
@@ -94,7 +96,35 @@ def test_bits_out_of_range(bits):
         ([(".*", {"skip": True, "bits": 4})], r"skips its kernels, so \['bits'\] mean nothing"),
         ([(".*", {"bits": 4, "form": "rows"})], "form is"),
         ([(".*", {"bits": 4, "unsupported": "ignore"})], "unsupported is"),
-        ([(".*", {"bits": 4, "method": jpfq.MSQ(), "form": "data"})], "no data form"),
+        ([(".*", {"bits": 4, "method": jpfq.OPTQ(), "form": "data"})], r"Rule\('\.\*'\): OPTQ.* has no data form"),
+        ([(".*", {"bits": 4, "finish": jpfq.Refit(), "form": "data"})], r"Refit\(\) has no data form"),
+        ([("a", {"bits": 1, "rounding": jpfq.Prune(0.1)})], r"Rule\('a'\): Prune.* no level of Binary"),
+        (
+            [(".*", {"bits": 4, "rounding": jpfq.HardThreshold(0.1), "finish": jpfq.CosineDescend()})],
+            r"CosineDescend.* would bring back weights .* take finish=Refit\(\) or None",
+        ),
+        (
+            [(".*", {"bits": 4, "scale": jpfq.Fixed(0.1), "finish": jpfq.Refit()})],
+            r"Rule.* changes the step that Fixed",
+        ),
+        (
+            [(".*", {"bits": 4, "scale": jpfq.MinError(jpfq.AbsMax(per=jpfq.PerGroup(2, refit=True)))})],
+            r"searches for steps beforehand",
+        ),
+        (
+            [(".*", {"bits": 4, "order": jpfq.Descending(), "scale": jpfq.AbsMax(per=jpfq.PerGroup(2, refit=True))})],
+            r"needs order=Natural",
+        ),
+        (
+            [(".*", {"bits": 4, "prepare": jpfq.MalySaab(), "rotation": jpfq.Hadamard()})],
+            r"works on the calibration rows: alone",
+        ),
+        (
+            [(".*", {"bits": 4, "finish": jpfq.CosineDescend})],
+            r"finish takes a Finish.*did you mean jpfq.CosineDescend\(\)",
+        ),
+        ([(".*", {"bits": 4, "order": "descending"})], r"order takes an Order, such as jpfq.Natural\(\)"),
+        ([(".*", {"skip": True, "finish": None})], r"skips its kernels, so \['finish'\] mean nothing"),
     ],
 )
 def test_rules(rules, message):
@@ -105,7 +135,7 @@ def test_rules(rules, message):
 def test_a_rule_that_names_what_cannot_be_quantized():
     case = zoo.computed()
     run = lambda *rules: jpfq.quantize(case.model, case.batches, list(rules), **case.given)
-    rest = jpfq.Rule(".*", bits=8)
+    rest = zoo.plain(bits=8)
     with pytest.raises(
         ValueError, match=r"(?s)names kernels that cannot be quantized.*shared: shared: used by 2 products"
     ):
@@ -127,7 +157,7 @@ def test_a_step_of_zero_under_weights_names_the_kernel_and_an_all_zero_neuron_do
     W = np.zeros((4, 3), np.float32)
     W[0, 1] = 1.0
     with pytest.raises(ValueError, match=r"Median.* gives a step of zero under weights of layer_1/kernel"):
-        quantize(rules=jpfq.Rule(".*", bits=4, scale=jpfq.Median(3.0)), params={**PARAMS, "layer_1": {"kernel": W}})
+        quantize(rules=zoo.plain(bits=4, scale=jpfq.Median(3.0)), params={**PARAMS, "layer_1": {"kernel": W}})
     quantized = quantize(params={**PARAMS, "layer_1": {"kernel": W}})
     np.testing.assert_array_equal(quantized.params["layer_1"]["kernel"][:, [0, 2]], 0)
     assert np.isfinite(quantized.output_error)

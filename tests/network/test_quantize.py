@@ -13,16 +13,7 @@ from jpfq.network.stream import Stream
 from tests.network import zoo
 from tests.reference import gpfq as reference
 
-SYMMETRIC = jpfq.Rule(".*", grid=jpfq.Symmetric(4), scale=jpfq.AbsMax(0.8))
-
-
-@pytest.fixture
-def compilations():
-    """Counts XLA compilations: a list that grows by one with each."""
-    seen = []
-    listener = lambda event, duration, **_: seen.append(event) if event.endswith("backend_compile_duration") else None
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    return seen
+SYMMETRIC = zoo.plain(grid=jpfq.Symmetric(4), scale=jpfq.AbsMax(0.8))
 
 
 def codes_of(W, X, Xq, step):
@@ -50,7 +41,8 @@ def test_every_model_comes_back_whole(name, monkeypatch):
             yield pair
 
     monkeypatch.setattr(Stream, "finish", recording)
-    quantized = jpfq.quantize(case.model, case.batches, 8, **case.given)
+    rules = 8 if name == "mlp" else zoo.plain(bits=8)
+    quantized = jpfq.quantize(case.model, case.batches, rules, **case.given)
 
     assert set(quantized.tensors) == set(quantized.info) == case.kernels
     assert set(quantized.skipped) == case.left
@@ -150,8 +142,8 @@ def test_linen_and_nnx_give_the_same_codes(x64):
     params = {
         name: {"kernel": getattr(other, name).kernel[...], "bias": getattr(other, name).bias[...]} for name in "ab"
     }
-    one = jpfq.quantize(Twin(), data, 3, variables={"params": params})
-    two = jpfq.quantize(other, data, 3)
+    one = jpfq.quantize(Twin(), data, zoo.plain(bits=3), variables={"params": params})
+    two = jpfq.quantize(other, data, zoo.plain(bits=3))
     for name in ("a/kernel", "b/kernel"):
         np.testing.assert_array_equal(one.tensors[name].codes, two.tensors[name].codes)
 
@@ -163,7 +155,8 @@ def test_experts_are_quantized_each_on_its_own_data(x64):
     tensor = jpfq.quantize(fn, [x], SYMMETRIC, params={"w": jnp.asarray(W)}).tensors["w"]
     assert tensor.step.shape == (3, 1, 4)
     for e in range(3):
-        alone, _ = jpfq.solve(W[e], jpfq.Gram.from_data(x[e]), grid=jpfq.Symmetric(4), scale=jpfq.AbsMax(0.8))
+        settings = zoo.PLAIN | {"grid": jpfq.Symmetric(4), "scale": jpfq.AbsMax(0.8)}
+        alone, _ = jpfq.solve(W[e], jpfq.Gram.from_data(x[e]), **settings)
         np.testing.assert_array_equal(tensor.codes[e], alone.codes)
 
 
@@ -192,7 +185,7 @@ def test_rows_of_weight_zero_are_left_out(x64, shape, form):
     x = zoo.normal(9, 4, 6, 8).astype(jnp.float64)
     weights = np.ones(shape)
     weights[2:] = 0  # the last two samples are padding
-    rule = jpfq.Rule(".*", bits=3, form=form)
+    rule = zoo.plain(bits=3, form=form)
     masked = jpfq.quantize(fn, [jpfq.Weighted(x, weights)], rule, params=params)
     kept = jpfq.quantize(fn, [x[:2]], rule, params=params)
     for name in "abc":
@@ -204,28 +197,28 @@ def test_data_and_gram_form_agree(x64):
     x = zoo.normal(1, 20, 300).astype(jnp.float64)
     fn = lambda params, x: x @ params["w"]
     forms = {
-        form: jpfq.quantize(fn, [x, x[:5]], jpfq.Rule(".*", bits=3, form=form), params=params)
-        for form in ("gram", "data")
+        form: jpfq.quantize(fn, [x, x[:5]], zoo.plain(bits=3, form=form), params=params) for form in ("gram", "data")
     }
     np.testing.assert_array_equal(forms["gram"].tensors["w"].codes, forms["data"].tensors["w"].codes)
-    automatic = jpfq.plan(fn, x, 3, params=params, batches=2)
-    assert automatic.lines[0].form == "data"
+    for rules, form in ((zoo.plain(bits=3), "data"), (3, "gram")):  # the recommended parts work on the Gram
+        assert jpfq.plan(fn, x, rules, params=params, batches=2).lines[0].form == form
 
 
 def test_batches_may_be_arrays_tuples_or_dicts():
     fn = lambda params, x, scale=1.0: scale * (x @ params)
     x, params = zoo.normal(0, 10, 4), zoo.normal(1, 4, 3)
-    plain = jpfq.quantize(fn, [x], 4, params=params)
+    rule = zoo.plain(bits=4)
+    plain = jpfq.quantize(fn, [x], rule, params=params)
     for batch in ((x,), [x], {"x": x}, (np.asarray(x), np.float32(2.0)), {"x": x, "scale": np.ones(())}):
-        again = jpfq.quantize(fn, [batch], 4, params=params)
+        again = jpfq.quantize(fn, [batch], rule, params=params)
         np.testing.assert_array_equal(plain.tensors[""].codes, again.tensors[""].codes)
-    assert jpfq.quantize(fn, [x], 4, params=params, kwargs={"scale": 3.0}).tensors[""].shape == (4, 3)
+    assert jpfq.quantize(fn, [x], rule, params=params, kwargs={"scale": 3.0}).tensors[""].shape == (4, 3)
 
 
 def test_the_given_model_is_not_touched():
     case = zoo.mlp()
     before = jax.tree.map(np.asarray, nnx.state(case.model, nnx.Param))
-    quantized = jpfq.quantize(case.model, case.batches, 3)
+    quantized = jpfq.quantize(case.model, case.batches, zoo.plain(bits=3))
     jax.tree.map(np.testing.assert_array_equal, before, nnx.state(case.model, nnx.Param))
     assert quantized.model is not case.model
     with pytest.raises(AttributeError, match=r"quantized\.params"):
@@ -237,7 +230,7 @@ def test_parameters_keep_type_and_placement():
     placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
     params = {"w": jax.device_put(zoo.normal(0, 8, 6).astype(jnp.bfloat16), placed), "b": jnp.zeros(6, jnp.bfloat16)}
     fn = lambda params, x: x.astype(jnp.bfloat16) @ params["w"] + params["b"]
-    quantized = jpfq.quantize(fn, [zoo.normal(1, 10, 8)], 4, params=params)
+    quantized = jpfq.quantize(fn, [zoo.normal(1, 10, 8)], zoo.plain(bits=4), params=params)
     assert quantized.params["w"].sharding == placed
     assert quantized.params["w"].dtype == jnp.bfloat16
     assert quantized.params["b"] is params["b"]
@@ -245,9 +238,9 @@ def test_parameters_keep_type_and_placement():
 
 def test_a_second_run_compiles_nothing(compilations):
     for case in (zoo.lm(), zoo.scanned()):
-        jpfq.quantize(case.model, case.batches, 4, **case.given)
+        jpfq.quantize(case.model, case.batches, zoo.plain(bits=4), **case.given)
         compilations.clear()
-        jpfq.quantize(case.model, case.batches, 3, **case.given)  # another width is the same program
+        jpfq.quantize(case.model, case.batches, zoo.plain(bits=3), **case.given)  # another width is the same program
         assert compilations == []
 
 
@@ -258,7 +251,7 @@ def test_compilations_do_not_grow_with_depth(compilations):
         jax.clear_caches()
         walk_module._known_runs.clear()
         compilations.clear()
-        jpfq.quantize(case.model, case.batches, 4, **case.given)
+        jpfq.quantize(case.model, case.batches, zoo.plain(bits=4), **case.given)
         counts.append(len(compilations))
     assert counts[0] == counts[1] > 0
 
@@ -266,7 +259,7 @@ def test_compilations_do_not_grow_with_depth(compilations):
 def test_gpfq_beats_rounding_on_every_output():
     case = zoo.mlp(jnp.float32)
     errors = {
-        name: jpfq.quantize(case.model, case.batches, jpfq.Rule(".*", bits=3, method=method), **case.given).output_error
+        name: jpfq.quantize(case.model, case.batches, zoo.plain(bits=3, method=method), **case.given).output_error
         for name, method in {"msq": jpfq.MSQ(), "gpfq": jpfq.GPFQ()}.items()
     }
     assert errors["gpfq"] < 0.8 * errors["msq"]
@@ -274,7 +267,7 @@ def test_gpfq_beats_rounding_on_every_output():
 
 def test_the_summary_lists_every_kernel_and_what_was_left():
     case = zoo.lm()
-    text = jpfq.quantize(case.model, case.batches, 4, **case.given).summary()
+    text = jpfq.quantize(case.model, case.batches, zoo.plain(bits=4), **case.given).summary()
     for path in case.kernels | case.left:
         assert path in text
     assert "tied: used by a product and by gather" in text
@@ -284,7 +277,7 @@ def test_per_group_scales_land_on_the_kernel():
     """Groups of input coordinates in a kernel of rank 3 whose contracted axes are merged."""
     W, x = zoo.normal(0, 4, 8, 6), zoo.normal(1, 20, 4, 8)
     fn = lambda params, x: jnp.einsum("bhd,hdo->bo", x, params["w"])
-    rule = jpfq.Rule(".*", bits=4, scale=jpfq.AbsMax(per=jpfq.PerGroup(4)))
+    rule = zoo.plain(bits=4, scale=jpfq.AbsMax(per=jpfq.PerGroup(4)))
     quantized = jpfq.quantize(fn, [x], rule, params={"w": W})
     tensor = quantized.tensors["w"]
     assert tensor.step.shape == (4, 2, 6)
@@ -297,7 +290,7 @@ def test_a_per_tensor_scale_is_one_number_for_all_groups():
     fn = lambda params, x: jax.lax.conv_general_dilated(
         x, params, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=6
     )
-    tensor = jpfq.quantize(fn, [x], jpfq.Rule(".*", bits=4, scale=jpfq.Median(3.0)), params=W).tensors[""]
+    tensor = jpfq.quantize(fn, [x], zoo.plain(bits=4, scale=jpfq.Median(3.0)), params=W).tensors[""]
     assert tensor.step.shape == (1, 1, 1, 1)
     np.testing.assert_allclose(tensor.step.item(), 3 * np.median(np.abs(W)) / 7, rtol=1e-6)
 
@@ -313,7 +306,7 @@ def test_boxed_parameters_and_transposed_convolutions():
 
     model, x = Boxed(), zoo.normal(0, 8, 5, 5, 6)
     variables = model.init(jax.random.key(0), x)
-    quantized = jpfq.quantize(model, [x], 8, variables=variables)
+    quantized = jpfq.quantize(model, [x], zoo.plain(bits=8), variables=variables)
     assert set(quantized.tensors) == {"Dense_0/kernel", "ConvTranspose_0/kernel"}
     assert isinstance(quantized.variables["params"]["Dense_0"]["kernel"], nn.Partitioned)
     error = model.apply(quantized.variables, x) - model.apply(variables, x)
@@ -325,4 +318,4 @@ def test_boxed_parameters_and_transposed_convolutions():
 def test_a_key_that_is_only_carried_along_is_no_random_number():
     key = jax.random.key(3)
     fn = lambda params, x: x @ params + jax.random.key_data(key)[0].astype(jnp.float32)
-    assert jpfq.quantize(fn, [zoo.normal(0, 9, 3)], 8, params=zoo.normal(1, 3, 2)).output_error < 0.02
+    assert jpfq.quantize(fn, [zoo.normal(0, 9, 3)], zoo.plain(bits=8), params=zoo.normal(1, 3, 2)).output_error < 0.02

@@ -8,6 +8,22 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
+import jpfq
+
+# One method by itself, with steps that it does not choose: compiles in half the time of the recommended parts.
+PLAIN = {
+    "scale": jpfq.MinMSE(),
+    "method": jpfq.GPFQ(),
+    "order": jpfq.Natural(),
+    "finish": None,
+    "shrinkage": None,
+}
+
+
+def plain(pattern=".*", **settings):
+    """A rule of plain GPFQ, but for what is named."""
+    return jpfq.Rule(pattern, **PLAIN | settings)
+
 
 class Case(NamedTuple):
     """A model, its variables (None for NNX), batches, and which kernels are to be found."""

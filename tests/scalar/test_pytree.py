@@ -16,9 +16,15 @@ SETTINGS = {
     + [jpfq.Integer(4), jpfq.Integer(4, narrow=True), jpfq.Asymmetric(4), jpfq.Symmetric(4), jpfq.Equispaced(4)],
     "scales": [make(0.5, per=jpfq.PerTensor()) for make in (jpfq.AbsMax, jpfq.Median, jpfq.Quantile)]
     + [jpfq.AbsMax(0.5), jpfq.AbsMax(0.5, per=jpfq.PerGroup(4)), jpfq.AbsMax(0.5, per=jpfq.PerGroup(8))]
-    + [jpfq.MinMSE(), jpfq.MinMSE(norm=2.4), jpfq.Fixed(0.5)],
-    "methods": [jpfq.GPFQ(), jpfq.MSQ()],
-    "orders": [jpfq.Natural(), jpfq.Descending()],
+    + [jpfq.MinMSE(), jpfq.MinMSE(norm=2.4), jpfq.MinMSE(weighted=True), jpfq.MinError(), jpfq.MinError(rounds=3)]
+    + [jpfq.Fixed(0.5), jpfq.AbsMax(0.5, per=jpfq.PerGroup(8, refit=True))],
+    "methods": [jpfq.GPFQ(), jpfq.MSQ(), jpfq.UNI(), jpfq.OPTQ(), jpfq.QEP(), jpfq.GPTAQ()]
+    + [jpfq.Qronos(), jpfq.Qronos(exact=True), jpfq.OPTQ(jpfq.TopEigenvalue(0.01))],
+    "orders": [jpfq.Natural(), jpfq.Descending(), jpfq.MinPivot()],
+    "prepare": [jpfq.Align(), jpfq.Align(2), jpfq.LeastSquares(), jpfq.MagR(), jpfq.MalySaab()],
+    "roundings": [jpfq.Nearest(), jpfq.Stochastic(), jpfq.SoftThreshold(0.1), jpfq.SoftThreshold(0.1, "step")]
+    + [jpfq.HardThreshold(0.1), jpfq.Prune(0.1), jpfq.Prune(0.1, then=jpfq.Nearest())],
+    "finish": [jpfq.Refit(), jpfq.Descend(), jpfq.Descend(2), jpfq.CosineDescend(3), jpfq.CosineDescend()],
 }
 
 

@@ -19,7 +19,7 @@ GRIDS = {
     "asymmetric": (jpfq.Asymmetric(3), reference.unsigned(3), None),
 }
 
-lay = jax.jit(lambda scale, W, grid: scale(W, grid))
+lay = jax.jit(lambda scale, *args: scale(*args))
 
 
 def weights(seed=0, dtype=np.float64):
@@ -96,6 +96,36 @@ def test_minmse_is_the_plain_search(x64, per, grid):
         assert levels.zero[at] == lay_over(p)[1]
         shares.append(p)
     assert min(shares) < 1 or per == "tensor"  # something was searched
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("per", PER)
+def test_weighted_minmse_is_the_plain_search(x64, per, grid):
+    """As above, each square error times the importance of its weight."""
+    W, (codes, zero) = weights(1), GRIDS[grid][1]
+    importance = np.random.default_rng(2).exponential(size=W.shape) ** 2
+    scale = jpfq.MinMSE(candidates=20, least=0.3, per=PER[per], weighted=True)
+    levels = lay(scale, jnp.asarray(W), GRIDS[grid][0], jnp.asarray(importance))
+    weight = reference.sets(importance, per, SIZE)
+    for at, w in reference.sets(W, per, SIZE).items():
+        low, high = (w.min(), w.max()) if zero is None else (-reference.absmax(w), reference.absmax(w))
+        least = np.inf
+        for p in 1 - np.arange(20) * 0.7 / 19:
+            step, zeros = step_and_zero(p * low, p * high, grid)
+            values = reference.values(codes, step, zeros)
+            errors = [x - values[reference.nearest(x, values)] for x in np.ravel(w)]
+            cost = np.ravel(weight[at]) @ np.square(errors)
+            if cost < least:
+                least, best = cost, (step, zeros)
+        assert_close(levels.step[at], best[0])
+        assert levels.zero[at] == best[1]
+    plain = lay(jpfq.MinMSE(candidates=20, least=0.3, per=PER[per]), jnp.asarray(W), GRIDS[grid][0])
+    assert per == "tensor" or (np.asarray(levels.step) != np.asarray(plain.step)).any()
+
+
+def test_weights_need_an_importance():
+    with pytest.raises(ValueError, match=r"weighted=True\) needs the importance of each weight"):
+        jpfq.MinMSE(weighted=True)(jnp.asarray(weights(1, np.float32)), jpfq.Integer(4))
 
 
 def test_minmse_error_is_at_most_absmax_error():
@@ -184,6 +214,11 @@ def test_factors_are_positive(make, value):
         (lambda: jpfq.MinMSE(candidates=2.5), "two candidates or more; got 2.5"),
         (lambda: jpfq.MinMSE(least=1.0), r"least share in \(0, 1\); got 1"),
         (lambda: jpfq.MinMSE(least=0), r"least share in \(0, 1\); got 0"),
+        (lambda: jpfq.MinError(candidates=1), "two candidates or more; got 1"),
+        (lambda: jpfq.MinError(rounds=0), "one round or more; got 0"),
+        (lambda: jpfq.MinError(least=0), "a multiple must be a positive number; got 0"),
+        (lambda: jpfq.MinError(least=1.0, most=0.5), "from least to most; got 1.0 to 0.5"),
+        (lambda: jpfq.MinError(jpfq.MinError()), "multiples of a plain scale, not of another search"),
         (lambda: jpfq.PerGroup(0), "positive number of input coordinates; got 0"),
         (lambda: jpfq.PerGroup(2.5), "positive number of input coordinates; got 2.5"),
     ],

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+from jpfq import Rule, best
 from jpfq.study.cli import main
+from jpfq.study.compare import METHODS, SHOWN
 
 OWN = """
 import jax, jax.numpy as jnp
@@ -37,18 +39,22 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop("own", None)
 
 
-def test_the_demo_shows_gpfq_ahead_at_few_bits(tmp_path, capsys):
+def test_the_demo_shows_gpfq_ahead_of_rounding_and_best_ahead_of_both(tmp_path, capsys):
     picture = tmp_path / "digits.png"
     assert main(["demo", "--picture", str(picture)]) == 0
     out = capsys.readouterr().out
-    rows = re.findall(r"(CNN|MLP) .*?(Ternary\(\)|Integer\(\d\)) +\S+ +\S+ +([\d.]+) +([\d.]+) +([\d.]+)", out)
+    assert re.search(r"float +MSQ +GPFQ +best +MSQ error +GPFQ error +best error", out)
+    figures = r" +([\d.]+)" * 4 + r" +([\d.]+)%" * 3
+    rows = re.findall(rf"(CNN|MLP) .*?(Ternary\(\)|Integer\(\d\)) +\S+ +\S+{figures}", out)
     assert len(rows) == 8
     scores = {(model, grid): tuple(map(float, figures)) for model, grid, *figures in rows}
     for model in ("CNN", "MLP"):
         for grid in ("Ternary()", "Integer(2)"):
-            exact, msq, gpfq = scores[model, grid]
+            exact, msq, gpfq, best, *_ = scores[model, grid]
             assert exact > 95
-            assert msq + 1 < gpfq
+            assert msq + 1 < gpfq <= best + 1
+    for *_, msq_error, gpfq_error, best_error in scores.values():
+        assert best_error < gpfq_error < msq_error
     assert str(picture) in out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -58,13 +64,27 @@ def test_a_model_of_ones_own(own, capsys):
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert len(re.findall(r"function +(Integer\(2\)|Ternary\(\))", out)) == 2
+    assert re.search(r"MSQ +GPFQ +best +MSQ error +GPFQ error +best error", out)
     assert "rule 0 ('b') skips it" in out
     assert (own / "own.png").stat().st_size > 5000
 
 
-def test_a_model_without_a_score(own, capsys):
-    assert main(["quantize", "own:plain", "--bits", "4", "--method", "GPFQ"]) == 0
-    assert "GPFQ error" in capsys.readouterr().out
+def test_a_model_without_a_score_by_methods_of_ones_choice(own, capsys):
+    assert main(["quantize", "own:plain", "--bits", "4", "--method", "OPTQ", "Qronos", "--scale", "absmax"]) == 0
+    assert re.search(r"size +OPTQ error +Qronos error +seconds", capsys.readouterr().out)
+
+
+def test_methods_are_those_that_rules_know(capsys):
+    assert list(METHODS) == ["MSQ", "GPFQ", "OPTQ", "Qronos", "best"]
+    assert SHOWN == ("MSQ", "GPFQ", "best")
+    recipes = {name: Rule(".*", bits=4, **settings).recipe() for name, settings in METHODS.items()}
+    assert recipes.pop("best") == best(4)[0].recipe()
+    for name, recipe in recipes.items():
+        assert type(recipe.method).__name__ == name
+        assert (recipe.finish, recipe.shrinkage) == (None, None)
+    with pytest.raises(SystemExit):
+        main(["quantize", "own:plain", "--method", "GPTQ"])
+    assert "invalid choice: 'GPTQ'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
