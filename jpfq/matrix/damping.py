@@ -82,7 +82,7 @@ class Factor(NamedTuple):
     @property
     def L(self) -> jax.Array:
         """T - I, strictly lower triangular."""
-        return jnp.tril((self.V / self.diagonal).T, -1)
+        return jnp.tril((self.V / self.diagonal[None]).T, -1)
 
     def feedback(self, B: jax.Array) -> jax.Array:
         """T (H + lam I)^-1 B = diag(V)^-1 V^-1 B."""

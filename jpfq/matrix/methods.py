@@ -83,7 +83,7 @@ class GPFQ(Method):
     def __call__(self, W, gram):
         inverse = inverse_of(gram.diagonal)
         base = W if gram.C is None else W + inverse * matmul(jnp.tril(gram.C), W)
-        return System(base * (inverse > 0), inverse * jnp.tril(gram.H, -1), W, gram.diagonal)
+        return System(jnp.where(inverse > 0, base, 0), inverse * jnp.tril(gram.H, -1), W, gram.diagonal)
 
     @property
     def local(self):

@@ -41,6 +41,7 @@ class Shrinkage:
         C, diagonal = gram.C, jnp.diag(jnp.diagonal(gram.C))
         root = lambda d: jnp.where(d > 0, 1 / jnp.sqrt(jnp.where(d > 0, d, 1)), 0)
         c2 = ((C - diagonal) * root(gram.diagonal)[:, None] * root(jnp.diagonal(gram.drift))[None]) ** 2
-        chance = (jnp.sum((1 - c2) ** 2) - n) / rows  # the diagonal of c2 is 0 here
+        live = (gram.diagonal > 0)[:, None] & (jnp.diagonal(gram.drift) > 0)[None] & ~jnp.eye(n, dtype=bool)
+        chance = jnp.sum(jnp.where(live, (1 - c2) ** 2, 0)) / rows
         kept = 1 - jnp.clip(chance / jnp.where(c2.sum() > 0, c2.sum(), 1), 0, 1)
         return dataclasses.replace(gram, H=H, C=(1 + k) * (kept * C + (1 - kept) * diagonal))

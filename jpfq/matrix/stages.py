@@ -148,17 +148,18 @@ def _run(system, job, recursion, recipe) -> tuple[Path, Recursion]:
         return path, recursion if path.refit is None else recursion._replace(levels=path.refit)
 
     levels, shared = recursion.levels, recursion.levels.step.shape[1] == 1
-    scaled = lambda c: recursion._replace(levels=dataclasses.replace(levels, step=levels.step * c))
+    scaled = lambda c: recursion._replace(levels=dataclasses.replace(levels, step=levels.step * jnp.atleast_2d(c)))
 
     def attempt(state, x):
         (best_error, best_c, best_path), centre = state
         offset, new_round = x
         centre = jnp.where(new_round, best_c, centre)
-        path = run(scaled(centre + offset))
+        c = jnp.maximum(centre + offset, multiples[0][0] / 2)  # a step stays positive
+        path = run(scaled(c))
         error = _as_gram(job.trusted).excess(job.W, path.q)
         error = error.sum() if shared else error
-        better, found = error < best_error, (error, centre + offset, path)
-        keep = lambda new, old: jnp.where(better, new, old)
+        better, found = error < best_error, (error, c, path)
+        keep = lambda new, old: jnp.where(better[None] if new.ndim == 2 and better.ndim else better, new, old)
         return (jax.tree.map(keep, found, (best_error, best_c, best_path)), centre), None
 
     blank, c = jnp.zeros_like(system.base), jnp.zeros(1 if shared else recursion.out, system.base.dtype)
