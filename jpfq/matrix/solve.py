@@ -72,7 +72,7 @@ def raise_on(info: Info, recipe: Recipe, name: str, data: Gram | Rows) -> None:
         raise ValueError(
             f"{recipe.method} with prepare={recipe.prepare}: the factorisation of H + lam I failed for {name}, where H has "
             f"the condition number {_condition(data):.1e}. Raise the damping, for example to "
-            "damping=jpfq.MeanDiagonal(0.05), calibrate with more rows than inputs, or take jpfq.GPFQ(), which has no factor."
+            "damping=jpfq.MeanDiagonal(0.05), calibrate with more rows than inputs, or take jpfq.GPFQ(), which factors none."
         )
     if int(info.zero_steps):
         raise ValueError(

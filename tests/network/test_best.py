@@ -18,6 +18,11 @@ RECOMMENDED = {
 NOTHING_MORE = {"finish": None, "shrinkage": None}
 
 
+@pytest.fixture(autouse=True)
+def _lenient():
+    """No layers of Flax here: strict, as everywhere else."""
+
+
 def mlp():
     """Three layers of equal shape, and correlated inputs of unequal sizes, as in a trained network."""
     rng = np.random.default_rng(0)

@@ -16,6 +16,11 @@ BEFORE = jpfq.Rule(
 )
 
 
+@pytest.fixture(autouse=True)
+def _lenient():
+    """No layers of Flax here: strict, as everywhere else."""
+
+
 def fn(params, x):
     return jnp.tanh(x @ params["a"]) @ params["b"]
 

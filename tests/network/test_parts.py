@@ -13,6 +13,11 @@ CHEAP = {"scale": jpfq.AbsMax(), "bits": 4}
 PARAMS = {"first": {"kernel": zoo.normal(1, 16, 16)}, "second": {"kernel": zoo.normal(2, 16, 16)}}
 
 
+@pytest.fixture(autouse=True)
+def _lenient():
+    """No layers of Flax here: strict, as everywhere else."""
+
+
 def fn(params, x):
     return jnp.tanh(x @ params["first"]["kernel"]) @ params["second"]["kernel"]
 

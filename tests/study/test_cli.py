@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+import jpfq
 from jpfq import Rule, best
+from jpfq.study import demo
 from jpfq.study.cli import main
 from jpfq.study.compare import METHODS, SHOWN
 
@@ -39,14 +41,15 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop("own", None)
 
 
-def test_the_demo_shows_gpfq_ahead_of_rounding_and_best_ahead_of_both(tmp_path, capsys):
+def test_the_demo_shows_gpfq_ahead_of_rounding_and_best_ahead_of_both(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "GRIDS", (jpfq.Ternary(), jpfq.Integer(2)))  # the hardest two, to save time
     picture = tmp_path / "digits.png"
     assert main(["demo", "--picture", str(picture)]) == 0
     out = capsys.readouterr().out
     assert re.search(r"float +MSQ +GPFQ +best +MSQ error +GPFQ error +best error", out)
     figures = r" +([\d.]+)" * 4 + r" +([\d.]+)%" * 3
     rows = re.findall(rf"(CNN|MLP) .*?(Ternary\(\)|Integer\(\d\)) +\S+ +\S+{figures}", out)
-    assert len(rows) == 8
+    assert len(rows) == 4
     scores = {(model, grid): tuple(map(float, figures)) for model, grid, *figures in rows}
     for model in ("CNN", "MLP"):
         for grid in ("Ternary()", "Integer(2)"):
