@@ -81,7 +81,8 @@ def test_a_rotation_is_folded_into_kernels():
         found = quantized.params[name]
         np.testing.assert_array_equal(found, tensor.dequantize())
         assert float(jnp.linalg.norm(found - kernel) / jnp.linalg.norm(kernel)) < 0.02
-        plain = tensor.step * (tensor.codes - tensor.zero)  # not turned back it is another kernel
+        codes = tensor.codes.astype(tensor.step.dtype)
+        plain = tensor.step * (codes - tensor.zero)  # not turned back it is another kernel
         assert float(jnp.linalg.norm(plain - kernel) / jnp.linalg.norm(kernel)) > 0.5
     exact, lossy = image(params, x), image(quantized.params, x)
     expected = float(jnp.linalg.norm(exact - lossy) / jnp.linalg.norm(exact))
