@@ -60,7 +60,7 @@ class Refit(Finish):
         return False
 
     def __call__(self, W, gram, codes, recursion, block):
-        return codes, _refit(W, gram, codes, recursion)
+        return codes, _refit(_goal(W, gram), gram, codes, recursion)
 
 
 @register_dataclass
@@ -104,7 +104,7 @@ class CosineDescend(Finish):
 
     def __call__(self, W, gram, codes, recursion, block):
         best, L = _descent(W, gram)
-        goal = matmul(gram.H, W) + (0 if gram.C is None else matmul(gram.C, W))
+        goal = _goal(W, gram)
         shared = recursion.levels.step.shape[1] == 1
 
         def one(state, _):
@@ -113,15 +113,15 @@ class CosineDescend(Finish):
             q = here.values(codes)
             if shared:
                 codes = substitute(best(q), L, here, block=block, about=W).codes
-                return (codes, _refit(W, gram, codes, here)), None
+                return (codes, _refit(goal, gram, codes, here)), None
             here = here._replace(rounding=_Cosine(), key=None)
             product = jnp.sum(q * goal, 0)  # <X w, Xq q>, and since steps are refit also ||Xq q||^2
             here = here._replace(carry=(product, product))
             given = (gram.diagonal, goal, codes)
             codes = substitute(best(q) - q, L, here, block=block, about=W, given=given).codes
-            return (codes, _refit(W, gram, codes, here)), None
+            return (codes, _refit(goal, gram, codes, here)), None
 
-        start = (codes, _refit(W, gram, codes, recursion))
+        start = (codes, _refit(goal, gram, codes, recursion))
         return lax.scan(one, start, length=self.passes)[0]
 
 
@@ -144,18 +144,17 @@ class _Cosine(Rounding):
         now = levels.decode(code)
         r_t = g - h * a
         e, k = h * a + (1 - c) * r_t, g**2 - c**2 * r * h
-        bend = s * h - g * r_t
-        middle = jnp.floor(levels.position(now + jnp.where(bend > 0, r * e / jnp.where(bend > 0, bend, 1), 0)))
-        choices = jnp.clip(jnp.stack([middle, middle + 1, levels.lo, levels.hi]), levels.lo, levels.hi)
-        d = levels.decode(choices) - now
-        energy = r + 2 * d * r_t + d**2 * h
-        gain = jnp.where(
-            (energy > 0) & (s + d * g > 0), (2 * s * e * d + k * d**2) / jnp.where(energy > 0, energy, 1), -1
-        )
-        best = jnp.argmax(gain)
-        moves = gain[best] > 0
-        d = jnp.where(moves, d[best], 0)
-        return (s + d * g, r + 2 * d * r_t + d**2 * h), jnp.where(moves, choices[best], code)
+        bend = s * h - g * r_t  # positive where the stationary point is a maximum
+        middle = jnp.floor(levels.position(now + r * e / jnp.where(bend > 0, bend, 1)))
+        gain, d, best = jnp.zeros_like(a), jnp.zeros_like(a), code
+        for neighbour, end in ((middle, levels.lo), (middle + 1, levels.hi)):
+            choice = jnp.where(bend > 0, jnp.clip(neighbour, levels.lo, levels.hi), end)
+            change = levels.decode(choice) - now
+            energy = r + 2 * change * r_t + change**2 * h
+            gained = (2 * s * e * change + k * change**2) / jnp.where(energy > 0, energy, 1)
+            better = (energy > 0) & (s + change * g > 0) & (gained > gain)
+            gain, d, best = (jnp.where(better, x, y) for x, y in ((gained, gain), (change, d), (choice, best)))
+        return (s + d * g, r + 2 * d * r_t + d**2 * h), best
 
     def error(self, levels):
         return levels.step * (levels.hi - levels.lo)
@@ -168,12 +167,17 @@ def _descent(W, gram) -> tuple[Any, jax.Array]:
     return lambda p: jnp.where(inverse > 0, fixed + inverse * matmul(rest, W - p), 0), inverse * jnp.tril(gram.H, -1)
 
 
-def _refit(W, gram, codes, recursion) -> Levels:
+def _goal(W, gram) -> jax.Array:
+    """G W = Xq^T X W (in, out)."""
+    return matmul(gram.H, W) + (0 if gram.C is None else matmul(gram.C, W))
+
+
+def _refit(goal, gram, codes, recursion) -> Levels:
+    """The levels with steps times c*."""
     levels = recursion.levels
     q = recursion.values(codes)
-    e = W - q
-    gap = matmul(gram.H, e) + (0 if gram.C is None else matmul(gram.C, W))  # Xq^T (X W - Xq q)
-    over, energy = jnp.sum(q * gap, 0, keepdims=True), jnp.sum(q * matmul(gram.H, q), 0, keepdims=True)
+    made = matmul(gram.H, q)
+    over, energy = jnp.sum(q * (goal - made), 0, keepdims=True), jnp.sum(q * made, 0, keepdims=True)
     if levels.step.shape[1] == 1:
         over, energy = over.sum(1, keepdims=True), energy.sum(1, keepdims=True)
     c = 1 + over / jnp.where(energy > 0, energy, 1)
