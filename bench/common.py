@@ -11,9 +11,19 @@ from pathlib import Path
 
 import jax
 
+import jpfq
 from jpfq.network.table import table as table
 
 HERE = Path(__file__).parent
+PLAIN = jpfq.Rule(  # GPFQ alone: what claims about the walk and the loop are made of
+    ".*",
+    bits=4,
+    scale=jpfq.MinMSE(),
+    method=jpfq.GPFQ(),
+    order=jpfq.Natural(),
+    finish=None,
+    shrinkage=None,
+)
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:

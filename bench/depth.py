@@ -15,7 +15,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import numpy as np
-from common import report, table, verdict
+from common import PLAIN, report, table, verdict
 
 import jpfq
 
@@ -79,7 +79,7 @@ def counted(f: Callable) -> tuple[float, int, float]:
 def measure(depth: int, args: argparse.Namespace) -> dict:
     """What a fresh process finds at one depth."""
     model, variables, batches = model_and_batches(depth, args.width, args.batches, args.rows)
-    call = lambda: jpfq.quantize(model, batches, 4, variables=variables, progress=False).params
+    call = lambda: jpfq.quantize(model, batches, PLAIN, variables=variables, progress=False).params
     cold, again = counted(call), [counted(call) for _ in range(AGAIN)]
     if not cold[1]:
         raise SystemExit(f"This JAX does not report {COMPILED}.")

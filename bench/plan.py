@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import report, table, verdict
+from common import PLAIN, report, table, verdict
 
 import jpfq
 
@@ -94,8 +94,8 @@ def measure(name: str, batches: int) -> dict:
     draw = np.random.default_rng(0).standard_normal
     params = {k: jnp.asarray(draw(s, np.float32) / np.prod(s[:-1]) ** 0.5) for k, s in shapes.items()}
     data = [draw(shape, np.float32) for _ in range(batches)]
-    plan = jpfq.plan(fn, data[0], 4, params=params, batches=batches)
-    jpfq.quantize(fn, data[:1], 4, params=params)
+    plan = jpfq.plan(fn, data[0], PLAIN, params=params, batches=batches)
+    jpfq.quantize(fn, data[:1], PLAIN, params=params)
     before, seen, arrays, running = resident(), [0], [0], [True]
 
     def watch():
@@ -106,7 +106,7 @@ def measure(name: str, batches: int) -> dict:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    jpfq.quantize(fn, data, 4, params=params)
+    jpfq.quantize(fn, data, PLAIN, params=params)
     running[0] = False
     thread.join()
     given = sum(p.nbytes for p in params.values())
@@ -133,7 +133,7 @@ def main():
     fn, params = decoder()
     tokens = jax.ShapeDtypeStruct((4, 2048), jnp.int32)
     start = time.perf_counter()
-    plan = jpfq.plan(fn, tokens, [jpfq.Rule("head", skip=True), jpfq.Rule(".*", bits=4)], params=params, batches=32)
+    plan = jpfq.plan(fn, tokens, [jpfq.Rule("head", skip=True), PLAIN], params=params, batches=32)
     text = str(plan)
     seconds = time.perf_counter() - start
     head = ("model", "plan, MB", "peak, MB", "arrays, MB", "plan / peak")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from ..scalar.grid import Number
-from .gram import Rows, matmul
+from .gram import Rows
 from .methods import System
 
 
@@ -79,8 +79,3 @@ def target(system: System) -> jax.Array:
         return base
     about = jnp.zeros_like(base) if about is None else about
     return about + solve_triangular(L, base - about, lower=True, unit_diagonal=True)
-
-
-def residual(rows: Rows, W: jax.Array, q: jax.Array) -> jax.Array:
-    """X W - Xq q (rows, out)."""
-    return matmul(rows.X, W) - matmul(rows.quantized, q)

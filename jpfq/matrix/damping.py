@@ -66,7 +66,13 @@ def top_eigenvalue(H: jax.Array) -> jax.Array:
 
     start = jnp.sqrt(jnp.maximum(jnp.diagonal(H), 0))
     v = lax.fori_loop(0, 30, turn, start / jnp.maximum(jnp.linalg.norm(start), jnp.finfo(H.dtype).tiny))
-    return jnp.vdot(v, matmul(H, v))
+    return jnp.vdot(v, matmul(H, v), precision="highest")
+
+
+def check_alpha(alpha: Number, name: str) -> None:
+    """Refuses a part of the way to the least squares weights that is none."""
+    if isinstance(alpha, (str, bool)) or (is_number(alpha) and not 0 <= alpha <= 1):
+        raise ValueError(f"{name} takes alpha in [0, 1]; got {alpha!r}.")
 
 
 class Factor(NamedTuple):

@@ -149,6 +149,15 @@ class Rows:
         """Their Gram."""
         return Gram.from_data(self.X, self.Xq)
 
+    def square_error(self, W: jax.Array, q: jax.Array) -> jax.Array:
+        """As `Gram.square_error`."""
+        return jnp.sum((matmul(self.X, W) - matmul(self.quantized, q)) ** 2, axis=0)
+
+
+def as_gram(data: Gram | Rows) -> Gram:
+    """The Gram of data in either form."""
+    return data.gram() if isinstance(data, Rows) else data
+
 
 def matmul(a, b):
     """a @ b at full precision: products that feed the recursion never run in bfloat16 or TF32."""

@@ -17,9 +17,9 @@ import dataclasses
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from ..scalar.grid import Number, is_number
+from ..scalar.grid import Number
 from ..scalar.pytree import register_dataclass
-from .damping import Damping, MeanDiagonal, factor
+from .damping import Damping, MeanDiagonal, check_alpha, factor
 from .gram import matmul
 from .methods import Method, System, inverse_of
 
@@ -44,7 +44,7 @@ class QEP(Method):
     damping: Damping = MeanDiagonal(0.01)
 
     def __post_init__(self):
-        _check_alpha(self.alpha, "QEP")
+        check_alpha(self.alpha, "QEP")
 
     def __call__(self, W, gram):
         return _system(W, gram, self.damping, self.alpha)
@@ -83,7 +83,7 @@ class GPTAQ(Method):
     damping: Damping = MeanDiagonal(0.01)
 
     def __post_init__(self):
-        _check_alpha(self.alpha, "GPTAQ")
+        check_alpha(self.alpha, "GPTAQ")
 
     def __call__(self, W, gram):
         if gram.C is None:
@@ -105,8 +105,3 @@ def _system(W, gram, damping, alpha) -> System:
     if alpha is not None and gram.C is not None:
         base = W + alpha * factored.feedback(matmul(gram.C, W))
     return System(jnp.where(gram.diagonal[:, None] > 0, base, 0), factored.L, W, factored.diagonal**2)
-
-
-def _check_alpha(alpha, name):
-    if isinstance(alpha, (str, bool)) or (is_number(alpha) and not 0 <= alpha <= 1):
-        raise ValueError(f"{name} takes alpha in [0, 1]; got {alpha!r}.")

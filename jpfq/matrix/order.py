@@ -9,7 +9,7 @@ from jax import lax
 
 from ..scalar.pytree import register_dataclass
 from .damping import Damping, MeanDiagonal
-from .gram import Gram, Rows
+from .gram import Gram, Rows, as_gram
 
 
 class Order(abc.ABC):
@@ -51,7 +51,7 @@ class MinPivot(Order):
     damping: Damping = MeanDiagonal(0.01)
 
     def __call__(self, data):
-        H = (data.gram() if isinstance(data, Rows) else data).H
+        H = as_gram(data).H
         n = H.shape[0]
 
         def place(state, _):

@@ -19,7 +19,7 @@ from jax.scipy.linalg import solve_triangular
 
 from ..scalar.grid import Levels, Number, is_number
 from ..scalar.pytree import register_dataclass
-from .damping import Damping, MeanDiagonal, factor, top_eigenvalue
+from .damping import Damping, MeanDiagonal, check_alpha, factor, top_eigenvalue
 from .gram import Gram, matmul
 from .methods import inverse_of
 
@@ -76,8 +76,7 @@ class LeastSquares(Prepare):
     damping: Damping = MeanDiagonal(0.01)
 
     def __post_init__(self):
-        if isinstance(self.alpha, (str, bool)) or (is_number(self.alpha) and not 0 <= self.alpha <= 1):
-            raise ValueError(f"LeastSquares takes alpha in [0, 1]; got {self.alpha!r}.")
+        check_alpha(self.alpha, "LeastSquares")
 
     def __call__(self, W, data, levels):
         if data.C is None:

@@ -45,9 +45,8 @@ class Recipe:
             raise ValueError(
                 f"block is a positive number of coordinates, or None for the plain scan; got {self.block!r}."
             )
-        if isinstance(self.rounding, Rounding) and isinstance(
-            self.method, Method
-        ):  # no placeholders of a tree operation
+        parts = (self.rounding, Rounding), (self.method, Method)
+        if all(isinstance(part, kind) for part, kind in parts):  # and not the placeholders of a tree operation
             _refuse_contradictions(self)
 
     @property

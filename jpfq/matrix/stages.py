@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..scalar import Codes, Levels
-from .bounds import residual, square_bound, target
+from .bounds import square_bound, target
 from .each import each
-from .gram import Gram, Rows
+from .gram import Gram, Rows, as_gram
 from .pathfollow import follow
 from .qtensor import Info, entropy
 from .recipe import Recipe
@@ -101,10 +101,10 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
         path, _ = follow(W, data, recipe.method, recursion, block=recipe.block)
         floor, bound, failed = jnp.nan, jnp.nan, 0
     else:
-        system = recipe.method(W, _as_gram(data))
+        system = recipe.method(W, as_gram(data))
         path, recursion = _run(system, job, recursion, recipe)
         exact = recipe.prepare == () and isinstance(job.data, Gram) and job.data.C is None  # then W0 is W
-        floor = 0.0 if exact else _square_error(job, target(system))
+        floor = 0.0 if exact else job.data.square_error(job.W, target(system)).sum()
         bound = jnp.nan
         if system.cost is not None:
             reach = recipe.rounding.error(recursion.spread())
@@ -113,15 +113,15 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
     codes, levels = path.codes, recursion.levels
     if recipe.finish is not None:
         settled = recursion._replace(rounding=recipe.rounding.settled, refit=None)
-        codes, levels = recipe.finish(job.W, _as_gram(job.trusted), codes, settled, recipe.block)
+        codes, levels = recipe.finish(job.W, as_gram(job.trusted), codes, settled, recipe.block)
     q = recursion._replace(levels=levels).values(codes)
 
     groups = levels.step.shape[0]
     nonzero = jnp.any(weights.reshape(groups, -1, weights.shape[1]) != 0, axis=1)
     as_number = lambda x: jnp.asarray(x, W.dtype)
     figures = {
-        "square_error": _square_error(job, q),
-        "energy": _square_error(job, jnp.zeros_like(q)),
+        "square_error": job.data.square_error(job.W, q).sum(),
+        "energy": job.data.square_error(job.W, jnp.zeros_like(q)).sum(),
         "saturation": jnp.mean(path.saturated),
         "dead": jnp.sum(job.data.diagonal == 0),
         "sparsity": jnp.mean(q == 0),
@@ -156,7 +156,7 @@ def _run(system, job, recursion, recipe) -> tuple[Path, Recursion]:
         centre = jnp.where(new_round, best_c, centre)
         c = jnp.maximum(centre + offset, multiples[0][0] / 2)  # a step stays positive
         path = run(scaled(c))
-        error = _as_gram(job.trusted).excess(job.W, path.q)
+        error = as_gram(job.trusted).excess(job.W, path.q)
         error = error.sum() if shared else error
         better, found = error < best_error, (error, c, path)
         keep = lambda new, old: jnp.where(better[None] if new.ndim == 2 and better.ndim else better, new, old)
@@ -167,17 +167,6 @@ def _run(system, job, recursion, recipe) -> tuple[Path, Recursion]:
     first = jnp.concatenate([jnp.arange(x.size) == 0 for x in multiples])
     ((_, c, path), _), _ = lax.scan(attempt, (start, c), (jnp.concatenate(multiples), first))
     return path, scaled(c)
-
-
-def _square_error(job, q):
-    """||X W - Xq q||_F^2 against the float weights."""
-    if isinstance(job.data, Rows):
-        return jnp.sum(residual(job.data, job.W, q) ** 2)
-    return jnp.sum(job.data.square_error(job.W, q))
-
-
-def _as_gram(data) -> Gram:
-    return data.gram() if isinstance(data, Rows) else data
 
 
 def _back(x, order):
