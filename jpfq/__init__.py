@@ -25,7 +25,9 @@ from .matrix import Refit as Refit
 from .matrix import Rows as Rows
 from .matrix import Shrinkage as Shrinkage
 from .matrix import TopEigenvalue as TopEigenvalue
+from .matrix import patches as patches
 from .matrix import solve as solve
+from .network import Activations as Activations
 from .network import Plan as Plan
 from .network import Quantized as Quantized
 from .network import Rule as Rule
@@ -55,3 +57,4 @@ from .scalar import SoftThreshold as SoftThreshold
 from .scalar import Stochastic as Stochastic
 from .scalar import Symmetric as Symmetric
 from .scalar import Ternary as Ternary
+from .scalar import ranges as ranges

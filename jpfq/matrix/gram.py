@@ -74,6 +74,24 @@ class Gram:
         C, drift = (None if M is None else M[p][:, p] for M in (self.C, self.drift))
         return type(self)(self.H[p][:, p], C, drift, self.sum_X[p], self.sum_Xq[p], self.count)
 
+    def centred(self) -> Self:
+        """The Gram of the inputs less their means, which is that of a layer whose bias is free.
+
+        An input that never changes is dead in it: what is left of its variance by rounding is taken for 0.
+        """
+        count = jnp.maximum(self.count, 1)
+        less = lambda M, a, b: M - jnp.outer(a, b) / count
+        H = less(self.H, self.sum_Xq, self.sum_Xq)
+        least = 64 * jnp.finfo(H.dtype).eps * jnp.diagonal(self.H)
+        alive = (jnp.diagonal(H) > least).astype(H.dtype)
+        H = H * alive * alive[:, None]
+        none = jnp.zeros_like(self.sum_X)
+        if self.C is None or self.drift is None:
+            return type(self)(H, None, None, none, none, self.count)
+        shift = self.sum_X - self.sum_Xq
+        C = less(self.C, self.sum_Xq, shift) * alive[:, None]
+        return type(self)(H, C, less(self.drift, shift, shift), none, none, self.count)
+
     @property
     def diagonal(self) -> jax.Array:
         """Square norm of each input coordinate on the quantized side (in,); 0 marks a dead coordinate."""

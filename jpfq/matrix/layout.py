@@ -37,6 +37,30 @@ class Layout(abc.ABC):
     def rows(self, x: jax.Array) -> jax.Array:
         """The data operand as (B, *rows, in)."""
 
+    def split(self, x: jax.Array, numbers: int) -> tuple[int, int] | None:
+        """(axis of the data operand, how far along it at once) such that rows hold about so many numbers; None for all.
+
+        Only where rows repeat what is in the operand: those of a convolution, which need not exist all at once.
+        """
+        del x, numbers
+        return None
+
+    @abc.abstractmethod
+    def row_axes(self, ndim: int) -> tuple[int, ...]:
+        """The axes of the data operand that make up one row (one sample, of a convolution)."""
+
+    @abc.abstractmethod
+    def by_matrix(self, x: jax.Array) -> jax.Array:
+        """The data operand as (B, numbers): all that each matrix multiplies, in any order."""
+
+    @abc.abstractmethod
+    def over_matrices(self, values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """One number per matrix (B,), to be broadcast over a data operand of the given shape."""
+
+    @abc.abstractmethod
+    def at_outputs(self, values: jax.Array, ndim: int) -> jax.Array:
+        """One number per neuron (B, out), to be broadcast over the product, which has `ndim` axes."""
+
     @property
     def dims(self) -> tuple[int, int, int]:
         """(B, in, out)."""
@@ -45,13 +69,14 @@ class Layout(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class DotLayout(Layout):
-    """`dot_general`: which axes of each operand are contracted, and which are batched."""
+    """`dot_general`: which axes of each operand are contracted, and which are batched; whether the weight comes first."""
 
     shape: tuple[int, ...]
     contract: tuple[int, ...]
     batch: tuple[int, ...]
     data_contract: tuple[int, ...]
     data_batch: tuple[int, ...]
+    first: bool
 
     @property
     def rows_key(self):
@@ -76,6 +101,23 @@ class DotLayout(Layout):
         head, rows, tail = x.shape[:batch], x.shape[batch : x.ndim - inputs], x.shape[x.ndim - inputs :]
         return x.reshape(math.prod(head), *rows, math.prod(tail))
 
+    def row_axes(self, ndim):
+        return self.data_contract
+
+    def by_matrix(self, x):
+        rest = tuple(i for i in range(x.ndim) if i not in self.data_batch)
+        return x.transpose(self.data_batch + rest).reshape(self.dims[0], -1)
+
+    def over_matrices(self, values, shape):
+        values = values.reshape([shape[i] for i in self.data_batch]).transpose(np.argsort(self.data_batch))
+        return jnp.expand_dims(values, [i for i in range(len(shape)) if i not in self.data_batch])
+
+    def at_outputs(self, values, ndim):
+        batch, free = len(self.batch), self._order()[len(self.batch) + len(self.contract) :]
+        values = values.reshape([self.shape[i] for i in (*self.batch, *free)])
+        place = batch + len(free) if self.first else batch  # the data's own axes come after or before the weight's
+        return jnp.expand_dims(values, range(place, place + ndim - values.ndim))
+
 
 @dataclasses.dataclass(frozen=True)
 class ConvLayout(Layout):
@@ -91,12 +133,17 @@ class ConvLayout(Layout):
     dilation: tuple[int, ...]
     data_spec: tuple[int, ...]  # axes of (sample, channel, *space) in the data operand
     spec: tuple[int, ...]  # axes of (out, in, *window) in the weight operand
+    out_spec: tuple[int, ...]  # axes of (sample, channel, *space) in the product
     groups: int
 
     @property
+    def window(self) -> tuple[int, ...]:
+        """The size of the kernel in space."""
+        return tuple(self.shape[i] for i in self.spec[2:])
+
+    @property
     def rows_key(self):
-        window = tuple(self.shape[i] for i in self.spec[2:])
-        return window, self.strides, self.padding, self.data_dilation, self.dilation, self.data_spec, self.groups
+        return self.window, self.strides, self.padding, self.data_dilation, self.dilation, self.data_spec, self.groups
 
     @property
     def _order(self):
@@ -113,16 +160,57 @@ class ConvLayout(Layout):
         )
 
     def rows(self, x):
-        x = x.transpose(self.data_spec[0], *self.data_spec[2:], self.data_spec[1])
-        space = zip(self.padding, self.data_dilation, strict=True)
-        widen = [(low, high, dilation - 1) for (low, high), dilation in space]
-        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *widen, (0, 0, 0)])
-        window = [self.shape[i] for i in self.spec[2:]]
-        for axis, (size, stride, dilation) in enumerate(zip(window, self.strides, self.dilation, strict=True), 1):
+        x = self._widened(x)
+        for axis, (size, stride, dilation) in enumerate(zip(self.window, self.strides, self.dilation, strict=True), 1):
             reach = x.shape[axis] - (size - 1) * dilation
             offsets = [lax.slice_in_dim(x, i * dilation, i * dilation + reach, stride, axis) for i in range(size)]
             x = jnp.stack(offsets, axis=-2)
-        # (sample, *space, *window, channel)
-        head, channels = x.shape[: 1 + len(window)], x.shape[-1]
-        x = x.reshape(*head, math.prod(window), self.groups, channels // self.groups)
+        return self._grouped(x, 1 + len(self.window))
+
+    def picked(self, x: jax.Array, numbers: jax.Array) -> jax.Array:
+        """The rows (B, numbers, in) of these numbers, as if all axes of rows were one."""
+        x = self._widened(x)
+        reach = [(size - 1) * dilation + 1 for size, dilation in zip(self.window, self.dilation, strict=True)]
+        counts = [
+            (full - size) // stride + 1 for full, size, stride in zip(x.shape[1:-1], reach, self.strides, strict=True)
+        ]
+        sample, *place = jnp.unravel_index(numbers, (x.shape[0], *counts))
+        starts = [sample, *(i * stride for i, stride in zip(place, self.strides, strict=True)), jnp.zeros_like(sample)]
+        cut = lambda *start: lax.dynamic_slice(x, start, (1, *reach, x.shape[-1]))[0]
+        windows = jax.vmap(cut)(*starts)
+        windows = windows[(slice(None), *(slice(None, None, d) for d in self.dilation))]
+        return self._grouped(windows, 1)
+
+    def split(self, x, numbers):
+        n = math.prod(self.window) * x.shape[self.data_spec[1]]
+        rows = jax.eval_shape(self.rows, jax.ShapeDtypeStruct(x.shape, jnp.float32))
+        samples = x.shape[self.data_spec[0]]
+        at_once = max(1, numbers * samples // max(1, rows.size)) if n > x.shape[self.data_spec[1]] else samples
+        return None if at_once >= samples else (self.data_spec[0], at_once)
+
+    def _widened(self, x):
+        """The data operand as (sample, *space, channel), with padding and between its entries the zeros of a dilation."""
+        x = x.transpose(self.data_spec[0], *self.data_spec[2:], self.data_spec[1])
+        space = zip(self.padding, self.data_dilation, strict=True)
+        widen = [(low, high, dilation - 1) for (low, high), dilation in space]
+        return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *widen, (0, 0, 0)])
+
+    def _grouped(self, x, heads):
+        """(*heads, *window, channel) as (groups, *heads, in)."""
+        head, channels = x.shape[:heads], x.shape[-1]
+        x = x.reshape(*head, math.prod(self.window), self.groups, channels // self.groups)
         return jnp.moveaxis(x, -2, 0).reshape(self.groups, *head, -1)
+
+    def row_axes(self, ndim):
+        return tuple(i for i in range(ndim) if i != self.data_spec[0])
+
+    def by_matrix(self, x):
+        return jnp.moveaxis(x, self.data_spec[1], 0).reshape(self.groups, -1)
+
+    def over_matrices(self, values, shape):
+        channel = self.data_spec[1]
+        values = jnp.repeat(values, shape[channel] // self.groups)
+        return jnp.expand_dims(values, [i for i in range(len(shape)) if i != channel])
+
+    def at_outputs(self, values, ndim):
+        return jnp.expand_dims(values.reshape(-1), [i for i in range(ndim) if i != self.out_spec[1]])

@@ -58,7 +58,7 @@ def solve(
     result = solve_all(at_least_float32(W)[None], data, recipe, key)
     raise_on(result.info, recipe, "the matrix", data)
     codes = result.codes[0].astype(code_dtype(recipe.grid))
-    rotated = None if recipe.rotation is None else (recipe.rotation, DotLayout(W.shape, (0,), (), (-1,), ()))
+    rotated = None if recipe.rotation is None else (recipe.rotation, DotLayout(W.shape, (0,), (), (-1,), (), False))
     return QTensor(codes, result.step[0], result.zero[0], recipe.grid, W.dtype, rotated), result.info
 
 

@@ -1,6 +1,7 @@
 """One model: traced to a flat program, walked with both networks at once, put back together."""
 
 from . import paper as paper
+from .activation import Activations as Activations
 from .batches import Weighted as Weighted
 from .best import best as best
 from .plan import Plan as Plan

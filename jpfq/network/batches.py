@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Shaped(NamedTuple):
     weights: list
 
 
-def read_batches(batches: Iterable) -> list[Shaped]:
-    """Batches grouped by shape, in the order of their first appearance.
+def read_batches(batches: Iterable, on_host: bool = False) -> list[Shaped]:
+    """Batches grouped by shape, in the order of their first appearance; NumPy arrays are left in host memory if asked.
 
     Raises:
         ValueError: no batches; a batch of another structure, type or feature shape than the first; NaN or infinity.
@@ -42,7 +43,7 @@ def read_batches(batches: Iterable) -> list[Shaped]:
     for number, item in enumerate(batches):
         batch, weights = (item.batch, item.weights) if isinstance(item, Weighted) else (item, None)
         leaves, tree = jax.tree.flatten(batch)
-        leaves = [_array(x, number) for x in leaves]
+        leaves = [np.asarray(a) if on_host and not isinstance(x, jax.Array) else a for x, a in _arrays(leaves, number)]
         signature = tree, [(x.shape[1:], x.dtype) for x in leaves]
         first = first or signature
         _check_like(first, signature, number)
@@ -61,6 +62,10 @@ def shapes_of(batch: Any) -> Any:
     """A batch as shapes, for a plan: arrays and `jax.ShapeDtypeStruct`s may stand in it."""
     batch = batch.batch if isinstance(batch, Weighted) else batch
     return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(_array(x, 0)), batch)
+
+
+def _arrays(leaves, number):
+    return ((x, _array(x, number)) for x in leaves)
 
 
 def _array(x, number):

@@ -8,12 +8,13 @@ from typing import Any
 from ..matrix import Natural, Recipe
 from .batches import shapes_of
 from .compat import is_literal
+from .gather import rows_shape
 from .quantize import Analysis, adapt, analyse
 from .rules import Rule, as_rules
 from .sites import Site
 from .stream import forks
 from .table import table
-from .walk import rows_shape, stops
+from .walk import stops
 
 
 @dataclasses.dataclass(frozen=True)

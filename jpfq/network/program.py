@@ -33,6 +33,9 @@ class Program:
     constants: dict  # variable -> value
     tree: Any  # structure of the outputs
     fixed: frozenset  # variables that depend on parameters and constants alone
+    broadcasts: (
+        dict  # those made by repeating one of them for data to use -> their equation; never kept, made where used
+    )
     last_use: dict  # variable -> index of the last equation that reads it; len(equations) for outputs
 
     def is_fixed(self, eqn) -> bool:
@@ -76,6 +79,11 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> P
             fixed.update(eqn.outvars)
         last_use.update((v, index) for v in eqn.invars if not is_literal(v))
     last_use.update((v, len(equations)) for v in jaxpr.outvars if not is_literal(v))
+    broadcasts = _broadcasts(equations, fixed, jaxpr.outvars)
+    for v, eqn in broadcasts.items():
+        source = eqn.invars[0]
+        if not is_literal(source) and v in last_use:
+            last_use[source] = max(last_use[source], last_use[v])
     return Program(
         tuple(equations),
         tuple(paths),
@@ -85,6 +93,7 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> P
         variables,
         tree[0],
         frozenset(fixed),
+        broadcasts,
         last_use,
     )
 
@@ -171,6 +180,24 @@ def _live(jaxpr):
             kept.append(eqn)
             needed.update(v for v in eqn.invars if not is_literal(v))
     return kept[::-1]
+
+
+def _broadcasts(equations, fixed, outputs):
+    """Fixed values that are repeated for the sake of data alone, such as a bias over all rows."""
+    found = {}
+    for eqn in equations:
+        repeats = eqn.primitive.name == "broadcast_in_dim" and len(eqn.invars) == 1
+        if repeats and eqn.outvars[0] in fixed and eqn.outvars[0].aval.size > eqn.invars[0].aval.size:
+            found[eqn.outvars[0]] = eqn
+    for eqn in equations:
+        if all(v in fixed for v in eqn.outvars):
+            for v in eqn.invars:
+                if not is_literal(v):
+                    found.pop(v, None)
+    for v in outputs:
+        if not is_literal(v):
+            found.pop(v, None)
+    return found
 
 
 def _refuse_random(equations):

@@ -1,21 +1,25 @@
 """`quantize`: a model, batches and rules in, a quantized model out."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..matrix import Info, QTensor
+from .activation import Rounded
+from .apply import run
 from .batches import read_batches
+from .bias import find_biases
 from .functional import Functional, from_function
 from .linen import from_linen, is_linen
 from .nnx import from_nnx, is_nnx
 from .program import Program, trace
 from .progress import progress_bar
 from .rules import Assignment, Rule, as_rules, assign
-from .sites import CASTS, Site, find_sites
+from .sites import CASTS, Site, find_sites, with_taps
 from .stream import Stream
 from .table import table
 from .walk import stops, walk
@@ -28,6 +32,7 @@ class Quantized:
     params: the parameters, structure, types and sharding as given, with dequantized weights in place of the quantized.
     variables: likewise all variables, for a Linen module. model: likewise a new model, for NNX.
     tensors, info: by path of the quantized kernel. skipped: by path of every other kernel, the reason.
+    inputs: by path, how the inputs of a kernel are rounded, once for each use of it. biases: paths of those corrected.
     output_error: relative error of the model's outputs on the calibration data, the largest over its output arrays.
     """
 
@@ -35,8 +40,11 @@ class Quantized:
     tensors: dict[str, QTensor]
     info: dict[str, Info]
     skipped: dict[str, str]
+    inputs: dict[str, list[Rounded]]
+    biases: tuple[str, ...]
     output_error: float
-    peak_bytes: int  # of live activations of both networks while calibrating
+    peak_bytes: int  # of live activations of both networks while calibrating, on the device
+    _functional: Functional  # with the quantized leaves
     _model: Any = None
     _variables: Any = None
 
@@ -54,6 +62,17 @@ class Quantized:
         if value is None:
             raise AttributeError(f"quantized.{name} exists after quantizing {kind}; here take quantized.params.")
         return value
+
+    def apply(self, batch: Any) -> Any:
+        """The network's outputs with weights and activations as quantized, for a batch of the form calibrated on.
+
+        Where no activations are quantized, the model itself with the quantized parameters does the same.
+        """
+        return self._run(self._functional.leaves, self.inputs, batch)
+
+    @functools.cached_property
+    def _run(self):
+        return jax.jit(functools.partial(run, dataclasses.replace(self._functional, leaves=())))
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +98,11 @@ class Quantized:
         lines = [table(head, rows)]
         if self.skipped:
             lines.append(table(("left as it is", "because"), list(self.skipped.items())))
+        if self.inputs or self.biases:
+            lines.append(
+                f"Inputs of {len(self.inputs)} kernels are rounded while the network runs; {len(self.biases)} biases took "
+                "the mean error of their layer."
+            )
         lines.append(
             f"{len(self.tensors)} kernels quantized to {self.bits_per_weight:.2f} bits per weight ({self.nbytes:,} bytes); "
             f"{len(self.skipped)} left as they are. Relative error of the outputs: {self.output_error:.2%}. "
@@ -96,6 +120,9 @@ def quantize(
     params: Any = None,
     kwargs: dict | None = None,
     key: jax.Array | None = None,
+    reference: Literal["float", "block"] = "float",
+    offload: bool = False,
+    strict: bool = False,
     progress: bool | None = None,
 ) -> Quantized:
     """Quantizes the weights of a trained model after training, layer by layer, on calibration data.
@@ -112,7 +139,12 @@ def quantize(
         variables: of a Linen module, as `module.init` returns them.
         params: of a function, a pytree of arrays.
         kwargs: arguments of the model that are no data, such as {"train": False}.
-        key: for roundings that draw random numbers.
+        key: for roundings and patches that draw random numbers.
+        reference: what a layer's output is to be near to: "float", what the float network has there, as in the papers;
+            "block", what the float layers of its own block make of what the quantized network has at the start of the
+            block, as Brevitas does for transformers. A block is a path up to its first part with a number in it.
+        offload: whether batches wait in the memory of the host, so that the device holds one at a time.
+        strict: whether to refuse a model that has kernels which cannot be quantized, rather than list them.
         progress: whether to show a progress bar; None shows it on a terminal only.
 
     Returns:
@@ -126,8 +158,9 @@ def quantize(
     """
     rules = as_rules(rules)
     functional = adapt(model, variables, params, kwargs)
-    shaped = read_batches(batches)
-    analyses = [analyse(functional, rules, group.example) for group in shaped]
+    _check_choice("reference", reference, ("float", "block"))
+    shaped = read_batches(batches, on_host=offload)
+    analyses = [analyse(functional, rules, group.example, strict) for group in shaped]
     first = analyses[0]
     for other in analyses[1:]:
         if [(s.path, s.layout) for s in other.sites] != [(s.path, s.layout) for s in first.sites]:
@@ -135,21 +168,30 @@ def quantize(
     _check_finite(functional, first)
     _check_key(first.assignment, key)
 
-    groups = stops(first.sites)
+    groups, rebases = stops(first.sites), reference == "block"
     streams = [
         Stream(
-            a.program, functional.leaves, group.leaves, group.weights, [[a.sites[i] for i in stop] for stop in groups]
+            a.program,
+            functional.leaves,
+            group.leaves,
+            group.weights,
+            [[a.sites[i] for i in stop] for stop in groups],
+            offload=offload,
+            rebases=rebases,
         )
         for a, group in zip(analyses, shaped, strict=True)
     ]
     del shaped  # the streams let inputs go once they are used
     with progress_bar(len(first.sites), progress) as report:
-        walked = walk(streams, first.assignment.recipes, key, report)
+        walked = walk(streams, first.assignment.recipes, key, report, block_of if rebases else None)
 
     leaves = list(functional.leaves)
     for index, path in enumerate(functional.paths):
-        if path in walked.tensors and functional.trainable[index]:
-            leaves[index] = _like(walked.tensors[path].dequantize(), leaves[index])
+        if functional.trainable[index]:
+            if path in walked.tensors:
+                leaves[index] = _like(walked.tensors[path].dequantize(), leaves[index])
+            elif path in walked.biases:
+                leaves[index] = _like(walked.biases[path].astype(leaves[index].dtype), leaves[index])
     rebuilt = functional.rebuild(leaves)
     errors = [error for error in walked.output_error if error == error]
     return Quantized(
@@ -157,8 +199,11 @@ def quantize(
         walked.tensors,
         walked.info,
         first.assignment.skipped,
+        walked.inputs,
+        tuple(walked.biases),
         max(errors, default=0.0),
         walked.peak,
+        dataclasses.replace(functional, leaves=tuple(leaves)),
         rebuilt.get("model"),
         rebuilt.get("variables"),
     )
@@ -191,7 +236,7 @@ class Analysis(NamedTuple):
     assignment: Assignment
 
 
-def analyse(functional: Functional, rules: Sequence[Rule], example: Any) -> Analysis:
+def analyse(functional: Functional, rules: Sequence[Rule], example: Any, strict: bool = False) -> Analysis:
     """Traces a model, finds its kernels and gives each its rule. Values are not looked at: shapes will do."""
     program = trace(functional.fn, functional.paths, functional.leaves, example)
     sites, reasons = find_sites(program)
@@ -200,11 +245,35 @@ def analyse(functional: Functional, rules: Sequence[Rule], example: Any) -> Anal
     reasons = {path: reason for path, reason in reasons.items() if path not in state}
     trainable = [path for path in functional.paths if path not in state]
     assignment = assign(rules, list(dict.fromkeys(site.path for site in sites)), reasons, trainable)
+    refused = {path: reason for path, reason in reasons.items() if assignment.skipped.get(path) == reason}
+    if strict and refused:
+        listing = "\n".join(f"  {path}: {reason}" for path, reason in refused.items())
+        raise ValueError(f"strict=True, and these kernels cannot be quantized:\n{listing}\nSkip them by a rule.")
     sites = [site for site in sites if site.path in assignment.recipes]
+    biases = find_biases(program, sites, list(functional.trainable))
+    sites = [_as_ruled(site, assignment.rules[site.path], biases.get(site.index)) for site in sites]
+    program, sites = with_taps(program, sites)
     for path, recipe in assignment.recipes.items():
         if recipe.rotation is not None:
             _check_rotation(path, [site for site in sites if site.path == path], program)
     return Analysis(program, sites, assignment)
+
+
+def _as_ruled(site, rule, bias):
+    """A site with what its rule says of the layer."""
+    activations = rule.inputs()
+    if activations is not None:
+        activations.refuse(site.layout, site.path)
+    bias = bias if rule.correct_bias else None
+    return dataclasses.replace(site, activations=activations, patches=rule.patches, bias=bias)
+
+
+def block_of(site: Site) -> Any:
+    """The block of a site: its path up to the first part with a number; in a stack of layers the place in the stack."""
+    parts = site.path.split("/")
+    end = next((i for i, part in enumerate(parts[:-1]) if any(c.isdigit() for c in part)), len(parts) - 1)
+    places = [int(eqn.invars[1].val) for eqn, _ in site.chain.steps if eqn.primitive.name == "dynamic_slice"]
+    return tuple(places) or tuple(parts[: end + 1])
 
 
 def _check_rotation(path, sites, program):
@@ -217,6 +286,11 @@ def _check_rotation(path, sites, program):
         )
 
 
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} is {' or '.join(map(repr, choices))}; got {value!r}.")
+
+
 def _check_finite(functional, analysis):
     for path, leaf in zip(functional.paths, functional.leaves, strict=True):
         if path in analysis.assignment.recipes and not bool(jnp.isfinite(leaf).all()):
@@ -225,8 +299,10 @@ def _check_finite(functional, analysis):
 
 def _check_key(assignment, key):
     for path, recipe in assignment.recipes.items():
-        if recipe.rounding.random and key is None:
-            raise ValueError(f"{recipe.rounding} of {path} draws random numbers: pass key=jax.random.key(...).")
+        patches = assignment.rules[path].patches
+        for part in (recipe.rounding, patches):
+            if part is not None and part.random and key is None:
+                raise ValueError(f"{part} of {path} draws random numbers: pass key=jax.random.key(...).")
 
 
 def _like(new, old):

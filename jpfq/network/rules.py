@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from ..matrix import Finish, Form, Hadamard, Method, Order, Prepare, Recipe, Shrinkage, recipe_of
-from ..scalar import Grid, Rounding, Scale, register_dataclass
+from ..matrix.patches import Patches
+from ..scalar import Asymmetric, Grid, Rounding, Scale, register_dataclass
 from ..scalar.grid import Number
+from .activation import Activations
 
 _static = {"static": True}
 
@@ -25,6 +27,12 @@ class Rule:
         scale, rotation, order, prepare, method, rounding, form, block: as in `jpfq.solve`; what is left out takes the
             value recommended there.
         finish, shrinkage: likewise; None for none.
+        activation_bits: short for `activations=Activations(Asymmetric(activation_bits))`.
+        activations: how the layer's input is quantized while the network runs; left out, it is not.
+        patches: which windows of a convolution it is calibrated on: `jpfq.patches.All()`, the default,
+            `NonOverlapping()` or `Random(share)`.
+        correct_bias: whether the mean error of the layer's output goes into the bias that follows it, where it has one
+            of its own (of a BatchNorm, too).
         skip: leave these kernels as they are.
         unsupported: what to do about matched kernels that cannot be quantized (tied, computed, inside a loop ..).
             "skip" lists them with their reason, "error" refuses. Left out, they are listed if the rule matches others
@@ -44,6 +52,10 @@ class Rule:
     shrinkage: Shrinkage | Literal["recommended"] | None = dataclasses.field(default="recommended", kw_only=True)
     form: Form | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
     block: int | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
+    activation_bits: Number | None = dataclasses.field(default=None, kw_only=True)
+    activations: Activations | None = dataclasses.field(default=None, kw_only=True)
+    patches: Patches | None = dataclasses.field(default=None, kw_only=True)
+    correct_bias: bool = dataclasses.field(default=False, kw_only=True, metadata=_static)
     skip: bool = dataclasses.field(default=False, kw_only=True, metadata=_static)
     unsupported: Literal["skip", "error"] | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
 
@@ -54,15 +66,20 @@ class Rule:
             raise ValueError(f"A rule's pattern is a regular expression; got {self.pattern!r}: {error}.") from error
         if self.unsupported not in (None, "skip", "error"):
             raise ValueError(f"unsupported is 'skip' or 'error'; got {self.unsupported!r}.")
-        if not self.skip:
-            try:
-                self.recipe()
-            except ValueError as error:
-                raise ValueError(f"Rule({self.pattern!r}): {error}") from error
-        elif self._settings():
-            raise ValueError(
-                f"Rule({self.pattern!r}) skips its kernels, so {sorted(self._settings())} mean nothing in it."
-            )
+        if self.skip:
+            if self._settings() | self._around():
+                names = sorted(self._settings() | self._around())
+                raise ValueError(f"Rule({self.pattern!r}) skips its kernels, so {names} mean nothing in it.")
+            return
+        try:
+            self.recipe()
+            self.inputs()
+        except ValueError as error:
+            raise ValueError(f"Rule({self.pattern!r}): {error}") from error
+        for name, example in (("activations", "Activations()"), ("patches", "patches.All()")):
+            value = getattr(self, name)
+            if isinstance(value, (type, str, int, float)):
+                raise ValueError(f"Rule({self.pattern!r}): {name} is such as jpfq.{example}; got {value!r}.")
 
     def matches(self, path: str) -> bool:
         """Whether the pattern covers the whole path."""
@@ -72,6 +89,20 @@ class Rule:
         """The settings of this rule with the defaults filled in."""
         settings = self._settings()
         return recipe_of(settings.pop("bits", None), settings.pop("grid", None), **settings)
+
+    def inputs(self) -> Activations | None:
+        """How the inputs of these kernels are quantized; None if they are not."""
+        if self.activation_bits is None:
+            return self.activations
+        if self.activations is not None:
+            raise ValueError("Give activation_bits=... or activations=..., one of them.")
+        return Activations(Asymmetric(self.activation_bits))
+
+    def _around(self):
+        """What is set of the layer rather than of its matrix."""
+        names = ("activation_bits", "activations", "patches")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given | ({"correct_bias": True} if self.correct_bias else {})
 
     def _settings(self):
         names = ("bits", "grid", "scale", "rotation", "order", "prepare", "method", "rounding", "form", "block")
@@ -84,6 +115,7 @@ class Assignment(NamedTuple):
     """What the rules decide."""
 
     recipes: dict[str, Recipe]  # kernels to quantize
+    rules: dict[str, Rule]  # by which
     skipped: dict[str, str]  # every other kernel, with the reason
 
 
@@ -126,7 +158,7 @@ def assign(
                 f"Rule {number} ({rule.pattern!r}) names kernels that cannot be quantized:\n{listing}\n"
                 "Skip them by a rule before it, or pass unsupported='skip' to this one."
             )
-    recipes, skipped = {}, {}
+    recipes, deciding, skipped = {}, {}, {}
     for path in kernels:
         number = taken[path]
         if number is None:
@@ -136,11 +168,11 @@ def assign(
         elif path in reasons:
             skipped[path] = reasons[path]
         else:
-            recipes[path] = rules[number].recipe()
+            deciding[path], recipes[path] = rules[number], rules[number].recipe()
     if not recipes:
         listing = "\n".join(f"  {path}: {reason}" for path, reason in skipped.items()) or "  it has no matrix products"
         raise ValueError(f"Nothing in this model is to be quantized:\n{listing}")
-    return Assignment(recipes, skipped)
+    return Assignment(recipes, deciding, skipped)
 
 
 def _check_used(number, rule, rules, taken, kernels):

@@ -5,6 +5,7 @@ A weight is reached from its parameter by structural steps alone (casts, reshape
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -62,14 +63,39 @@ class Site:
     leaf: int  # index of the parameter
     index: int  # of the product among the program's equations
     weight: Any  # variable of the weight operand
-    data: Any  # variable of the data operand
+    data: Any  # variable of the data operand, or a `Tap` of it
     chain: Chain
     layout: Layout
+    activations: Any = None  # what is to become of the data: `Activations` or None
+    patches: Any = None  # which of its rows are calibrated on: `Patches` or None
+    bias: Any = None  # what is to take its mean error: `Bias` or None
 
     @property
     def reads(self) -> tuple:
         """What sites with one Gram have in common: the data, and how they become rows."""
-        return self.data, self.layout.rows_key
+        return self.data, self.layout.rows_key, self.activations, self.patches
+
+
+class Tap:
+    """A variable for the input of sites, which is rounded in the quantized network and as it was in the float one."""
+
+    def __init__(self, source: Any):
+        self.source, self.aval = source, source.aval
+
+
+def with_taps(program: Program, sites: Sequence[Site]) -> tuple[Program, list[Site]]:
+    """The program with a tap before each site whose activations are quantized. Sites that read the same share one."""
+    taps: dict = {}
+    equations, last_use, tapped = list(program.equations), dict(program.last_use), []
+    for site in sites:
+        if site.activations is not None:
+            tap = taps.setdefault(site.reads, Tap(site.data))
+            eqn = equations[site.index]
+            equations[site.index] = eqn.replace(invars=[tap if v is site.data else v for v in eqn.invars])
+            last_use[tap] = max(last_use.get(tap, 0), site.index)
+            site = dataclasses.replace(site, data=tap)
+        tapped.append(site)
+    return dataclasses.replace(program, equations=tuple(equations), last_use=last_use), tapped
 
 
 def find_sites(program: Program) -> tuple[list[Site], dict[str, str]]:
@@ -99,7 +125,7 @@ class _Finder:
         views = [v for v in eqn.invars if not is_literal(v) and v in self.origin]
         if name in PRODUCTS:
             self.product(index, eqn, views)
-        elif views and self.is_step(eqn):
+        elif views and is_step(eqn):
             leaf, chain = self.origin[eqn.invars[0]]
             for position, out in enumerate(eqn.outvars):
                 self.origin[out] = leaf, Chain((*chain.steps, (eqn, position)))
@@ -110,12 +136,6 @@ class _Finder:
         if self.program.is_fixed(eqn):
             leaves = set().union(*(self.leaves(v) for v in eqn.invars if not is_literal(v)))
             self.computed.update((v, leaves) for v in eqn.outvars)
-
-    def is_step(self, eqn):
-        """Whether an equation is a structural step of a parameter: nothing is repeated, nothing picked by data."""
-        if eqn.primitive.name not in STRUCTURAL or not all(map(is_literal, eqn.invars[1:])):
-            return False
-        return sum(v.aval.size for v in eqn.outvars) <= eqn.invars[0].aval.size
 
     def leaves(self, v):
         return {self.origin[v][0]} if v in self.origin else self.computed.get(v, set())
@@ -171,6 +191,13 @@ class _Finder:
         return None
 
 
+def is_step(eqn) -> bool:
+    """Whether an equation is a structural step of its first operand: nothing is repeated, nothing picked by data."""
+    if eqn.primitive.name not in STRUCTURAL or not all(map(is_literal, eqn.invars[1:])):
+        return False
+    return sum(v.aval.size for v in eqn.outvars) <= eqn.invars[0].aval.size
+
+
 def _use(eqn):
     name = eqn.primitive.name
     if any(map(has_product, inner_jaxprs(eqn))):
@@ -187,7 +214,8 @@ def _layout(eqn, side) -> Layout | str:
             return "its product contracts no axis"
         # inputs in the order of the weight's own axes, whatever order the product names them in
         weight_contract, data_contract = zip(*sorted(zip(contract[side], contract[1 - side], strict=True)), strict=True)
-        return DotLayout(shape, weight_contract, tuple(batch[side]), data_contract, tuple(batch[1 - side]))
+        batches = tuple(batch[side]), tuple(batch[1 - side])
+        return DotLayout(shape, weight_contract, batches[0], data_contract, batches[1], side == 0)
     if name != "conv_general_dilated":
         return f"{name} is not supported"
     if side == 0:
@@ -203,5 +231,6 @@ def _layout(eqn, side) -> Layout | str:
         tuple(p["rhs_dilation"]),
         tuple(numbers.lhs_spec),
         tuple(numbers.rhs_spec),
+        tuple(numbers.out_spec),
         p["feature_group_count"],
     )

@@ -4,20 +4,45 @@ Until the first quantized site the two agree and are computed once. A value is d
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from .compat import bind, inner_jaxprs, is_literal
 from .program import Program
 from .segments import Segment
-from .sites import Site
+from .sites import Site, Tap
+
+
+class Networks(NamedTuple):
+    """Values of one batch, by variable."""
+
+    shared: dict  # where the networks agree
+    reference: dict  # what the quantized network is to follow
+    quantized: dict
+    float: dict  # the float network; the same object as `reference` unless that starts anew at each block
+
+    @property
+    def forked(self) -> list[dict]:
+        """The networks apart from what they share."""
+        return [self.reference, self.quantized] + ([] if self.float is self.reference else [self.float])
 
 
 class Stream:
     """One program and the batches of its shape, between two stops of the walk."""
 
     def __init__(
-        self, program: Program, params: Sequence, batches: Sequence[Sequence], weights: Sequence, stops: Sequence
+        self,
+        program: Program,
+        params: Sequence,
+        batches: Sequence[Sequence],
+        weights: Sequence,
+        stops: Sequence,
+        *,
+        offload: bool = False,
+        rebases: bool = False,
     ):
         """
         Args:
@@ -26,86 +51,132 @@ class Stream:
             batches: lists of leaves, one per batch.
             weights: row weights of each batch, or None.
             stops: lists of sites that read the same input, in the order of execution.
+            offload: whether batches wait in the memory of the host.
+            rebases: whether `rebase` will be called.
         """
-        self.program, self.weights, self.stops = program, weights, stops
+        self.program, self.weights, self.stops, self.offload = program, weights, stops, offload
         self.at = 0  # equations before this one are done
         self.fixed = dict(program.constants) | dict(zip(program.params, params, strict=True))
         self.kept = set(program.params)
-        self.quantized: dict = {}  # weight operand -> its quantized value
-        self.shared = [dict(zip(program.inputs, leaves, strict=True)) for leaves in batches]
-        self.forked: list[tuple[dict, dict]] = [({}, {}) for _ in batches]
+        self.replaced: dict = {}  # fixed variable -> its value in the quantized network
+        self.batches: list[Networks] = []
+        for leaves in batches:
+            reference: dict = {}
+            start = dict(zip(program.inputs, leaves, strict=True))
+            self.batches.append(Networks(start, reference, {}, {} if rebases else reference))
         self.forks, self.forked_equations = forks(program, [site for stop in stops for site in stop])
-        self.peak = 0  # bytes of live activations at a stop, at most
-        self._note_peak()
+        self.waiting = [0] * len(self.batches)  # bytes of each batch on the device while another is worked on
+        self.peak = 0  # bytes of live activations on the device, at most
+        for batch in range(len(self.batches)):
+            self._leave(batch)
 
     def advance(self, number: int) -> None:
         """Brings both networks of every batch to a stop."""
         step = self._step(min(site.index for site in self.stops[number]))
-        for batch in range(len(self.shared)):
+        for batch in range(len(self.batches)):
             step(batch)
-        self._note_peak()
+            self._leave(batch)
         self._drop_fixed()
 
     def finish(self) -> Iterator[tuple[list, list]]:
         """Per batch: the outputs of the float and of the quantized network. Each batch is let go before the next."""
         step = self._step(len(self.program.equations))
-        for batch in range(len(self.shared)):
+        for batch, networks in enumerate(self.batches):
             step(batch)
-            shared, (exact, quantized) = self.shared[batch], self.forked[batch]
-            read = lambda v, values: v.val if is_literal(v) else self._read(v, {}, values, shared)
-            yield tuple([read(v, values) for v in self.program.outputs] for values in (exact, quantized))  # type: ignore
-            for values in (shared, exact, quantized):
+            read = lambda v, values: v.val if is_literal(v) else self._read(v, {}, values, networks.shared)
+            exact, quantized = (
+                [read(v, x) for v in self.program.outputs] for x in (networks.float, networks.quantized)
+            )
+            yield exact, quantized
+            for values in (networks.shared, *networks.forked):
                 values.clear()
+            self._leave(batch)
+
+    def rebase(self) -> None:
+        """From here on, the reference is what a float network makes of the quantized network's values."""
+        for networks in self.batches:
+            networks.reference.update(networks.quantized)
 
     def _step(self, end: int) -> Callable[[int], None]:
         """A function that takes one batch from where it is up to equation `end`."""
         program, start = self.program, self.at
         common, forked = [], []
         for index, eqn in enumerate(program.equations[start:end], start):
-            if program.is_fixed(eqn):
-                self._evaluate(eqn)
-            else:
+            if not program.is_fixed(eqn):
                 (forked if index in self.forked_equations else common).append(eqn)
+            elif eqn.outvars[0] not in program.broadcasts:
+                self._evaluate(eqn)
         used_here = {v for e in forked for v in e.invars if not is_literal(v)}
-        both = Segment(common, lambda v: self._later(v, end) or v in used_here)
-        each = Segment(forked, lambda v: self._later(v, end))
+        both = Segment(self._with_broadcasts(common), lambda v: self._later(v, end) or v in used_here)
+        each = Segment(self._with_broadcasts(forked), lambda v: self._later(v, end))
         self.at = end
 
         def step(batch):
-            shared, (exact, quantized) = self.shared[batch], self.forked[batch]
+            networks = self.batches[batch]
+            shared, quantized = networks.shared, networks.quantized
             shared.update(both(lambda v: self._read(v, {}, {}, shared)))
-            for values, weights in ((exact, {}), (quantized, self.quantized)):
+            for values in networks.forked:
+                weights = self.replaced if values is quantized else {}
                 values.update(each(lambda v: self._read(v, weights, values, shared)))
-            for values in (shared, exact, quantized):
+            self._note_peak(batch)
+            for values in (shared, *networks.forked):
                 for v in [v for v in values if not self._later(v, end)]:
                     del values[v]
 
         return step
 
+    def _with_broadcasts(self, equations):
+        """The equations, after those that repeat fixed values for them."""
+        broadcasts = self.program.broadcasts
+        needed = {v: None for e in equations for v in e.invars if not is_literal(v) and v in broadcasts}
+        return [broadcasts[v] for v in needed] + equations
+
     def _later(self, v, end):
-        return self.program.last_use.get(v, -1) >= end
+        return self.program.last_use.get(v, -1) >= end and v not in self.program.broadcasts
 
     def _drop_fixed(self):
-        for values in (self.fixed, self.quantized):
+        for values in (self.fixed, self.replaced):
             for v in [v for v in values if not self._later(v, self.at) and v not in self.kept]:
                 del values[v]
 
     def inputs(self, site: Site) -> Iterator[tuple[jax.Array, jax.Array | None, jax.Array | None]]:
-        """Per batch: the site's input in the float and the quantized network (None where they agree), and row weights."""
-        for shared, (exact, quantized), weights in zip(self.shared, self.forked, self.weights, strict=True):
-            v = site.data
-            yield (
-                (exact[v], quantized[v], weights) if v in self.forks else (self._read(v, {}, {}, shared), None, weights)
-            )
+        """Per batch: input for the reference and the quantized network (None where they agree), and row weights."""
+        v = site.data
+        for networks, weights in zip(self.batches, self.weights, strict=True):
+            if v in self.forks:
+                yield _value(networks.reference[v]), _value(networks.quantized[v]), weights
+            else:
+                yield self._read(v, {}, {}, networks.shared), None, weights
 
-    def install(self, site: Site, operand: jax.Array) -> None:
-        """Puts a quantized weight into the quantized network."""
-        self.quantized[site.weight] = operand
+    def round_inputs(self, tap: Tap, rounded: Callable[[jax.Array], jax.Array]) -> None:
+        """Gives the networks the input of a stop: rounded in the quantized one, else as it is."""
+        for batch, networks in enumerate(self.batches):
+            for values in networks.forked:
+                x = self._read(tap.source, {}, values, networks.shared)
+                values[tap] = rounded(x) if values is networks.quantized else x
+            self._leave(batch)
+
+    def sources(self, tap: Tap) -> Iterator[tuple[jax.Array, jax.Array | None]]:
+        """Per batch: the input of a stop in the quantized network before it is rounded, and row weights."""
+        for networks, weights in zip(self.batches, self.weights, strict=True):
+            yield self._read(tap.source, {}, networks.quantized, networks.shared), weights
+
+    def replace(self, variable: Any, value: jax.Array) -> None:
+        """Gives the quantized network another value of a fixed variable: a quantized weight, a corrected bias."""
+        self.replaced[variable] = value
+
+    def value(self, variable: Any) -> jax.Array:
+        """A fixed variable, wherever in the program it is computed."""
+        if variable in self.fixed:
+            return self.fixed[variable]
+        eqn = next(e for e in self.program.equations if variable in e.outvars)
+        values = [v.val if is_literal(v) else self.value(v) for v in eqn.invars]
+        return bind(eqn, values)[eqn.outvars.index(variable)]
 
     def _read(self, v, weights, values, shared):
         for place in (weights, values, shared, self.fixed):
             if v in place:
-                return place[v]
+                return _value(place[v])
         raise AssertionError(f"{v} is read before it is computed or after it was dropped")
 
     def _evaluate(self, eqn):
@@ -116,14 +187,48 @@ class Stream:
         else:
             self.fixed.update(zip(eqn.outvars, bind(eqn, list(map(read, eqn.invars))), strict=True))
 
-    def _note_peak(self):
-        pools = (*self.shared, *(d for pair in self.forked for d in pair), self.quantized)
-        self.peak = max(self.peak, sum(x.nbytes for pool in pools for x in pool.values()))
+    def _note_peak(self, batch):
+        """With one batch at work and the others as they were left."""
+        here = _on_device(self.batches[batch])
+        weights = sum(x.nbytes for x in self.replaced.values())
+        self.peak = max(self.peak, here + weights + sum(self.waiting) - self.waiting[batch])
+
+    def _leave(self, batch):
+        """A batch as it waits for its next turn."""
+        self._note_peak(batch)
+        networks = self.batches[batch]
+        if self.offload:
+            moved: dict = {}  # networks may hold one array under several names
+            for values in (networks.shared, *networks.forked):
+                for v, x in values.items():
+                    if isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.extended):
+                        values[v] = moved.setdefault(id(x), Waiting(jax.device_get(x), x.sharding))
+        self.waiting[batch] = _on_device(networks)
+
+
+class Waiting(NamedTuple):
+    """An array in the memory of the host, and where it belongs."""
+
+    array: np.ndarray
+    sharding: Any
+
+
+def _value(x):
+    if isinstance(x, Waiting):
+        return jax.device_put(x.array, x.sharding)
+    return jax.device_put(x) if isinstance(x, np.ndarray) else x
+
+
+def _on_device(networks: Networks) -> int:
+    pools = (networks.shared, *networks.forked)
+    arrays = {id(x): x for values in pools for x in values.values() if isinstance(x, jax.Array)}
+    return sum(x.nbytes for x in arrays.values())
 
 
 def forks(program: Program, sites: Sequence[Site]) -> tuple[set, set[int]]:
     """The variables on which the two networks differ, downstream of a quantized site, and the equations that make them."""
     quantized, variables, equations = {site.index for site in sites}, set(), set()
+    variables.update(site.data for site in sites if isinstance(site.data, Tap))
     for index, eqn in enumerate(program.equations):
         if index in quantized or any(v in variables for v in eqn.invars if not is_literal(v)):
             variables.update(eqn.outvars)

@@ -5,6 +5,7 @@ quantized weight into the quantized network. One forward pass of each network in
 """
 
 import collections
+import dataclasses
 import functools
 import operator
 import zlib
@@ -15,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..matrix import Gram, Info, QTensor, Recipe, Rows, Solution, code_dtype, raise_on, solve_all
-from ..matrix.each import each
-from ..matrix.gram import at_least_float32
-from ..matrix.layout import Layout
+from ..matrix import Info, QTensor, Recipe, Solution, code_dtype, raise_on, solve_all
+from ..matrix.gram import at_least_float32, matmul
+from .activation import Rounded, choose
+from .gather import Gather, fit
 from .sites import CASTS, Site
 from .stream import Stream
 
@@ -28,6 +29,8 @@ class Walked(NamedTuple):
 
     tensors: dict[str, QTensor]
     info: dict[str, Info]
+    biases: dict[str, jax.Array]  # corrected, by path of the parameter
+    inputs: dict[str, list[Rounded]]  # by path of the kernel, one for each of its uses in order
     output_error: list[
         float
     ]  # per output leaf of the model: relative error on the calibration data; nan if not floating
@@ -47,6 +50,7 @@ def walk(
     recipes: dict[str, Recipe],
     key: jax.Array | None,
     report: Callable[[str, float], None] = lambda path, error: None,
+    block: Callable[[Site], Any] | None = None,
 ) -> Walked:
     """Quantizes every site.
 
@@ -55,108 +59,96 @@ def walk(
         recipes: by path of the parameter.
         key: for roundings that draw; folded by path and by number of the site within its parameter.
         report: told the path and the relative error of each site that is done.
+        block: names the block of a site; where it changes, the reference starts anew from the quantized network. None
+            for a reference that is the float network throughout.
     """
     first = streams[0]
     waiting = collections.Counter(site.path for stop in first.stops for site in stop)
     parts: dict[str, list[tuple[Site, Solution]]] = {}
-    tensors, info = {}, {}
+    tensors, info, biases, inputs, here = {}, {}, {}, {}, None
     for number, stop in enumerate(first.stops):
         for stream in streams:
             stream.advance(number)
-        gather = _Gather(streams, number)
+        if block is not None and (here is None or block(stop[0]) != here):
+            here = block(stop[0])
+            for stream in streams:
+                stream.rebase()
+        rounded = _round_inputs(streams, number)
+        gather = Gather(streams, number, key)
         for position, site in enumerate(stop):
             recipe, done = recipes[site.path], parts.setdefault(site.path, [])
-            W = site.layout.matrices(site.chain(first.fixed[first.program.params[site.leaf]]))
+            W = at_least_float32(site.layout.matrices(site.chain(first.value(first.program.params[site.leaf]))))
             draw = None if key is None else jax.random.fold_in(key, zlib.crc32(site.path.encode()))
             draw = None if draw is None else jax.random.fold_in(draw, len(done))
             recipe.refuse(gather.count, W.shape[1], site.path)
-            data = gather(recipe, W.shape)
-            solution = solve_all(at_least_float32(W), data, recipe, draw)
-            raise_on(solution.info, recipe, site.path, data)
+            gathered = gather(recipe, W.shape, centred=site.bias is not None)
+            solution = solve_all(W, gathered.data, recipe, draw)
+            raise_on(solution.info, recipe, site.path, gathered.data)
             operand = _operand(solution.q, site.layout, _casts(first, site))
             for stream in streams:
-                stream.install(stream.stops[number][position], operand)
+                stream.replace(stream.stops[number][position].weight, operand)
+            if site.bias is not None:
+                error, lost = _mean_error(gathered, W, solution.q)
+                solution = solution._replace(
+                    info=dataclasses.replace(solution.info, energy=solution.info.energy + lost)
+                )
+                _correct(streams, number, position, error, biases)
+            if rounded is not None:
+                inputs.setdefault(site.path, {})[site.index] = rounded
             done.append((site, solution._replace(q=None, codes=solution.codes.astype(code_dtype(recipe.grid)))))
             if len(done) == waiting[site.path]:
                 leaf = first.program.params[site.leaf].aval
                 tensors[site.path] = _assemble(done, leaf.shape, leaf.dtype, recipe)
                 info[site.path] = Info.join([solution.info for _, solution in parts.pop(site.path)])
             report(site.path, float(solution.info.relative_error))
-    return Walked(tensors, info, _output_error(streams), sum(stream.peak for stream in streams))
+    peak = sum(stream.peak for stream in streams)
+    in_order = {path: [uses[index] for index in sorted(uses)] for path, uses in inputs.items()}
+    return Walked(tensors, info, biases, in_order, _output_error(streams), peak)
 
 
-class _Gather:
-    """The data of one stop, as a Gram or as rows, each made once and when first asked for."""
+def _round_inputs(streams, number) -> Rounded | None:
+    """Chooses the grid of a stop's input and rounds it, if it is to be."""
+    settings, layout, path = (getattr(streams[0].stops[number][0], name) for name in ("activations", "layout", "path"))
+    if settings is None:
+        return None
+    settings.refuse(layout, path)
 
-    def __init__(self, streams: Sequence[Stream], number: int):
-        self.parts = [(stream.stops[number][0].layout, stream, stream.stops[number][0]) for stream in streams]
-        self.made: dict[type, Gram | Rows] = {}
+    def batches():
+        for stream in streams:
+            for x, weights in stream.sources(stream.stops[number][0].data):
+                yield x, fit(weights, x.shape[:-1], path)
 
-    def __call__(self, recipe: Recipe, shape: tuple[int, int, int]) -> Gram | Rows:
-        _, n, out = shape
-        kind = Rows if recipe.prefers_rows(self.count, n, out) else Gram
-        if kind not in self.made:
-            self.made[kind] = self.rows() if kind is Rows else self.gram()
-        return self.made[kind]
-
-    @functools.cached_property
-    def count(self) -> int:
-        return sum(int(np.prod(rows_shape(layout, x.shape))) for layout, x, *_ in self.batches())
-
-    def batches(self):
-        for layout, stream, site in self.parts:
-            for x, xq, weights in stream.inputs(site):
-                yield layout, x, xq, _fit(weights, rows_shape(layout, x.shape), site.path)
-
-    def gram(self) -> Any:
-        return functools.reduce(_merge, (_gram(*batch) for batch in self.batches()))
-
-    def rows(self):
-        collected = [_flat_rows(x, xq, weights, layout) for layout, x, xq, weights in self.batches()]
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *collected)
-
-
-@functools.partial(jax.jit, static_argnames="layout")
-def _gram(layout, x, xq, weights):
-    return each(lambda X, Xq: Gram.from_data(X, Xq, weights), layout.rows(x), None if xq is None else layout.rows(xq))
+    rounded = choose(settings, layout, batches)
+    for stream in streams:
+        stream.round_inputs(stream.stops[number][0].data, functools.partial(_rounded, rounded))
+    return rounded
 
 
 @jax.jit
-def _merge(total, gram):
-    return total.merge(gram)
+def _rounded(rounded, x):
+    return rounded(x)
 
 
-@functools.partial(jax.jit, static_argnames="layout")
-def _flat_rows(x, xq, weights, layout):
-    def flat(x):
-        X = at_least_float32(layout.rows(x))
-        X = X if weights is None else X * jnp.sqrt(weights.astype(X.dtype))[..., None]
-        return X.reshape(X.shape[0], -1, X.shape[-1])
-
-    return Rows(flat(x), None if xq is None else flat(xq))
+@jax.jit
+def _mean_error(gathered, W, q):
+    """The mean error of each neuron (B, out), and the energy of its mean over all rows."""
+    mean = lambda x, W: matmul(x[:, None], W)[:, 0]
+    exact = mean(gathered.mean_X, W)
+    return mean(gathered.mean_Xq, q) - exact, jnp.sum(gathered.rows[:, None] * exact**2)
 
 
-@functools.lru_cache(maxsize=4096)
-def rows_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of rows that a data operand of this shape has in a layout."""
-    return jax.eval_shape(layout.rows, jax.ShapeDtypeStruct(shape, jnp.float32)).shape[1:-1]
-
-
-def _fit(weights, rows, path):
-    """Weights of a batch as weights of a site's rows; leading axes of the rows are those of the weights."""
-    if weights is None:
-        return None
-    shape = weights.shape
-    if shape == rows[: len(shape)]:
-        return jnp.broadcast_to(weights.reshape(shape + (1,) * (len(rows) - len(shape))), rows)
-    if rows and shape[0] == rows[0]:  # one row per sample: it counts if any of its positions does
-        return _fit(weights.reshape(shape[0], -1).max(1), rows, path)
-    if rows and rows[0] % weights.size == 0:  # samples merged with positions, or with what comes after them
-        return _fit(jnp.repeat(weights.ravel(), rows[0] // weights.size), rows, path)
-    raise ValueError(
-        f"Row weights of shape {shape} do not fit the rows {rows} that reach {path}: the leading axes of the weights must "
-        "be those of the layer's input, such as (batch,) or (batch, position)."
-    )
+def _correct(streams, number, position, error, biases):
+    """Takes a mean error off a bias: in the quantized network, and in the parameter that holds it."""
+    for stream in streams:
+        site = stream.stops[number][position]
+        bias = site.bias
+        change = bias.change(site.layout, error, stream.value)
+        old = stream.replaced.get(bias.operand, stream.value(bias.operand))
+        stream.replace(bias.operand, (at_least_float32(old) + change).astype(old.dtype))
+        if stream is streams[0]:
+            variable = stream.program.params[bias.leaf]
+            leaf = biases.get(bias.path, at_least_float32(stream.value(variable)))
+            biases[bias.path] = leaf + bias.chain.scatter(change.astype(leaf.dtype), leaf.shape)
 
 
 def _casts(stream, site):

@@ -111,7 +111,7 @@ class AbsMax(Scale):
         _check_positive(self.c, "AbsMax: the factor c")
 
     def __call__(self, W, grid, importance=None):
-        return _lay(*_min_max(self.per.split(W), self.c, grid), grid)
+        return lay(*_min_max(self.per.split(W), self.c, grid), grid)
 
 
 @register_dataclass
@@ -139,7 +139,7 @@ class Quantile(Scale):
             low = -high
         if shared:
             low, high = low.mean(1, keepdims=True), high.mean(1, keepdims=True)
-        return _lay(self.c * low, self.c * high, grid)
+        return lay(self.c * low, self.c * high, grid)
 
 
 @register_dataclass
@@ -157,7 +157,7 @@ class Median(Scale):
         if grid.alphabet().zero is None:
             raise ValueError("Median gives one radius, but Asymmetric needs two ends: use AbsMax, Quantile or MinMSE.")
         radius = self.c * jnp.median(jnp.abs(self.per.split(W)), axis=1)
-        return _lay(-radius, radius, grid)
+        return lay(-radius, radius, grid)
 
 
 @register_dataclass
@@ -191,14 +191,14 @@ class MinMSE(Scale):
         low, high = _min_max(groups, 1.0, grid)
 
         def attempt(best, shrink):
-            levels = _lay(shrink * low, shrink * high, grid)
+            levels = lay(shrink * low, shrink * high, grid)
             levels = dataclasses.replace(levels, step=levels.step[:, None], zero=levels.zero[:, None])
             cost = jnp.sum(weight * jnp.abs(groups - levels.decode(levels.encode(groups))) ** self.norm, axis=1)
             return (jnp.minimum(cost, best[0]), jnp.where(cost < best[0], shrink, best[1])), None
 
         start = (jnp.full_like(high, jnp.inf), jnp.ones_like(high))
         (_, shrink), _ = jax.lax.scan(attempt, start, jnp.linspace(1, self.least, self.candidates, dtype=W.dtype))
-        return _lay(shrink * low, shrink * high, grid)
+        return lay(shrink * low, shrink * high, grid)
 
 
 @register_dataclass
@@ -281,7 +281,7 @@ def _min_max(groups, c, grid):
     return -radius, radius
 
 
-def _lay(low, high, grid: Grid) -> Levels:
+def lay(low, high, grid: Grid) -> Levels:
     """The grid over the intervals [low, high]."""
     lo, hi, zero, reach = grid.alphabet()
     if reach is None:

@@ -33,7 +33,7 @@ def integers(shape, seed):
 @pytest.mark.parametrize("name", DOTS)
 def test_dot_general(name):
     x_shape, W_shape, contract, batch, dims = DOTS[name]
-    layout = DotLayout(W_shape, contract[1], batch[1], contract[0], batch[0])
+    layout = DotLayout(W_shape, contract[1], batch[1], contract[0], batch[0], False)
     x, W = integers(x_shape, 0), integers(W_shape, 1)
     assert layout.dims == dims
     matrices, rows = layout.matrices(W), layout.rows(x)
@@ -44,7 +44,7 @@ def test_dot_general(name):
     product = np.einsum("b...i,bio->b...o", rows, matrices)
     np.testing.assert_array_equal(product.reshape(expected.shape), expected)
     np.testing.assert_array_equal(layout.operand(matrices), W)
-    assert hash(layout) == hash(DotLayout(W_shape, contract[1], batch[1], contract[0], batch[0]))
+    assert hash(layout) == hash(DotLayout(W_shape, contract[1], batch[1], contract[0], batch[0], False))
 
 
 CHANNELS_LAST = {1: ("NHC", "HIO", "NHC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NHWDC", "HWDIO", "NHWDC")}
@@ -54,7 +54,7 @@ def convolution(x, W, strides, padding, data_dilation, dilation, numbers, groups
     """The product of the program, and the layout that stands for it."""
     numbers = lax.conv_dimension_numbers(x.shape, W.shape, numbers)
     settings = (strides, padding, data_dilation, dilation)
-    layout = ConvLayout(W.shape, *settings, numbers.lhs_spec, numbers.rhs_spec, groups)
+    layout = ConvLayout(W.shape, *settings, numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec, groups)
     y = lax.conv_general_dilated(
         x, W, *settings, dimension_numbers=numbers, feature_group_count=groups, precision="highest"
     )
@@ -137,8 +137,8 @@ def test_layouts_with_equal_keys_have_equal_rows():
     assert one.rows_key == two.rows_key != strided.rows_key
     np.testing.assert_array_equal(one.rows(x), two.rows(x))
     assert one.rows(x).shape != strided.rows(x).shape
-    dense = lambda *W: DotLayout(W, (0,), (), (1,), ())
-    assert dense(3, 4).rows_key == dense(3, 9).rows_key != DotLayout((5, 4), (0,), (), (0,), ()).rows_key
+    dense = lambda *W: DotLayout(W, (0,), (), (1,), (), False)
+    assert dense(3, 4).rows_key == dense(3, 9).rows_key != DotLayout((5, 4), (0,), (), (0,), (), False).rows_key
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

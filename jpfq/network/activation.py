@@ -1,0 +1,132 @@
+"""Activations: the inputs of layers, rounded to a grid while the network runs.
+
+The quantized network carries the rounded inputs, so that weights solved later correct for them. Rounding an input changes
+nothing in the float network.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from ..matrix.gram import at_least_float32
+from ..matrix.layout import Layout
+from ..scalar import Asymmetric, Codes, Grid, Levels, register_dataclass
+from ..scalar.ranges import Histogram, Max, MinMSE, Range
+
+Per = Literal["tensor", "channel", "row"]
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """How the input of a layer is quantized.
+
+    Args:
+        grid: `Asymmetric(8)` stores unsigned integers with a zero point (0 after ReLU), `Integer(8)` signed ones.
+        range: where the grid lies: `jpfq.ranges.Max()`, `Percentile(p)`, `MinMSE()` or `KL()`, chosen on the calibration
+            data as the quantized network gives them. Left out, MinMSE, or Max per row.
+        per: "tensor", one step for the whole input, fixed by calibration; "channel", one for each channel of a depthwise
+            convolution, group of a grouped one or expert, which folds into the steps of its weights; "row", a step taken
+            from each row while the network runs (each sample, for a convolution).
+    """
+
+    grid: Grid = dataclasses.field(default_factory=lambda: Asymmetric(8))
+    range: Range | None = None
+    per: Per = dataclasses.field(default="tensor", metadata={"static": True})
+
+    def __post_init__(self):
+        if self.per not in ("tensor", "channel", "row"):
+            raise ValueError(f"Activations: per is 'tensor', 'channel' or 'row'; got {self.per!r}.")
+        if isinstance(self.range, Range) and self.per == "row" and not isinstance(self.range, Max):
+            raise ValueError(f"A range per row is taken from the row while the network runs: Max(), not {self.range}.")
+        for value, kind, example in ((self.grid, Grid, "Asymmetric(8)"), (self.range, Range, "ranges.MinMSE()")):
+            if isinstance(value, (type, str, int, float)):
+                raise ValueError(f"Activations takes a {kind.__name__}, such as jpfq.{example}; got {value!r}.")
+
+    def refuse(self, layout: Layout, path: str) -> None:
+        """Raises where a layer has no steps of that kind."""
+        if self.per == "channel" and layout.dims[0] == 1:
+            raise ValueError(
+                f"{path} takes the inputs of all channels together, so steps per channel would not fold into its weights: "
+                "use per='tensor' or 'row' (per='channel' is for depthwise and grouped convolutions and for experts)."
+            )
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """The rounding of one layer's input. `levels` has a step and zero point (matrices,) or (1,); None if taken per row."""
+
+    settings: Activations
+    layout: Layout = dataclasses.field(metadata={"static": True})
+    levels: Levels | None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The input at its levels, in its own type."""
+        v = at_least_float32(x)
+        levels = self.levels or self._of_rows(v)
+        if self.levels is not None:
+            spread = lambda y: self.layout.over_matrices(y, x.shape) if y.size > 1 else y.reshape((1,) * x.ndim)
+            step, zero = spread(levels.step).astype(v.dtype), spread(levels.zero).astype(v.dtype)
+            levels = Levels(step, zero, levels.lo.astype(v.dtype), levels.hi.astype(v.dtype))
+        return levels.decode(levels.encode(v)).astype(x.dtype)
+
+    def _of_rows(self, x):
+        axes = self.layout.row_axes(x.ndim)
+        return Max()(Histogram(x, x.min(axes, keepdims=True), x.max(axes, keepdims=True)), self.settings.grid)
+
+
+def choose(settings: Activations, layout: Layout, batches: Callable[[], Iterable]) -> Rounded:
+    """The rounding of an input, from its calibration data.
+
+    Args:
+        batches: gives pairs of an input and the weights of its rows (or None), as often as it is called.
+    """
+    if settings.per == "row":
+        return Rounded(settings, layout, None)
+    range_ = settings.range or MinMSE()
+    split = settings.per == "channel"
+    ends = [_ends(layout, split, x, weights) for x, weights in batches()]
+    low, high = (pick(jnp.stack(end), 0) for pick, end in zip((jnp.min, jnp.max), zip(*ends, strict=True), strict=True))
+    histogram = _empty(low, high)
+    if range_.needs_counts:
+        for x, weights in batches():
+            histogram = _add(layout, split, histogram, x, weights)
+    return Rounded(settings, layout, _lay(range_, histogram, Codes.of(settings.grid)))
+
+
+@partial(jax.jit, static_argnames=("layout", "split"))
+def _ends(layout, split, x, weights):
+    x, weights = _matrices(layout, split, x, weights)
+    least, most = (x, x) if weights is None else (jnp.where(weights > 0, x, v) for v in (jnp.inf, -jnp.inf))
+    return least.min(1), most.max(1)
+
+
+@jax.jit
+def _empty(low, high):
+    low, high = (jnp.where(jnp.isfinite(x), x, 0) for x in (low, high))  # infinite if every row is left out
+    return jax.vmap(Histogram.over)(low, high)
+
+
+@partial(jax.jit, static_argnames=("layout", "split"))
+def _add(layout, split, histogram, x, weights):
+    return jax.vmap(Histogram.add)(histogram, *_matrices(layout, split, x, weights))
+
+
+@jax.jit
+def _lay(range_, histogram, grid):
+    levels = jax.vmap(lambda one: range_(one, grid))(histogram)
+    return dataclasses.replace(levels, lo=levels.lo[0], hi=levels.hi[0])
+
+
+def _matrices(layout, split, x, weights):
+    """Numbers and their weights as (matrices or 1, numbers)."""
+    flat = layout.by_matrix if split else lambda x: x.reshape(1, -1)
+    if weights is not None:
+        weights = weights.reshape(weights.shape + (1,) * (x.ndim - weights.ndim))
+        weights = flat(jnp.broadcast_to(weights, x.shape))
+    return flat(at_least_float32(x)), weights

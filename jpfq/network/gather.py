@@ -1,0 +1,217 @@
+"""Gather: the calibration data of one stop, over all batches, as a Gram or as rows."""
+
+import functools
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..matrix import Gram, Recipe, Rows
+from ..matrix.each import each
+from ..matrix.gram import at_least_float32
+from ..matrix.layout import Layout
+from ..matrix.patches import All
+from .stream import Stream
+
+
+class Gathered(NamedTuple):
+    """Data of B matrices, and the mean input of each in the reference and the quantized network (B, in)."""
+
+    data: Gram | Rows
+    mean_X: jax.Array
+    mean_Xq: jax.Array
+    rows: jax.Array  # (B,) how many, or the sum of their weights
+
+
+class Gather:
+    """The data of one stop, in each form made once and when first asked for."""
+
+    def __init__(self, streams: Sequence[Stream], number: int, key: jax.Array | None = None):
+        """
+        Args:
+            key: for patches that are drawn.
+        """
+        self.streams = [(stream, stream.stops[number][0]) for stream in streams]
+        site = self.streams[0][1]
+        self.path, self.patches = site.path, site.patches or All()
+        self.key = None if key is None else jax.random.fold_in(key, zlib.crc32(f"patches of {site.path}".encode()))
+        self.made: dict = {}
+
+    def __call__(self, recipe: Recipe, shape: tuple[int, int, int], centred: bool = False) -> Gathered:
+        """The data in the form that a recipe prefers; with the mean of every input taken off where `centred`."""
+        _, n, out = shape
+        kind = Rows if recipe.prefers_rows(self.count, n, out) else Gram
+        if (kind, centred) not in self.made:
+            self.made[kind, centred] = self._rows(centred) if kind is Rows else self._gram(centred)
+        gathered = self.made[kind, centred]
+        self._check_finite(gathered)
+        return gathered
+
+    @functools.cached_property
+    def count(self) -> int:
+        """Rows in all."""
+        total = 0
+        for layout, x, _, _, picked in self._batches():
+            total += math.prod(rows_shape(layout, x.shape)) if picked is None else picked.size
+        return total
+
+    def _batches(self):
+        """Per batch: layout, inputs of both networks, weights of the rows, numbers of the rows to take (None for all)."""
+        number = 0
+        for stream, site in self.streams:
+            layout = self.patches.layout(site.layout)
+            for x, xq, weights in stream.inputs(site):
+                rows = rows_shape(layout, x.shape)
+                key = None if self.key is None else jax.random.fold_in(self.key, number)
+                yield layout, x, xq, fit(weights, rows, self.path), self.patches.pick(layout, rows, key)
+                number += 1
+
+    def _gram(self, centred):
+        if centred:
+            gathered = self.made.get((Gram, False)) or self._gram(False)
+            return gathered._replace(data=_centred(gathered.data))
+        parts = (_gram(layout, *batch, _merges(batch[0])) for layout, *batch in self._batches())
+        gram: Any = functools.reduce(_merge, parts)
+        return Gathered(gram, *_means(gram))
+
+    def _rows(self, centred):
+        parts = [_flat_rows(layout, *batch) for layout, *batch in self._batches()]
+        X, Xq, weights = (jnp.concatenate(x, 1) if x[0] is not None else None for x in zip(*parts, strict=True))
+        return _weighted(X, Xq, weights, centred)
+
+    def _check_finite(self, gathered):
+        for x, network in ((gathered.mean_X, "float"), (gathered.mean_Xq, "quantized")):
+            if not bool(jnp.isfinite(x).all()):
+                raise ValueError(
+                    f"The inputs of {self.path} are infinite or NaN in the {network} network: the model overflows on the "
+                    "calibration data. Calibrate in float32, or scale the model's inputs down."
+                )
+
+
+def rows_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of rows that a data operand of this shape has in a layout."""
+    return _rows_shape(layout, tuple(shape))
+
+
+@functools.lru_cache(maxsize=4096)
+def _rows_shape(layout, shape):
+    return jax.eval_shape(layout.rows, jax.ShapeDtypeStruct(shape, jnp.float32)).shape[1:-1]
+
+
+def fit(weights: jax.Array | None, rows: tuple[int, ...], path: str) -> jax.Array | None:
+    """Weights of a batch as weights of a site's rows; leading axes of the rows are those of the weights."""
+    if weights is None:
+        return None
+    shape = weights.shape
+    if shape == rows[: len(shape)]:
+        return jnp.broadcast_to(weights.reshape(shape + (1,) * (len(rows) - len(shape))), rows)
+    if rows and shape[0] == rows[0]:  # one row per sample: it counts if any of its positions does
+        return fit(weights.reshape(shape[0], -1).max(1), rows, path)
+    if rows and rows[0] % weights.size == 0:  # samples merged with positions, or with what comes after them
+        return fit(jnp.repeat(weights.ravel(), rows[0] // weights.size), rows, path)
+    raise ValueError(
+        f"Row weights of shape {shape} do not fit the rows {rows} that reach {path}: the leading axes of the weights must "
+        "be those of the layer's input, such as (batch,) or (batch, position)."
+    )
+
+
+def _at_once() -> int:
+    """How many numbers of patches exist at a time: what stays in a processor's cache, or fills an accelerator."""
+    return 2**21 if jax.default_backend() == "cpu" else 2**26
+
+
+def _merges(x) -> bool:
+    """Whether axes of rows may become one, which multiplies faster: where they are not split over devices."""
+    return len(x.sharding.device_set) == 1
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "merges"))
+def _gram(layout, x, xq, weights, picked, merges):
+    """The Gram of one batch. Patches of a convolution are made and let go a few samples, or picked windows, at a time."""
+
+    def whole(x, xq, weights, picked=None):
+        take = layout.rows if picked is None else lambda x: layout.picked(x, picked)
+        X, Xq = take(x), None if xq is None else take(xq)
+        if merges:
+            flat = lambda X: X.reshape(X.shape[0], math.prod(X.shape[1:-1]), X.shape[-1])
+            X, Xq = flat(X), None if Xq is None else flat(Xq)
+            weights = None if weights is None else weights.ravel()
+        return each(lambda X, Xq: Gram.from_data(X, Xq, weights), X, Xq)
+
+    if picked is not None:
+        weights = None if weights is None else weights.ravel()[picked]
+        n = math.prod(layout.dims[:2])
+        part = lambda first, size: whole(
+            x, xq, _slice(weights, first, size, 0), lax.dynamic_slice_in_dim(picked, first, size)
+        )
+        return _in_parts(part, picked.size, max(1, _at_once() // n))
+    split = layout.split(x, _at_once()) if merges else None
+    if split is None:
+        return whole(x, xq, weights)
+    axis, size = split
+    part = lambda first, size: whole(
+        _slice(x, first, size, axis), _slice(xq, first, size, axis), _slice(weights, first, size, 0)
+    )
+    return _in_parts(part, x.shape[axis], size)
+
+
+def _slice(x, first, size, axis):
+    return None if x is None else lax.dynamic_slice_in_dim(x, first, size, axis)
+
+
+def _in_parts(part, total, size):
+    """The sum of the Grams of runs of `size`, one after the other."""
+    if size >= total:
+        return part(0, total)
+    whole = total // size
+    gram, _ = lax.scan(lambda gram, i: (gram.merge(part(i * size, size)), None), part(0, size), jnp.arange(1, whole))
+    return gram.merge(part(whole * size, total - whole * size)) if total % size else gram
+
+
+@jax.jit
+def _merge(total, gram):
+    return total.merge(gram)
+
+
+@jax.jit
+def _means(gram):
+    mean = lambda sums: sums / jnp.maximum(gram.count, 1)[:, None]
+    return mean(gram.sum_X), mean(gram.sum_Xq), gram.count
+
+
+@jax.jit
+def _centred(gram):
+    return each(Gram.centred, gram)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _flat_rows(layout, x, xq, weights, picked):
+    """Rows (B, rows, in), and their weights (1, rows)."""
+
+    def flat(x):
+        X = at_least_float32(layout.rows(x) if picked is None else layout.picked(x, picked))
+        return X.reshape(X.shape[0], math.prod(X.shape[1:-1]), X.shape[-1])
+
+    if weights is not None:
+        weights = (weights.ravel() if picked is None else weights.ravel()[picked])[None]
+    return flat(x), None if xq is None else flat(xq), weights
+
+
+@functools.partial(jax.jit, static_argnames="centred")
+def _weighted(X, Xq, weights, centred):
+    """Rows times the roots of their weights, so that their sums of squares are weighted."""
+    weight = jnp.ones((1, X.shape[1]), X.dtype) if weights is None else weights.astype(X.dtype)
+    count = weight.sum()
+    mean = lambda X: jnp.sum(X * weight[..., None], 1) / jnp.maximum(count, 1)
+
+    def ready(X):
+        X = X - mean(X)[:, None] if centred else X
+        return X if weights is None else X * jnp.sqrt(weight)[..., None]
+
+    rows = Rows(ready(X), None if Xq is None else ready(Xq))
+    mean_X = mean(X)
+    return Gathered(rows, mean_X, mean_X if Xq is None else mean(Xq), jnp.broadcast_to(count, X.shape[:1]))
