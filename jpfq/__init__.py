@@ -33,6 +33,8 @@ from .network import Quantized as Quantized
 from .network import Rule as Rule
 from .network import Weighted as Weighted
 from .network import best as best
+from .network import budget as budget
+from .network import fold_batchnorm as fold_batchnorm
 from .network import paper as paper
 from .network import plan as plan
 from .network import quantize as quantize

@@ -4,6 +4,8 @@ from . import paper as paper
 from .activation import Activations as Activations
 from .batches import Weighted as Weighted
 from .best import best as best
+from .budget import budget as budget
+from .fold import fold_batchnorm as fold_batchnorm
 from .plan import Plan as Plan
 from .plan import plan as plan
 from .quantize import Quantized as Quantized

@@ -166,7 +166,7 @@ def quantize(
         if [(s.path, s.layout) for s in other.sites] != [(s.path, s.layout) for s in first.sites]:
             raise ValueError("The model multiplies other kernels for batches of another size: calibrate with one size.")
     _check_finite(functional, first)
-    _check_key(first.assignment, key)
+    check_key(first.assignment, key)
 
     groups, rebases = stops(first.sites), reference == "block"
     streams = [
@@ -189,9 +189,9 @@ def quantize(
     for index, path in enumerate(functional.paths):
         if functional.trainable[index]:
             if path in walked.tensors:
-                leaves[index] = _like(walked.tensors[path].dequantize(), leaves[index])
+                leaves[index] = like(walked.tensors[path].dequantize(), leaves[index])
             elif path in walked.biases:
-                leaves[index] = _like(walked.biases[path].astype(leaves[index].dtype), leaves[index])
+                leaves[index] = like(walked.biases[path].astype(leaves[index].dtype), leaves[index])
     rebuilt = functional.rebuild(leaves)
     errors = [error for error in walked.output_error if error == error]
     return Quantized(
@@ -297,7 +297,8 @@ def _check_finite(functional, analysis):
             raise ValueError(f"The kernel {path} holds NaN or infinity.")
 
 
-def _check_key(assignment, key):
+def check_key(assignment: Assignment, key: jax.Array | None) -> None:
+    """Raises where random numbers are drawn and there is no key."""
     for path, recipe in assignment.recipes.items():
         patches = assignment.rules[path].patches
         for part in (recipe.rounding, patches):
@@ -305,6 +306,6 @@ def _check_key(assignment, key):
                 raise ValueError(f"{part} of {path} draws random numbers: pass key=jax.random.key(...).")
 
 
-def _like(new, old):
+def like(new: jax.Array, old: Any) -> Any:
     """A new leaf placed as the old one was."""
     return jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else new

@@ -142,7 +142,7 @@ def _correct(streams, number, position, error, biases):
     for stream in streams:
         site = stream.stops[number][position]
         bias = site.bias
-        change = bias.change(site.layout, error, stream.value)
+        change = bias.change(site, error, stream.value)
         old = stream.replaced.get(bias.operand, stream.value(bias.operand))
         stream.replace(bias.operand, (at_least_float32(old) + change).astype(old.dtype))
         if stream is streams[0]:

@@ -8,10 +8,12 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import jpfq
 from jpfq.network.functional import flatten
 from jpfq.network.stream import Stream
+from tests.network import zoo
 
 
 class Case(NamedTuple):
@@ -25,16 +27,9 @@ class Case(NamedTuple):
     kernels: set
 
 
-class Result(NamedTuple):
-    """What `jpfq.quantize` gave, and what it computed on the way."""
-
-    case: Case
-    quantized: jpfq.Quantized
-    inside: list  # per batch: the outputs of the float and of the quantized network, as lists of arrays
-
-
-def quantized(case: Case, rules: Any) -> Result:
-    """The model after `jpfq.quantize`, with the outputs of both networks as they were inside."""
+def check(case: Case, rules: Any = None, tolerance: float = 1e-5) -> jpfq.Quantized:
+    """Quantizes a model to 8 bits, by one plain method unless told otherwise, and asserts all that follows."""
+    rules = rules or zoo.plain(bits=8)
     inside, finish = [], Stream.finish
 
     def recording(self):
@@ -43,54 +38,44 @@ def quantized(case: Case, rules: Any) -> Result:
             yield pair
 
     with mock.patch.object(Stream, "finish", recording):
-        return Result(case, jpfq.quantize(case.model, case.batches, rules, **case.given), inside)
+        out = jpfq.quantize(case.model, case.batches, rules, **case.given)
+    check_kernels(case, out, jpfq.plan(case.model, case.batches[0], rules, **case.given))
+    check_weights(case, out)
+    check_outputs(case, out, inside, tolerance)
+    assert 0 < out.output_error < 0.02
+    return out
 
 
-def check_all(result: Result, tolerance: float = 1e-5) -> None:
-    """All that follows."""
-    check_kernels(result)
-    check_weights(result)
-    check_outputs(result, tolerance)
-    assert 0 < result.quantized.output_error < 0.02
-
-
-def check_kernels(result: Result) -> None:
-    """The kernels expected are quantized, and every other parameter of rank 2 or more is listed with a reason."""
-    case, out = result.case, result.quantized
-    assert set(out.tensors) == set(out.info) == case.kernels
+def check_kernels(case: Case, out: jpfq.Quantized, plan: jpfq.Plan) -> None:
+    """The kernels expected are quantized, every other parameter of rank 2 or more has a reason, and the plan said so."""
     shapes = leaves(case.params)
-    assert {path for path, x in shapes.items() if x.ndim > 1} <= case.kernels | set(out.skipped)
-    assert all(reason.strip() and path in shapes for path, reason in out.skipped.items())
+    assert set(out.tensors) == set(out.info) == {line.path for line in plan.lines} == case.kernels
+    assert out.skipped == plan.skipped
+    assert {path for path, x in shapes.items() if x.ndim > 1} - case.kernels <= set(out.skipped) <= set(shapes)
+    assert all(out.skipped.values())
 
 
-def check_weights(result: Result) -> None:
-    """What came back is the dequantized tensor where there is one, and the parameter given elsewhere; of the same type."""
-    before, after = leaves(result.case.params), leaves(result.quantized.params)
+def check_weights(case: Case, out: jpfq.Quantized) -> None:
+    """What came back is the dequantized tensor where there is one, and what was given elsewhere; of the same type."""
+    before, after = leaves(case.params), leaves(out.params)
     assert list(before) == list(after)
     for path, old in before.items():
-        new, tensor = after[path], result.quantized.tensors.get(path)
+        new, tensor = after[path], out.tensors.get(path)
         assert (new.shape, new.dtype) == (old.shape, old.dtype), path
         np.testing.assert_array_equal(new, old if tensor is None else tensor.dequantize(), err_msg=path)
 
 
-def check_outputs(result: Result, tolerance: float) -> None:
-    """Both networks inside are the model with the parameters given and with those that came back."""
-    case, out = result.case, result.quantized
+def check_outputs(case: Case, out: jpfq.Quantized, inside: list, tolerance: float) -> None:
+    """The two networks inside are the model itself, with the parameters given and with those that came back."""
     run = jax.jit(lambda params, batch: jax.tree.leaves(case.run(params, batch)))
     sums = 0.0
-    for batch, (exact, lossy) in zip(case.batches, result.inside, strict=True):
-        own, own_lossy = run(case.params, batch), run(out.params, batch)
+    for batch, (exact, lossy) in zip(case.batches, inside, strict=True):
+        own, own_lossy = ([wide(x) for x in run(params, batch)] for params in (case.params, out.params))
         for ours, theirs in zip([*exact, *lossy], [*own, *own_lossy], strict=True):
-            assert relative(ours, theirs) <= tolerance
-        sums += np.array([[np.sum((b - a) ** 2.0), np.sum(a**2.0)] for a, b in zip(map(wide, own), map(wide, own_lossy))])
+            assert np.abs(wide(ours) - theirs).max() <= tolerance * np.abs(theirs).max()
+        sums += np.array([[np.sum((b - a) ** 2), np.sum(a**2)] for a, b in zip(own, own_lossy, strict=True)])
     error = max(math.sqrt(difference / energy) for difference, energy in sums)
     np.testing.assert_allclose(out.output_error, error, rtol=1e-2)
-
-
-def relative(x, reference) -> float:
-    """The largest difference, against the largest entry."""
-    x, reference = wide(x), wide(reference)
-    return float(np.abs(x - reference).max() / np.abs(reference).max())
 
 
 def wide(x) -> np.ndarray:
@@ -103,25 +88,63 @@ def leaves(tree: Any) -> dict:
     return dict(zip(*flatten(tree)[:2], strict=True))
 
 
+def matrices(tree: Any) -> set:
+    """The paths of all leaves of rank 2 or more."""
+    return {path for path, x in leaves(tree).items() if x.ndim > 1}
+
+
 def random_like(shapes: Any, seed: int = 7) -> Any:
-    """Parameters of the given shapes: matrices of unit gain, scales near 1, all else small."""
+    """Parameters of the given shapes: kernels of about unit gain, scales near 1, all else small."""
     rng = np.random.default_rng(seed)
 
     def fill(path, x):
-        values = rng.standard_normal(x.shape)
+        name, values = str(getattr(path[-1], "key", "")), rng.standard_normal(x.shape)
         if len(x.shape) > 1:
-            values /= math.sqrt(math.prod(x.shape) / max(x.shape[-1], 1))
+            values /= math.sqrt(math.prod(x.shape[:-1]))
+        elif name == "var":
+            values = np.ones(x.shape)
         else:
-            name = str(getattr(path[-1], "key", ""))
-            values = np.ones(x.shape) if name == "var" else 0.1 * values + (name in ("scale", "weight"))
+            values = 0.1 * values + (name in ("scale", "weight", "w"))
         return jnp.asarray(values, x.dtype)
 
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-def tokens(seed: int, length: int = 8, size: int = 50, batch: int = 3) -> jax.Array:
-    """Random token numbers, none of them special."""
-    return jnp.asarray(np.random.default_rng(seed).integers(3, size, (batch, length)))
+def filled(make: Callable[[], nnx.Module]) -> nnx.Module:
+    """An NNX model with random parameters, in a fraction of the time in which its initialisers compile."""
+    graph, shapes, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    rest = jax.tree.map(lambda x: jax.random.key(0) if is_key(x) else jnp.zeros(x.shape, x.dtype), rest)
+    model = nnx.merge(graph, random_like(shapes), rest)
+    model.eval()
+    return model
+
+
+def nnx_case(model: nnx.Module, batches: list, left: set) -> Case:
+    """A case of an NNX model that is to be quantized but for some of its matrices. A batch is a tuple or a dict."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def run(params, batch):
+        state = jax.tree.map(jnp.asarray, rest)
+        model = nnx.merge(graph, params, state, copy=True)
+        return model(**batch) if isinstance(batch, dict) else model(*batch)
+
+    return Case(model, {}, params, run, batches, matrices(params) - left)
+
+
+def linen_case(module: Any, variables: Any, kwargs: dict, batches: list, left: set = frozenset()) -> Case:
+    """A case of a Linen module that is to be quantized but for some of its matrices."""
+
+    def run(params, batch):
+        return module.apply({**variables, "params": params}, *jax.tree.leaves(batch), **kwargs)
+
+    given = {"variables": variables, "kwargs": kwargs}
+    return Case(module, given, variables["params"], run, batches, matrices(variables["params"]) - set(left))
+
+
+def tokens(seed: int, length: int = 8, size: int = 50) -> jax.Array:
+    """Three sequences of random tokens, none of them special."""
+    return jnp.asarray(np.random.default_rng(seed).integers(3, size, (3, length)))
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

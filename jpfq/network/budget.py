@@ -1,0 +1,162 @@
+"""A budget of bits: how many each kernel gets, so that the network's outputs suffer least for an average width.
+
+The cost of b bits for a kernel is the error that its quantization makes at the layer's own output, each neuron weighted by
+how much a change there moves the outputs of the network. Errors come from Grams of the float network, weights from one
+backward pass with random signs, so no network is run per candidate.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..matrix import Gram, solve_all
+from ..matrix.each import each
+from ..matrix.gram import at_least_float32
+from ..scalar import Codes, MinMSE, Nearest, grid_of_bits
+from .affine import rows_of
+from .batches import read_batches
+from .compat import bind, is_literal
+from .gather import Gather
+from .program import Program
+from .quantize import adapt, analyse, check_key
+from .rules import Rule
+from .sites import Site
+from .stream import Stream
+from .walk import stops
+
+
+def budget(
+    model: Any,
+    batches: Iterable,
+    average_bits: float,
+    *,
+    candidates: Sequence[int] = (2, 3, 4, 5, 6, 8),
+    rule: Rule | None = None,
+    variables: Any = None,
+    params: Any = None,
+    kwargs: dict | None = None,
+    key: jax.Array | None = None,
+) -> list[Rule]:
+    """Rules that give each kernel its own width, of at most `average_bits` per weight on average.
+
+    Args:
+        model, batches, variables, params, kwargs: as for `jpfq.quantize`.
+        average_bits: mean width of the codes over all weights that are quantized; steps not counted.
+        candidates: widths to choose from.
+        rule: the settings of all kernels but for their width; left out, what is recommended.
+        key: for the random signs; left out, fixed ones.
+
+    Returns:
+        One rule per kernel, in the order of the model, to print, edit and pass to `jpfq.quantize`.
+
+    Raises:
+        ValueError: if no width fits the average, and whatever `jpfq.quantize` refuses.
+
+    Example:
+        >>> rules = jpfq.budget(model, batches, 3.5, variables=variables)
+        >>> quantized = jpfq.quantize(model, batches, rules, variables=variables)
+    """
+    widths = sorted(set(candidates))
+    if len(widths) < 2 or not widths[0] <= average_bits <= widths[-1]:
+        raise ValueError(
+            f"average_bits lies between the least and the largest of two candidates or more; got {average_bits} and "
+            f"{list(candidates)}."
+        )
+    rule = rule or Rule(".*", bits=widths[0])
+    functional = adapt(model, variables, params, kwargs)
+    (shaped, *others) = read_batches(batches)
+    if others:
+        raise ValueError("budget takes batches of one shape: drop the smaller last one.")
+    analysis = analyse(functional, [rule], shaped.example)
+    check_key(analysis.assignment, key)
+    program, sites = analysis.program, analysis.sites
+    weights = _influence(program, functional.leaves, shaped.leaves[0], sites, jax.random.key(0) if key is None else key)
+    groups = stops(sites)
+    stream = Stream(
+        program, functional.leaves, shaped.leaves, shaped.weights, [[sites[i] for i in stop] for stop in groups]
+    )
+    paths = list(dict.fromkeys(site.path for site in sites))
+    sizes = dict.fromkeys(paths, 0)
+    costs = {path: np.zeros(len(widths)) for path in paths}
+    for number, group in enumerate(groups):
+        stream.advance(number)
+        gather = Gather([stream], number, key)
+        for i in group:
+            site, recipe = sites[i], analysis.assignment.recipes[sites[i].path]
+            W = at_least_float32(site.layout.matrices(site.chain(stream.value(program.params[site.leaf]))))
+            plain = dataclasses.replace(recipe, scale=MinMSE(), finish=None, rounding=Nearest(), form="gram")
+            gram = gather(plain, site.layout.dims).data
+            sizes[site.path] += W.size
+            for j, bits in enumerate(widths):
+                q = solve_all(W, gram, dataclasses.replace(plain, grid=Codes.of(grid_of_bits(bits))), None).q
+                costs[site.path][j] += float(_cost(gram, W, q, weights[site.index]))
+    chosen = allocate(np.stack([costs[p] for p in paths]), [sizes[p] for p in paths], widths, average_bits)
+    settle = functools.partial(dataclasses.replace, rule, grid=None)
+    return [settle(pattern=re.escape(path), bits=widths[j]) for path, j in zip(paths, chosen, strict=True)]
+
+
+def allocate(costs: np.ndarray, sizes: Sequence[int], widths: Sequence[int], average: float) -> list[int]:
+    """Which width each kernel gets: as little cost as bits allow, bought where a bit saves most.
+
+    Args:
+        costs: (kernels, widths), made convex: a step that saves less than what it makes possible is taken with it.
+        sizes: weights of each kernel.
+        widths: ascending.
+        average: bits per weight at most.
+    """
+    choice = [0] * len(sizes)
+    left = average * sum(sizes) - widths[0] * sum(sizes)
+    while True:
+        best, saved = None, 0.0
+        for i, (size, now) in enumerate(zip(sizes, choice, strict=True)):
+            for j in range(now + 1, len(widths)):
+                price = size * (widths[j] - widths[now])
+                gain = (costs[i, now] - costs[i, j]) / price
+                if price <= left + 1e-9 and gain > saved:
+                    best, saved = (i, j, price), gain
+        if best is None:
+            return choice
+        i, j, price = best
+        choice[i] = j
+        left -= price
+
+
+def _influence(program: Program, leaves, batch, sites: Sequence[Site], key) -> dict[int, jax.Array]:
+    """By index of the product, the mean square derivative of the outputs by each neuron's output (B, out)."""
+
+    @jax.jit
+    def influence(leaves, batch, key):
+        def forward(shifts):
+            env = dict(program.constants) | dict(zip(program.params, leaves, strict=True))
+            env.update(zip(program.inputs, batch, strict=True))
+            read = lambda v: v.val if is_literal(v) else env[v] if v in env else env[v.source]
+            for index, eqn in enumerate(program.equations):
+                out = bind(eqn, list(map(read, eqn.invars)))
+                if index in shifts:
+                    out = [out[0] + shifts[index]]
+                env.update(zip(eqn.outvars, out, strict=True))
+            return [y for v in program.outputs if jnp.issubdtype((y := read(v)).dtype, jnp.floating)]
+
+        avals = {site.index: program.equations[site.index].outvars[0].aval for site in sites}
+        outputs, back = jax.vjp(forward, {index: jnp.zeros(a.shape, a.dtype) for index, a in avals.items()})
+        keys = jax.random.split(key, len(outputs))
+        (found,) = back([jax.random.rademacher(k, y.shape, y.dtype) for k, y in zip(keys, outputs, strict=True)])
+        squares = {}
+        for site in sites:
+            g = at_least_float32(found[site.index])
+            B, _, out = site.layout.dims
+            squares[site.index] = jnp.mean(g**2, tuple(rows_of(site.layout, g.ndim))).reshape(B, out)
+        return squares
+
+    return influence(list(leaves), list(batch), key)
+
+
+@jax.jit
+def _cost(gram: Gram, W, q, weights):
+    return jnp.sum(each(Gram.square_error, gram, W, q) * weights)

@@ -1,0 +1,96 @@
+"""Folding a BatchNorm into the layer before it: its factors go into the kernel, and what is left of it is a shift."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from ..matrix.gram import at_least_float32
+from .affine import Affine, value
+from .batches import read_batches
+from .program import trace
+from .quantize import adapt, like
+from .sites import find_sites
+from .stream import Stream
+
+
+def fold_batchnorm(
+    model: Any, batch: Any, *, variables: Any = None, params: Any = None, kwargs: dict | None = None
+) -> Any:
+    """The model with the factors of its BatchNorms moved into the kernels before them.
+
+    Each neuron of a kernel, and a bias or mean between it and the factor, is multiplied by its factor; the scale of the
+    BatchNorm is divided by it, so that the factor becomes 1. Outputs stay what they are but for rounding, the structure of
+    the parameters too. A BatchNorm without a scale, or whose input is used elsewhere as well, is left.
+
+    Args:
+        model, variables, params, kwargs: as for `jpfq.quantize`.
+        batch: one batch, for its shape.
+
+    Returns:
+        New variables of a Linen module, a new NNX model, or new params of a function.
+
+    Raises:
+        ValueError: if there is nothing to fold.
+    """
+    functional = adapt(model, variables, params, kwargs)
+    group = read_batches([batch])[0]
+    program = trace(functional.fn, functional.paths, functional.leaves, group.example)
+    read = Stream(program, functional.leaves, [], [], []).value
+    affine = Affine(program)
+    changes: dict = {}
+    for site in find_sites(program)[0]:
+        for leaf, chain, change in _folded(affine, site, functional.trainable, read):
+            old = changes.get(leaf, at_least_float32(jnp.asarray(functional.leaves[leaf])))
+            changes[leaf] = old + chain.scatter(change.astype(old.dtype), old.shape)
+    if not changes:
+        raise ValueError(
+            "There is no BatchNorm to fold: none follows a quantizable kernel directly, with a scale of its own."
+        )
+    leaves = [
+        like(changes[i].astype(leaf.dtype), leaf) if i in changes else leaf for i, leaf in enumerate(functional.leaves)
+    ]
+    rebuilt = functional.rebuild(leaves)
+    return rebuilt.get("model", rebuilt.get("variables", rebuilt["params"]))
+
+
+def _folded(affine: Affine, site, trainable, read: Callable) -> list[tuple]:
+    """(parameter, chain, what to add to the view of it) for one site; empty where nothing can be folded."""
+    steps = affine.steps(site)
+    end = next((i for i, step in enumerate(steps) if step.name in ("mul", "div") and step.per_neuron), None)
+    if end is None or any(step.name in ("mul", "div", "transpose") for step in steps[:end]):
+        return []
+    last = steps[end]
+    scale = _scale(affine, last, trainable)
+    shifts = [o for step in steps[:end] if step.per_neuron and (o := affine.parameter(step.operand)) is not None]
+    if scale is None or len(shifts) < end or any(affine.uses[leaf] > 1 for leaf, _ in (scale, *shifts)):
+        return []
+    factor = at_least_float32(value(last.operand, read))
+    factor = last.laid(1 / factor if last.name == "div" else factor)
+    factor = jnp.where((factor != 0) & jnp.isfinite(factor), factor, 1)
+    W = site.layout.matrices(site.chain(read(affine.program.params[site.leaf])))
+    B, _, out = W.shape
+    new = W * factor.reshape(B, 1, out).astype(W.dtype)
+    found = [(site.leaf, site.chain, site.layout.operand(new - W))]
+    for step, (leaf, chain) in zip(steps[:end], shifts, strict=True):
+        old = chain(read(affine.program.params[leaf]))
+        found.append((leaf, chain, old * (step.gathered(factor) - 1).astype(old.dtype)))
+    leaf, chain = scale
+    old = chain(read(affine.program.params[leaf]))
+    by = last.gathered(factor).reshape(old.shape).astype(old.dtype)
+    found.append((leaf, chain, old * ((by if last.name == "div" else 1 / by) - 1)))
+    return found
+
+
+def _scale(affine: Affine, step, trainable):
+    """The trainable parameter that a factor is proportional to: one operand of the product that makes it."""
+    origin = affine.parameter(step.operand)
+    if origin is not None:
+        return origin if trainable[origin[0]] else None
+    eqn = affine.makers.get(step.operand)
+    while eqn is not None and eqn.primitive.name in ("reshape", "broadcast_in_dim", "convert_element_type", "squeeze"):
+        eqn = affine.makers.get(eqn.invars[0])
+    if eqn is None or eqn.primitive.name != "mul":
+        return None
+    origins = [origin for v in eqn.invars if (origin := affine.parameter(v)) is not None and trainable[origin[0]]]
+    return origins[0] if len(origins) == 1 and step.operand.aval.size == eqn.outvars[0].aval.size else None

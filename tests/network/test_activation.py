@@ -1,0 +1,199 @@
+"""Quantized activations: the network that runs is the one calibrated, and weights correct for the rounding of inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import jpfq
+from jpfq import ranges
+from tests.network import zoo
+
+CASES = {name: zoo.CASES[name] for name in ("cnn", "mlp", "lm", "scanned", "experts")}
+
+
+def relative(exact, quantized):
+    square = lambda pairs: sum(float(jnp.sum(x.astype(jnp.float32) ** 2)) for x in pairs)
+    return np.sqrt(square([a - b for a, b in zip(exact, quantized)]) / square(exact))
+
+
+def outputs(case, quantized):
+    given = case.model if case.variables is None else case.variables
+    return [case(given, b) for b in case.batches], [quantized.apply(b) for b in case.batches]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_apply_runs_what_was_calibrated(name):
+    case = zoo.mlp(jnp.float32) if name == "mlp" else CASES[name]()
+    quantized = jpfq.quantize(case.model, case.batches, zoo.plain(bits=6, activation_bits=6), **case.given)
+    assert set(quantized.inputs) == set(quantized.tensors)
+    error = relative(*outputs(case, quantized))
+    assert quantized.output_error == pytest.approx(error, rel=2e-2)  # one rounded input at a tie is 1 % of it
+    weights_only = jpfq.quantize(case.model, case.batches, zoo.plain(bits=6), **case.given)
+    assert weights_only.output_error < error < 0.5
+    assert not weights_only.inputs
+
+
+def test_without_activations_apply_is_the_model():
+    case = zoo.lm()
+    quantized = jpfq.quantize(case.model, case.batches, zoo.plain(bits=4), **case.given)
+    longer = jnp.zeros((5, 7), int)  # another shape than that calibrated on
+    np.testing.assert_allclose(
+        quantized.apply(longer), case.model.apply(quantized.variables, longer), rtol=1e-5, atol=1e-6
+    )
+    inside = jax.jit(lambda tokens: quantized.apply(tokens))
+    np.testing.assert_allclose(inside(longer), quantized.apply(longer), rtol=1e-5, atol=1e-6)
+
+
+class Two(nn.Module):
+    """Two layers, so that everything can be said by hand."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(16, use_bias=False)(x))
+        return nn.Dense(6, use_bias=False)(x)
+
+
+def two(rows=64):
+    model, batches = Two(), zoo.batches(rows, 12)
+    return model, batches, zoo.initial(model, batches[0])
+
+
+def rounded(x, step, zero, lo, hi):
+    return step * (np.clip(np.floor(x / step + zero + 0.5), lo, hi) - zero)
+
+
+def test_a_static_step_by_hand():
+    model, batches, variables = two()
+    rule = zoo.plain(bits=8, activations=jpfq.Activations(jpfq.Asymmetric(5), ranges.Max()))
+    quantized = jpfq.quantize(model, batches, rule, variables=variables)
+    kernels = [np.asarray(quantized.params[f"Dense_{i}"]["kernel"]) for i in (0, 1)]
+    x = [np.asarray(b) for b in batches]
+
+    def at_levels(x):
+        low, high = min(a.min() for a in x), max(a.max() for a in x)
+        step = (high - low) / 31
+        return [rounded(a, step, np.floor(-low / step + 0.5), 0, 31) for a in x], step
+
+    first, step = at_levels(x)
+    hidden = [np.maximum(a @ kernels[0], 0) for a in first]
+    second, hidden_step = at_levels(hidden)
+    steps = [float(quantized.inputs[f"Dense_{i}/kernel"][0].levels.step[0]) for i in (0, 1)]
+    np.testing.assert_allclose(steps, [step, hidden_step], rtol=1e-5)
+    assert float(quantized.inputs["Dense_1/kernel"][0].levels.zero[0]) == 0  # unsigned behind ReLU
+    for batch, a in zip(batches, second):
+        np.testing.assert_allclose(quantized.apply(batch), a @ kernels[1], atol=hidden_step * 0.3)
+
+
+def test_a_step_per_row_follows_each_row():
+    model, batches, variables = two()
+    rule = zoo.plain(bits=8, activations=jpfq.Activations(jpfq.Integer(4), per="row"))
+    quantized = jpfq.quantize(model, batches, rule, variables=variables)
+    kernels = [np.asarray(quantized.params[f"Dense_{i}"]["kernel"]) for i in (0, 1)]
+    by_row = lambda x: rounded(x, np.abs(x).max(1, keepdims=True) / 7, 0, -8, 7)
+    x = np.asarray(batches[0]) * 10.0 ** np.arange(64)[:, None].clip(0, 9)  # rows of very different size
+    expected = by_row(np.maximum(by_row(x) @ kernels[0], 0)) @ kernels[1]
+    error = np.abs(quantized.apply(jnp.asarray(x)) - expected).max(1) / np.abs(expected).max(1)
+    assert np.median(error) < 1e-5 and error.max() < 0.2  # a tie moves one entry by one level
+
+
+@pytest.mark.parametrize("method", [jpfq.GPFQ(), jpfq.Qronos()], ids=str)
+def test_weights_correct_for_rounded_inputs(method):
+    """Against weights that were solved as if inputs stayed exact, in the same network with rounded inputs."""
+    model, batches, variables = two(256)
+    mix = zoo.normal(9, 3, 12)  # few directions carry the inputs, so that one makes good what another lost
+    batches = [b[:, :3] @ mix + 0.1 * b for b in batches]
+    rule = lambda **settings: zoo.plain(grid=jpfq.Integer(6), method=method, **settings)
+    activations = jpfq.Activations(jpfq.Integer(3))
+    aware = jpfq.quantize(model, batches, rule(activations=activations), variables=variables)
+    unaware = jpfq.quantize(model, batches, rule(), variables=variables)
+    exact = [model.apply(variables, b) for b in batches]
+    run = lambda leaves: [aware._run(leaves, aware.inputs, b) for b in batches]
+    assert relative(exact, run(aware._functional.leaves)) < 0.97 * relative(exact, run(unaware._functional.leaves))
+
+
+def test_steps_per_channel_fold_into_a_depthwise_convolution_only():
+    class Depthwise(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(4, (3,), feature_group_count=4, use_bias=False)(x)
+
+    batch = zoo.normal(0, 8, 10, 4) * jnp.array([1.0, 10.0, 100.0, 1e3])
+    model = Depthwise()
+    variables = zoo.initial(model, batch)
+    settle = lambda per: zoo.plain(bits=8, activations=jpfq.Activations(jpfq.Integer(8), ranges.Max(), per=per))
+    quantized = jpfq.quantize(model, [batch], settle("channel"), variables=variables)
+    steps = quantized.inputs["Conv_0/kernel"][0].levels.step
+    np.testing.assert_allclose(steps, jnp.abs(batch).max((0, 1)) / 127, rtol=1e-6)
+    levels = batch / steps
+    np.testing.assert_allclose(
+        model.apply(quantized.variables, jnp.round(levels) * steps), quantized.apply(batch), rtol=1e-4, atol=1e-3
+    )
+    by_channel = lambda q: jnp.abs(q.apply(batch) - model.apply(variables, batch)).max((0, 1))
+    together = jpfq.quantize(model, [batch], settle("tensor"), variables=variables)
+    assert by_channel(quantized)[0] < 0.1 * by_channel(together)[0]
+    dense, batches, given = two()
+    with pytest.raises(ValueError, match="Dense_0/kernel takes the inputs of all channels together"):
+        jpfq.quantize(dense, batches, settle("channel"), variables=given)
+
+
+def test_padding_does_not_widen_the_range():
+    model, batches, variables = two()
+    mask = jnp.arange(64) < 50
+    spoiled = [jnp.where(mask[:, None], b, 1e4) for b in batches]
+    rule = zoo.plain(bits=8, activation_bits=8)
+    masked = jpfq.quantize(model, [jpfq.Weighted(b, mask) for b in spoiled], rule, variables=variables)
+    alone = jpfq.quantize(model, [b[:50] for b in batches], rule, variables=variables)
+    for path, (rounding,) in alone.inputs.items():
+        np.testing.assert_allclose(masked.inputs[path][0].levels.step, rounding.levels.step, rtol=1e-5)
+        assert (masked.tensors[path].codes == alone.tensors[path].codes).mean() > 0.99
+
+
+def test_layers_of_a_stack_have_ranges_of_their_own():
+    case = zoo.scanned()
+    quantized = jpfq.quantize(case.model, case.batches, zoo.plain(bits=8, activation_bits=8), **case.given)
+    steps = [float(rounding.levels.step[0]) for rounding in quantized.inputs["layers/Dense_0/kernel"]]
+    assert len(set(steps)) == 4
+    unrolled = zoo.Unrolled()
+    layers = case.variables["params"]["layers"]
+    params = {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(4)}
+    params["head"] = case.variables["params"]["head"]
+    same = jpfq.quantize(unrolled, case.batches, zoo.plain(bits=8, activation_bits=8), variables={"params": params})
+    np.testing.assert_allclose(
+        steps, [float(same.inputs[f"layer_{i}/Dense_0/kernel"][0].levels.step[0]) for i in range(4)], rtol=1e-5
+    )
+
+
+def test_rules_choose_activations_layer_by_layer():
+    case = zoo.lm()
+    rules = [
+        zoo.plain(".*query/kernel", bits=8, activation_bits=4),
+        zoo.plain(".*(key|value)/kernel", bits=8, activation_bits=8),
+        zoo.plain(bits=8),
+    ]
+    quantized = jpfq.quantize(case.model, case.batches, rules, **case.given)
+    attention = "block_0/MultiHeadDotProductAttention_0"
+    query, key, value = (quantized.inputs[f"{attention}/{name}/kernel"][0] for name in ("query", "key", "value"))
+    assert query.levels.hi == 15 and key.levels.hi == 255  # they read the same input
+    assert key is value
+    assert f"{attention}/out/kernel" not in quantized.inputs
+    assert quantized.output_error == pytest.approx(relative(*outputs(case, quantized)), rel=2e-2)
+    assert "Inputs of 6 kernels are rounded" in quantized.summary()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: jpfq.Rule(".*", bits=4, activation_bits=8, activations=jpfq.Activations()), "one of them"),
+        (lambda: jpfq.Rule(".*", bits=4, activation_bits=0), "from 1 to 16"),
+        (lambda: jpfq.Rule(".*", skip=True, activation_bits=8), r"\['activation_bits'\] mean nothing"),
+        (lambda: jpfq.Rule(".*", bits=4, activations=8), r"activations is such as jpfq.Activations\(\)"),
+        (lambda: jpfq.Activations(per="column"), "'tensor', 'channel' or 'row'"),
+        (lambda: jpfq.Activations(range=ranges.KL(), per="row"), r"Max\(\), not KL"),
+        (lambda: jpfq.Activations(8), "takes a Grid"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
