@@ -74,7 +74,7 @@ class Gather:
         if centred:
             gathered = self.made.get((Gram, False)) or self._gram(False)
             return gathered._replace(data=_centred(gathered.data))
-        parts = (_gram(layout, *batch, _merges(batch[0])) for layout, *batch in self._batches())
+        parts = (_gram(layout, *batch, _merges(batch[0]), _at_once()) for layout, *batch in self._batches())
         gram: Any = functools.reduce(_merge, parts)
         return Gathered(gram, *_means(gram))
 
@@ -129,8 +129,8 @@ def _merges(x) -> bool:
     return len(x.sharding.device_set) == 1
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "merges"))
-def _gram(layout, x, xq, weights, picked, merges):
+@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once"))
+def _gram(layout, x, xq, weights, picked, merges, at_once):
     """The Gram of one batch. Patches of a convolution are made and let go a few samples, or picked windows, at a time."""
 
     def whole(x, xq, weights, picked=None):
@@ -148,8 +148,8 @@ def _gram(layout, x, xq, weights, picked, merges):
         part = lambda first, size: whole(
             x, xq, _slice(weights, first, size, 0), lax.dynamic_slice_in_dim(picked, first, size)
         )
-        return _in_parts(part, picked.size, max(1, _at_once() // n))
-    split = layout.split(x, _at_once()) if merges else None
+        return _in_parts(part, picked.size, max(1, at_once // n))
+    split = layout.split(x, at_once) if merges else None
     if split is None:
         return whole(x, xq, weights)
     axis, size = split

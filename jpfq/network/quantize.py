@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -113,7 +113,7 @@ class Quantized:
 
 def quantize(
     model: Any,
-    batches: Iterable,
+    batches: Iterable | Callable[[int], Iterable],
     rules: int | Rule | Sequence[Rule],
     *,
     variables: Any = None,
@@ -135,6 +135,8 @@ def quantize(
         batches: calibration data, read once: arrays, tuples of positional arguments, or dicts of keyword arguments; a
             `Weighted` batch keeps padding out of the statistics. Sizes of the leading axis may differ; each further size
             is traced and compiled anew, which is exact for every model (drop a smaller last batch to save the time).
+            Or a function from 0, 1, .. to batches of one size, for fresh data at each stop, as in GPFQ22: these run through
+            all layers before it, so that the time grows with the square of the depth.
         rules: what is quantized how: a number of bits for all kernels, or rules by path of which the first match wins.
         variables: of a Linen module, as `module.init` returns them.
         params: of a function, a pytree of arrays.
@@ -159,7 +161,10 @@ def quantize(
     rules = as_rules(rules)
     functional = adapt(model, variables, params, kwargs)
     _check_choice("reference", reference, ("float", "block"))
-    shaped = read_batches(batches, on_host=offload)
+    fresh = None if isinstance(batches, Iterable) or not callable(batches) else batches
+    shaped = read_batches(batches if fresh is None else fresh(0), on_host=offload)  # type: ignore[arg-type]
+    if fresh and (len(shaped) > 1 or reference == "block"):
+        raise ValueError("Fresh batches for each layer must be of one size, and the reference the float network.")
     analyses = [analyse(functional, rules, group.example, strict) for group in shaped]
     first = analyses[0]
     for other in analyses[1:]:
@@ -178,12 +183,15 @@ def quantize(
             [[a.sites[i] for i in stop] for stop in groups],
             offload=offload,
             rebases=rebases,
+            keeps=fresh is not None,
         )
         for a, group in zip(analyses, shaped, strict=True)
     ]
+    shapes = [x.shape for x in shaped[0].leaves[0]]
     del shaped  # the streams let inputs go once they are used
     with progress_bar(len(first.sites), progress) as report:
-        walked = walk(streams, first.assignment.recipes, key, report, block_of if rebases else None)
+        block, refresh = block_of if rebases else None, _refresh(fresh, shapes, offload) if fresh else None
+        walked = walk(streams, first.assignment.recipes, key, report, block, refresh)
 
     leaves = list(functional.leaves)
     for index, path in enumerate(functional.paths):
@@ -207,6 +215,19 @@ def quantize(
         rebuilt.get("model"),
         rebuilt.get("variables"),
     )
+
+
+def _refresh(fresh, shapes, offload):
+    """Gives a stream other batches."""
+
+    def refresh(stream, number):
+        groups = read_batches(fresh(number), on_host=offload)
+        for group in groups:
+            if len(groups) > 1 or [x.shape for x in group.leaves[0]] != shapes:
+                raise ValueError(f"The batches for stop {number} are not all of the first one's shapes {shapes}.")
+        return stream.anew(groups[0].leaves, groups[0].weights, number)
+
+    return refresh
 
 
 def adapt(model: Any, variables: Any, params: Any, kwargs: dict | None) -> Functional:

@@ -43,6 +43,7 @@ class Stream:
         *,
         offload: bool = False,
         rebases: bool = False,
+        keeps: bool = False,
     ):
         """
         Args:
@@ -53,12 +54,15 @@ class Stream:
             stops: lists of sites that read the same input, in the order of execution.
             offload: whether batches wait in the memory of the host.
             rebases: whether `rebase` will be called.
+            keeps: whether `anew` will be.
         """
         self.program, self.weights, self.stops, self.offload = program, weights, stops, offload
         self.at = 0  # equations before this one are done
         self.fixed = dict(program.constants) | dict(zip(program.params, params, strict=True))
         self.kept = set(program.params)
+        self.params, self.rebases, self.keeps = params, rebases, keeps
         self.replaced: dict = {}  # fixed variable -> its value in the quantized network
+        self.history: dict = {}  # the same, and rounding by tap, of all stops so far
         self.batches: list[Networks] = []
         for leaves in batches:
             reference: dict = {}
@@ -91,6 +95,27 @@ class Stream:
             for values in (networks.shared, *networks.forked):
                 values.clear()
             self._leave(batch)
+
+    def anew(self, batches: Sequence[Sequence], weights: Sequence, number: int) -> "Stream":
+        """A stream of other batches, up to a stop, through what has been quantized in this one."""
+        new = Stream(
+            self.program,
+            self.params,
+            batches,
+            weights,
+            self.stops,
+            offload=self.offload,
+            rebases=self.rebases,
+            keeps=True,
+        )
+        new.history = dict(self.history)
+        new.replaced = {v: x for v, x in self.history.items() if not isinstance(v, Tap)}
+        for earlier in range(number):
+            new.advance(earlier)
+            tap = new.stops[earlier][0].data
+            if isinstance(tap, Tap):
+                new.round_inputs(tap, self.history[tap])
+        return new
 
     def rebase(self) -> None:
         """From here on, the reference is what a float network makes of the quantized network's values."""
@@ -150,6 +175,8 @@ class Stream:
 
     def round_inputs(self, tap: Tap, rounded: Callable[[jax.Array], jax.Array]) -> None:
         """Gives the networks the input of a stop: rounded in the quantized one, else as it is."""
+        if self.keeps:
+            self.history[tap] = rounded
         for batch, networks in enumerate(self.batches):
             for values in networks.forked:
                 x = self._read(tap.source, {}, values, networks.shared)
@@ -164,6 +191,8 @@ class Stream:
     def replace(self, variable: Any, value: jax.Array) -> None:
         """Gives the quantized network another value of a fixed variable: a quantized weight, a corrected bias."""
         self.replaced[variable] = value
+        if self.keeps:
+            self.history[variable] = value
 
     def value(self, variable: Any) -> jax.Array:
         """A fixed variable, wherever in the program it is computed."""

