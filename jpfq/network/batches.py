@@ -43,7 +43,7 @@ def read_batches(batches: Iterable, on_host: bool = False) -> list[Shaped]:
     for number, item in enumerate(batches):
         batch, weights = (item.batch, item.weights) if isinstance(item, Weighted) else (item, None)
         leaves, tree = jax.tree.flatten(batch)
-        leaves = [np.asarray(a) if on_host and not isinstance(x, jax.Array) else a for x, a in _arrays(leaves, number)]
+        leaves = [np.array(a) if on_host and not isinstance(x, jax.Array) else a for x, a in _arrays(leaves, number)]
         signature = tree, [(x.shape[1:], x.dtype) for x in leaves]
         first = first or signature
         _check_like(first, signature, number)

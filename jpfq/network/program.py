@@ -43,7 +43,7 @@ class Program:
         return all(is_literal(v) or v in self.fixed for v in eqn.invars)
 
 
-def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> Program:
+def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any, twice: bool = False) -> Program:
     """The program of `fn(params, batch)`.
 
     Args:
@@ -51,6 +51,7 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> P
         paths: a name for each leaf.
         params: the leaves, or their `jax.ShapeDtypeStruct`s.
         batch: a pytree of arrays or their `jax.ShapeDtypeStruct`s.
+        twice: whether to trace a second time and refuse a model that is another then.
     """
     leaves, batch_tree = jax.tree.flatten(batch)
     tree: list = []
@@ -61,6 +62,12 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> P
         return out
 
     closed = jax.make_jaxpr(flat)(list(params), leaves)
+    again = lambda params, leaves: flat(params, leaves)  # another function, as JAX remembers what it has traced
+    if twice and canonical(closed) != canonical(jax.make_jaxpr(again)(list(params), leaves)):
+        raise ValueError(
+            "The model does something else each time it is traced, so the float and the quantized network would differ: it "
+            "draws numbers outside of JAX, or keeps state in Python. Make it a function of its parameters and inputs."
+        )
     inliner = _Inliner()
 
     def inlined(params, leaves):

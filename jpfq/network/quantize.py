@@ -259,7 +259,7 @@ class Analysis(NamedTuple):
 
 def analyse(functional: Functional, rules: Sequence[Rule], example: Any, strict: bool = False) -> Analysis:
     """Traces a model, finds its kernels and gives each its rule. Values are not looked at: shapes will do."""
-    program = trace(functional.fn, functional.paths, functional.leaves, example)
+    program = trace(functional.fn, functional.paths, functional.leaves, example, twice=True)
     sites, reasons = find_sites(program)
     state = {path for path, ok in zip(functional.paths, functional.trainable, strict=True) if not ok}
     sites = [site for site in sites if site.path not in state]

@@ -231,7 +231,7 @@ class Stream:
             for values in (networks.shared, *networks.forked):
                 for v, x in values.items():
                     if isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.extended):
-                        values[v] = moved.setdefault(id(x), Waiting(jax.device_get(x), x.sharding))
+                        values[v] = moved.setdefault(id(x), Waiting(np.array(x), x.sharding))
         self.waiting[batch] = _on_device(networks)
 
 

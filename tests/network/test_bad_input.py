@@ -216,3 +216,39 @@ def test_weights_that_do_not_fit_a_layer_name_it():
             4,
             params={"kernel": np.ones((8, 3), np.float32)},
         )
+
+
+def test_a_model_that_changes_from_trace_to_trace_is_refused():
+    noise = np.random.default_rng(0)
+    fn = lambda params, x: (x + noise.standard_normal(8).astype(np.float32)) @ params["kernel"]
+    with pytest.raises(ValueError, match="does something else each time it is traced"):
+        jpfq.quantize(fn, [zoo.normal(0, 5, 8)], 4, params={"kernel": zoo.normal(1, 8, 3)})
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_an_overflow_in_a_short_type_names_the_site(dtype):
+    def fn(params, x):
+        x = (x.astype(dtype) @ params["first"].astype(dtype)) * jnp.asarray(1e4, dtype)
+        return jnp.square(x * x * x * x * x) @ params["second"].astype(dtype)
+
+    params = {"first": zoo.normal(1, 8, 8), "second": zoo.normal(2, 8, 3)}
+    with pytest.raises(ValueError, match="The inputs of second are infinite or NaN in the float network"):
+        jpfq.quantize(fn, [zoo.normal(0, 5, 8)], 4, params=params)
+
+
+def test_strict_refuses_what_cannot_be_quantized():
+    case = zoo.computed()
+    with pytest.raises(ValueError, match=r"strict=True(.|\n)*branch: .*cond(.|\n)*shared: used by 2 products"):
+        jpfq.quantize(case.model, case.batches, zoo.plain(bits=4), strict=True, **case.given)
+    rules = [jpfq.Rule("standardised|branch|shared|picked", skip=True), zoo.plain(bits=4)]
+    assert set(jpfq.quantize(case.model, case.batches, rules, strict=True, **case.given).tensors) == case.kernels
+
+
+def test_fresh_batches_are_of_one_size():
+    params = {"kernel": zoo.normal(1, 8, 8), "last": zoo.normal(2, 8, 3)}
+    fn = lambda p, x: jnp.tanh(x @ p["kernel"]) @ p["last"]
+    sizes = iter((5, 6))
+    with pytest.raises(ValueError, match=r"batches for stop 1 are not all of the first one's shapes \[\(5, 8\)\]"):
+        jpfq.quantize(fn, lambda number: [zoo.normal(number, next(sizes), 8)], zoo.plain(bits=4), params=params)
+    with pytest.raises(ValueError, match="of one size, and the reference the float network"):
+        jpfq.quantize(fn, lambda number: [zoo.normal(0, 5, 8)], 4, params=params, reference="block")
