@@ -74,7 +74,7 @@ class Gather:
         if centred:
             gathered = self.made.get((Gram, False)) or self._gram(False)
             return gathered._replace(data=_centred(gathered.data))
-        parts = (_gram(layout, *batch, _merges(batch[0]), _at_once()) for layout, *batch in self._batches())
+        parts = (_gram(layout, *batch, _merges(batch[0]), at_once()) for layout, *batch in self._batches())
         gram: Any = functools.reduce(_merge, parts)
         return Gathered(gram, *_means(gram))
 
@@ -119,7 +119,7 @@ def fit(weights: jax.Array | None, rows: tuple[int, ...], path: str) -> jax.Arra
     )
 
 
-def _at_once() -> int:
+def at_once() -> int:
     """How many numbers of patches exist at a time: what stays in a processor's cache, or fills an accelerator."""
     return 2**21 if jax.default_backend() == "cpu" else 2**26
 

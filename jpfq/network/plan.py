@@ -8,10 +8,10 @@ from typing import Any
 from ..matrix import Natural, Recipe
 from .batches import shapes_of
 from .compat import is_literal
-from .gather import rows_shape
+from .gather import at_once, rows_shape
 from .quantize import Analysis, adapt, analyse
 from .rules import Rule, as_rules
-from .sites import Site
+from .sites import Site, Tap
 from .stream import forks
 from .table import table
 from .walk import stops
@@ -102,6 +102,7 @@ def _line(site: Site, forked: bool, analysis: Analysis, batches: int) -> Line:
     recipe.refuse(rows, n, site.path)
     networks = 2 if forked else 1
     patches = 3 if B * per_batch * n > site.data.aval.size else 0  # copies made of the inputs of a convolution
+    together = min(per_batch * n, at_once() // B) if patches else per_batch * n
     if recipe.prefers_rows(rows, n, out):
         work = B * (2 * networks * rows * n + 3 * rows * out + 6 * n * out)
         return Line(site.path, dims, rows, recipe, "data", 4 * work, 6.0 * B * rows * n * (out + (recipe.block or n)))
@@ -109,7 +110,7 @@ def _line(site: Site, forked: bool, analysis: Analysis, batches: int) -> Line:
     passes = getattr(recipe.finish, "passes", 0)
     bare = recipe.method.local and isinstance(recipe.order, Natural) and networks == 1
     copies, columns = (7, 16) if passes else (2 if bare else 4, 12)
-    gather = per_batch * n * (patches * networks + networks - 1) + 3 * matrices * n * n
+    gather = together * (patches * networks + networks - 1) + 3 * matrices * n * n
     solve = (matrices + copies) * n * n + columns * n * out
     runs = recipe.scale.runs
     products = (2 if runs > 1 else 1) * runs + 4 * passes + 4  # a search measures each of its runs
@@ -131,6 +132,9 @@ def _peak(analysis: Analysis, forked_equations: set[int], lines: Sequence[Line],
                 inside = max([inside, *map(_bytes, eqn.outvars)])
                 networks = 2 if index in forked_equations else 1
                 live.update((v, networks * _bytes(v)) for v in eqn.outvars if program.last_use.get(v, -1) >= end)
+        if number < len(groups):
+            data = analysis.sites[groups[number][0]].data
+            live.update({data: _bytes(data)} if isinstance(data, Tap) else {})  # rounded inputs
         moving = sum(live.values()) + 2 * inside  # one batch at a time holds what it had and what it makes
         live = {v: size for v, size in live.items() if program.last_use.get(v, -1) >= end}
         if number < len(groups):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from .canonical import canonical
+from .canonical import canonical, segment
 from .compat import bind, call_body, inner_jaxprs, is_literal, opened, scan_arity
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot")
@@ -43,7 +43,7 @@ class Program:
         return all(is_literal(v) or v in self.fixed for v in eqn.invars)
 
 
-def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any, twice: bool = False) -> Program:
+def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> Program:
     """The program of `fn(params, batch)`.
 
     Args:
@@ -51,7 +51,6 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any, twic
         paths: a name for each leaf.
         params: the leaves, or their `jax.ShapeDtypeStruct`s.
         batch: a pytree of arrays or their `jax.ShapeDtypeStruct`s.
-        twice: whether to trace a second time and refuse a model that is another then.
     """
     leaves, batch_tree = jax.tree.flatten(batch)
     tree: list = []
@@ -62,12 +61,6 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any, twic
         return out
 
     closed = jax.make_jaxpr(flat)(list(params), leaves)
-    again = lambda params, leaves: flat(params, leaves)  # another function, as JAX remembers what it has traced
-    if twice and canonical(closed) != canonical(jax.make_jaxpr(again)(list(params), leaves)):
-        raise ValueError(
-            "The model does something else each time it is traced, so the float and the quantized network would differ: it "
-            "draws numbers outside of JAX, or keeps state in Python. Make it a function of its parameters and inputs."
-        )
     inliner = _Inliner()
 
     def inlined(params, leaves):
@@ -103,6 +96,25 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any, twic
         broadcasts,
         last_use,
     )
+
+
+def trace_twice(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> Program:
+    """`trace`, which refuses a model that is another one the second time."""
+    program = trace(fn, paths, params, batch)
+    if _form(program) != _form(
+        trace(lambda *args: fn(*args), paths, params, batch)
+    ):  # JAX remembers what it has traced
+        raise ValueError(
+            "The model does something else each time it is traced, so the float and the quantized network would differ: it "
+            "draws numbers outside of JAX, or keeps state in Python. Make it a function of its parameters and inputs."
+        )
+    return program
+
+
+def _form(program):
+    inputs = [*program.constants, *program.params, *program.inputs]
+    outputs = [v for v in program.outputs if not is_literal(v)]
+    return segment(list(program.equations), inputs, outputs), canonical(list(program.constants.values()))
 
 
 def has_product(jaxpr: Any) -> bool:

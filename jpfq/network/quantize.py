@@ -16,7 +16,7 @@ from .bias import find_biases
 from .functional import Functional, from_function
 from .linen import from_linen, is_linen
 from .nnx import from_nnx, is_nnx
-from .program import Program, trace
+from .program import Program, trace_twice
 from .progress import progress_bar
 from .rules import Assignment, Rule, as_rules, assign
 from .sites import CASTS, Site, find_sites, with_taps
@@ -259,7 +259,7 @@ class Analysis(NamedTuple):
 
 def analyse(functional: Functional, rules: Sequence[Rule], example: Any, strict: bool = False) -> Analysis:
     """Traces a model, finds its kernels and gives each its rule. Values are not looked at: shapes will do."""
-    program = trace(functional.fn, functional.paths, functional.leaves, example, twice=True)
+    program = trace_twice(functional.fn, functional.paths, functional.leaves, example)
     sites, reasons = find_sites(program)
     state = {path for path, ok in zip(functional.paths, functional.trainable, strict=True) if not ok}
     sites = [site for site in sites if site.path not in state]
