@@ -6,11 +6,11 @@ step for nearest, a step for stochastic rounding: `Rounding.error`), and `cost` 
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 
 from ..scalar.grid import Number
 from .gram import Rows
 from .methods import System
+from .substitute import unrounded
 
 
 def square_bound(cost: jax.Array, error: jax.Array) -> jax.Array:
@@ -75,7 +75,4 @@ def kernel_walk_error(rows: Rows, step: Number) -> jax.Array:
 def target(system: System) -> jax.Array:
     """W0 = (I + L)^-1 A, which an infinitely fine grid would return (in, out)."""
     base, L, about, _ = system
-    if L is None:
-        return base
-    about = jnp.zeros_like(base) if about is None else about
-    return about + solve_triangular(L, base - about, lower=True, unit_diagonal=True)
+    return unrounded(base, L, 0 if about is None else about)

@@ -63,7 +63,7 @@ class Recursion(NamedTuple):
         entries of its coordinate.
         """
         about = jnp.zeros_like(A) if about is None else about
-        levels = self.levels if self.refit is None else self.refit(_current(A, L, about))
+        levels = self.levels if self.refit is None else self.refit(unrounded(A, L, about))
         step, zero, grouped = self._at(levels, index)
 
         def neuron(A, about, given, step, zero, carry, o):
@@ -168,6 +168,6 @@ def _panel(recursion, R, L, index, carry, about, given, block):
     return carry, jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]) if x.ndim == 3 else x[0], path)
 
 
-def _current(A, L, about):
-    """What the weights of a block have become when it is reached: the w that rounding without error would return."""
+def unrounded(A: jax.Array, L: jax.Array | None, about: jax.Array | float) -> jax.Array:
+    """The w that rounding without error would return: what the weights of a block have become when it is reached."""
     return A if L is None else about + solve_triangular(L, A - about, lower=True, unit_diagonal=True)
