@@ -52,11 +52,11 @@ def test_influence_is_the_mean_square_derivative():
     x = zoo.normal(2, 200, 6)
     functional = from_function(network, params, {})
     analysis = analyse(functional, [zoo.plain(bits=4)], x)
-    runs = [_influence(analysis.program, functional.leaves, [x], analysis.sites, jax.random.key(i)) for i in range(30)]
+    runs = [_influence(analysis.program, functional.leaves, [x], analysis.sites, jax.random.key(i)) for i in range(8)]
     first, second = (np.mean([np.asarray(r[site.index][0]) for r in runs], 0) for site in analysis.sites)
     slope = 1 - np.tanh(np.asarray(x @ params["first"])) ** 2
     expected = np.mean(slope**2, 0) * np.sum(np.asarray(params["second"]) ** 2, 1)
-    np.testing.assert_allclose(first, expected, rtol=0.05)
+    np.testing.assert_allclose(first, expected, rtol=0.1)
     np.testing.assert_allclose(second, np.ones(5))  # the last layer's outputs are the network's
 
 
