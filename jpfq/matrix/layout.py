@@ -99,7 +99,7 @@ class DotLayout(Layout):
         x = x.transpose(self.data_batch + free + self.data_contract)
         batch, inputs = len(self.data_batch), len(self.data_contract)
         head, rows, tail = x.shape[:batch], x.shape[batch : x.ndim - inputs], x.shape[x.ndim - inputs :]
-        return x.reshape(math.prod(head), *rows, math.prod(tail))
+        return x.reshape(math.prod(head), *(rows or (1,)), math.prod(tail))  # one input for a whole batch is one row
 
     def row_axes(self, ndim):
         return self.data_contract

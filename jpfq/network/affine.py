@@ -56,7 +56,7 @@ class Affine:
                 self.makers.update((v, eqn) for v in eqn.outvars)
             views = [v for v in inputs if v in self.origin]
             if views and is_step(eqn):
-                leaf, chain = self.origin[eqn.invars[0]]
+                leaf, chain = self.origin[views[0]]
                 steps = ((*chain.steps, (eqn, position)) for position in range(len(eqn.outvars)))
                 self.origin.update((out, (leaf, Chain(s))) for out, s in zip(eqn.outvars, steps, strict=True))
             elif views and eqn.outvars[0] in program.broadcasts:

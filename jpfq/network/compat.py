@@ -51,7 +51,7 @@ def scan_arity(eqn) -> tuple[int, int]:
 def bind(eqn, values: list) -> list:
     """Evaluates one equation, eagerly or under a trace, in the context it was traced in."""
     with eqn.ctx.manager:
-        out = eqn.primitive.bind(*values, **eqn.params)
+        out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
 
 

@@ -42,7 +42,7 @@ def fold_batchnorm(
     for site in find_sites(program)[0]:
         for leaf, chain, change in _folded(affine, site, functional.trainable, read):
             old = changes.get(leaf, at_least_float32(jnp.asarray(functional.leaves[leaf])))
-            changes[leaf] = old + chain.scatter(change.astype(old.dtype), old.shape)
+            changes[leaf] = old + chain.scatter(change.astype(old.dtype), old.shape, scaled=True)
     if not changes:
         raise ValueError(
             "There is no BatchNorm to fold: none follows a quantizable kernel directly, with a scale of its own."

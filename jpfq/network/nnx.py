@@ -17,6 +17,7 @@ def from_nnx(model: nnx.Module, kwargs: dict) -> Functional:
     paths, leaves, tree = flatten(params)
     state_paths, state_leaves, state_tree = flatten(state)
     count = len(leaves)
+    counters = set(flatten(nnx.state(model, nnx.RngState))[0])
 
     def merge(leaves):
         return nnx.merge(graph, tree.unflatten(leaves[:count]), state_tree.unflatten(leaves[count:]))
@@ -25,7 +26,7 @@ def from_nnx(model: nnx.Module, kwargs: dict) -> Functional:
         model = merge(leaves)
         out = call(model, batch, kwargs)
         _, _, after = nnx.split(model, nnx.Param, ...)
-        _refuse_change(state_paths, leaves[count:], dict(zip(*flatten(after)[:2], strict=True)))
+        _refuse_change(state_paths, leaves[count:], dict(zip(*flatten(after)[:2], strict=True)), counters)
         return out
 
     return Functional(
@@ -37,15 +38,11 @@ def from_nnx(model: nnx.Module, kwargs: dict) -> Functional:
     )
 
 
-def _refuse_change(paths, before, after):
+def _refuse_change(paths, before, after, counters):
+    """Counters of random numbers may move: whether such numbers reach the outputs, the trace tells."""
     for path, leaf in zip(paths, before, strict=True):
-        if after.get(path) is not leaf:
-            random = "rngs" in path.split("/") or "count" in path.split("/")
-            kind = (
-                "draws random numbers, as Dropout does in training"
-                if random
-                else ("changes its state, as BatchNorm does in training")
-            )
+        if path not in counters and after.get(path) is not leaf:
             raise ValueError(
-                f"The model {kind} ('{path}' changes while it runs). Call model.eval() before quantizing it."
+                f"The model changes its state, as BatchNorm does in training ('{path}' changes while it runs). "
+                "Call model.eval() before quantizing it."
             )

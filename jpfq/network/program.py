@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -69,7 +70,7 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> P
 
     jaxpr, constants = opened(jax.make_jaxpr(inlined)(list(params), leaves))
     equations = _live(jaxpr)
-    _refuse_random(equations)
+    _refuse_random(equations, {v: path for v, path in zip(jaxpr.invars, paths) if _may_seed(v.aval.dtype)})
     variables = dict(zip(jaxpr.constvars, constants, strict=True))
     given, rest = tuple(jaxpr.invars[: len(paths)]), tuple(jaxpr.invars[len(paths) :])
     fixed = {*given, *variables}
@@ -219,13 +220,25 @@ def _broadcasts(equations, fixed, outputs):
     return found
 
 
-def _refuse_random(equations):
+def _may_seed(dtype):
+    """Whether numbers of this type are random keys or their counters."""
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key) or jnp.issubdtype(dtype, jnp.unsignedinteger)
+
+
+def _refuse_random(equations, sources, source=None):
+    """sources: variable -> path of the key in the model's state that it comes from; source: of all else."""
+    sources = dict(sources)
     for eqn in equations:
+        known = [sources[v] for v in eqn.invars if not is_literal(v) and v in sources]
+        origin = known[0] if known else source
         if eqn.primitive.name in DRAWS:
+            of = f" from '{origin}'" if origin else ""
             raise ValueError(
-                f"The model draws random numbers ({eqn.primitive.name}), so the float and the quantized network would see "
-                "different noise. Switch dropout off: pass deterministic=True or train=False (Linen), call model.eval() "
-                "(NNX), or leave the noise out of the function."
+                f"The model draws random numbers{of} ({eqn.primitive.name}), so the float and the quantized network would "
+                "see different noise. Switch dropout off: pass deterministic=True or train=False (Linen), call "
+                "model.eval() (NNX), or leave the noise out of the function."
             )
         for body in inner_jaxprs(eqn):
-            _refuse_random(opened(body)[0].eqns)
+            _refuse_random(opened(body)[0].eqns, {}, origin)
+        if known:
+            sources.update((v, origin) for v in eqn.outvars)

@@ -5,11 +5,13 @@ A weight is reached from its parameter by structural steps alone (casts, reshape
 
 import collections
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..matrix.layout import ConvLayout, DotLayout, Layout
 from .canonical import canonical
@@ -21,6 +23,7 @@ STRUCTURAL = CASTS | {
     "reshape", "transpose", "squeeze", "expand_dims", "slice", "dynamic_slice", "split", "rev", "broadcast_in_dim",
     "copy", "copy_p", "stop_gradient", "sharding_constraint", "device_put", "optimization_barrier",
 }  # fmt: skip
+FACTORS = {"mul", "div"}  # by one positive constant, such as the gain of an equalized learning rate
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,24 +38,27 @@ class Chain:
             leaf = self._step(eqn, leaf)[position]
         return leaf
 
-    def scatter(self, operand: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """A parameter of the given shape that holds `operand` where the chain reads it, and 0 elsewhere. Casts nothing."""
+    def scatter(self, operand: jax.Array, shape: tuple[int, ...], scaled: bool = False) -> jax.Array:
+        """A parameter of the given shape that holds `operand` where the chain reads it, and 0 elsewhere. Casts nothing.
+
+        scaled: whether constant factors on the way are divided out, as for values, or left alone, as for codes.
+        """
 
         def structure(leaf):
             for eqn, position in self.steps:
-                leaf = leaf if eqn.primitive.name in CASTS else self._step(eqn, leaf)[position]
+                leaf = leaf if eqn.primitive.name in CASTS | FACTORS else self._step(eqn, leaf)[position]
             return leaf
 
         (leaf,) = jax.linear_transpose(structure, jax.ShapeDtypeStruct(shape, operand.dtype))(operand)
-        return leaf
+        return leaf / math.prod(factor(eqn) or 1.0 for eqn, _ in self.steps) if scaled else leaf
 
     @staticmethod
     def _step(eqn, leaf):
-        return bind(eqn, [leaf, *(v.val for v in eqn.invars[1:])])
+        return bind(eqn, [v.val if is_literal(v) else leaf for v in eqn.invars])
 
     def key(self) -> Any:
         """A hashable value, equal for chains that read the same entries."""
-        return tuple((canonical(e), tuple(str(v) for v in e.invars[1:]), i) for e, i in self.steps)
+        return tuple((canonical(e), tuple(str(v) for v in e.invars if is_literal(v)), i) for e, i in self.steps)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,7 +132,7 @@ class _Finder:
         if name in PRODUCTS:
             self.product(index, eqn, views)
         elif views and is_step(eqn):
-            leaf, chain = self.origin[eqn.invars[0]]
+            leaf, chain = self.origin[views[0]]
             for position, out in enumerate(eqn.outvars):
                 self.origin[out] = leaf, Chain((*chain.steps, (eqn, position)))
             return
@@ -144,7 +150,7 @@ class _Finder:
         sides = [s for s in (0, 1) if not is_literal(eqn.invars[s]) and eqn.invars[s] in self.program.fixed]
         if len(sides) != 1:  # no weight, or a product of weights: the latter is followed as any computation
             for v in views:
-                self.uses[self.origin[v][0]].add("a product of two weights")
+                self.uses[self.origin[v][0]].add("a product without data")
             return
         operand = eqn.invars[sides[0]]
         if operand not in self.origin:
@@ -192,10 +198,23 @@ class _Finder:
 
 
 def is_step(eqn) -> bool:
-    """Whether an equation is a structural step of its first operand: nothing is repeated, nothing picked by data."""
+    """Whether an equation is a structural step of one operand: nothing is repeated, nothing picked by data."""
+    if eqn.primitive.name in FACTORS:
+        return factor(eqn) is not None
     if eqn.primitive.name not in STRUCTURAL or not all(map(is_literal, eqn.invars[1:])):
         return False
     return sum(v.aval.size for v in eqn.outvars) <= eqn.invars[0].aval.size
+
+
+def factor(eqn) -> float | None:
+    """The positive constant that an equation multiplies its other operand by; None if it does anything else."""
+    scalars = [float(v.val) for v in eqn.invars if is_literal(v) and np.ndim(v.val) == 0]
+    divides = eqn.primitive.name == "div"
+    if eqn.primitive.name not in FACTORS or len(scalars) != 1 or (divides and is_literal(eqn.invars[0])):
+        return None
+    if not 0 < scalars[0] < math.inf:
+        return None
+    return 1 / scalars[0] if divides else scalars[0]
 
 
 def _use(eqn):
@@ -208,6 +227,8 @@ def _use(eqn):
 def _layout(eqn, side) -> Layout | str:
     """How the product becomes matrices, or why it cannot."""
     name, p, shape = eqn.primitive.name, eqn.params, eqn.invars[side].aval.shape
+    if jnp.issubdtype(dtype := eqn.invars[1 - side].aval.dtype, jnp.complexfloating):
+        return f"it multiplies {dtype} numbers"
     if name == "dot_general":
         contract, batch = p["dimension_numbers"]
         if not contract[side]:

@@ -152,7 +152,7 @@ def _correct(streams, number, position, error, biases):
         if stream is streams[0]:
             variable = stream.program.params[bias.leaf]
             leaf = biases.get(bias.path, at_least_float32(stream.value(variable)))
-            biases[bias.path] = leaf + bias.chain.scatter(change.astype(leaf.dtype), leaf.shape)
+            biases[bias.path] = leaf + bias.chain.scatter(change.astype(leaf.dtype), leaf.shape, scaled=True)
 
 
 def _casts(stream, site):
@@ -171,17 +171,18 @@ def _operand(q, layout, casts):
 
 def _assemble(done, shape, dtype, recipe) -> QTensor:
     """The tensor of a parameter from the solutions of its sites."""
-    step, zero = (_full(done, shape, lambda s: getattr(s, name)) for name in ("step", "zero"))
+    step, zero = (_full(done, shape, lambda s: getattr(s, name), name == "step") for name in ("step", "zero"))
     codes = _full(done, shape, lambda s: s.codes.astype(s.step.dtype))  # only floats can be scattered
     runs = tuple(slice(None, None, run) for run in _runs(done, shape))
     rotated = None if recipe.rotation is None else (recipe.rotation, done[0][0].layout)
     return QTensor(codes.astype(code_dtype(recipe.grid)), step[runs], zero[runs], recipe.grid, np.dtype(dtype), rotated)
 
 
-def _full(done, shape, read):
+def _full(done, shape, read, scaled=False):
     """One array of the parameter's shape from arrays (B, groups or in, out or 1) of its sites."""
     matrices = ((site, _to_matrices(read(solution), site.layout.dims)) for site, solution in done)
-    return functools.reduce(operator.add, (site.chain.scatter(site.layout.operand(M), shape) for site, M in matrices))
+    parts = (site.chain.scatter(site.layout.operand(M), shape, scaled) for site, M in matrices)
+    return functools.reduce(operator.add, parts)
 
 
 def _to_matrices(x, dims):

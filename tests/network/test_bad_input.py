@@ -75,6 +75,12 @@ def test_integer_and_complex_weights_are_refused(dtype):
     assert "holds" in quantize(params=params, fn=fn).skipped["layer_2/kernel"]
 
 
+def test_products_with_complex_numbers_are_listed():
+    fn = lambda params, x: jnp.real(jnp.exp(1j * (x @ params["first"])) @ params["second"])
+    params = {"first": zoo.normal(0, 4, 3), "second": zoo.normal(1, 3, 2)}
+    assert quantize(fn=fn, params=params).skipped == {"second": "it multiplies complex64 numbers"}
+
+
 @pytest.mark.parametrize("bits", [0, 17, -1, 2.5, "4", None, True, [], [4]])
 def test_bits_out_of_range(bits):
     with pytest.raises(ValueError, match=r"bits|rules"):

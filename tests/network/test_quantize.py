@@ -1,5 +1,7 @@
 """`quantize` on whole models: drop-in results, the codes of a layer-by-layer loop in NumPy, no recompilation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -294,10 +296,57 @@ def test_boxed_parameters_and_transposed_convolutions():
     )
 
 
+def test_a_stream_of_random_numbers_that_is_only_read_is_no_matter():
+    """The counter of an NNX model moves, and what it counts is not used."""
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.rngs, self.head = rngs, nnx.Linear(4, 2, rngs=rngs)
+
+        def __call__(self, x):
+            self.rngs.params()
+            return self.head(x)
+
+    assert 0 < jpfq.quantize(Model(nnx.Rngs(0)), zoo.batches(9, 4), zoo.plain(bits=8)).output_error < 0.02
+
+
 def test_a_key_that_is_only_carried_along_is_no_random_number():
     key = jax.random.key(3)
     fn = lambda params, x: x @ params + jax.random.key_data(key)[0].astype(jnp.float32)
     assert jpfq.quantize(fn, [zoo.normal(0, 9, 3)], zoo.plain(bits=8), params=zoo.normal(1, 3, 2)).output_error < 0.02
+
+
+@pytest.mark.parametrize(
+    "scaled", [lambda w: w * 4.0, lambda w: 4.0 * w, lambda w: w / 0.25, lambda w: (w * 8).T.T / 2]
+)
+def test_a_constant_factor_on_a_kernel_goes_into_the_steps(scaled, x64):
+    """The parameter comes back in its own units, with the codes of the kernel that the product sees."""
+    batches, w = zoo.batches(9, 6), zoo.normal(7, 6, 3)
+    one = jpfq.quantize(lambda params, x: x @ scaled(params), batches, SYMMETRIC, params=w)
+    two = jpfq.quantize(lambda params, x: x @ params, batches, SYMMETRIC, params=4 * w)
+    (a,), (b,) = one.tensors.values(), two.tensors.values()
+    np.testing.assert_array_equal(a.codes, b.codes)
+    np.testing.assert_array_equal(4 * a.step, b.step)
+    np.testing.assert_array_equal(4 * one.params, two.params)
+
+
+@pytest.mark.parametrize("form", ["gram", "data"])
+def test_one_input_per_batch_entry_is_one_row(form, x64):
+    """A product that has batch axes alone, and no axis of rows besides."""
+    batches, w = zoo.batches(5, 6), zoo.normal(7, 5, 6, 3)
+    rule = dataclasses.replace(SYMMETRIC, form=form)
+    one = jpfq.quantize(lambda w, x: jnp.einsum("bi,bio->bo", x, w), batches, rule, params=w)
+    two = [jpfq.quantize(lambda w, x: x[:, i] @ w, [x[None] for x in batches], rule, params=w[i]) for i in range(5)]
+    np.testing.assert_array_equal(one.params, jnp.stack([q.params for q in two]))
+
+
+def test_what_a_model_maps_over_devices_by_hand_is_part_of_it():
+    mesh, spec = jax.sharding.Mesh(jax.devices()[:1], ("data",)), jax.sharding.PartitionSpec("data")
+    doubled = jax.shard_map(lambda x: 2 * x, mesh=mesh, in_specs=spec, out_specs=spec)
+    batches, w = zoo.batches(9, 6), zoo.normal(7, 6, 3)
+    one = jpfq.quantize(lambda w, x: doubled(x) @ w, batches, zoo.plain(bits=4), params=w)
+    two = jpfq.quantize(lambda w, x: (2 * x) @ w, batches, zoo.plain(bits=4), params=w)
+    np.testing.assert_array_equal(one.params, two.params)
 
 
 def test_compilations_do_not_grow_with_depth(compilations):

@@ -46,13 +46,13 @@ MODELS = {  # name: file, class, fields of its configuration, and the matrices t
         GEMMA4 | {"attention_pattern": ("LOCAL_SLIDING", "GLOBAL"), "k_eq_v_global": True, "num_global_kv_heads": 1},
         {EMBED},
     ),
-    "gemma4-shared": (  # half the layers take the keys of others; further embeddings by a product with a scaled weight
+    "gemma4-shared": (  # half the layers take the keys of others, and a kernel is scaled on its way
         "gemma4",
         "Gemma4",
         GEMMA4
         | {"attention_pattern": ("LOCAL_SLIDING", "GLOBAL"), "num_layers": 4, "frac_shared_layers": 0.5}
         | {"per_layer_input_dim": 8, "remat_config": "DECODER"},
-        TABLES | {"embedder/per_layer_model_projection/w", "layers/2/attn/kv_einsum/w", "layers/3/attn/kv_einsum/w"},
+        TABLES | {"layers/2/attn/kv_einsum/w", "layers/3/attn/kv_einsum/w"},
     ),
     "gemma4-experts": (  # by ragged products
         "gemma4",
@@ -64,7 +64,6 @@ MODELS = {  # name: file, class, fields of its configuration, and the matrices t
 REASONS = {
     EMBED: "gather",
     "embedder/per_layer_input_embedding": "gather",
-    "embedder/per_layer_model_projection/w": "computed",
     "vision_encoder/siglip_encoder/pos_embedding": "add",
     "kv_einsum/w": "not used by the outputs",
     "moe/gating_einsum": "ragged_dot",
