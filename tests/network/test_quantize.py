@@ -106,62 +106,6 @@ def test_convolutions_follow_their_true_patches(x64):
         np.testing.assert_array_equal(got, codes)
 
 
-def test_a_stack_of_layers_gives_the_codes_of_its_layers(x64):
-    scanned, data = zoo.scanned(), zoo.batches(32, 16)
-    variables = jax.tree.map(lambda p: p.astype(jnp.float64), scanned.variables)
-    layers = variables["params"]["layers"]
-    single = {f"layer_{i}": jax.tree.map(lambda p: p[i], layers) for i in range(4)} | {
-        "head": variables["params"]["head"]
-    }
-    one = jpfq.quantize(scanned.model, data, SYMMETRIC, variables=variables)
-    two = jpfq.quantize(zoo.Unrolled(), data, SYMMETRIC, variables={"params": single})
-    for name in ("Dense_0", "Dense_1"):
-        stacked = one.tensors[f"layers/{name}/kernel"]
-        for i in range(4):
-            alone = two.tensors[f"layer_{i}/{name}/kernel"]
-            np.testing.assert_array_equal(stacked.codes[i], alone.codes)
-            np.testing.assert_array_equal(stacked.step[i], alone.step)
-    assert one.output_error == pytest.approx(two.output_error, rel=1e-9)
-
-
-def test_linen_and_nnx_give_the_same_codes(x64):
-    class Twin(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(8, name="b", param_dtype=jnp.float64)(
-                nn.relu(nn.Dense(8, name="a", param_dtype=jnp.float64)(x))
-            )
-
-    class Other(nnx.Module):
-        def __init__(self, rngs):
-            self.a = nnx.Linear(8, 8, param_dtype=jnp.float64, rngs=rngs)
-            self.b = nnx.Linear(8, 8, param_dtype=jnp.float64, rngs=rngs)
-
-        def __call__(self, x):
-            return self.b(nnx.relu(self.a(x)))
-
-    other, data = Other(nnx.Rngs(0)), [zoo.normal(1, 30, 8)]
-    params = {
-        name: {"kernel": getattr(other, name).kernel[...], "bias": getattr(other, name).bias[...]} for name in "ab"
-    }
-    one = jpfq.quantize(Twin(), data, SYMMETRIC, variables={"params": params})
-    two = jpfq.quantize(other, data, SYMMETRIC)
-    for name in ("a/kernel", "b/kernel"):
-        np.testing.assert_array_equal(one.tensors[name].codes, two.tensors[name].codes)
-
-
-def test_experts_are_quantized_each_on_its_own_data(x64):
-    W = np.random.default_rng(0).normal(size=(3, 8, 4))
-    x = np.random.default_rng(1).normal(size=(3, 20, 8))
-    fn = lambda params, x: jnp.einsum("ebd,edf->ebf", x, params["w"])
-    tensor = jpfq.quantize(fn, [x], SYMMETRIC, params={"w": jnp.asarray(W)}).tensors["w"]
-    assert tensor.step.shape == (3, 1, 4)
-    for e in range(3):
-        settings = zoo.PLAIN | {"grid": jpfq.Symmetric(4), "scale": jpfq.AbsMax(0.8)}
-        alone, _ = jpfq.solve(W[e], jpfq.Gram.from_data(x[e]), **settings)
-        np.testing.assert_array_equal(tensor.codes[e], alone.codes)
-
-
 def test_a_smaller_last_batch_counts_like_the_others(x64):
     fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
     params = {"a": zoo.normal(0, 8, 8), "b": zoo.normal(1, 8, 8)}
