@@ -82,11 +82,11 @@ class Subject:
         weights = self.model if self.variables is None else self.variables
         return self.score(lambda batch: self.run(weights, batch))
 
-    def quantized(self, name: str, settings: dict, batches: list | None = None) -> float:
-        """The score of the model quantized by one rule; says so as it goes."""
-        start, rule = time.perf_counter(), jpfq.Rule(".*", **settings)
-        result = jpfq.quantize(self.model, batches or self.batches, rule, variables=self.variables, progress=False)
-        if "activation_bits" in settings:
+    def quantized(self, name: str, rules: jpfq.Rule | list[jpfq.Rule], batches: list | None = None) -> float:
+        """The score of the quantized model; says so as it goes."""
+        start = time.perf_counter()
+        result = jpfq.quantize(self.model, batches or self.batches, rules, variables=self.variables, progress=False)
+        if result.inputs:
             logits = result.apply
         else:
             weights = result.model if self.variables is None else result.variables
@@ -169,7 +169,8 @@ def wiring(name: str, s: Subject) -> tuple[list[str], list[str]]:
     few, found = [s.batches[0][:8]], [s.exact]
     for bits in (8, 4, 3):
         grid = jpfq.Integer(bits, narrow=True)
-        found.append(s.quantized(f"{name}: plain rounding, {bits} bits", PLAIN | {"grid": grid}, few))
+        rule = jpfq.Rule(".*", grid=grid, **PLAIN)
+        found.append(s.quantized(f"{name}: plain rounding, {bits} bits", rule, few))
     off = max(abs(a - b) for a, b in zip(found[1:], CHECK[name][1:], strict=True))
     near = 2 * 10.0**-s.digits  # two pictures, or two units of the last digit
     verdicts = [
@@ -184,7 +185,8 @@ def losses(name: str, s: Subject, args: argparse.Namespace) -> Iterator[tuple[st
     for method, configuration in itertools.product(args.methods, args.configurations):
         settings = CONFIGURATIONS[configuration]
         if not (args.no_activations and "activation_bits" in settings):
-            found = s.quantized(f"{name}: {method}, {configuration}", SETTINGS[method] | settings)
+            rule = jpfq.Rule(".*", **SETTINGS[method], **settings)
+            found = s.quantized(f"{name}: {method}, {configuration}", rule)
             yield method, configuration, s.sign * (s.exact - found)
 
 
