@@ -28,6 +28,7 @@ from .matrix import TopEigenvalue as TopEigenvalue
 from .matrix import patches as patches
 from .matrix import solve as solve
 from .network import Activations as Activations
+from .network import Coupling as Coupling
 from .network import Plan as Plan
 from .network import Quantized as Quantized
 from .network import Rule as Rule

@@ -1,5 +1,6 @@
 """One weight matrix and its data: Gram, the parts around the recursion, and what comes out. Knows no framework."""
 
+from .coupling import solve_coupled as solve_coupled
 from .damping import Damping as Damping
 from .damping import MeanDiagonal as MeanDiagonal
 from .damping import TopEigenvalue as TopEigenvalue

@@ -5,6 +5,7 @@ from .activation import Activations as Activations
 from .batches import Weighted as Weighted
 from .best import best as best
 from .budget import budget as budget
+from .curvature import Coupling as Coupling
 from .fold import fold_batchnorm as fold_batchnorm
 from .plan import Plan as Plan
 from .plan import plan as plan

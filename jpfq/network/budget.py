@@ -19,9 +19,8 @@ from ..matrix import Gram, solve_all
 from ..matrix.each import each
 from ..matrix.gram import at_least_float32
 from ..scalar import Codes, MinMSE, Nearest, grid_of_bits
-from .affine import rows_of
 from .batches import read_batches
-from .compat import bind, is_literal
+from .curvature import derivatives, signs
 from .gather import Gather
 from .program import Program
 from .quantize import adapt, analyse, check_key
@@ -132,27 +131,8 @@ def _influence(program: Program, leaves, batch, sites: Sequence[Site], key) -> d
 
     @jax.jit
     def influence(leaves, batch, key):
-        def forward(shifts):
-            env = dict(program.constants) | dict(zip(program.params, leaves, strict=True))
-            env.update(zip(program.inputs, batch, strict=True))
-            read = lambda v: v.val if is_literal(v) else env[v] if v in env else env[v.source]
-            for index, eqn in enumerate(program.equations):
-                out = bind(eqn, list(map(read, eqn.invars)))
-                if index in shifts:
-                    out = [out[0] + shifts[index]]
-                env.update(zip(eqn.outvars, out, strict=True))
-            return [y for v in program.outputs if jnp.issubdtype((y := read(v)).dtype, jnp.floating)]
-
-        avals = {site.index: program.equations[site.index].outvars[0].aval for site in sites}
-        outputs, back = jax.vjp(forward, {index: jnp.zeros(a.shape, a.dtype) for index, a in avals.items()})
-        keys = jax.random.split(key, len(outputs))
-        (found,) = back([jax.random.rademacher(k, y.shape, y.dtype) for k, y in zip(keys, outputs, strict=True)])
-        squares = {}
-        for site in sites:
-            g = at_least_float32(found[site.index])
-            B, _, out = site.layout.dims
-            squares[site.index] = jnp.mean(g**2, tuple(rows_of(site.layout, g.ndim))).reshape(B, out)
-        return squares
+        found = derivatives(program, leaves, batch, sites, functools.partial(signs, key))
+        return {index: jnp.mean(g**2, 0) for index, g in found.items()}
 
     return influence(list(leaves), list(batch), key)
 

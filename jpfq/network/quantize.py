@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from .activation import Rounded
 from .apply import run
 from .batches import read_batches
 from .bias import find_biases
+from .curvature import curvatures
 from .functional import Functional, from_function
 from .linen import from_linen, is_linen
 from .nnx import from_nnx, is_nnx
@@ -187,11 +189,12 @@ def quantize(
         )
         for a, group in zip(analyses, shaped, strict=True)
     ]
+    coupled = _couple(functional, analyses, shaped, groups, key)
     shapes = [x.shape for x in shaped[0].leaves[0]]
     del shaped  # the streams let inputs go once they are used
     with progress_bar(len(first.sites), progress) as report:
         block, refresh = block_of if rebases else None, _refresh(fresh, shapes, offload) if fresh else None
-        walked = walk(streams, first.assignment.recipes, key, report, block, refresh)
+        walked = walk(streams, first.assignment.recipes, key, report, block, refresh, coupled)
 
     leaves = list(functional.leaves)
     for index, path in enumerate(functional.paths):
@@ -215,6 +218,24 @@ def quantize(
         rebuilt.get("model"),
         rebuilt.get("variables"),
     )
+
+
+def _couple(functional, analyses, shaped, groups, key):
+    """By stop and position, how the neurons of a site are coupled, and its curvature over all batches."""
+    first = analyses[0]
+    how = {i: first.assignment.rules[site.path].coupling for i, site in enumerate(first.sites)}
+    how = {i: coupling for i, coupling in how.items() if coupling is not None}
+    if not how:
+        return {}
+    key = jax.random.fold_in(jax.random.key(0) if key is None else key, zlib.crc32(b"coupling"))
+    total: dict = {}
+    for number, (a, group) in enumerate(zip(analyses, shaped, strict=True)):
+        sites = {i: a.sites[i] for i in how}
+        part = jax.random.fold_in(key, number)
+        found = curvatures(a.program, functional.leaves, group.leaves, group.weights, sites, how, part)
+        total |= {i: F if i not in total else total[i] + F for i, F in found.items()}
+    places = {i: (stop, position) for stop, group in enumerate(groups) for position, i in enumerate(group)}
+    return {places[i]: (coupling, total[i]) for i, coupling in how.items()}
 
 
 def _refresh(fresh, shapes, offload):

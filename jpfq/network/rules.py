@@ -8,9 +8,10 @@ from typing import Literal, NamedTuple
 
 from ..matrix import Finish, Form, Hadamard, Method, Order, Prepare, Recipe, Shrinkage, recipe_of
 from ..matrix.patches import Patches
-from ..scalar import Asymmetric, Grid, Rounding, Scale, register_dataclass
+from ..scalar import Asymmetric, Grid, PerTensor, Rounding, Scale, register_dataclass
 from ..scalar.grid import Number
 from .activation import Activations
+from .curvature import Coupling
 
 _static = {"static": True}
 
@@ -33,6 +34,8 @@ class Rule:
             `NonOverlapping()` or `Random(share)`.
         correct_bias: whether the mean error of the layer's output goes into the bias that follows it, where it has one
             of its own (of a BatchNorm, too).
+        coupling: how neurons make up for each other's errors, such as `jpfq.Coupling(of="logits")`; left out, each neuron
+            is quantized by itself.
         skip: leave these kernels as they are.
         unsupported: what to do about matched kernels that cannot be quantized (tied, computed, inside a loop ..).
             "skip" lists them with their reason, "error" refuses. Left out, they are listed if the rule matches others
@@ -56,6 +59,7 @@ class Rule:
     activations: Activations | None = dataclasses.field(default=None, kw_only=True)
     patches: Patches | None = dataclasses.field(default=None, kw_only=True)
     correct_bias: bool = dataclasses.field(default=False, kw_only=True, metadata=_static)
+    coupling: Coupling | None = dataclasses.field(default=None, kw_only=True)
     skip: bool = dataclasses.field(default=False, kw_only=True, metadata=_static)
     unsupported: Literal["skip", "error"] | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
 
@@ -76,7 +80,8 @@ class Rule:
             self.inputs()
         except ValueError as error:
             raise ValueError(f"Rule({self.pattern!r}): {error}") from error
-        for name, example in (("activations", "Activations()"), ("patches", "patches.All()")):
+        examples = (("activations", "Activations()"), ("patches", "patches.All()"), ("coupling", "Coupling()"))
+        for name, example in examples:
             value = getattr(self, name)
             if isinstance(value, (type, str, int, float)):
                 raise ValueError(f"Rule({self.pattern!r}): {name} is such as jpfq.{example}; got {value!r}.")
@@ -88,7 +93,13 @@ class Rule:
     def recipe(self) -> Recipe:
         """The settings of this rule with the defaults filled in."""
         settings = self._settings()
-        return recipe_of(settings.pop("bits", None), settings.pop("grid", None), **settings)
+        if self.coupling is not None:
+            settings.setdefault("form", "gram")
+        recipe = recipe_of(settings.pop("bits", None), settings.pop("grid", None), **settings)
+        if self.coupling is not None and (recipe.needs_rows or isinstance(recipe.scale.per, PerTensor)):
+            needs = recipe.scale if isinstance(recipe.scale.per, PerTensor) else "what works on the calibration rows"
+            raise ValueError(f"coupling takes one neuron after the other, from a Gram; it does not go with {needs}.")
+        return recipe
 
     def inputs(self) -> Activations | None:
         """How the inputs of these kernels are quantized; None if they are not."""
@@ -100,7 +111,7 @@ class Rule:
 
     def _around(self):
         """What is set of the layer rather than of its matrix."""
-        names = ("activation_bits", "activations", "patches")
+        names = ("activation_bits", "activations", "patches", "coupling")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return given | ({"correct_bias": True} if self.correct_bias else {})
 

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..matrix import Info, QTensor, Recipe, Solution, code_dtype, raise_on, solve_all
+from ..matrix import Info, QTensor, Recipe, Solution, code_dtype, raise_on, solve_all, solve_coupled
 from ..matrix.gram import at_least_float32, matmul
 from .activation import Rounded, choose
+from .curvature import Coupling
 from .gather import Gather, fit
 from .sites import CASTS, Site
 from .stream import Stream
@@ -52,6 +53,7 @@ def walk(
     report: Callable[[str, float], None] = lambda path, error: None,
     block: Callable[[Site], Any] | None = None,
     refresh: Callable[[Stream, int], Stream] | None = None,
+    coupled: dict[tuple[int, int], tuple[Coupling, jax.Array]] | None = None,
 ) -> Walked:
     """Quantizes every site.
 
@@ -63,6 +65,7 @@ def walk(
         block: names the block of a site; where it changes, the reference starts anew from the quantized network. None
             for a reference that is the float network throughout.
         refresh: takes the stream of the stop before to one over other batches, for each stop but the first.
+        coupled: by number of the stop and position in it, how neurons are coupled, and the curvature F of that site.
     """
     first = streams[0]
     waiting = collections.Counter(site.path for stop in first.stops for site in stop)
@@ -86,7 +89,11 @@ def walk(
             draw = None if draw is None else jax.random.fold_in(draw, len(done))
             recipe.refuse(gather.count, W.shape[1], site.path)
             gathered = gather(recipe, W.shape, centred=site.bias is not None)
-            solution = solve_all(W, gathered.data, recipe, draw)
+            if coupled and (number, position) in coupled:
+                how, F = coupled.pop((number, position))
+                solution = solve_coupled(W, gathered.data, F, recipe, draw, how.damping, how.block)
+            else:
+                solution = solve_all(W, gathered.data, recipe, draw)
             raise_on(solution.info, recipe, site.path, gathered.data)
             operand = _operand(solution.q, site.layout, _casts(first, site))
             for stream in streams:

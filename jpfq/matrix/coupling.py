@@ -1,0 +1,97 @@
+"""Neurons that make up for each other's errors.
+
+To second order, an error E = W - q (in, out) of a layer moves what the network makes of it by tr(F E^T H E), where F is the
+mean of g g^T over rows, g the derivative by the layer's outputs (Kronecker-factored curvature: Martens, Grosse 2015; for
+quantization: YAQA, arXiv 2505.22988). A layer by itself has F = I. So neurons depend on one another through F as input
+coordinates do through H, and the same substitution serves both: blocks of neurons one after the other, each aimed at
+
+    W_b + E_before T^T,     F + lam I = V V^T,  V block upper triangular,  T the part of (V diag(V_bb)^-1)^T before b
+
+which is where the later neurons, were they not rounded, would leave the least. Within a block each neuron stands alone.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import block_diag, solve_triangular
+
+from .damping import MeanDiagonal, factor
+from .each import each
+from .gram import Gram, matmul
+from .qtensor import entropy
+from .recipe import Recipe
+from .stages import Solution, solve_all
+
+
+@functools.partial(jax.jit, static_argnames="block")
+def solve_coupled(
+    W: jax.Array, gram: Gram, F: jax.Array, recipe: Recipe, key: jax.Array | None, damping: jax.Array, block: int
+) -> Solution:
+    """`solve_all` for neurons that are coupled; each ends with a step of its own.
+
+    Args:
+        W: weights (B, in, out).
+        gram: with a leading axis of B.
+        F: curvature (B, out, out); its scale does not matter.
+        damping: share of the mean of diag(F) that is added to it.
+        block: neurons at a time.
+    """
+    B, _, out = W.shape
+    order = jnp.argsort(-jnp.diagonal(F, axis1=1, axis2=2), axis=1, stable=True)  # what matters most goes first
+    back = jnp.argsort(order, axis=1)
+    take = lambda x, order: jnp.take_along_axis(x, order[:, None], 2)
+    goal = take(each(lambda W, gram: _aligned(W, gram, recipe), W, gram), order)
+    T = each(lambda F, p: feedback(F[p][:, p], damping, block), F, order)
+    more = -out % block  # neurons of no weight, which change nothing
+    goal = jnp.pad(goal, ((0, 0), (0, 0), (0, more)))
+    own = dataclasses.replace(gram, C=None, drift=None)
+
+    def visit(E, first):
+        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, first, block, axis)
+        exact = cut(goal, 2)
+        draw = None if key is None else jax.random.fold_in(key, first)
+        made = solve_all(exact + each(lambda E, T: matmul(E, T.T), E, cut(T, 1)), own, recipe, draw)
+        return jax.lax.dynamic_update_slice_in_dim(E, exact - made.q, first, 2), made
+
+    _, made = jax.lax.scan(visit, jnp.zeros_like(goal), jnp.arange(0, out, block))
+    join = lambda x: take(jnp.moveaxis(x, 0, 2).reshape(B, x.shape[2], -1)[..., :out], back)
+    spread = lambda x: jnp.broadcast_to(x, (*x.shape[:3], block))
+    codes, q, step, zero = (join(spread(x)) for x in made[:4])
+    zeros = jnp.zeros_like(W)
+    info = dataclasses.replace(
+        jax.tree.map(lambda x: x.sum(), made.info),
+        square_error=each(Gram.square_error, gram, W, q).sum(),
+        energy=each(Gram.square_error, gram, W, zeros).sum(),
+        saturation=made.info.saturation.mean() * ((out + more) / out),
+        dead=made.info.dead[0],
+        sparsity=jnp.mean(q == 0),
+        entropy=entropy(codes),
+        square_floor=each(Gram.square_error, gram, W, take(goal[..., :out], back)).sum(),
+        square_bound=jnp.asarray(jnp.nan, W.dtype),
+    )
+    return Solution(codes, q, step, zero, info)
+
+
+def feedback(F: jax.Array, damping: jax.Array, block: int) -> jax.Array:
+    """T (out, out), padded to whole blocks, for neurons in the order of F: row j is what j makes up for of each before."""
+    out = F.shape[0]
+    lam = damping * jnp.trace(F) / out
+    more = -out % block
+    F = jnp.pad(F + lam * jnp.eye(out, dtype=F.dtype), ((0, more), (0, more)))
+    F = F + jnp.diag((jnp.arange(out + more) >= out).astype(F.dtype))
+    V = jnp.flip(jnp.linalg.cholesky(jnp.flip(F)))
+    blocks = out + more
+    blocks = [V[i : i + block, i : i + block] for i in range(0, blocks, block)]
+    before = 1 - block_diag(*(jnp.ones_like(b) for b in blocks))
+    T = solve_triangular(block_diag(*blocks), V.T, trans=1)
+    return jnp.tril(T * before)
+
+
+def _aligned(W, gram, recipe):
+    """The least squares weights for what the float layer makes of its own inputs."""
+    trusted = gram if recipe.shrinkage is None else recipe.shrinkage(gram)
+    if trusted.C is None:
+        return W
+    return W + factor(trusted.H, MeanDiagonal(0.01)).solve(matmul(trusted.C, W))
