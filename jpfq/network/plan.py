@@ -89,7 +89,7 @@ def plan(
     variables, equations = forks(analysis.program, analysis.sites)
     lines = [_line(site, site.data in variables, analysis, batches) for site in analysis.sites]
     forward = sum(4.0 * line.rows * math.prod(line.dims) for line in lines)
-    memory = _peak(analysis, equations, lines, batches)
+    memory = max(_peak(analysis, equations, lines, batches) + _curvature(analysis), _backward(analysis))
     return Plan(lines, analysis.assignment.skipped, memory, forward + sum(line.flops for line in lines))
 
 
@@ -146,6 +146,19 @@ def _peak(analysis: Analysis, forked_equations: set[int], lines: Sequence[Line],
             peak = max(peak, codes + (batches - 1) * before + moving)
         start = end
     return sum(map(_bytes, program.params)) + peak
+
+
+def _curvature(analysis: Analysis) -> int:
+    """Matrices (out, out) of coupled neurons, held until their site is done."""
+    coupled = [s.layout.dims for s in analysis.sites if analysis.assignment.rules[s.path].coupling is not None]
+    return sum(4 * B * out * out for B, _, out in coupled)
+
+
+def _backward(analysis: Analysis) -> int:
+    """Parameters, and every value of one batch with its derivative, where neurons are coupled."""
+    curvature, program = _curvature(analysis), analysis.program
+    made = sum(_bytes(v) for e in program.equations if not program.is_fixed(e) for v in e.outvars)
+    return sum(map(_bytes, program.params)) + 2 * (curvature + made) if curvature else 0
 
 
 def _bytes(v) -> int:

@@ -56,11 +56,11 @@ def test_the_effect_is_a_sum_over_blocks_of_their_own_errors(block, x64):
     assert own == pytest.approx(effect(F, H, E), rel=1e-10)
 
 
-@pytest.mark.parametrize("block", [1, 3, 16])
-def test_neurons_that_are_not_coupled_get_their_own_codes(block, x64):
+@pytest.mark.parametrize(("block", "settings"), [(1, PLAIN), (3, {}), (16, PLAIN)])
+def test_neurons_that_are_not_coupled_get_their_own_codes(block, settings, x64):
     W, gram, _ = problem(C=False)
     F = jnp.stack([jnp.diag(jnp.arange(1.0, OUT + 1))] * 2)
-    recipe = recipe_of(3, None)
+    recipe = recipe_of(3, None, **settings)
     one, two = solved(W, gram, F, recipe, block), solve_all(W, gram, recipe, None)
     np.testing.assert_array_equal(one.codes, two.codes)
     for a, b in zip(one[1:4], two[1:4], strict=True):
@@ -99,7 +99,7 @@ def test_blocks_of_neurons_one_after_the_other(block, x64):
 def test_the_effect_on_the_outputs_shrinks():
     """Though the layer's own error grows."""
     W, gram, F = problem()
-    recipe = recipe_of(3, None)
+    recipe = recipe_of(3, None, **PLAIN)
     alone = solve_all(W, gram, recipe, None)
     coupled = [solved(W, gram, F, recipe, block) for block in (3, 1)]
     target = W + jnp.linalg.solve(gram.H, gram.C @ W)

@@ -79,8 +79,8 @@ def network():
 @pytest.mark.parametrize("of", ["outputs", "logits"])
 def test_the_error_of_the_outputs_shrinks(of):
     fn, params, batches = network()
-    alone = jpfq.quantize(fn, batches, 3, params=params)
-    coupled = jpfq.quantize(fn, batches, jpfq.Rule(".*", bits=3, coupling=jpfq.Coupling(of, block=4)), params=params)
+    alone = jpfq.quantize(fn, batches, zoo.plain(bits=3), params=params)
+    coupled = jpfq.quantize(fn, batches, zoo.plain(bits=3, coupling=jpfq.Coupling(of, block=4)), params=params)
     assert coupled.output_error < 0.7 * alone.output_error
     assert coupled.info["a"].relative_error > alone.info["a"].relative_error
 
@@ -98,10 +98,10 @@ def test_batches_of_two_sizes_and_the_hosts_memory_change_nothing():
 def test_kernels_of_other_rules_stay_as_they_were():
     """Those before the coupled one get the codes they had; and each kernel can have settings of its own."""
     fn = lambda params, x: jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) @ params["c"]
-    params = {"a": zoo.normal(0, 8, 8), "b": zoo.normal(1, 8, 6), "c": zoo.normal(2, 6, 2)}
+    params = {"a": zoo.normal(0, 8, 8), "b": zoo.normal(1, 8, 8), "c": zoo.normal(2, 8, 8)}
     rules = [
-        zoo.plain("b", bits=3, coupling=jpfq.Coupling(block=3)),
-        zoo.plain("c", bits=3, coupling=jpfq.Coupling("logits", block=1)),
+        zoo.plain("b", bits=3, coupling=jpfq.Coupling(block=4)),
+        zoo.plain("c", bits=3, coupling=jpfq.Coupling("logits", block=4)),
         zoo.plain(bits=3),
     ]
     mixed = jpfq.quantize(fn, zoo.batches(40, 8), rules, params=params)
@@ -134,3 +134,18 @@ def test_what_does_not_go_with_it(settings):
         jpfq.Rule(".*", bits=4, coupling=jpfq.Coupling(), **settings)
     with pytest.raises(ValueError, match=r"coupling is such as jpfq\.Coupling\(\)"):
         jpfq.Rule(".*", bits=4, coupling="logits")
+
+
+def test_the_plan_knows_of_the_curvature():
+    """Matrices (out, out) and a backward pass."""
+    fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
+    params = {"a": jax.ShapeDtypeStruct((8, 4096), np.float32), "b": jax.ShapeDtypeStruct((4096, 2), np.float32)}
+    plans = [
+        jpfq.plan(
+            fn, jax.ShapeDtypeStruct((rows, 8), np.float32), zoo.plain(bits=3, form="gram", coupling=how), params=params
+        )
+        for rows, how in ((16, None), (16, jpfq.Coupling()), (10**6, jpfq.Coupling()))
+    ]
+    alone, coupled, tall = (plan.memory for plan in plans)
+    assert coupled - alone == 4 * (4096**2 + 2**2)
+    assert tall >= 2 * 4 * 10**6 * 2 * 4096  # what the layer makes before and after tanh, and its derivative
