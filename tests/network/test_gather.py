@@ -136,6 +136,7 @@ def test_fresh_batches_for_every_layer():
     assert any((fresh.tensors[path].codes != once.tensors[path].codes).any() for path in once.tensors)
 
 
+@pytest.mark.slow
 def test_blocks_start_anew_from_the_quantized_network():
     """With every layer its own block, each is solved as if its float inputs were the quantized network's."""
     model, batches = zoo.Unrolled(), zoo.batches(40, 16)

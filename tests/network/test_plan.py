@@ -104,6 +104,7 @@ class PeakOfArrays:
         self.thread.join()
 
 
+@pytest.mark.slow
 def test_activations_and_parameters_in_the_estimate_are_those_that_live():
     """On a model whose memory is activations and parameters, not the workspace of compiled functions, which hides."""
     widths = (256, 512, 384, 16)

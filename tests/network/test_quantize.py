@@ -293,14 +293,26 @@ def test_what_a_model_maps_over_devices_by_hand_is_part_of_it():
     np.testing.assert_array_equal(one.params, two.params)
 
 
+@pytest.mark.slow
 def test_compilations_do_not_grow_with_depth(compilations):
-    """The last test here, since it empties the caches."""
-    counts = []
-    for depth in (2, 3):
-        case = zoo.lm(depth)
+    """Equal blocks are compiled once. The last test here, since it empties the caches."""
+
+    class Deep(nn.Module):
+        depth: int
+
+        @nn.compact
+        def __call__(self, x):
+            for i in range(self.depth):
+                x, _ = zoo.Layer(name=f"layer_{i}")(nn.LayerNorm()(x))
+            return nn.Dense(7)(x)
+
+    counts, batches = [], zoo.batches(32, 16)
+    for depth in (3, 6):
+        model = Deep(depth)
+        variables = zoo.initial(model, batches[0])
         jax.clear_caches()
         walk_module._known_runs.clear()
         compilations.clear()
-        jpfq.quantize(case.model, case.batches, zoo.plain(bits=4), **case.given)
+        jpfq.quantize(model, batches, zoo.plain(bits=4), variables=variables)
         counts.append(len(compilations))
     assert counts[0] == counts[1] > 0

@@ -149,7 +149,8 @@ def test_exactly_in_float64(written, x64):
     assert one.output_error == pytest.approx(two.output_error, rel=1e-9)
 
 
-@pytest.mark.parametrize("written", PAIRS)
+@pytest.mark.slow
+@pytest.mark.parametrize("written", [grouped, experts, frameworks])
 def test_but_for_ties_in_float32(written):
     wrong, total, one, two = differences(written(jnp.float32), zoo.plain(**SETTINGS))
     assert wrong <= 0.003 * total

@@ -41,6 +41,7 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop("own", None)
 
 
+@pytest.mark.slow
 def test_the_demo_shows_gpfq_ahead_of_rounding_and_best_ahead_of_both(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "GRIDS", (jpfq.Ternary(), jpfq.Integer(2)))  # the hardest two, to save time
     picture = tmp_path / "digits.png"
