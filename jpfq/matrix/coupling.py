@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import block_diag, solve_triangular
 
+from ..scalar import Codes
+from ..scalar.grid import Number
 from .damping import MeanDiagonal, factor
 from .each import each
 from .gram import Gram, matmul
@@ -25,11 +27,10 @@ from .recipe import Recipe
 from .stages import Solution, solve_all
 
 
-@functools.partial(jax.jit, static_argnames="block")
 def solve_coupled(
-    W: jax.Array, gram: Gram, F: jax.Array, recipe: Recipe, key: jax.Array | None, damping: jax.Array, block: int
+    W: jax.Array, gram: Gram, F: jax.Array, recipe: Recipe, key: jax.Array | None, damping: Number, block: int
 ) -> Solution:
-    """`solve_all` for neurons that are coupled; each ends with a step of its own.
+    """`solve_all` for neurons that are coupled; each ends with a step of its own. Compiled once for all grids.
 
     Args:
         W: weights (B, in, out).
@@ -38,6 +39,11 @@ def solve_coupled(
         damping: share of the mean of diag(F) that is added to it.
         block: neurons at a time.
     """
+    return _solve_coupled(W, gram, F, dataclasses.replace(recipe, grid=Codes.of(recipe.grid)), key, damping, block)
+
+
+@functools.partial(jax.jit, static_argnames="block")
+def _solve_coupled(W, gram, F, recipe, key, damping, block):
     B, _, out = W.shape
     order = jnp.argsort(-jnp.diagonal(F, axis1=1, axis2=2), axis=1, stable=True)  # what matters most goes first
     back = jnp.argsort(order, axis=1)
@@ -77,16 +83,11 @@ def solve_coupled(
 def feedback(F: jax.Array, damping: jax.Array, block: int) -> jax.Array:
     """T (out, out), padded to whole blocks, for neurons in the order of F: row j is what j makes up for of each before."""
     out = F.shape[0]
-    lam = damping * jnp.trace(F) / out
     more = -out % block
-    F = jnp.pad(F + lam * jnp.eye(out, dtype=F.dtype), ((0, more), (0, more)))
-    F = F + jnp.diag((jnp.arange(out + more) >= out).astype(F.dtype))
-    V = jnp.flip(jnp.linalg.cholesky(jnp.flip(F)))
-    blocks = out + more
-    blocks = [V[i : i + block, i : i + block] for i in range(0, blocks, block)]
-    before = 1 - block_diag(*(jnp.ones_like(b) for b in blocks))
-    T = solve_triangular(block_diag(*blocks), V.T, trans=1)
-    return jnp.tril(T * before)
+    damped = F + damping * jnp.trace(F) / out * jnp.eye(out, dtype=F.dtype)
+    V = jnp.flip(jnp.linalg.cholesky(jnp.flip(block_diag(damped, jnp.eye(more, dtype=F.dtype)))))
+    within = jnp.kron(jnp.eye((out + more) // block, dtype=F.dtype), jnp.ones((block, block), F.dtype))
+    return jnp.tril(solve_triangular(V * within, V.T, trans=1) * (1 - within))
 
 
 def _aligned(W, gram, recipe):

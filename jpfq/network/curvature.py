@@ -25,14 +25,14 @@ class Coupling:
     Blocks of neurons are quantized one after the other, each aimed at weights that make up for those before it in the sense
     of the network's outputs, by derivatives of the float network on the calibration data. The layer's own error grows by
     that; the error of the outputs shrinks, for language models most. It takes a backward pass for each draw, of one batch
-    at a time, and a matrix (out, out) for each layer.
+    at a time, and a matrix (out, out) for each layer. The mathematics, and its sources, are in matrix/coupling.py.
 
     Args:
         of: what the outputs are. "logits": of a classifier or a language model, categories on the last axis; what counts
             is then the likelihood. "outputs": anything; what counts is their square error.
         block: neurons at a time. Fewer give better codes and take longer.
         samples: random draws for each batch.
-        damping: share of the mean of F's diagonal that is added to it.
+        damping: share of the mean of the curvature's diagonal that is added to it.
     """
 
     of: Literal["logits", "outputs"] = dataclasses.field(default="outputs", metadata={"static": True})

@@ -234,6 +234,12 @@ def _couple(functional, analyses, shaped, groups, key):
         part = jax.random.fold_in(key, number)
         found = curvatures(a.program, functional.leaves, group.leaves, group.weights, sites, how, part)
         total |= {i: F if i not in total else total[i] + F for i, F in found.items()}
+    for i, F in total.items():
+        if not 0 < float(jnp.trace(F.sum(0))) < float("inf"):
+            raise ValueError(
+                f"coupling: by derivatives of the float network, its outputs do not depend on {first.sites[i].path}, or "
+                "more than numbers can hold. Return logits, not labels; calibrate in float32; or couple other kernels only."
+            )
     places = {i: (stop, position) for stop, group in enumerate(groups) for position, i in enumerate(group)}
     return {places[i]: (coupling, total[i]) for i, coupling in how.items()}
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..matrix import Info, QTensor, Recipe, Solution, code_dtype, raise_on, solve_all, solve_coupled
-from ..matrix.gram import at_least_float32, matmul
+from ..matrix.gram import as_gram, at_least_float32, matmul
 from .activation import Rounded, choose
 from .curvature import Coupling
 from .gather import Gather, fit
@@ -91,7 +91,7 @@ def walk(
             gathered = gather(recipe, W.shape, centred=site.bias is not None)
             if coupled and (number, position) in coupled:
                 how, F = coupled.pop((number, position))
-                solution = solve_coupled(W, gathered.data, F, recipe, draw, how.damping, how.block)
+                solution = solve_coupled(W, as_gram(gathered.data), F, recipe, draw, how.damping, how.block)
             else:
                 solution = solve_all(W, gathered.data, recipe, draw)
             raise_on(solution.info, recipe, site.path, gathered.data)

@@ -149,3 +149,19 @@ def test_the_plan_knows_of_the_curvature():
     alone, coupled, tall = (plan.memory for plan in plans)
     assert coupled - alone == 4 * (4096**2 + 2**2)
     assert tall >= 2 * 4 * 10**6 * 2 * 4096  # what the layer makes before and after tanh, and its derivative
+
+
+@pytest.mark.parametrize("last", [lambda x: jnp.argmax(x, -1), lambda x: x * jnp.inf, jnp.floor])
+def test_outputs_without_derivatives_are_refused(last):
+    fn = lambda params, x: last(x @ params["head"])
+    rule = zoo.plain(bits=4, coupling=jpfq.Coupling())
+    with pytest.raises(ValueError, match="its outputs do not depend on head"):
+        jpfq.quantize(fn, zoo.batches(9, 6), rule, params={"head": zoo.normal(7, 6, 3)})
+
+
+def test_all_widths_share_one_compilation(compilations):
+    fn, params, batches = network()
+    for bits in (3, 4):
+        compilations.clear()
+        jpfq.quantize(fn, batches, zoo.plain(bits=bits, coupling=jpfq.Coupling()), params=params)
+    assert len(compilations) == 1  # the backward pass, which is compiled for each call
