@@ -184,8 +184,7 @@ def wiring(name: str, s: Subject) -> tuple[list[str], list[str]]:
 
 def losses(name: str, s: Subject, args: argparse.Namespace) -> Iterator[tuple[str, str, float]]:
     """Method, configuration, and what they lose against float."""
-    methods = [method for method in args.methods if method in s.methods]
-    for method, configuration in itertools.product(methods, args.configurations):
+    for method, configuration in itertools.product(args.methods or s.methods, args.configurations):
         settings = CONFIGURATIONS[configuration]
         if not (args.no_activations and "activation_bits" in settings):
             rule = jpfq.Rule(".*", **METHODS[method], **settings)
@@ -195,7 +194,8 @@ def losses(name: str, s: Subject, args: argparse.Namespace) -> Iterator[tuple[st
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option, choices in (("models", SUBJECTS), ("methods", METHODS), ("configurations", CONFIGURATIONS)):
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="left out, coupled is tried on stories alone")
+    for option, choices in (("models", SUBJECTS), ("configurations", CONFIGURATIONS)):
         parser.add_argument(f"--{option}", nargs="+", choices=choices, default=list(choices))
     parser.add_argument("--no-activations", action="store_true", help="leave out what quantizes activations")
     parser.add_argument("--pictures", type=int, default=1_000, help="calibration pictures, 5,000 at most")

@@ -15,13 +15,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import block_diag, solve_triangular
+from jax.scipy.linalg import solve_triangular
 
 from ..scalar import Codes
 from ..scalar.grid import Number
 from .damping import MeanDiagonal, factor
 from .each import each
 from .gram import Gram, matmul
+from .prepare import LeastSquares
 from .qtensor import entropy
 from .recipe import Recipe
 from .stages import Solution, solve_all
@@ -80,19 +81,15 @@ def _solve_coupled(W, gram, F, recipe, key, damping, block):
     return Solution(codes, q, step, zero, info)
 
 
-def feedback(F: jax.Array, damping: jax.Array, block: int) -> jax.Array:
+def feedback(F: jax.Array, damping: Number, block: int) -> jax.Array:
     """T (out, out), padded to whole blocks, for neurons in the order of F: row j is what j makes up for of each before."""
-    out = F.shape[0]
-    more = -out % block
-    damped = F + damping * jnp.trace(F) / out * jnp.eye(out, dtype=F.dtype)
-    V = jnp.flip(jnp.linalg.cholesky(jnp.flip(block_diag(damped, jnp.eye(more, dtype=F.dtype)))))
-    within = jnp.kron(jnp.eye((out + more) // block, dtype=F.dtype), jnp.ones((block, block), F.dtype))
+    more = -F.shape[0] % block
+    V = factor(jnp.pad(F, (0, more)), MeanDiagonal(damping)).V
+    within = jnp.kron(jnp.eye(V.shape[0] // block, dtype=F.dtype), jnp.ones((block, block), F.dtype))
     return jnp.tril(solve_triangular(V * within, V.T, trans=1) * (1 - within))
 
 
 def _aligned(W, gram, recipe):
     """The least squares weights for what the float layer makes of its own inputs."""
     trusted = gram if recipe.shrinkage is None else recipe.shrinkage(gram)
-    if trusted.C is None:
-        return W
-    return W + factor(trusted.H, MeanDiagonal(0.01)).solve(matmul(trusted.C, W))
+    return LeastSquares()(W, trusted, None)[0]

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 from .activation import Rounded
-from .compat import bind, is_literal
+from .compat import bind
 from .functional import Functional
-from .program import trace
+from .program import evaluate, trace
 from .sites import find_sites
 
 
@@ -24,12 +24,9 @@ def run(functional: Functional, leaves, inputs: dict[str, list[Rounded]], batch:
         if site.path in inputs:
             rounded[site.index] = site.data, inputs[site.path][uses[site.path]]
             uses[site.path] += 1
-    env = dict(program.constants) | dict(zip(program.params, leaves, strict=True))
-    env.update(zip(program.inputs, jax.tree.leaves(batch), strict=True))
-    for index, eqn in enumerate(program.equations):
+
+    def visit(index, eqn, values):
         data, rounding = rounded.get(index, (None, None))
-        values = [v.val if is_literal(v) else rounding(env[v]) if v is data else env[v] for v in eqn.invars]
-        env.update(zip(eqn.outvars, bind(eqn, values), strict=True))
-        for v in [v for v in eqn.invars if not is_literal(v) and program.last_use[v] == index]:
-            env.pop(v, None)
-    return program.tree.unflatten([v.val if is_literal(v) else env[v] for v in program.outputs])
+        return bind(eqn, [rounding(x) if v is data else x for v, x in zip(eqn.invars, values, strict=True)])
+
+    return program.tree.unflatten(evaluate(program, leaves, jax.tree.leaves(batch), visit))

@@ -1,4 +1,4 @@
-"""How the outputs of a network depend on what each layer puts out: derivatives of the float network, backwards once."""
+"""How the outputs of a network depend on what each layer puts out: derivatives of the float network, backwards."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,9 +11,9 @@ from ..matrix.gram import at_least_float32
 from ..scalar.grid import Number, is_number
 from ..scalar.pytree import register_dataclass
 from .affine import rows_of
-from .compat import bind, is_literal
+from .compat import bind
 from .gather import fit
-from .program import Program
+from .program import Program, evaluate
 from .sites import Site
 
 
@@ -59,15 +59,9 @@ def derivatives(program: Program, leaves, batch, sites: Sequence[Site], cotangen
     """
 
     def forward(shifts):
-        env = dict(program.constants) | dict(zip(program.params, leaves, strict=True))
-        env.update(zip(program.inputs, batch, strict=True))
-        read = lambda v: v.val if is_literal(v) else env[v] if v in env else env[v.source]
-        for index, eqn in enumerate(program.equations):
-            out = bind(eqn, list(map(read, eqn.invars)))
-            if index in shifts:
-                out = [out[0] + shifts[index]]
-            env.update(zip(eqn.outvars, out, strict=True))
-        return [y for v in program.outputs if jnp.issubdtype((y := read(v)).dtype, jnp.floating)]
+        shifted = lambda index, out: [out[0] + shifts[index]] if index in shifts else out
+        outputs = evaluate(program, leaves, batch, lambda index, eqn, values: shifted(index, bind(eqn, values)))
+        return [y for y in outputs if jnp.issubdtype(jnp.result_type(y), jnp.floating)]
 
     avals = {site.index: program.equations[site.index].outvars[0].aval for site in sites}
     outputs, back = jax.vjp(forward, {index: jnp.zeros(a.shape, a.dtype) for index, a in avals.items()})
@@ -125,7 +119,9 @@ def curvatures(
                 square = lambda g: jnp.einsum("rbo,rbp->bop", g, g, precision="highest")
                 return {i: square(found[site.index]) for i, site in chosen.items()}
 
-            return jax.tree.map(lambda x: x.sum(0), jax.lax.map(one, jax.random.split(key, samples)))
+            keys = jax.random.split(key, samples)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, keys[0]))
+            return jax.lax.scan(lambda total, key: (jax.tree.map(jnp.add, total, one(key)), None), zeros, keys)[0]
 
         for number, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
             found = squares(list(leaves), list(batch), weight, jax.random.fold_in(key, number))

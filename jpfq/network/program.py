@@ -102,9 +102,10 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> P
 def trace_twice(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> Program:
     """`trace`, which refuses a model that is another one the second time."""
     program = trace(fn, paths, params, batch)
-    if _form(program) != _form(
-        trace(lambda *args: fn(*args), paths, params, batch)
-    ):  # JAX remembers what it has traced
+    again = trace(
+        lambda *args: fn(*args), paths, params, batch
+    )  # another function, as JAX remembers what it has traced
+    if _form(program) != _form(again):
         raise ValueError(
             "The model does something else each time it is traced, so the float and the quantized network would differ: it "
             "draws numbers outside of JAX, or keeps state in Python. Make it a function of its parameters and inputs."
@@ -116,6 +117,25 @@ def _form(program):
     inputs = [*program.constants, *program.params, *program.inputs]
     outputs = [v for v in program.outputs if not is_literal(v)]
     return segment(list(program.equations), inputs, outputs), canonical(list(program.constants.values()))
+
+
+def evaluate(program: Program, leaves: Sequence, inputs: Sequence, visit: Callable | None = None) -> list:
+    """The outputs, one equation after the other; a value is let go after its last use. Pure, and to be compiled.
+
+    Args:
+        leaves: parameters. inputs: leaves of a batch.
+        visit: makes the outputs of an equation from its number, itself and its values; left out, what the equation says.
+    """
+    env = dict(program.constants) | dict(zip(program.params, leaves, strict=True))
+    env.update(zip(program.inputs, inputs, strict=True))
+    read = lambda v: v.val if is_literal(v) else env[v] if v in env else env[v.source]  # what a tap would round
+    for index, eqn in enumerate(program.equations):
+        values = [read(v) for v in eqn.invars]
+        out = bind(eqn, values) if visit is None else visit(index, eqn, values)
+        env.update(zip(eqn.outvars, out, strict=True))
+        for v in [v for v in eqn.invars if not is_literal(v) and program.last_use[v] == index]:
+            env.pop(v, None)
+    return [read(v) for v in program.outputs]
 
 
 def has_product(jaxpr: Any) -> bool:

@@ -94,7 +94,7 @@ class Rule:
         """The settings of this rule with the defaults filled in."""
         settings = self._settings()
         if self.coupling is not None:
-            settings.setdefault("form", "gram")
+            settings["form"] = "gram" if settings.get("form", "auto") == "auto" else settings["form"]
         recipe = recipe_of(settings.pop("bits", None), settings.pop("grid", None), **settings)
         if self.coupling is not None and (recipe.needs_rows or isinstance(recipe.scale.per, PerTensor)):
             needs = recipe.scale if isinstance(recipe.scale.per, PerTensor) else "what works on the calibration rows"

@@ -1,6 +1,7 @@
 """Sites: the matrix products of a program whose one operand is a weight, and a reason for every weight that is not at one.
 
-A weight is reached from its parameter by structural steps alone (casts, reshapes, slices of a stack): its chain.
+A weight is reached from its parameter by structural steps (casts, reshapes, slices of a stack) and constant factors: its
+chain.
 """
 
 import collections

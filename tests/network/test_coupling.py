@@ -132,6 +132,7 @@ def test_settings_that_cannot_be(settings, message):
 def test_what_does_not_go_with_it(settings):
     with pytest.raises(ValueError, match="coupling takes one neuron after the other"):
         jpfq.Rule(".*", bits=4, coupling=jpfq.Coupling(), **settings)
+    assert jpfq.Rule(".*", bits=4, coupling=jpfq.Coupling(), form="auto").recipe().form == "gram"
     with pytest.raises(ValueError, match=r"coupling is such as jpfq\.Coupling\(\)"):
         jpfq.Rule(".*", bits=4, coupling="logits")
 

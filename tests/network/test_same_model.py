@@ -136,7 +136,9 @@ def differences(pair, rules):
     for path, index, other in pair.kernels:
         a, b = one.tensors[path].codes[index], two.tensors[other].codes
         np.testing.assert_allclose(
-            one.tensors[path].dequantize()[index][a == b], two.tensors[other].dequantize()[a == b], rtol=1e-5
+            one.tensors[path].dequantize()[index][a == b],
+            two.tensors[other].dequantize()[a == b],
+            rtol=100 * np.finfo(one.tensors[path].step.dtype).eps,
         )
         wrong, total = wrong + int(np.sum(a != b)), total + b.size
     return wrong, total, one, two
