@@ -61,3 +61,6 @@ from .scalar import Stochastic as Stochastic
 from .scalar import Symmetric as Symmetric
 from .scalar import Ternary as Ternary
 from .scalar import ranges as ranges
+from .study.sweep import Space as Space
+from .study.sweep import Sweep as Sweep
+from .study.sweep import sweep as sweep

@@ -37,6 +37,7 @@ from .recipe import Recipe as Recipe
 from .recipe import recipe_of as recipe_of
 from .rotate import Hadamard as Hadamard
 from .shrink import Shrinkage as Shrinkage
+from .solve import all_well as all_well
 from .solve import raise_on as raise_on
 from .solve import solve as solve
 from .stages import Solution as Solution

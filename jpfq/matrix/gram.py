@@ -95,7 +95,7 @@ class Gram:
     @property
     def diagonal(self) -> jax.Array:
         """Square norm of each input coordinate on the quantized side (in,); 0 marks a dead coordinate."""
-        return jnp.diagonal(self.H)
+        return jnp.diagonal(self.H, axis1=-2, axis2=-1)
 
     @property
     def G(self) -> jax.Array:
@@ -157,7 +157,7 @@ class Rows:
     @property
     def diagonal(self) -> jax.Array:
         """As `Gram.diagonal`."""
-        return jnp.sum(self.quantized**2, axis=0)
+        return jnp.sum(self.quantized**2, axis=-2)
 
     def permute(self, p: jax.Array) -> Self:
         """The rows with their coordinates in the order p."""

@@ -6,6 +6,7 @@ are never merged, because a sharded axis must not be reshaped.
 
 import abc
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -64,7 +65,12 @@ class Layout(abc.ABC):
     @property
     def dims(self) -> tuple[int, int, int]:
         """(B, in, out)."""
-        return jax.eval_shape(self.matrices, jax.ShapeDtypeStruct(self.shape, jnp.float32)).shape
+        return _dims(self)
+
+
+@functools.lru_cache(maxsize=4096)
+def _dims(layout):
+    return jax.eval_shape(layout.matrices, jax.ShapeDtypeStruct(layout.shape, jnp.float32)).shape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..scalar import Grid
 from ..scalar.pytree import register_dataclass
+from .gram import is_traced
 from .layout import Layout
 from .rotate import Hadamard
 
@@ -103,12 +104,11 @@ class Info:
 
 
 def code_dtype(grid: Grid) -> np.dtype:
-    """The smallest of NumPy's integers that holds the codes of a grid; int32 where the width is swept over."""
-    try:
-        lo, hi, *_ = grid.alphabet()
-        lo, hi = int(lo), int(hi)
-    except jax.errors.ConcretizationTypeError:
+    """The smallest of NumPy's integers that holds the codes of a grid, or of grids in lanes; int32 where it is traced."""
+    lo, hi, *_ = grid.alphabet()
+    if is_traced(lo) or is_traced(hi):
         return np.dtype(np.int32)
+    lo, hi = int(np.min(lo)), int(np.max(hi))
     kinds = (np.int8, np.uint8, np.int16, np.uint16, np.int32)
     return np.dtype(next(k for k in kinds if np.iinfo(k).min <= lo and hi <= np.iinfo(k).max))
 

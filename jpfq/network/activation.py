@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from ..matrix.each import over_lanes
 from ..matrix.gram import at_least_float32
 from ..matrix.layout import Layout
 from ..scalar import Asymmetric, Codes, Grid, Levels, register_dataclass
@@ -80,47 +81,63 @@ class Rounded:
         return Max()(Histogram(x, x.min(axes, keepdims=True), x.max(axes, keepdims=True)), self.settings.grid)
 
 
-def choose(settings: Activations, layout: Layout, batches: Callable[[], Iterable]) -> Rounded:
+def choose(
+    settings: Activations, layout: Layout, batches: Callable[[], Iterable], laned: tuple[bool, bool] = (False, False)
+) -> Rounded:
     """The rounding of an input, from its calibration data.
 
     Args:
         batches: gives pairs of an input and the weights of its rows (or None), as often as it is called.
+        laned: whether the settings, and whether the inputs have lanes.
     """
     if settings.per == "row":
         return Rounded(settings, layout, None)
     range_ = settings.range or MinMSE()
     split = settings.per == "channel"
-    ends = [_ends(layout, split, x, weights) for x, weights in batches()]
+    ends = [_ends(layout, split, x, weights, laned[1]) for x, weights in batches()]
     low, high = (pick(jnp.stack(end), 0) for pick, end in zip((jnp.min, jnp.max), zip(*ends, strict=True), strict=True))
-    histogram = _empty(low, high)
+    histogram = _empty(low, high, laned[1])
     if range_.needs_counts:
         for x, weights in batches():
-            histogram = _add(layout, split, histogram, x, weights)
-    return Rounded(settings, layout, _lay(range_, histogram, Codes.of(settings.grid)))
+            histogram = _add(layout, split, histogram, x, weights, laned[1])
+    grid = settings.grid if laned[0] else Codes.of(settings.grid)  # one program for all grids
+    return Rounded(settings, layout, _lay(range_, histogram, grid, laned))
 
 
-@partial(jax.jit, static_argnames=("layout", "split"))
-def _ends(layout, split, x, weights):
-    x, weights = _matrices(layout, split, x, weights)
-    least, most = (x, x) if weights is None else (jnp.where(weights > 0, x, v) for v in (jnp.inf, -jnp.inf))
-    return least.min(1), most.max(1)
+def round_by(rounded: Rounded, x: jax.Array, laned: tuple[bool, bool]) -> jax.Array:
+    """`rounded(x)`, where each of the two may have lanes."""
+    return over_lanes(lambda rounded, x: rounded(x), (rounded, x), laned)
 
 
-@jax.jit
-def _empty(low, high):
+@partial(jax.jit, static_argnames=("layout", "split", "laned"))
+def _ends(layout, split, x, weights, laned):
+    def one(x):
+        flat, share = _matrices(layout, split, x, weights)
+        least, most = (flat, flat) if share is None else (jnp.where(share > 0, flat, v) for v in (jnp.inf, -jnp.inf))
+        return least.min(1), most.max(1)
+
+    return over_lanes(one, (x,), (laned,))
+
+
+@partial(jax.jit, static_argnames="laned")
+def _empty(low, high, laned):
     low, high = (jnp.where(jnp.isfinite(x), x, 0) for x in (low, high))  # infinite if every row is left out
-    return jax.vmap(Histogram.over)(low, high)
+    return over_lanes(jax.vmap(Histogram.over), (low, high), (laned, laned))
 
 
-@partial(jax.jit, static_argnames=("layout", "split"))
-def _add(layout, split, histogram, x, weights):
-    return jax.vmap(Histogram.add)(histogram, *_matrices(layout, split, x, weights))
+@partial(jax.jit, static_argnames=("layout", "split", "laned"))
+def _add(layout, split, histogram, x, weights, laned):
+    one = lambda histogram, x: jax.vmap(Histogram.add)(histogram, *_matrices(layout, split, x, weights))
+    return over_lanes(one, (histogram, x), (laned, laned))
 
 
-@jax.jit
-def _lay(range_, histogram, grid):
-    levels = jax.vmap(lambda one: range_(one, grid))(histogram)
-    return dataclasses.replace(levels, lo=levels.lo[0], hi=levels.hi[0])
+@partial(jax.jit, static_argnames="laned")
+def _lay(range_, histogram, grid, laned):
+    def one(range_, histogram, grid):
+        levels = jax.vmap(lambda one: range_(one, Codes.of(grid)))(histogram)
+        return dataclasses.replace(levels, lo=levels.lo[0], hi=levels.hi[0])
+
+    return over_lanes(one, (range_, histogram, grid), (laned[0], laned[1], laned[0]))
 
 
 def _matrices(layout, split, x, weights):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..matrix import Gram, Recipe, Rows
-from ..matrix.each import each
+from ..matrix.each import each, over_lanes
 from ..matrix.gram import at_least_float32
 from ..matrix.layout import Layout
 from ..matrix.patches import All
@@ -28,17 +28,21 @@ class Gathered(NamedTuple):
 
 
 class Gather:
-    """The data of one stop, in each form made once and when first asked for."""
+    """The data of one stop for the quantized networks of one track, in each form made once and when first asked for."""
 
-    def __init__(self, streams: Sequence[Stream], number: int, key: jax.Array | None = None):
+    def __init__(self, streams: Sequence[Stream], number: int, key: jax.Array | None = None, track: int = 0):
         """
         Args:
-            key: for patches that are drawn.
+            key: for patches that are drawn; with lanes, one for each.
         """
         self.streams = [(stream, stream.stops[number][0]) for stream in streams]
-        site = self.streams[0][1]
-        self.path, self.patches = site.path, site.patches or All()
-        self.key = None if key is None else jax.random.fold_in(key, zlib.crc32(f"patches of {site.path}".encode()))
+        stream, site = self.streams[0]
+        self.track, self.path, self.patches = track, site.path, site.patches or All()
+        self.key = None
+        if self.patches.random and key is not None:
+            self.key = fold_in(key, zlib.crc32(f"patches of {site.path}".encode()))
+        self.forked = stream.has_lanes(site.data, track)
+        self.laned = self.forked or (self.key is not None and self.key.ndim > 0)  # whether data have lanes
         self.made: dict = {}
 
     def __call__(self, recipe: Recipe, shape: tuple[int, int, int], centred: bool = False) -> Gathered:
@@ -56,7 +60,7 @@ class Gather:
         """Rows in all."""
         total = 0
         for layout, x, _, _, picked in self._batches():
-            total += math.prod(rows_shape(layout, x.shape)) if picked is None else picked.size
+            total += math.prod(rows_shape(layout, x.shape)) if picked is None else picked.shape[-1]
         return total
 
     def _batches(self):
@@ -64,24 +68,35 @@ class Gather:
         number = 0
         for stream, site in self.streams:
             layout = self.patches.layout(site.layout)
-            for x, xq, weights in stream.inputs(site):
+            for x, xq, weights in stream.inputs(site, self.track):
                 rows = rows_shape(layout, x.shape)
-                key = None if self.key is None else jax.random.fold_in(self.key, number)
-                yield layout, x, xq, fit(weights, rows, self.path), self.patches.pick(layout, rows, key)
+                picked = None
+                if self.key is not None:
+                    key = fold_in(self.key, number)
+                    pick = lambda key, layout=layout, rows=rows: self.patches.pick(layout, rows, key)
+                    picked = jax.vmap(pick)(key) if key.ndim else pick(key)
+                yield layout, x, xq, fit(weights, rows, self.path), picked
                 number += 1
+
+    def _laned(self, picked):
+        """Whether the input of the quantized networks has lanes, and whether the numbers of the rows to take have."""
+        return self.forked, picked is not None and picked.ndim > 1
 
     def _gram(self, centred):
         if centred:
             gathered = self.made.get((Gram, False)) or self._gram(False)
-            return gathered._replace(data=_centred(gathered.data))
-        parts = (_gram(layout, *batch, _merges(batch[0]), at_once()) for layout, *batch in self._batches())
+            return gathered._replace(data=_centred(gathered.data, self.laned))
+        parts = (
+            _gram(layout, *batch, _merges(batch[0]), at_once(), self._laned(batch[-1]))
+            for layout, *batch in self._batches()
+        )
         gram: Any = functools.reduce(_merge, parts)
         return Gathered(gram, *_means(gram))
 
     def _rows(self, centred):
-        parts = [_flat_rows(layout, *batch) for layout, *batch in self._batches()]
-        X, Xq, weights = (jnp.concatenate(x, 1) if x[0] is not None else None for x in zip(*parts, strict=True))
-        return _weighted(X, Xq, weights, centred)
+        parts = [_flat_rows(layout, *batch, self._laned(batch[-1])) for layout, *batch in self._batches()]
+        X, Xq, weights = (jnp.concatenate(x, -2) if x[0] is not None else None for x in zip(*parts, strict=True))
+        return _weighted(X, Xq, weights, centred, self.laned)
 
     def _check_finite(self, gathered):
         for x, network in ((gathered.mean_X, "float"), (gathered.mean_Xq, "quantized")):
@@ -119,6 +134,12 @@ def fit(weights: jax.Array | None, rows: tuple[int, ...], path: str) -> jax.Arra
     )
 
 
+def fold_in(key: jax.Array, number: int) -> jax.Array:
+    """`jax.random.fold_in` into a key, or into the key of every lane."""
+    fold = lambda key: jax.random.fold_in(key, number)
+    return jax.vmap(fold)(key) if key.ndim else fold(key)
+
+
 def at_once() -> int:
     """How many numbers of patches exist at a time: what stays in a processor's cache, or fills an accelerator."""
     return 2**21 if jax.default_backend() == "cpu" else 2**26
@@ -129,9 +150,15 @@ def _merges(x) -> bool:
     return len(x.sharding.device_set) == 1
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once"))
-def _gram(layout, x, xq, weights, picked, merges, at_once):
-    """The Gram of one batch. Patches of a convolution are made and let go a few samples, or picked windows, at a time."""
+@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "laned"))
+def _gram(layout, x, xq, weights, picked, merges, at_once, laned=(False, False)):
+    """The Gram of one batch; `laned` are xq and picked."""
+    one = lambda xq, picked: _gram_of_one(layout, x, xq, weights, picked, merges, at_once)
+    return over_lanes(one, (xq, picked), laned)
+
+
+def _gram_of_one(layout, x, xq, weights, picked, merges, at_once):
+    """Patches of a convolution are made and let go a few samples, or picked windows, at a time."""
 
     def whole(x, xq, weights, picked=None):
         take = layout.rows if picked is None else lambda x: layout.picked(x, picked)
@@ -179,38 +206,47 @@ def _merge(total, gram):
 
 @jax.jit
 def _means(gram):
-    mean = lambda sums: sums / jnp.maximum(gram.count, 1)[:, None]
+    mean = lambda sums: sums / jnp.maximum(gram.count, 1)[..., None]
     return mean(gram.sum_X), mean(gram.sum_Xq), gram.count
 
 
-@jax.jit
-def _centred(gram):
-    return each(Gram.centred, gram)
+@functools.partial(jax.jit, static_argnames="laned")
+def _centred(gram, laned):
+    return over_lanes(lambda gram: each(Gram.centred, gram), (gram,), (laned,))
 
 
-@functools.partial(jax.jit, static_argnames="layout")
-def _flat_rows(layout, x, xq, weights, picked):
-    """Rows (B, rows, in), and their weights (1, rows)."""
+@functools.partial(jax.jit, static_argnames=("layout", "laned"))
+def _flat_rows(layout, x, xq, weights, picked, laned):
+    """Rows (B, rows, in), and their weights (1, rows); `laned` are xq and picked."""
 
-    def flat(x):
-        X = at_least_float32(layout.rows(x) if picked is None else layout.picked(x, picked))
-        return X.reshape(X.shape[0], math.prod(X.shape[1:-1]), X.shape[-1])
+    def one(xq, picked):
+        def flat(x):
+            X = at_least_float32(layout.rows(x) if picked is None else layout.picked(x, picked))
+            return X.reshape(X.shape[0], math.prod(X.shape[1:-1]), X.shape[-1])
 
-    if weights is not None:
-        weights = (weights.ravel() if picked is None else weights.ravel()[picked])[None]
-    return flat(x), None if xq is None else flat(xq), weights
+        flat_weights = None
+        if weights is not None:
+            flat_weights = (weights.ravel() if picked is None else weights.ravel()[picked])[None, :, None]
+        return flat(x), None if xq is None else flat(xq), flat_weights
+
+    return over_lanes(one, (xq, picked), laned)
 
 
-@functools.partial(jax.jit, static_argnames="centred")
-def _weighted(X, Xq, weights, centred):
-    """Rows times the roots of their weights, so that their sums of squares are weighted."""
-    weight = jnp.ones((1, X.shape[1]), X.dtype) if weights is None else weights.astype(X.dtype)
+@functools.partial(jax.jit, static_argnames=("centred", "laned"))
+def _weighted(X, Xq, weights, centred, laned):
+    """Rows times the roots of their weights (1, rows, 1), so that their sums of squares are weighted."""
+    one = lambda X, Xq, weights: _weighted_of_one(X, Xq, weights, centred)
+    return over_lanes(one, (X, Xq, weights), (laned, laned and Xq is not None, laned and weights is not None))
+
+
+def _weighted_of_one(X, Xq, weights, centred):
+    weight = jnp.ones((1, X.shape[1], 1), X.dtype) if weights is None else weights.astype(X.dtype)
     count = weight.sum()
-    mean = lambda X: jnp.sum(X * weight[..., None], 1) / jnp.maximum(count, 1)
+    mean = lambda X: jnp.sum(X * weight, 1) / jnp.maximum(count, 1)
 
     def ready(X):
         X = X - mean(X)[:, None] if centred else X
-        return X if weights is None else X * jnp.sqrt(weight)[..., None]
+        return X if weights is None else X * jnp.sqrt(weight)
 
     rows = Rows(ready(X), None if Xq is None else ready(Xq))
     mean_X = mean(X)

@@ -85,7 +85,11 @@ def plan(
     Example:
         >>> print(jpfq.plan(model, batches[0], 4, variables=variables, batches=len(batches)))
     """
-    analysis = analyse(adapt(model, variables, params, kwargs), as_rules(rules), shapes_of(batch))
+    return plan_of(analyse(adapt(model, variables, params, kwargs), as_rules(rules), shapes_of(batch)), batches)
+
+
+def plan_of(analysis: Analysis, batches: int) -> Plan:
+    """The plan of a model that is analysed already."""
     variables, equations = forks(analysis.program, analysis.sites)
     lines = [_line(site, site.data in variables, analysis, batches) for site in analysis.sites]
     forward = sum(4.0 * line.rows * math.prod(line.dims) for line in lines)

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from ..matrix import Info, QTensor
-from .activation import Rounded
+from ..matrix.gram import is_traced
+from .activation import Activations, Rounded
 from .apply import run
-from .batches import read_batches
+from .batches import Shaped, read_batches
 from .bias import find_biases
 from .curvature import curvatures
 from .functional import Functional, from_function
@@ -24,7 +25,7 @@ from .rules import Assignment, Rule, as_rules, assign
 from .sites import CASTS, Site, find_sites, with_taps
 from .stream import Stream
 from .table import table
-from .walk import stops, walk
+from .walk import Making, Walked, stops, walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,35 +168,53 @@ def quantize(
     shaped = read_batches(batches if fresh is None else fresh(0), on_host=offload)  # type: ignore[arg-type]
     if fresh and (len(shaped) > 1 or reference == "block"):
         raise ValueError("Fresh batches for each layer must be of one size, and the reference the float network.")
-    analyses = [analyse(functional, rules, group.example, strict) for group in shaped]
-    first = analyses[0]
-    for other in analyses[1:]:
-        if [(s.path, s.layout) for s in other.sites] != [(s.path, s.layout) for s in first.sites]:
-            raise ValueError("The model multiplies other kernels for batches of another size: calibrate with one size.")
-    _check_finite(functional, first)
+    traced = [find_kernels(functional, group.example) for group in shaped]
+    analyses = rule_all(functional, traced, rules, strict)
+    first, key = analyses[0], typed(key)
     check_key(first.assignment, key)
-
     groups, rebases = stops(first.sites), reference == "block"
-    streams = [
+    coupled = couple(functional, analyses, shaped, groups, key)
+    making = Making(first.assignment.recipes, activations_of(first.assignment), key, coupled)
+    streams = streams_of(
+        functional, analyses, shaped, groups, offload=offload, rebases=rebases, keeps=fresh is not None
+    )
+    shapes = [x.shape for x in shaped[0].leaves[0]]
+    del shaped  # the streams let inputs go once they are used
+    with progress_bar(len(first.sites), progress) as report:
+        block, refresh = block_of if rebases else None, _refresh(fresh, shapes, offload) if fresh else None
+        (walked,), peak = walk(streams, [making], report, block, refresh)
+    return assemble(functional, walked, first.assignment.skipped, peak)
+
+
+def rule_all(
+    functional: Functional, traced: "Sequence[Traced]", rules: Sequence[Rule], strict: bool
+) -> "list[Analysis]":
+    """What the rules make of a model, for each shape of batch it is traced on; the same kernels must be quantized."""
+    analyses = [ruled(functional, one, rules, strict) for one in traced]
+    for other in analyses[1:]:
+        if [(s.path, s.layout) for s in other.sites] != [(s.path, s.layout) for s in analyses[0].sites]:
+            raise ValueError("The model multiplies other kernels for batches of another size: calibrate with one size.")
+    check_finite(functional, analyses[0].assignment)
+    return analyses
+
+
+def streams_of(functional: Functional, analyses, shaped: Sequence[Shaped], groups, **settings) -> list[Stream]:
+    """One stream for each shape of batch; `groups` are the numbers of the sites at each stop."""
+    return [
         Stream(
             a.program,
             functional.leaves,
             group.leaves,
             group.weights,
             [[a.sites[i] for i in stop] for stop in groups],
-            offload=offload,
-            rebases=rebases,
-            keeps=fresh is not None,
+            **settings,
         )
         for a, group in zip(analyses, shaped, strict=True)
     ]
-    coupled = _couple(functional, analyses, shaped, groups, key)
-    shapes = [x.shape for x in shaped[0].leaves[0]]
-    del shaped  # the streams let inputs go once they are used
-    with progress_bar(len(first.sites), progress) as report:
-        block, refresh = block_of if rebases else None, _refresh(fresh, shapes, offload) if fresh else None
-        walked = walk(streams, first.assignment.recipes, key, report, block, refresh, coupled)
 
+
+def assemble(functional: Functional, walked: Walked, skipped: dict[str, str], peak: int) -> Quantized:
+    """The result of a walk. Pure in the arrays of `walked`."""
     leaves = list(functional.leaves)
     for index, path in enumerate(functional.paths):
         if functional.trainable[index]:
@@ -204,23 +223,35 @@ def quantize(
             elif path in walked.biases:
                 leaves[index] = like(walked.biases[path].astype(leaves[index].dtype), leaves[index])
     rebuilt = functional.rebuild(leaves)
-    errors = [error for error in walked.output_error if error == error]
     return Quantized(
         rebuilt["params"],
         walked.tensors,
         walked.info,
-        first.assignment.skipped,
+        skipped,
         walked.inputs,
         tuple(walked.biases),
-        max(errors, default=0.0),
-        walked.peak,
+        largest(walked.output_error),
+        peak,
         dataclasses.replace(functional, leaves=tuple(leaves)),
         rebuilt.get("model"),
         rebuilt.get("variables"),
     )
 
 
-def _couple(functional, analyses, shaped, groups, key):
+def largest(errors) -> Any:
+    """The largest of the outputs' errors; 0 where none is a floating number."""
+    errors = jnp.where(jnp.isnan(jnp.asarray(errors)), 0, jnp.asarray(errors)).max(initial=0)
+    return errors if is_traced(errors) else float(errors)
+
+
+def typed(key: jax.Array | None) -> jax.Array | None:
+    """A key of the new kind, whose shape () says that it is one, from either kind."""
+    if key is None or jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)
+
+
+def couple(functional: Functional, analyses, shaped: Sequence[Shaped], groups, key: jax.Array | None) -> dict:
     """By stop and position, how the neurons of a site are coupled, and its curvature over all batches."""
     first = analyses[0]
     how = {i: first.assignment.rules[site.path].coupling for i, site in enumerate(first.sites)}
@@ -276,8 +307,16 @@ def adapt(model: Any, variables: Any, params: Any, kwargs: dict | None) -> Funct
     return from_function(model, params, kwargs)
 
 
+class Traced(NamedTuple):
+    """A model traced on one shape of batch."""
+
+    program: Program
+    sites: list[Site]
+    reasons: dict[str, str]  # by path of every other kernel, why it cannot be quantized
+
+
 class Analysis(NamedTuple):
-    """A model traced on one shape of batch, and what the rules make of it."""
+    """A traced model, and what the rules make of it."""
 
     program: Program
     sites: list[Site]  # to be quantized
@@ -286,19 +325,30 @@ class Analysis(NamedTuple):
 
 def analyse(functional: Functional, rules: Sequence[Rule], example: Any, strict: bool = False) -> Analysis:
     """Traces a model, finds its kernels and gives each its rule. Values are not looked at: shapes will do."""
+    return ruled(functional, find_kernels(functional, example), rules, strict)
+
+
+def find_kernels(functional: Functional, example: Any) -> Traced:
+    """Traces a model and finds its kernels."""
     program = trace_twice(functional.fn, functional.paths, functional.leaves, example)
     sites, reasons = find_sites(program)
     state = {path for path, ok in zip(functional.paths, functional.trainable, strict=True) if not ok}
     sites = [site for site in sites if site.path not in state]
-    reasons = {path: reason for path, reason in reasons.items() if path not in state}
-    trainable = [path for path in functional.paths if path not in state]
+    return Traced(program, sites, {path: reason for path, reason in reasons.items() if path not in state})
+
+
+def ruled(functional: Functional, traced: Traced, rules: Sequence[Rule], strict: bool = False) -> Analysis:
+    """Gives each kernel its rule."""
+    program, sites, reasons = traced
+    trainable = [path for path, ok in zip(functional.paths, functional.trainable, strict=True) if ok]
     assignment = assign(rules, list(dict.fromkeys(site.path for site in sites)), reasons, trainable)
     refused = {path: reason for path, reason in reasons.items() if assignment.skipped.get(path) == reason}
     if strict and refused:
         listing = "\n".join(f"  {path}: {reason}" for path, reason in refused.items())
         raise ValueError(f"strict=True, and these kernels cannot be quantized:\n{listing}\nSkip them by a rule.")
     sites = [site for site in sites if site.path in assignment.recipes]
-    biases = find_biases(program, sites, list(functional.trainable))
+    corrected = any(assignment.rules[site.path].correct_bias for site in sites)
+    biases = find_biases(program, sites, list(functional.trainable)) if corrected else {}
     sites = [_as_ruled(site, assignment.rules[site.path], biases.get(site.index)) for site in sites]
     program, sites = with_taps(program, sites)
     for path, recipe in assignment.recipes.items():
@@ -339,9 +389,15 @@ def _check_choice(name, value, choices):
         raise ValueError(f"{name} is {' or '.join(map(repr, choices))}; got {value!r}.")
 
 
-def _check_finite(functional, analysis):
+def activations_of(assignment: Assignment) -> dict[str, Activations | None]:
+    """How the inputs of each kernel are quantized."""
+    return {path: rule.inputs() for path, rule in assignment.rules.items()}
+
+
+def check_finite(functional: Functional, assignment: Assignment) -> None:
+    """Raises where a kernel to be quantized is not finite."""
     for path, leaf in zip(functional.paths, functional.leaves, strict=True):
-        if path in analysis.assignment.recipes and not bool(jnp.isfinite(leaf).all()):
+        if path in assignment.recipes and not bool(jnp.isfinite(leaf).all()):
             raise ValueError(f"The kernel {path} holds NaN or infinity.")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from ..matrix.each import over_lanes
 from . import canonical
 from .compat import bind, is_literal
 
@@ -28,21 +29,27 @@ class Segment:
             defined.update(eqn.outvars)
         self.inputs = list(read)
         self.outputs = [v for eqn in equations for v in eqn.outvars if is_needed(v)]
-        key = canonical.segment(list(equations), self.inputs, self.outputs)
+        self._equations, self._functions = tuple(equations), {}
+        self._key = canonical.segment(list(equations), self.inputs, self.outputs)
+
+    def __call__(self, read: Callable[[Any], Any], laned: Callable[[Any], bool] = lambda v: False) -> dict:
+        """The outputs by variable, given a way to read the inputs, and which of them have lanes; then all outputs have."""
+        axes = tuple(map(laned, self.inputs))
+        if axes not in self._functions:
+            self._functions[axes] = self._function(axes)
+        return dict(zip(self.outputs, self._functions[axes](*map(read, self.inputs)), strict=True))
+
+    def _function(self, laned):
+        key = self._key, laned
         if key not in _compiled:
-            _compiled[key] = _compile(tuple(equations), tuple(self.inputs), tuple(self.outputs))
+            _compiled[key] = _compile(self._equations, tuple(self.inputs), tuple(self.outputs), laned)
             while len(_compiled) > CACHE:
                 _compiled.popitem(last=False)
         _compiled.move_to_end(key)
-        self._function = _compiled[key]
-
-    def __call__(self, read: Callable[[Any], Any]) -> dict:
-        """The outputs by variable, given a way to read the inputs."""
-        return dict(zip(self.outputs, self._function(*map(read, self.inputs)), strict=True))
+        return _compiled[key]
 
 
-def _compile(equations, inputs, outputs):
-    @jax.jit
+def _compile(equations, inputs, outputs, laned):
     def segment(*values):
         env = dict(zip(inputs, values, strict=True))
         for eqn in equations:
@@ -50,4 +57,4 @@ def _compile(equations, inputs, outputs):
             env.update(zip(eqn.outvars, out, strict=True))
         return [env[v] for v in outputs]
 
-    return segment
+    return jax.jit(lambda *values: over_lanes(segment, values, laned))

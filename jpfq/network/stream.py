@@ -1,6 +1,9 @@
 """Streams: batches of one shape on their way through both networks, the float one and the one quantized so far.
 
 Until the first quantized site the two agree and are computed once. A value is dropped after its last use.
+
+There may be several quantized networks, on tracks. A track holds one of them, or, where it is laned, several that differ in
+numbers alone: their values have a leading axis of lanes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +24,26 @@ class Networks(NamedTuple):
 
     shared: dict  # where the networks agree
     reference: dict  # what the quantized network is to follow
-    quantized: dict
+    quantized: list[dict]  # by track
     float: dict  # the float network; the same object as `reference` unless that starts anew at each block
+
+    @property
+    def exact(self) -> list[dict]:
+        """Those with float weights."""
+        return [self.reference] + ([] if self.float is self.reference else [self.float])
 
     @property
     def forked(self) -> list[dict]:
         """The networks apart from what they share."""
-        return [self.reference, self.quantized] + ([] if self.float is self.reference else [self.float])
+        return self.exact + self.quantized
+
+
+class Track(NamedTuple):
+    """What makes the quantized networks of one track."""
+
+    laned: bool
+    replaced: dict  # fixed variable -> its value in the quantized network
+    history: dict  # the same, and rounding by tap, of all stops so far
 
 
 class Stream:
@@ -44,6 +60,7 @@ class Stream:
         offload: bool = False,
         rebases: bool = False,
         keeps: bool = False,
+        laned: Sequence[bool] = (False,),
     ):
         """
         Args:
@@ -55,19 +72,19 @@ class Stream:
             offload: whether batches wait in the memory of the host.
             rebases: whether `rebase` will be called.
             keeps: whether `anew` will be.
+            laned: for each track, whether it has lanes.
         """
         self.program, self.weights, self.stops, self.offload = program, weights, stops, offload
         self.at = 0  # equations before this one are done
         self.fixed = dict(program.constants) | dict(zip(program.params, params, strict=True))
         self.kept = set(program.params)
         self.params, self.rebases, self.keeps = params, rebases, keeps
-        self.replaced: dict = {}  # fixed variable -> its value in the quantized network
-        self.history: dict = {}  # the same, and rounding by tap, of all stops so far
+        self.tracks = [Track(axis, {}, {}) for axis in laned]
         self.batches: list[Networks] = []
         for leaves in batches:
             reference: dict = {}
             start = dict(zip(program.inputs, leaves, strict=True))
-            self.batches.append(Networks(start, reference, {}, {} if rebases else reference))
+            self.batches.append(Networks(start, reference, [{} for _ in laned], {} if rebases else reference))
         self.forks, self.forked_equations = forks(program, [site for stop in stops for site in stop])
         self.waiting = [0] * len(self.batches)  # bytes of each batch on the device while another is worked on
         self.peak = 0  # bytes of live activations on the device, at most
@@ -82,16 +99,17 @@ class Stream:
             self._leave(batch)
         self._drop_fixed()
 
-    def finish(self) -> Iterator[tuple[list, list]]:
-        """Per batch: the outputs of the float and of the quantized network. Each batch is let go before the next."""
+    def finish(self) -> Iterator[tuple[list, list[list]]]:
+        """Per batch: the outputs of the float network, and by track those of the quantized ones.
+
+        Outputs that do not differ have no lanes. Each batch is let go before the next.
+        """
         step = self._step(len(self.program.equations))
         for batch, networks in enumerate(self.batches):
             step(batch)
             read = lambda v, values: v.val if is_literal(v) else self._read(v, {}, values, networks.shared)
-            exact, quantized = (
-                [read(v, x) for v in self.program.outputs] for x in (networks.float, networks.quantized)
-            )
-            yield exact, quantized
+            outputs = lambda values: [read(v, values) for v in self.program.outputs]
+            yield outputs(networks.float), [outputs(values) for values in networks.quantized]
             for values in (networks.shared, *networks.forked):
                 values.clear()
             self._leave(batch)
@@ -107,20 +125,23 @@ class Stream:
             offload=self.offload,
             rebases=self.rebases,
             keeps=True,
+            laned=[track.laned for track in self.tracks],
         )
-        new.history = dict(self.history)
-        new.replaced = {v: x for v, x in self.history.items() if not isinstance(v, Tap)}
+        for old, track in zip(self.tracks, new.tracks, strict=True):
+            track.history.update(old.history)
+            track.replaced.update((v, x) for v, x in old.history.items() if not isinstance(v, Tap))
         for earlier in range(number):
             new.advance(earlier)
             tap = new.stops[earlier][0].data
             if isinstance(tap, Tap):
-                new.round_inputs(tap, self.history[tap])
+                for i, track in enumerate(self.tracks):
+                    new.round_inputs(tap, i, track.history[tap])
         return new
 
     def rebase(self) -> None:
-        """From here on, the reference is what a float network makes of the quantized network's values."""
+        """From here on, the reference is what a float network makes of the quantized network's values: of the only one."""
         for networks in self.batches:
-            networks.reference.update(networks.quantized)
+            networks.reference.update(networks.quantized[0])
 
     def _step(self, end: int) -> Callable[[int], None]:
         """A function that takes one batch from where it is up to equation `end`."""
@@ -138,11 +159,13 @@ class Stream:
 
         def step(batch):
             networks = self.batches[batch]
-            shared, quantized = networks.shared, networks.quantized
+            shared = networks.shared
             shared.update(both(lambda v: self._read(v, {}, {}, shared)))
-            for values in networks.forked:
-                weights = self.replaced if values is quantized else {}
-                values.update(each(lambda v: self._read(v, weights, values, shared)))
+            for values in networks.exact:
+                values.update(each(lambda v: self._read(v, {}, values, shared)))
+            for values, track in zip(networks.quantized, self.tracks, strict=True):
+                weights, laned = track.replaced, lambda v: track.laned and (v in track.replaced or v in values)
+                values.update(each(lambda v: self._read(v, weights, values, shared), laned))
             self._note_peak(batch)
             for values in (shared, *networks.forked):
                 for v in [v for v in values if not self._later(v, end)]:
@@ -160,39 +183,44 @@ class Stream:
         return self.program.last_use.get(v, -1) >= end and v not in self.program.broadcasts
 
     def _drop_fixed(self):
-        for values in (self.fixed, self.replaced):
+        for values in (self.fixed, *(track.replaced for track in self.tracks)):
             for v in [v for v in values if not self._later(v, self.at) and v not in self.kept]:
                 del values[v]
 
-    def inputs(self, site: Site) -> Iterator[tuple[jax.Array, jax.Array | None, jax.Array | None]]:
+    def inputs(self, site: Site, track: int = 0) -> Iterator[tuple[jax.Array, jax.Array | None, jax.Array | None]]:
         """Per batch: input for the reference and the quantized network (None where they agree), and row weights."""
         v = site.data
         for networks, weights in zip(self.batches, self.weights, strict=True):
             if v in self.forks:
-                yield _value(networks.reference[v]), _value(networks.quantized[v]), weights
+                yield _value(networks.reference[v]), _value(networks.quantized[track][v]), weights
             else:
                 yield self._read(v, {}, {}, networks.shared), None, weights
 
-    def round_inputs(self, tap: Tap, rounded: Callable[[jax.Array], jax.Array]) -> None:
-        """Gives the networks the input of a stop: rounded in the quantized one, else as it is."""
+    def has_lanes(self, variable: Any, track: int) -> bool:
+        """Whether a value that depends on data has lanes in the quantized networks of a track."""
+        return self.tracks[track].laned and variable in self.forks
+
+    def round_inputs(self, tap: Tap, track: int, rounded: Callable[[jax.Array], jax.Array]) -> None:
+        """Gives the networks the input of a stop: rounded in the quantized ones of a track, else as it is."""
         if self.keeps:
-            self.history[tap] = rounded
+            self.tracks[track].history[tap] = rounded
         for batch, networks in enumerate(self.batches):
-            for values in networks.forked:
-                x = self._read(tap.source, {}, values, networks.shared)
-                values[tap] = rounded(x) if values is networks.quantized else x
+            own = networks.quantized[track]
+            own[tap] = rounded(self._read(tap.source, {}, own, networks.shared))
+            for values in networks.exact:
+                values[tap] = self._read(tap.source, {}, values, networks.shared)
             self._leave(batch)
 
-    def sources(self, tap: Tap) -> Iterator[tuple[jax.Array, jax.Array | None]]:
-        """Per batch: the input of a stop in the quantized network before it is rounded, and row weights."""
+    def sources(self, tap: Tap, track: int = 0) -> Iterator[tuple[jax.Array, jax.Array | None]]:
+        """Per batch: the input of a stop in the quantized networks before it is rounded, and row weights."""
         for networks, weights in zip(self.batches, self.weights, strict=True):
-            yield self._read(tap.source, {}, networks.quantized, networks.shared), weights
+            yield self._read(tap.source, {}, networks.quantized[track], networks.shared), weights
 
-    def replace(self, variable: Any, value: jax.Array) -> None:
-        """Gives the quantized network another value of a fixed variable: a quantized weight, a corrected bias."""
-        self.replaced[variable] = value
+    def replace(self, variable: Any, value: jax.Array, track: int = 0) -> None:
+        """Gives the quantized networks another value of a fixed variable: a quantized weight, a corrected bias."""
+        self.tracks[track].replaced[variable] = value
         if self.keeps:
-            self.history[variable] = value
+            self.tracks[track].history[variable] = value
 
     def value(self, variable: Any) -> jax.Array:
         """A fixed variable, wherever in the program it is computed."""
@@ -219,7 +247,7 @@ class Stream:
     def _note_peak(self, batch):
         """With one batch at work and the others as they were left."""
         here = _on_device(self.batches[batch])
-        weights = sum(x.nbytes for x in self.replaced.values())
+        weights = sum(x.nbytes for track in self.tracks for x in track.replaced.values())
         self.peak = max(self.peak, here + weights + sum(self.waiting) - self.waiting[batch])
 
     def _leave(self, batch):

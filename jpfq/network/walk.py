@@ -2,11 +2,15 @@
 
 For each stop (sites that read the same input): advance all batches to it, sum the Gram over them, solve each site, put the
 quantized weight into the quantized network. One forward pass of each network in all, whatever the depth.
+
+A sweep is the same walk with several quantized networks beside the float one: on tracks, one after the other at each stop,
+and within a track in lanes, by one program.
 """
 
 import collections
 import dataclasses
 import functools
+import math
 import operator
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,26 +20,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..matrix import Info, QTensor, Recipe, Solution, code_dtype, raise_on, solve_all, solve_coupled
+from ..matrix import Info, QTensor, Recipe, Solution, all_well, code_dtype, raise_on, solve_all, solve_coupled
+from ..matrix.each import lane, over_lanes
 from ..matrix.gram import as_gram, at_least_float32, matmul
-from .activation import Rounded, choose
+from .activation import Activations, Rounded, choose, round_by
 from .curvature import Coupling
-from .gather import Gather, fit
+from .gather import Gather, fit, fold_in
 from .sites import CASTS, Site
 from .stream import Stream
 
 
+class Making(NamedTuple):
+    """How the quantized networks of one track are made. With lanes, every array has a leading axis of them."""
+
+    recipes: dict[str, Recipe]  # by path of the parameter
+    activations: dict[str, Activations | None]  # likewise
+    key: jax.Array | None  # for roundings and patches that draw; folded by path and by number of the site within it
+    coupled: dict[tuple[int, int], tuple[Coupling, jax.Array]]  # by stop and position in it: how, and the curvature F
+    lanes: tuple[str, ...] | None = None  # a name for each; None for one network without lanes
+
+
 class Walked(NamedTuple):
-    """What a walk found."""
+    """What a walk found on one track. With lanes, every array has a leading axis of them."""
 
     tensors: dict[str, QTensor]
     info: dict[str, Info]
     biases: dict[str, jax.Array]  # corrected, by path of the parameter
     inputs: dict[str, list[Rounded]]  # by path of the kernel, one for each of its uses in order
-    output_error: list[
-        float
-    ]  # per output leaf of the model: relative error on the calibration data; nan if not floating
-    peak: int  # bytes of live activations, at most
+    output_error: (
+        np.ndarray
+    )  # per output leaf of the model: relative error on the calibration data; nan if not floating
+
+
+class _Track:
+    """What a track has so far."""
+
+    def __init__(self, number: int, making: Making):
+        self.number, self.making, self.laned = number, making, making.lanes is not None
+        self.parts: dict[str, list[tuple[Site, Solution]]] = {}
+        self.tensors: dict[str, QTensor] = {}
+        self.info: dict[str, Info] = {}
+        self.biases: dict[str, jax.Array] = {}
+        self.inputs: dict[str, dict[int, Rounded]] = {}
+
+    def lift(self, f: Callable) -> Callable:
+        """A function of the arrays of one network, for those of this track."""
+        return jax.vmap(f) if self.laned else f
 
 
 def stops(sites: Sequence[Site]) -> list[list[int]]:
@@ -48,29 +78,27 @@ def stops(sites: Sequence[Site]) -> list[list[int]]:
 
 def walk(
     streams: Sequence[Stream],
-    recipes: dict[str, Recipe],
-    key: jax.Array | None,
+    makings: Sequence[Making],
     report: Callable[[str, float], None] = lambda path, error: None,
     block: Callable[[Site], Any] | None = None,
     refresh: Callable[[Stream, int], Stream] | None = None,
-    coupled: dict[tuple[int, int], tuple[Coupling, jax.Array]] | None = None,
-) -> Walked:
+) -> tuple[list[Walked], int]:
     """Quantizes every site.
 
     Args:
-        streams: the batches, one stream per shape; their stops correspond.
-        recipes: by path of the parameter.
-        key: for roundings that draw; folded by path and by number of the site within its parameter.
-        report: told the path and the relative error of each site that is done.
+        streams: the batches, one stream per shape; their stops correspond, and their tracks are the makings.
+        makings: one for each track.
+        report: told the path and the relative error of each site that is done on a track, the mean over its lanes.
         block: names the block of a site; where it changes, the reference starts anew from the quantized network. None
             for a reference that is the float network throughout.
         refresh: takes the stream of the stop before to one over other batches, for each stop but the first.
-        coupled: by number of the stop and position in it, how neurons are coupled, and the curvature F of that site.
+
+    Returns:
+        What was found on each track, and the bytes of live activations, at most.
     """
-    first = streams[0]
+    first, here = streams[0], None
     waiting = collections.Counter(site.path for stop in first.stops for site in stop)
-    parts: dict[str, list[tuple[Site, Solution]]] = {}
-    tensors, info, biases, inputs, here = {}, {}, {}, {}, None
+    tracks = [_Track(number, making) for number, making in enumerate(makings)]
     for number, stop in enumerate(first.stops):
         if refresh is not None and number:
             streams = [refresh(stream, number) for stream in streams]
@@ -80,86 +108,132 @@ def walk(
             here = block(stop[0])
             for stream in streams:
                 stream.rebase()
-        rounded = _round_inputs(streams, number)
-        gather = Gather(streams, number, key)
-        for position, site in enumerate(stop):
-            recipe, done = recipes[site.path], parts.setdefault(site.path, [])
-            W = at_least_float32(site.layout.matrices(site.chain(streams[0].value(first.program.params[site.leaf]))))
-            draw = None if key is None else jax.random.fold_in(key, zlib.crc32(site.path.encode()))
-            draw = None if draw is None else jax.random.fold_in(draw, len(done))
-            recipe.refuse(gather.count, W.shape[1], site.path)
-            gathered = gather(recipe, W.shape, centred=site.bias is not None)
-            if coupled and (number, position) in coupled:
-                how, F = coupled.pop((number, position))
-                solution = solve_coupled(W, as_gram(gathered.data), F, recipe, draw, how.damping, how.block)
-            else:
-                solution = solve_all(W, gathered.data, recipe, draw)
-            raise_on(solution.info, recipe, site.path, gathered.data)
-            operand = _operand(solution.q, site.layout, _casts(first, site))
-            for stream in streams:
-                stream.replace(stream.stops[number][position].weight, operand)
-            if site.bias is not None:
-                error, lost = _mean_error(gathered, W, solution.q)
-                solution = solution._replace(
-                    info=dataclasses.replace(solution.info, energy=solution.info.energy + lost)
-                )
-                _correct(streams, number, position, error, biases)
-            if rounded is not None:
-                inputs.setdefault(site.path, {})[site.index] = rounded
-            done.append((site, solution._replace(q=None, codes=solution.codes.astype(code_dtype(recipe.grid)))))
-            if len(done) == waiting[site.path]:
-                leaf = first.program.params[site.leaf].aval
-                tensors[site.path] = _assemble(done, leaf.shape, leaf.dtype, recipe)
-                info[site.path] = Info.join([solution.info for _, solution in parts.pop(site.path)])
-            report(site.path, float(solution.info.relative_error))
-    peak = sum(stream.peak for stream in streams)
-    in_order = {path: [uses[index] for index in sorted(uses)] for path, uses in inputs.items()}
-    return Walked(tensors, info, biases, in_order, _output_error(streams), peak)
+        for track in tracks:
+            _visit(streams, number, track, waiting, report)
+    errors = _output_error(streams, tracks)
+    in_order = lambda inputs: {path: [uses[index] for index in sorted(uses)] for path, uses in inputs.items()}
+    walked = [Walked(t.tensors, t.info, t.biases, in_order(t.inputs), e) for t, e in zip(tracks, errors, strict=True)]
+    return walked, sum(stream.peak for stream in streams)
 
 
-def _round_inputs(streams, number) -> Rounded | None:
+def _visit(streams, number, track, waiting, report):
+    """Solves the sites of one stop on one track."""
+    first, making = streams[0], track.making
+    rounded = _round_inputs(streams, number, track)
+    gather = Gather(streams, number, making.key, track.number)
+    for position, site in enumerate(first.stops[number]):
+        recipe, done = making.recipes[site.path], track.parts.setdefault(site.path, [])
+        W = at_least_float32(site.layout.matrices(site.chain(first.value(first.program.params[site.leaf]))))
+        draw = None if making.key is None else fold_in(making.key, zlib.crc32(site.path.encode()))
+        draw = None if draw is None else fold_in(draw, len(done))
+        recipe.refuse(gather.count, W.shape[1], site.path)
+        gathered = gather(recipe, W.shape, centred=site.bias is not None)
+        coupled = making.coupled.get((number, position))
+        solution = _solve(W, gathered.data, recipe, draw, coupled, gather.laned, track.laned)
+        _raise_on(solution.info, recipe, site.path, gathered.data, making.lanes, gather.laned)
+        operand = _operand(solution.q, site.layout, _casts(first, site), track.laned)
+        for stream in streams:
+            stream.replace(stream.stops[number][position].weight, operand, track.number)
+        if site.bias is not None:
+            means = gathered.mean_X, gathered.mean_Xq, gathered.rows
+            error, lost = _mean_error(means, W, solution.q, (gather.laned, track.laned))
+            solution = solution._replace(info=dataclasses.replace(solution.info, energy=solution.info.energy + lost))
+            _correct(streams, number, position, error, track)
+        if rounded is not None:
+            track.inputs.setdefault(site.path, {})[site.index] = rounded
+        done.append((site, solution._replace(q=None, codes=solution.codes.astype(code_dtype(recipe.grid)))))
+        if len(done) == waiting[site.path]:
+            leaf = first.program.params[site.leaf].aval
+            track.tensors[site.path] = _assemble(done, leaf.shape, leaf.dtype, recipe, track)
+            infos = [solution.info for _, solution in track.parts.pop(site.path)]
+            track.info[site.path] = track.lift(Info.join)(infos)
+        report(site.path, float(jnp.mean(solution.info.relative_error)))
+
+
+def _solve(W, data, recipe, key, coupled, data_laned, laned) -> Solution:
+    """The solution of one site, of each lane where there are any."""
+    if not laned:
+        if coupled is None:
+            return solve_all(W, data, recipe, key)
+        how, F = coupled
+        return solve_coupled(W, as_gram(data), F, recipe, key, how.damping, how.block)
+    return _solve_lanes(W, data, recipe, key, coupled, data_laned)
+
+
+@functools.partial(jax.jit, static_argnames="data_laned")
+def _solve_lanes(W, data, recipe, key, coupled, data_laned):
+    def one(data, recipe, key, coupled):
+        return _solve(W, data, recipe, key, coupled, False, False)
+
+    return over_lanes(one, (data, recipe, key, coupled), (data_laned, True, key is not None, coupled is not None))
+
+
+def _raise_on(info, recipe, name, data, lanes, data_laned):
+    """`raise_on`, which names the first lane that something is wrong with."""
+    if lanes is None:
+        return raise_on(info, recipe, name, data)
+    for i in np.flatnonzero(~np.asarray(all_well(info, data))):
+        own = lane(data, i) if data_laned else data
+        raise_on(lane(info, i), lane(recipe, i), f"{name} ({lanes[i]})", own)
+    return None
+
+
+def _round_inputs(streams, number, track) -> Rounded | None:
     """Chooses the grid of a stop's input and rounds it, if it is to be."""
-    settings, layout, path = (getattr(streams[0].stops[number][0], name) for name in ("activations", "layout", "path"))
-    if settings is None:
+    site = streams[0].stops[number][0]
+    if site.activations is None:
         return None
-    settings.refuse(layout, path)
+    settings = track.making.activations[site.path]
+    settings.refuse(site.layout, site.path)
+    tap = site.data
+    laned = track.laned, streams[0].has_lanes(tap.source, track.number)
 
     def batches():
         for stream in streams:
-            for x, weights in stream.sources(stream.stops[number][0].data):
-                yield x, fit(weights, x.shape[:-1], path)
+            for x, weights in stream.sources(stream.stops[number][0].data, track.number):
+                rows = x.shape[laned[1] : -1]
+                yield x, fit(weights, rows, site.path)
 
-    rounded = choose(settings, layout, batches)
+    rounded = choose(settings, site.layout, batches, laned)
     for stream in streams:
-        stream.round_inputs(stream.stops[number][0].data, functools.partial(_rounded, rounded))
+        stream.round_inputs(stream.stops[number][0].data, track.number, functools.partial(_rounded, rounded, laned))
     return rounded
 
 
-@jax.jit
-def _rounded(rounded, x):
-    return rounded(x)
+@functools.partial(jax.jit, static_argnames="laned")
+def _rounded(rounded, laned, x):
+    return round_by(rounded, x, laned)
 
 
-@jax.jit
-def _mean_error(gathered, W, q):
-    """The mean error of each neuron (B, out), and the energy of its mean over all rows."""
-    mean = lambda x, W: matmul(x[:, None], W)[:, 0]
-    exact = mean(gathered.mean_X, W)
-    return mean(gathered.mean_Xq, q) - exact, jnp.sum(gathered.rows[:, None] * exact**2)
+@functools.partial(jax.jit, static_argnames="laned")
+def _mean_error(means, W, q, laned):
+    """The mean error of each neuron (B, out), and the energy of its mean over all rows; `laned` are means and q."""
+
+    def one(means, q):
+        mean_X, mean_Xq, rows = means
+        mean = lambda x, W: matmul(x[:, None], W)[:, 0]
+        exact = mean(mean_X, W)
+        return mean(mean_Xq, q) - exact, jnp.sum(rows[:, None] * exact**2)
+
+    return over_lanes(one, (means, q), laned)
 
 
-def _correct(streams, number, position, error, biases):
+def _correct(streams, number, position, error, track):
     """Takes a mean error off a bias: in the quantized network, and in the parameter that holds it."""
     for stream in streams:
         site = stream.stops[number][position]
         bias = site.bias
-        change = bias.change(site, error, stream.value)
-        old = stream.replaced.get(bias.operand, stream.value(bias.operand))
-        stream.replace(bias.operand, (at_least_float32(old) + change).astype(old.dtype))
+        change = track.lift(lambda error, bias=bias, site=site, read=stream.value: bias.change(site, error, read))(
+            error
+        )
+        old = stream.tracks[track.number].replaced.get(bias.operand)
+        old = stream.value(bias.operand)[(None,) * track.laned] if old is None else old
+        stream.replace(bias.operand, (at_least_float32(old) + change).astype(old.dtype), track.number)
         if stream is streams[0]:
-            variable = stream.program.params[bias.leaf]
-            leaf = biases.get(bias.path, at_least_float32(stream.value(variable)))
-            biases[bias.path] = leaf + bias.chain.scatter(change.astype(leaf.dtype), leaf.shape, scaled=True)
+            leaf = at_least_float32(stream.value(stream.program.params[bias.leaf]))
+            scatter = lambda x, bias=bias, shape=leaf.shape: bias.chain.scatter(x, shape, scaled=True)
+            before = track.biases.get(bias.path, leaf[(None,) * track.laned])
+            track.biases[bias.path] = before + track.lift(scatter)(change.astype(leaf.dtype))
 
 
 def _casts(stream, site):
@@ -168,26 +242,33 @@ def _casts(stream, site):
     return tuple(str(d) for d in (stream.program.params[site.leaf].aval.dtype, *steps))
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "casts"))
-def _operand(q, layout, casts):
-    q = layout.operand(q)
+@functools.partial(jax.jit, static_argnames=("layout", "casts", "laned"))
+def _operand(q, layout, casts, laned):
+    q = jax.vmap(layout.operand)(q) if laned else layout.operand(q)
     for dtype in casts:
         q = q.astype(dtype)
     return q
 
 
-def _assemble(done, shape, dtype, recipe) -> QTensor:
+def _assemble(done, shape, dtype, recipe, track) -> QTensor:
     """The tensor of a parameter from the solutions of its sites."""
-    step, zero = (_full(done, shape, lambda s: getattr(s, name), name == "step") for name in ("step", "zero"))
-    codes = _full(done, shape, lambda s: s.codes.astype(s.step.dtype))  # only floats can be scattered
-    runs = tuple(slice(None, None, run) for run in _runs(done, shape))
-    rotated = None if recipe.rotation is None else (recipe.rotation, done[0][0].layout)
-    return QTensor(codes.astype(code_dtype(recipe.grid)), step[runs], zero[runs], recipe.grid, np.dtype(dtype), rotated)
+    sites, solutions = [site for site, _ in done], [(s.codes, s.step, s.zero) for _, s in done]
+    runs = _runs(sites, [step.shape[track.laned :] for _, step, _ in solutions], shape)
+
+    def whole(solutions):
+        full = lambda name, scaled=False: _full(sites, [arrays[name] for arrays in solutions], shape, scaled)
+        step, zero = full(1, scaled=True)[runs], full(2)[runs]
+        return full(0), step, zero
+
+    as_floats = [(codes.astype(step.dtype), step, zero) for codes, step, zero in solutions]  # only these are scattered
+    codes, step, zero = track.lift(whole)(as_floats)
+    rotated = None if recipe.rotation is None else (recipe.rotation, sites[0].layout)
+    return QTensor(codes.astype(code_dtype(recipe.grid)), step, zero, recipe.grid, np.dtype(dtype), rotated)
 
 
-def _full(done, shape, read, scaled=False):
+def _full(sites, arrays, shape, scaled=False):
     """One array of the parameter's shape from arrays (B, groups or in, out or 1) of its sites."""
-    matrices = ((site, _to_matrices(read(solution), site.layout.dims)) for site, solution in done)
+    matrices = ((site, _to_matrices(x, site.layout.dims)) for site, x in zip(sites, arrays, strict=True))
     parts = (site.chain.scatter(site.layout.operand(M), shape, scaled) for site, M in matrices)
     return functools.reduce(operator.add, parts)
 
@@ -200,22 +281,22 @@ def _to_matrices(x, dims):
 _known_runs: dict = {}
 
 
-def _runs(done, shape) -> tuple[int, ...]:
-    """Along each axis of a parameter, the length of the runs that share one step.
+def _runs(sites, step_shapes, shape) -> tuple[slice, ...]:
+    """Along each axis of a parameter, one entry of every run that shares one step.
 
     Found by sending a number for each step down the same way as the steps; the answer depends on structure alone.
     """
-    key = (shape, *((site.chain.key(), site.layout, solution.step.shape) for site, solution in done))
+    key = (shape, *((site.chain.key(), site.layout, step) for site, step in zip(sites, step_shapes, strict=True)))
     if key not in _known_runs:
         offset, numbered = 0, []
-        for site, solution in done:
-            size = solution.step.size
-            numbers = jnp.arange(offset, offset + size, dtype=jnp.float32).reshape(solution.step.shape)
-            numbered.append((site, numbers))
+        for step in step_shapes:
+            size = math.prod(step)
+            numbered.append(jnp.arange(offset, offset + size, dtype=jnp.float32).reshape(step))
             offset += size
-        labels = np.asarray(_full(numbered, shape, lambda numbers: numbers))
+        labels = np.asarray(_full(sites, numbered, shape))
         changes = (np.flatnonzero(np.diff(labels, axis=a).any(axis=_others(labels, a))) + 1 for a in range(labels.ndim))
-        _known_runs[key] = tuple(int(np.gcd.reduce([*c, labels.shape[a]])) for a, c in enumerate(changes))
+        runs = (int(np.gcd.reduce([*c, labels.shape[a]])) for a, c in enumerate(changes))
+        _known_runs[key] = tuple(slice(None, None, run) for run in runs)
     return _known_runs[key]
 
 
@@ -223,15 +304,29 @@ def _others(x, axis):
     return tuple(a for a in range(x.ndim) if a != axis)
 
 
-def _output_error(streams) -> list[float]:
-    pairs = (zip(exact, quantized, strict=True) for stream in streams for exact, quantized in stream.finish())
-    sums = sum(np.array([_square_error(a, b) for a, b in batch]).reshape(-1, 2) for batch in pairs)
-    return [float(np.sqrt(error / energy)) if energy else float("nan") for error, energy in np.asarray(sums)]
+def _output_error(streams, tracks) -> list[np.ndarray]:
+    """By track, the relative error of each output."""
+    sums: list = [0.0] * len(tracks)
+    for stream in streams:
+        for exact, quantized in stream.finish():
+            for track, outputs in zip(tracks, quantized, strict=True):
+                pairs = zip(exact, outputs, strict=True)
+                found = [_square_error(a, b, track.laned and b.ndim > a.ndim) for a, b in pairs]
+                lanes = (len(track.making.lanes or ()),) * track.laned
+                found = np.stack([np.broadcast_to(x, (*lanes, 2)) for x in found], -2)
+                sums[track.number] = sums[track.number] + found
+    share = lambda error, energy: np.sqrt(error / np.where(energy > 0, energy, np.nan))
+    return [share(total[..., 0], total[..., 1]) for total in sums]
 
 
-@jax.jit
-def _square_error(a, b):
-    if not jnp.issubdtype(a.dtype, jnp.floating):
-        return jnp.zeros(2)
-    a, b = at_least_float32(a), at_least_float32(b)
-    return jnp.stack([jnp.sum((a - b) ** 2), jnp.sum(a**2)])
+@functools.partial(jax.jit, static_argnames="laned")
+def _square_error(a, b, laned):
+    """Square error and energy, of all lanes of b."""
+
+    def one(b):
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            return jnp.zeros(2)
+        x, y = at_least_float32(a), at_least_float32(b)
+        return jnp.stack([jnp.sum((x - y) ** 2), jnp.sum(x**2)])
+
+    return over_lanes(one, (b,), (laned,))

@@ -1,0 +1,428 @@
+"""Sweeps: many settings of one model in one walk.
+
+The float network runs once. Settings that differ in numbers alone are lanes of one program: their quantized networks,
+Grams, solves and scores have a leading axis. Settings that differ otherwise (method, order, group size) are tracks of the
+same walk, one after the other at each layer. Only what changes which kernels are quantized, or whether their inputs are,
+takes a walk of its own.
+"""
+
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..matrix import code_dtype
+from ..matrix.each import lane, over_lanes, stack
+from ..network import Quantized, Rule
+from ..network.batches import Shaped, read_batches
+from ..network.functional import Functional
+from ..network.plan import plan_of
+from ..network.progress import progress_bar
+from ..network.quantize import (
+    Analysis,
+    activations_of,
+    adapt,
+    assemble,
+    check_key,
+    couple,
+    find_kernels,
+    rule_all,
+    streams_of,
+    typed,
+)
+from ..network.rules import as_rules
+from ..network.table import table
+from ..network.walk import Making, Walked, stops, walk
+from .plot import loss_against_bits
+
+FIGURES = ("loss", "output_error", "bits_per_weight", "nbytes")  # what a record says besides its setting
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Space:
+    """The settings of a sweep: all combinations of some values, and what rules each of them means.
+
+    Args:
+        rules: makes the rules of one setting from its values, by name. Left out, the values are those of one
+            `Rule(".*", ..)`.
+        **axes: a name and its values, as many as you like. An axis `seed` gives every setting a random key of its own,
+            `jax.random.key(seed)`, and is not passed to `rules`.
+
+    Example:
+        >>> jpfq.Space(bits=[2, 3, 4], method=[jpfq.GPFQ(), jpfq.Qronos()])
+        >>> jpfq.Space(lambda bits, c: jpfq.Rule(".*", bits=bits, scale=jpfq.AbsMax(c)), bits=[2, 3], c=[0.6, 0.8, 1.0])
+    """
+
+    rules: Callable[..., Any]
+    points: tuple[dict[str, Any], ...]
+
+    def __init__(self, rules: Callable[..., Any] | None = None, /, **axes: Iterable):
+        for name, values in axes.items():
+            if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+                raise ValueError(f"Space takes a list of values for each name; got {name}={values!r}.")
+        columns = {name: [_plain(value) for value in values] for name, values in axes.items()}
+        combined = itertools.product(*columns.values())
+        self._set(rules, [dict(zip(columns, values, strict=True)) for values in combined] if axes else [])
+
+    @classmethod
+    def listed(cls, points: Iterable[Mapping[str, Any]], rules: Callable[..., Any] | None = None) -> "Space":
+        """The settings as they are listed, each by the values of its names."""
+        space = object.__new__(cls)
+        space._set(rules, [{name: _plain(value) for name, value in point.items()} for point in points])
+        return space
+
+    def _set(self, rules, points):
+        if not points:
+            raise ValueError("The space is empty: give names and values, such as jpfq.Space(bits=[2, 3, 4]).")
+        taken = sorted(set(FIGURES) & set(points[0]))
+        if taken or any(set(point) != set(points[0]) for point in points):
+            what = f"{taken} are names of results" if taken else "all settings need the same names"
+            raise ValueError(f"The names of a space cannot be used: {what}.")
+        if rules is not None and not callable(rules):
+            raise ValueError(f"Space takes a function from values to rules before its axes; got {rules!r}.")
+        object.__setattr__(self, "rules", rules or functools.partial(Rule, ".*"))
+        object.__setattr__(self, "points", tuple(points))
+
+    def __len__(self):
+        return len(self.points)
+
+    def rules_of(self, point: Mapping[str, Any]) -> tuple[Rule, ...]:
+        """The rules of one setting."""
+        try:
+            return as_rules(self.rules(**{name: value for name, value in point.items() if name != "seed"}))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"The setting ({_words(point)}) makes no rules: {error}") from error
+
+
+class _Setting(NamedTuple):
+    """One point of a space, and what it means for the model."""
+
+    point: dict[str, Any]
+    analyses: list[Analysis]  # by shape of batch
+    key: jax.Array | None
+
+    @property
+    def first(self) -> Analysis:
+        return self.analyses[0]
+
+
+class _Chunk(NamedTuple):
+    """Settings that are lanes of one track: their numbers in the space, the last repeated to fill up."""
+
+    numbers: list[int]
+    walked: Walked
+    peak: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The results of a sweep.
+
+    records: one for each setting, in the order of the space: its values, and
+        loss: what `evaluate` says, or the relative error of the outputs on the calibration data where nothing evaluates.
+        output_error: that error in any case.
+        bits_per_weight, nbytes: as of `Quantized`.
+    """
+
+    records: list[dict[str, Any]]
+    _settings: list[_Setting]
+    _chunks: list[_Chunk]
+    _functional: Functional
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, number: int) -> Quantized:
+        """The quantized network of a setting: what `quantize` returns for it."""
+        number = range(len(self.records))[number]
+        chunk = next(chunk for chunk in self._chunks if number in chunk.numbers)
+        own = self._settings[number].first.assignment
+        walked = _lane_of(chunk.walked, chunk.numbers.index(number), own)
+        return assemble(self._functional, walked, own.skipped, chunk.peak)
+
+    @property
+    def front(self) -> list[int]:
+        """Numbers of the settings that no other beats in both loss and bits per weight, from few bits to many."""
+        order = sorted(range(len(self)), key=lambda i: (self.records[i]["bits_per_weight"], self.records[i]["loss"]))
+        front, least = [], np.inf
+        for i in order:
+            if self.records[i]["loss"] < least:
+                front.append(i)
+                least = self.records[i]["loss"]
+        return front
+
+    def best(self, bits_per_weight: float | None = None) -> Quantized:
+        """The quantized network of least loss, among those of so many bits per weight at most."""
+        within = [
+            i for i in self.front if bits_per_weight is None or self.records[i]["bits_per_weight"] <= bits_per_weight
+        ]
+        if not within:
+            least = min(record["bits_per_weight"] for record in self.records)
+            raise ValueError(
+                f"No setting of finite loss takes {bits_per_weight} bits per weight or fewer; the least is {least:.3f}."
+            )
+        return self[within[-1]]
+
+    def frame(self) -> Any:
+        """The records as a `pandas.DataFrame`."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ValueError("frame() needs pandas: pip install pandas. `records` is a plain list.") from error
+        return pandas.DataFrame(self.records)
+
+    def picture(self, path: str | os.PathLike) -> None:
+        """Saves loss against bits per weight, with the front, as .png, .pdf or .svg. Needs matplotlib."""
+        loss_against_bits(self.records, self.front, Path(path))
+
+    def __str__(self) -> str:
+        front = set(self.front)
+        head = [*self.records[0], "front"]
+        number = lambda x: f"{x:.5g}" if isinstance(x, float) else str(x)
+        rows = [[*map(number, record.values()), "*" if i in front else ""] for i, record in enumerate(self.records)]
+        return table(head, rows)
+
+
+def sweep(
+    model: Any,
+    batches: Iterable,
+    space: Space,
+    *,
+    evaluate: Callable[[Quantized], Any] | None = None,
+    lanes: int | None = None,
+    variables: Any = None,
+    params: Any = None,
+    kwargs: dict | None = None,
+    key: jax.Array | None = None,
+    offload: bool = False,
+    strict: bool = False,
+    memory: int | None = None,
+    progress: bool | None = None,
+) -> Sweep:
+    """Quantizes a model under many settings at once.
+
+    Each result is what `quantize` makes of that setting by itself.
+
+    Args:
+        model, batches, variables, params, kwargs, offload, strict, progress: as for `jpfq.quantize`.
+        space: the settings.
+        evaluate: takes a `Quantized`, of which it may use `params`, `variables`, `model` and `apply`, and returns a loss:
+            a scalar array, the smaller the better. It is compiled, so it is made of JAX operations.
+        lanes: how many settings are computed as one program at most; None for as many as can be. Fewer take less memory.
+        key: for roundings and patches that draw, the same for all settings; an axis `seed` of the space gives each its own.
+        memory: bytes to stay within; None for what the device has.
+
+    Raises:
+        ValueError: for settings that `quantize` would refuse, and where the memory does not suffice for so many at once.
+
+    Example:
+        >>> space = jpfq.Space(bits=[2, 3, 4], scale=[jpfq.AbsMax(c) for c in (0.6, 0.8, 1.0)])
+        >>> sweep = jpfq.sweep(model, batches, space, variables=variables)
+        >>> quantized = sweep.best(bits_per_weight=3.5)
+    """
+    if not isinstance(space, Space):
+        raise ValueError(f"space is a jpfq.Space, such as jpfq.Space(bits=[2, 3, 4]); got {space!r}.")
+    if lanes is not None and (not isinstance(lanes, int) or isinstance(lanes, bool) or lanes < 1):
+        raise ValueError(f"lanes is a positive number of settings, or None; got {lanes!r}.")
+    if callable(batches) and not isinstance(batches, Iterable):
+        raise ValueError("A sweep takes batches, and no function that makes fresh ones for each layer.")
+    functional = adapt(model, variables, params, kwargs)
+    shaped = read_batches(batches, on_host=offload)
+    traced = [find_kernels(functional, group.example) for group in shaped]
+    settings = []
+    for point in space.points:
+        rules = space.rules_of(point)
+        own = jax.random.key(point["seed"]) if "seed" in point else typed(key)
+        try:
+            setting = _Setting(point, rule_all(functional, traced, rules, strict), own)
+            check_key(setting.first.assignment, own)
+        except ValueError as error:
+            raise ValueError(f"The setting ({_words(point)}): {error}") from error
+        settings.append(setting)
+    walks = _partition(settings, range(len(settings)), _walk_key)
+    _check_memory(settings, walks, shaped, lanes, offload, memory)
+    chunks = []
+    with progress_bar(sum(len(s.first.sites) for s in settings), progress) as report:
+        for numbers in walks:
+            chunks += _walk(functional, shaped, settings, numbers, lanes, offload, report)
+    losses = {} if evaluate is None else _losses(functional, settings, chunks, evaluate)
+    records: list = [None] * len(settings)
+    for chunk in chunks:
+        shaped_tensors = jax.eval_shape(lambda tensors: lane(tensors, 0), chunk.walked.tensors)
+        for place, number in enumerate(chunk.numbers):
+            records[number] = _record(settings[number], chunk, place, shaped_tensors, losses.get(number))
+    return Sweep(records, settings, chunks, functional)
+
+
+def _walk(functional, shaped: Sequence[Shaped], settings, numbers, lanes, offload, report) -> list[_Chunk]:
+    """One walk of the model for settings that stop at the same places."""
+    first = settings[numbers[0]]
+    groups = stops(first.first.sites)
+    parts = []
+    for alike in _partition(settings, numbers, _track_key):
+        size = min(lanes or len(alike), len(alike))
+        for start in range(0, len(alike), size):
+            part = alike[start : start + size]
+            parts.append(part + part[-1:] * (size - len(part)))  # one size, one program
+    makings = [_making(functional, shaped, settings, part, groups) for part in parts]
+    streams = streams_of(functional, first.analyses, shaped, groups, offload=offload, laned=[True] * len(parts))
+    counts = iter(len(set(part)) for _ in first.first.sites for part in parts)
+
+    def told(path, error):  # once for each track; the bar counts settings
+        for _ in range(next(counts)):
+            report(path, error)
+
+    walked, peak = walk(streams, makings, told)
+    return [_Chunk(part, found, peak) for part, found in zip(parts, walked, strict=True)]
+
+
+def _making(functional, shaped, settings, part, groups) -> Making:
+    """How the settings of a chunk are made, as lanes."""
+    mine = [settings[i] for i in part]
+    assignments = [setting.first.assignment for setting in mine]
+    recipes = stack([assignment.recipes for assignment in assignments])
+    activations = stack([activations_of(assignment) for assignment in assignments])
+    keys = None if mine[0].key is None else jnp.stack([setting.key for setting in mine])
+    seen: dict = {}  # the curvature depends on the key, and on nothing else that differs
+    for setting in mine:
+        seed = setting.point.get("seed")
+        if seed not in seen:
+            seen[seed] = couple(functional, setting.analyses, shaped, groups, setting.key)
+    couplings = [
+        {
+            place: (setting.first.assignment.rules[setting.first.sites[groups[place[0]][place[1]]].path].coupling, F)
+            for place, (_, F) in seen[setting.point.get("seed")].items()
+        }
+        for setting in mine
+    ]
+    return Making(recipes, activations, keys, stack(couplings), tuple(_words(s.point) for s in mine))
+
+
+def _losses(functional, settings, chunks, evaluate) -> dict[int, float]:
+    """By number of the setting, what `evaluate` says."""
+    losses = {}
+    for chunk in chunks:
+        skipped = settings[chunk.numbers[0]].first.assignment.skipped
+
+        def one(walked, chunk=chunk, skipped=skipped):
+            loss = jnp.asarray(evaluate(assemble(functional, walked, skipped, chunk.peak)))
+            if loss.ndim or not jnp.issubdtype(loss.dtype, jnp.number):
+                raise ValueError(f"evaluate returns one number for a network; got shape {loss.shape}, {loss.dtype}.")
+            return loss.astype(float)
+
+        try:
+            found = jax.jit(lambda walked, one=one: over_lanes(one, (walked,), (True,)))(chunk.walked)
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+            raise ValueError(
+                "evaluate is compiled, but it turns arrays into Python numbers or NumPy arrays, with float() or np.asarray "
+                f"for example. Make it of jax.numpy, and return an array of shape (). JAX says: {error}"
+            ) from error
+        losses |= dict(zip(chunk.numbers, np.asarray(found).tolist(), strict=True))
+    return losses
+
+
+def _lane_of(walked: Walked, i: int, assignment) -> Walked:
+    """One lane, with the settings as they were given."""
+    own = lane(walked, i)
+    grids = {path: recipe.grid for path, recipe in assignment.recipes.items()}
+    tensors = {
+        path: dataclasses.replace(tensor, grid=grids[path], codes=tensor.codes.astype(code_dtype(grids[path])))
+        for path, tensor in own.tensors.items()
+    }
+    activations = activations_of(assignment)
+    inputs = {
+        path: [dataclasses.replace(rounded, settings=activations[path]) for rounded in uses]
+        for path, uses in own.inputs.items()
+    }
+    return own._replace(tensors=tensors, inputs=inputs)
+
+
+def _record(setting: _Setting, chunk: _Chunk, place: int, shaped: dict, loss: float | None) -> dict[str, Any]:
+    """What is known of one setting; sizes follow from the shapes of its tensors."""
+    recipes = setting.first.assignment.recipes
+    tensors = [dataclasses.replace(tensor, grid=recipes[path].grid) for path, tensor in shaped.items()]
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    errors = chunk.walked.output_error[place]
+    output_error = float(np.nan_to_num(errors, nan=0.0).max(initial=0.0))
+    figures = (
+        output_error if loss is None else loss,
+        output_error,
+        8 * nbytes / sum(t.codes.size for t in tensors),
+        nbytes,
+    )
+    return setting.point | dict(zip(FIGURES, figures, strict=True))
+
+
+def _partition(settings, numbers: Iterable[int], key: Callable) -> list[list[int]]:
+    """The numbers by the key of their setting, in order of first appearance."""
+    parts: dict = {}
+    for i in numbers:
+        parts.setdefault(key(settings[i]), []).append(i)
+    return list(parts.values())
+
+
+def _walk_key(setting: _Setting):
+    """What settings of one walk have in common: where it stops, and what is looked at there."""
+    return tuple(
+        (
+            tuple((s.path, s.index, s.patches, s.bias is not None, s.activations is not None) for s in analysis.sites),
+            tuple(map(tuple, stops(analysis.sites))),
+        )
+        for analysis in setting.analyses
+    )
+
+
+def _track_key(setting: _Setting):
+    """What settings of one program have in common: all but their numbers."""
+    assignment = setting.first.assignment
+    couplings = {path: rule.coupling for path, rule in assignment.rules.items()}
+    leaves, structure = jax.tree.flatten((assignment.recipes, activations_of(assignment), couplings))
+    return structure, tuple(jnp.shape(x) for x in leaves), setting.key is None
+
+
+def _check_memory(settings, walks, shaped, lanes, offload, memory):
+    """Refuses what would not fit, by the plan of one setting times their number."""
+    limit = _device_memory() if memory is None else memory
+    if limit is None:
+        return
+    for numbers in walks:
+        plan = plan_of(settings[numbers[0]].first, sum(len(group.leaves) for group in shaped))
+        solving = max(line.workspace for line in plan.lines)
+        count = len(numbers)
+        held = (plan.memory - solving) * (1 if offload else count)
+        total = held + solving * min(lanes or count, count)
+        if total <= limit:
+            continue
+        fit = (limit - held) // solving
+        remedy = f"pass lanes={fit}" if fit >= 1 else "sweep over fewer settings at a time"
+        if not offload and fit < 1:
+            remedy = "pass offload=True, which leaves waiting batches in host memory, with lanes=1; or " + remedy
+        raise ValueError(
+            f"{count} settings at once take about {total / 2**30:.2f} GiB, and there are {limit / 2**30:.2f} GiB: {remedy}."
+        )
+
+
+def _device_memory() -> int | None:
+    """Bytes of the device, or of the host where that is the device; None where nobody says."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    if jax.default_backend() == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def _plain(value):
+    """A Python number in place of an array that holds one: it may be a setting that must be known beforehand."""
+    return value.item() if isinstance(value, (np.generic, np.ndarray, jax.Array)) and np.ndim(value) == 0 else value
+
+
+def _words(point: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in point.items())
