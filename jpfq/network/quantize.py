@@ -412,4 +412,5 @@ def check_key(assignment: Assignment, key: jax.Array | None) -> None:
 
 def like(new: jax.Array, old: Any) -> Any:
     """A new leaf placed as the old one was."""
-    return jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else new
+    placed = isinstance(old, jax.Array) and not is_traced(old)
+    return jax.device_put(new, old.sharding) if placed else new

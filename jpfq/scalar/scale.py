@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from .grid import Grid, Levels, Number, is_number
-from .pytree import register_dataclass
+from .pytree import refuse_traced, register_dataclass
 
 
 def _static(default):
@@ -62,6 +62,7 @@ class PerGroup(Per):
     refit: bool = False
 
     def __post_init__(self):
+        refuse_traced("PerGroup", "size", self.size)
         if not isinstance(self.size, int) or self.size < 1:
             raise ValueError(f"PerGroup takes a positive number of input coordinates; got {self.size!r}.")
 

@@ -307,18 +307,23 @@ def _making(functional, shaped, settings, part, groups) -> Making:
 
 def _losses(functional, settings, chunks, evaluate) -> dict[int, float]:
     """By number of the setting, what `evaluate` says."""
-    losses = {}
-    for chunk in chunks:
-        skipped = settings[chunk.numbers[0]].first.assignment.skipped
 
-        def one(walked, chunk=chunk, skipped=skipped):
-            loss = jnp.asarray(evaluate(assemble(functional, walked, skipped, chunk.peak)))
+    @functools.partial(jax.jit, static_argnames=("skipped", "peak"))  # chunks that are alike share one program
+    def scores(walked, leaves, skipped, peak):
+        def one(walked):
+            own = dataclasses.replace(functional, leaves=leaves)
+            loss = jnp.asarray(evaluate(assemble(own, walked, dict(skipped), peak)))
             if loss.ndim or not jnp.issubdtype(loss.dtype, jnp.number):
                 raise ValueError(f"evaluate returns one number for a network; got shape {loss.shape}, {loss.dtype}.")
             return loss.astype(float)
 
+        return over_lanes(one, (walked,), (True,))
+
+    losses = {}
+    for chunk in chunks:
+        skipped = tuple(settings[chunk.numbers[0]].first.assignment.skipped.items())
         try:
-            found = jax.jit(lambda walked, one=one: over_lanes(one, (walked,), (True,)))(chunk.walked)
+            found = scores(chunk.walked, functional.leaves, skipped, chunk.peak)
         except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
             raise ValueError(
                 "evaluate is compiled, but it turns arrays into Python numbers or NumPy arrays, with float() or np.asarray "

@@ -1,0 +1,259 @@
+"""Sweeps: every row is the single run, in lanes and on tracks; what they share, what they report, what they refuse."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jpfq
+from jpfq.matrix import each
+from jpfq.network import segments
+from jpfq.study import sweep as sweep_module
+from tests.network import zoo
+
+
+def network(params, x):
+    """A convolution, a product and a bias, without a framework."""
+    x = jax.lax.conv_general_dilated(
+        x, params["first"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
+    )
+    x = jax.nn.relu(x + params["bias"])
+    return jnp.tanh(x.reshape(x.shape[0], -1) @ params["second"]) @ params["third"]
+
+
+def parameters():
+    shapes = {"first": (3, 3, 2, 8), "bias": (8,), "second": (72, 8), "third": (8, 4)}
+    return {name: 0.3 * zoo.normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def data():
+    return [zoo.normal(20 + i, 12, 6, 6, 4) for i in range(2)]
+
+
+def settings(kind, number, seed):
+    """Rules of several kinds, each with a number that lanes share a program over."""
+    plain = functools.partial(zoo.plain, activation_bits=7, correct_bias=True, bits=3, scale=jpfq.AbsMax(number))
+    drawn = {"rounding": jpfq.Stochastic(), "patches": jpfq.patches.Random(0.5)}
+    head = jpfq.Rule("third", skip=True)
+    return {
+        "plain": lambda: plain(),
+        "optq": lambda: plain(method=jpfq.OPTQ(jpfq.MeanDiagonal(number))),
+        "drawn": lambda: zoo.plain(bits=4, **drawn),
+        "skips": lambda: [head, jpfq.Rule(".*", bits=2 + int(4 * number))],
+        "rows": lambda: zoo.plain(bits=3, scale=jpfq.AbsMax(number), form="data"),
+    }[kind]()
+
+
+POINTS = [
+    {"kind": kind, "number": number, "seed": seed}
+    for kind in ("plain", "optq", "drawn", "skips", "rows")
+    for number, seed in ((0.5, 0), (0.9, 1))
+]
+
+
+def assert_same(swept, single):
+    """One quantized network is the other, to the bit."""
+    assert set(swept.tensors) == set(single.tensors)
+    assert swept.skipped == single.skipped
+    for path, tensor in single.tensors.items():
+        own = swept.tensors[path]
+        np.testing.assert_array_equal(own.codes, tensor.codes, err_msg=path)
+        assert (own.codes.dtype, str(own.grid), own.nbytes) == (tensor.codes.dtype, str(tensor.grid), tensor.nbytes)
+        np.testing.assert_allclose(own.step, tensor.step, rtol=1e-12)
+        np.testing.assert_allclose(swept.info[path].relative_error, single.info[path].relative_error, rtol=1e-9)
+    assert swept.biases == single.biases
+    for new, old in zip(jax.tree.leaves(swept.params), jax.tree.leaves(single.params), strict=True):
+        np.testing.assert_allclose(new, old, rtol=1e-11, atol=1e-13)
+        assert new.dtype == old.dtype
+    assert swept.output_error == pytest.approx(single.output_error, rel=1e-9)
+
+
+@pytest.fixture
+def as_a_batch(monkeypatch):
+    """Lanes as an accelerator runs them; what is compiled by then is forgotten before and after."""
+
+    def forget():
+        jax.clear_caches()
+        segments._compiled.clear()
+
+    forget()
+    monkeypatch.setattr(each, "batches_lanes", lambda: True)
+    yield
+    forget()
+
+
+def check_rows(points):
+    """A sweep, and every row of it by itself."""
+    params, batches = parameters(), data()
+    run = jpfq.sweep(
+        network, batches, jpfq.Space.listed(points, lambda **point: settings(seed=0, **point)), params=params
+    )
+    for i, point in enumerate(points):
+        single = jpfq.quantize(network, batches, settings(**point), params=params, key=jax.random.key(point["seed"]))
+        assert_same(run[i], single)
+        expected = {"bits_per_weight": single.bits_per_weight, "nbytes": single.nbytes}
+        assert {name: run.records[i][name] for name in expected} == expected
+        x = batches[0]
+        np.testing.assert_allclose(run[i].apply(x), single.apply(x), rtol=1e-9, atol=1e-12)
+    return run
+
+
+def test_each_row_is_the_single_run(x64):
+    """Scales, activations, corrected biases, draws and patches, in lanes of their own tracks."""
+    run = check_rows([point for point in POINTS if point["kind"] in ("plain", "drawn")])
+    assert [chunk.numbers for chunk in run._chunks] == [[0, 1], [2, 3]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [False, True])
+def test_each_row_is_the_single_run_for_every_kind(x64, batch, request):
+    """Damping, kernels that are skipped, rows and what is recommended too; and lanes as an accelerator runs them."""
+    if batch:
+        request.getfixturevalue("as_a_batch")
+    run = check_rows(POINTS)
+    assert len(run._chunks) == 5
+
+
+@pytest.mark.parametrize("name", ["stack", pytest.param("experts", marks=pytest.mark.slow)])
+def test_stacked_kernels_and_experts(x64, name):
+    case = zoo.CASES[name]()
+    space = jpfq.Space(lambda c: zoo.plain(bits=3, scale=jpfq.AbsMax(c)), c=[0.6, 0.9])
+    run = jpfq.sweep(case.model, case.batches, space, **case.given)
+    for i, point in enumerate(space.points):
+        single = jpfq.quantize(case.model, case.batches, space.rules_of(point), **case.given)
+        assert_same(run[i], single)
+        if case.variables is None:
+            assert isinstance(run[i].model, nnx.Module)
+
+
+def simple(params, x):
+    return jnp.tanh(x @ params["a"]) @ params["b"]
+
+
+SIMPLE = {"a": zoo.normal(0, 16, 8), "b": zoo.normal(1, 8, 4)}
+X = [zoo.normal(2, 32, 16)]
+SPACE = jpfq.Space(lambda bits, c: zoo.plain(bits=bits, scale=jpfq.AbsMax(c)), bits=[2, 3, 4], c=[0.6, 1.0])
+
+
+def loss(quantized):
+    return jnp.mean((simple(quantized.params, X[0]) - simple(SIMPLE, X[0])) ** 2)
+
+
+@functools.cache
+def swept():
+    return jpfq.sweep(simple, X, SPACE, params=SIMPLE, evaluate=loss)
+
+
+def test_what_a_sweep_reports(tmp_path):
+    run = swept()
+    assert [(r["bits"], r["c"]) for r in run.records] == [(b, c) for b in (2, 3, 4) for c in (0.6, 1.0)]
+    for i, record in enumerate(run.records):
+        assert record["loss"] == pytest.approx(float(loss(run[i])), rel=1e-4)
+        assert record["output_error"] == pytest.approx(run[i].output_error)
+    beaten = [
+        any(o["bits_per_weight"] <= r["bits_per_weight"] and o["loss"] <= r["loss"] and o is not r for o in run.records)
+        for r in run.records
+    ]
+    assert sorted(run.front) == [i for i, lost in enumerate(beaten) if not lost]
+    least = min(range(len(run)), key=lambda i: run.records[i]["loss"])
+    np.testing.assert_array_equal(run.best().tensors["a"].codes, run[least].tensors["a"].codes)
+    width = run.records[2]["bits_per_weight"]
+    assert run.best(width).bits_per_weight <= width
+    with pytest.raises(ValueError, match=r"No setting of finite loss takes 1 bits per weight or fewer; the least is"):
+        run.best(1)
+    assert str(run).count("*") == len(run.front)
+    run.picture(tmp_path / "front.png")
+    assert (tmp_path / "front.png").stat().st_size > 5000
+    frame = pytest.importorskip("pandas", reason="pandas is not installed") and run.frame()
+    assert list(frame.columns) == ["bits", "c", *sweep_module.FIGURES]
+
+
+def test_fewer_lanes_at_a_time_change_nothing():
+    few = jpfq.sweep(simple, X, SPACE, params=SIMPLE, lanes=4, evaluate=loss)
+    assert [chunk.numbers for chunk in few._chunks] == [[0, 1, 2, 3], [4, 5, 5, 5]]
+    for i, record in enumerate(swept().records):
+        np.testing.assert_array_equal(few[i].tensors["b"].codes, swept()[i].tensors["b"].codes)
+        assert few.records[i] == pytest.approx(record, rel=1e-4)
+
+
+def test_the_float_network_runs_once(monkeypatch):
+    """As often as in a single run, however many settings there are; and other numbers compile nothing."""
+    calls, run = [], segments.Segment.__call__
+
+    def counting(self, read, laned=lambda v: False):
+        calls.append(any(map(laned, self.inputs)))
+        return run(self, read, laned)
+
+    monkeypatch.setattr(segments.Segment, "__call__", counting)
+    swept()
+    calls.clear()
+    jpfq.sweep(simple, X, SPACE, params=SIMPLE)
+    assert calls.count(True) == 2  # from the first kernel to the second, and to the outputs
+    in_float = calls.count(False)
+    calls.clear()
+    jpfq.quantize(simple, X, zoo.plain(bits=3), params=SIMPLE)
+    assert len(calls) == in_float + 2
+
+
+def test_other_numbers_compile_nothing():
+    swept()
+    before = sum(f._cache_size() for f in segments._compiled.values())
+    from jpfq.network import walk
+
+    solves = walk._solve_lanes._cache_size()
+    other = jpfq.Space(lambda bits, c: zoo.plain(bits=bits, scale=jpfq.AbsMax(c)), bits=[5, 6, 7], c=[0.7, 0.8])
+    jpfq.sweep(simple, X, other, params=SIMPLE)
+    assert walk._solve_lanes._cache_size() == solves
+    assert sum(f._cache_size() for f in segments._compiled.values()) == before
+
+
+def test_fields_of_a_rule_need_no_function():
+    space = jpfq.Space(bits=np.array([3, 4]), method=[jpfq.GPFQ(), jpfq.MSQ()])
+    assert len(space) == 4
+    assert space.rules_of(space.points[1]) == (jpfq.Rule(".*", bits=3, method=jpfq.MSQ()),)
+
+
+def bad(space=SPACE, **given):
+    return jpfq.sweep(simple, X, space, **{"params": SIMPLE} | given)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "message"),
+    [
+        (lambda: bad([jpfq.Rule(".*", bits=3)]), r"space is a jpfq.Space, such as jpfq.Space\(bits=\[2, 3, 4\]\); got"),
+        (lambda: jpfq.Space(), "The space is empty"),
+        (lambda: jpfq.Space(bits=3), "Space takes a list of values for each name; got bits=3"),
+        (lambda: jpfq.Space(loss=[3]), r"\['loss'\] are names of results"),
+        (lambda: jpfq.Space.listed([{"bits": 3}, {"c": 3}]), "all settings need the same names"),
+        (lambda: bad(jpfq.Space(widths=[3])), r"The setting \(widths=3\) makes no rules: .*unexpected keyword argument"),
+        (lambda: bad(jpfq.Space(bits=[3, 99])), r"The setting \(bits=99\) makes no rules: .*from 1 to 16"),
+        (lambda: bad(lanes=0), "lanes is a positive number of settings, or None; got 0"),
+        (
+            lambda: bad(jpfq.Space(bits=[3], rounding=[jpfq.Stochastic()])),
+            r"The setting \(bits=3, rounding=Stochastic\(\)\): Stochastic\(\) of a draws random numbers: pass key",
+        ),
+        (lambda: jpfq.sweep(simple, lambda n: X, SPACE, params=SIMPLE), "no function that makes fresh ones"),
+        (lambda: bad(memory=45_000), r"6 settings at once take about .* GiB: pass lanes=\d"),
+        (lambda: bad(memory=1000), "pass offload=True, which leaves waiting batches in host memory"),
+        (lambda: bad(evaluate=lambda q: float(loss(q))), r"evaluate is compiled, but .* with float\(\) or np.asarray"),
+        (lambda: bad(evaluate=lambda q: q.params["a"]), r"evaluate returns one number for a network; got shape \(16, 8\)"),
+        (
+            lambda: bad(jpfq.Space(lambda c: zoo.plain(bits=3, scale=jpfq.Fixed(c)), c=[0.1, 1e-60])),
+            r"gives a step of zero under weights of a \(c=1e-60\) that are not all zero",
+        ),
+        (
+            lambda: jax.vmap(lambda size: jpfq.AbsMax(per=jpfq.PerGroup(size)))(jnp.array([2, 4])),
+            "PerGroup: size changes the program or a shape, so vmap cannot sweep over it. Loop over it in Python",
+        ),
+        (
+            lambda: jax.vmap(lambda passes: jpfq.Descend(passes))(jnp.array([2, 4])),
+            "Descend: passes changes the program or a shape.*jpfq.Space",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input(attempt, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        attempt()
