@@ -14,6 +14,8 @@ from jax.core import Tracer
 
 from ..scalar.pytree import register_dataclass
 
+HALVES = 256  # inputs from which on half of a symmetric product costs more than to copy it
+
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +53,10 @@ class Gram:
         left = right if weights is None else right * weight[..., None]
         sum_q = _sum_rows(weight, right)
         if Xq is None:
-            return cls(inner(left, right), None, None, sum_q, sum_q, weight.sum())
+            return cls(square(left, right), None, None, sum_q, sum_q, weight.sum())
         D = X - Xq
-        drift = inner(D if weights is None else D * weight[..., None], D)
-        return cls(inner(left, right), inner(left, D), drift, _sum_rows(weight, X), sum_q, weight.sum())
+        drift = square(D if weights is None else D * weight[..., None], D)
+        return cls(square(left, right), inner(left, D), drift, _sum_rows(weight, X), sum_q, weight.sum())
 
     def update(self, X, Xq=None, weights=None) -> Self:
         """This Gram and one more batch."""
@@ -198,6 +200,16 @@ def inner(X, Y):
     """X^T Y over all row axes, without merging them (a sharded axis must not be reshaped)."""
     rows = tuple(range(X.ndim - 1))
     return lax.dot_general(X, Y, ((rows, rows), ((), ())), precision="highest")
+
+
+def square(X, Y):
+    """X^T Y where it is symmetric: a quarter of it, below the diagonal, is copied from above."""
+    n = Y.shape[-1]
+    if n < HALVES:
+        return inner(X, Y)
+    half = n // 2
+    top, corner = inner(X[..., :half], Y), inner(X[..., half:], Y[..., half:])
+    return jnp.concatenate([top, jnp.concatenate([top[:, half:].T, corner], 1)])
 
 
 def _sum_rows(weight, X):

@@ -199,7 +199,7 @@ def _in_parts(part, total, size):
     return gram.merge(part(whole * size, total - whole * size)) if total % size else gram
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnums=0)  # the sum goes where the sum so far was
 def _merge(total, gram):
     return total.merge(gram)
 

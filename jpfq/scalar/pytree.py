@@ -47,6 +47,6 @@ def refuse_traced(kind: str, name: str, value: Any) -> None:
     """Raises where a setting that must be known beforehand is swept over by vmap, or computed under jit."""
     if isinstance(value, Tracer):
         raise ValueError(
-            f"{kind}: {name} changes the program or a shape, so vmap cannot sweep over it. Loop over it in Python, or name its "
-            f"values in a jpfq.Space: jpfq.sweep loops over such settings by itself."
+            f"{kind}: {name} changes the program or a shape, so vmap cannot sweep over it. Loop over it in Python, or name "
+            "its values in a jpfq.Space: jpfq.sweep loops over such settings by itself."
         )

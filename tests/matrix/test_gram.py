@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jpfq
+from jpfq.matrix import gram as gram_module
 from tests.helpers import assert_close, problem
 
 M, N = 24, 6
@@ -188,3 +189,15 @@ def test_two_devices_make_the_gram_of_one(agree):
 def test_bad_data(make, message):
     with pytest.raises(ValueError, match=message):
         make(integers(10)[0])
+
+
+@pytest.mark.parametrize("n", [8, 9])
+def test_half_of_a_symmetric_product_is_copied(x64, monkeypatch, n):
+    """The whole product comes out; the part below the diagonal block is the one beside it."""
+    monkeypatch.setattr(gram_module, "HALVES", 4)
+    X, Xq, _ = problem(n=n)
+    weights = np.arange(len(X)) % 3 * 1.0
+    gram = jpfq.Gram.from_data(jnp.asarray(X), jnp.asarray(Xq), jnp.asarray(weights))
+    for found, rows in ((gram.H, Xq), (gram.drift, X - Xq)):
+        np.testing.assert_allclose(found, rows.T @ (weights[:, None] * rows), rtol=1e-12, atol=1e-12)
+        np.testing.assert_array_equal(found[n // 2 :, : n // 2], found[: n // 2, n // 2 :].T)
