@@ -179,7 +179,7 @@ def _refit(goal, gram, codes, recursion) -> Levels:
     made = matmul(gram.H, q)
     over, energy = jnp.sum(q * (goal - made), 0, keepdims=True), jnp.sum(q * made, 0, keepdims=True)
     if levels.step.shape[1] == 1:
-        over, energy = over.sum(1, keepdims=True), energy.sum(1, keepdims=True)
+        over, energy = (recursion.neurons.sum(x).reshape(1, 1) for x in (over, energy))
     c = 1 + over / jnp.where(energy > 0, energy, 1)
     return dataclasses.replace(levels, step=levels.step * jnp.where(c > 0, c, 1))
 

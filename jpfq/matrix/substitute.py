@@ -16,6 +16,7 @@ from jax.scipy.linalg import solve_triangular
 
 from ..scalar import Here, Levels, Rounding
 from .gram import matmul
+from .neurons import ALL, Neurons
 
 BLOCK = 64
 PANEL = 512  # coordinates at least in a panel, and
@@ -41,6 +42,7 @@ class Recursion(NamedTuple):
     key: jax.Array | None = None
     carry: Any = None  # of the rounding, for each neuron (out, ..); None starts with `rounding.init()`
     refit: Callable[[jax.Array], Levels] | None = None  # the levels of a block, from its weights as they have become
+    neurons: Neurons = ALL  # which of the matrix's these are
 
     def start(self) -> Any:
         """The carries of all neurons before the first coordinate."""
@@ -87,7 +89,7 @@ class Recursion(NamedTuple):
 
         columns = (1, 1, jax.tree.map(lambda x: 1 if x.ndim == 2 else None, given), *(1 if grouped else 0,) * 2, 0, 0)
         mapped = jax.vmap(neuron, in_axes=columns, out_axes=(0, 1))
-        carry, path = mapped(A, about, given, step, zero, carry, jnp.arange(self.out))
+        carry, path = mapped(A, about, given, step, zero, carry, self.neurons.numbers(self.out))
         return carry, path if self.refit is None else path._replace(refit=levels)
 
     def values(self, codes: jax.Array) -> jax.Array:
