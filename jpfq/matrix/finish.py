@@ -24,6 +24,7 @@ from ..scalar import Levels, Rounding
 from ..scalar.pytree import register_dataclass
 from .gram import Gram, matmul
 from .methods import inverse_of
+from .split import lower, upper
 from .substitute import Recursion, substitute
 
 
@@ -163,8 +164,8 @@ class _Cosine(Rounding):
 def _descent(W, gram) -> tuple[Any, jax.Array]:
     """The base of a pass, as a function of the values before it, and the feedback."""
     inverse = inverse_of(gram.diagonal)
-    fixed, rest = W if gram.C is None else W + inverse * matmul(gram.C, W), jnp.triu(gram.H, 1)
-    return lambda p: jnp.where(inverse > 0, fixed + inverse * matmul(rest, W - p), 0), inverse * jnp.tril(gram.H, -1)
+    fixed, rest = W if gram.C is None else W + inverse * matmul(gram.C, W), upper(gram.H, 1)
+    return lambda p: jnp.where(inverse > 0, fixed + inverse * matmul(rest, W - p), 0), inverse * lower(gram.H, -1)
 
 
 def _goal(W, gram) -> jax.Array:

@@ -13,6 +13,7 @@ from jax import lax
 from jax.core import Tracer
 
 from ..scalar.pytree import register_dataclass
+from .split import Split, diagonal, permuted
 
 
 @register_dataclass
@@ -71,8 +72,8 @@ class Gram:
 
     def permute(self, p: jax.Array) -> Self:
         """The Gram of the inputs taken in the order p."""
-        C, drift = (None if M is None else M[p][:, p] for M in (self.C, self.drift))
-        return type(self)(self.H[p][:, p], C, drift, self.sum_X[p], self.sum_Xq[p], self.count)
+        C, drift = (None if M is None else permuted(M, p) for M in (self.C, self.drift))
+        return type(self)(permuted(self.H, p), C, drift, self.sum_X[p], self.sum_Xq[p], self.count)
 
     def centred(self) -> Self:
         """The Gram of the inputs less their means, which is that of a layer whose bias is free.
@@ -95,7 +96,7 @@ class Gram:
     @property
     def diagonal(self) -> jax.Array:
         """Square norm of each input coordinate on the quantized side (in,); 0 marks a dead coordinate."""
-        return jnp.diagonal(self.H)
+        return diagonal(self.H)
 
     @property
     def G(self) -> jax.Array:
@@ -179,6 +180,8 @@ def as_gram(data: Gram | Rows) -> Gram:
 
 def matmul(a, b):
     """a @ b at full precision: products that feed the recursion never run in bfloat16 or TF32."""
+    if isinstance(a, Split):
+        return a.times(b)
     return jnp.matmul(a, b, precision="highest")
 
 

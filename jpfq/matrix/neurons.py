@@ -26,7 +26,7 @@ class Neurons:
         """The numbers of the neurons here (here,)."""
         if self.axis is None:
             return jnp.arange(here)
-        return lax.axis_index(self.axis) * here + jnp.arange(here, dtype=jnp.int32)
+        return lax.axis_index(self.axis).astype(int) * here + jnp.arange(here)
 
     def where(self, x: jax.Array, other: float) -> jax.Array:
         """x (.., here), with `other` at what only fills up the last device."""

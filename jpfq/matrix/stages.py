@@ -21,6 +21,7 @@ from .neurons import ALL, Neurons
 from .pathfollow import follow
 from .qtensor import Info, entropy
 from .recipe import Recipe
+from .split import infinite
 from .substitute import Path, Recursion, substitute
 
 
@@ -129,7 +130,7 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
             reach = recipe.rounding.error(recursion.spread())
             bound = jnp.sqrt(floor) + jnp.sqrt(neurons.sum(square_bound(system.cost, reach)))
         failed = neurons.sum(~jnp.isfinite(system.base))
-        failed += 0 if system.L is None else jnp.sum(~jnp.isfinite(system.L))
+        failed += 0 if system.L is None else infinite(system.L)
     codes, levels = path.codes, recursion.levels
     if recipe.finish is not None:
         settled = recursion._replace(rounding=recipe.rounding.settled, refit=None)
