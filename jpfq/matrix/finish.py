@@ -106,7 +106,7 @@ class CosineDescend(Finish):
     def __call__(self, W, gram, codes, recursion, block):
         best, L = _descent(W, gram)
         goal = _goal(W, gram)
-        shared = recursion.levels.step.shape[1] == 1
+        shared = recursion.shared
 
         def one(state, _):
             codes, levels = state
@@ -179,7 +179,7 @@ def _refit(goal, gram, codes, recursion) -> Levels:
     q = recursion.values(codes)
     made = matmul(gram.H, q)
     over, energy = jnp.sum(q * (goal - made), 0, keepdims=True), jnp.sum(q * made, 0, keepdims=True)
-    if levels.step.shape[1] == 1:
+    if recursion.shared:
         over, energy = (recursion.neurons.sum(x).reshape(1, 1) for x in (over, energy))
     c = 1 + over / jnp.where(energy > 0, energy, 1)
     return dataclasses.replace(levels, step=levels.step * jnp.where(c > 0, c, 1))

@@ -21,6 +21,7 @@ class Neurons:
 
     count: int = 0
     axis: str | tuple[str, ...] | None = None  # of the mesh
+    shared: bool = True  # whether a step that comes alone serves all of them, and not one neuron that is here alone
 
     def numbers(self, here: int) -> jax.Array:
         """The numbers of the neurons here (here,)."""

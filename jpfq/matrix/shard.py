@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -74,13 +75,15 @@ def by_rows(recipe: Recipe) -> bool:
 @functools.partial(jax.jit, static_argnames=("devices", "split_gram"))
 def _solve_sharded(W, data, recipe, key, devices, split_gram):
     out = W.shape[-1]
-    neurons = Neurons(out, devices.axes)
+    neurons = Neurons(out, devices.axes, recipe.scale.shared)
     split = P(None, None, devices.axes)
     step = P() if recipe.scale.shared else split
     specs = Solution(split, split, step, step, P())
     squares = ("H", "C", "drift")
     on_rows = P(None, devices.axes, None) if split_gram else P()
-    given = Gram(**{f.name: on_rows if f.name in squares else P() for f in dataclasses.fields(Gram)}) if split_gram else P()
+    given = (
+        Gram(**{f.name: on_rows if f.name in squares else P() for f in dataclasses.fields(Gram)}) if split_gram else P()
+    )
 
     def local(W, data, recipe, key):
         if split_gram:
@@ -97,6 +100,8 @@ def _solve_sharded(W, data, recipe, key, devices, split_gram):
         check_vma=False,
     )
     W = jnp.pad(W, ((0, 0), (0, 0), (0, -out % devices.count)))
+    for last in range(1, len(devices.axes)):  # one axis after the other, where XLA would else gather all of W on the way
+        W = lax.with_sharding_constraint(W, NamedSharding(devices.mesh, P(None, None, devices.axes[:last])))
     solution = run(W, data, recipe, key)
     only = lambda x: x[..., :out]
     return Solution(*(only(x) if spec is split else x for x, spec in zip(solution, specs, strict=True)))

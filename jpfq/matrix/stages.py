@@ -62,7 +62,7 @@ def _solve_all(W, data, recipe, key):
 
 def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None, neurons: Neurons = ALL) -> Solution:
     """All stages on the neurons W (B, in, out), which may be some of the matrix's; figures are those of all."""
-    B, n, out = W.shape
+    B, _, out = W.shape
     jobs = each(lambda W, data: _prepare(W, data, recipe), W, data)
     ready, importance = each(lambda job: (_back(job.ready_W, job.order), _back(job.data.diagonal, job.order)), jobs)
     levels = _lay(ready, importance, recipe, neurons)
@@ -168,7 +168,7 @@ def _run(system, job, recursion, recipe) -> tuple[Path, Recursion]:
         path = run(recursion)
         return path, recursion if path.refit is None else recursion._replace(levels=path.refit)
 
-    levels, shared = recursion.levels, recursion.levels.step.shape[1] == 1
+    levels, shared = recursion.levels, recursion.shared
     scaled = lambda c: recursion._replace(levels=dataclasses.replace(levels, step=levels.step * jnp.atleast_2d(c)))
 
     def attempt(state, x):

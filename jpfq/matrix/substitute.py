@@ -45,6 +45,11 @@ class Recursion(NamedTuple):
     refit: Callable[[jax.Array], Levels] | None = None  # the levels of a block, from its weights as they have become
     neurons: Neurons = ALL  # which of the matrix's these are
 
+    @property
+    def shared(self) -> bool:
+        """Whether one step serves all neurons."""
+        return self.levels.step.shape[1] == 1 and self.neurons.shared
+
     def start(self) -> Any:
         """The carries of all neurons before the first coordinate."""
         if self.carry is not None:

@@ -16,7 +16,9 @@ from .batches import read_batches
 from .bias import find_biases
 from .curvature import curvatures
 from .functional import Functional, from_function
+from .hosts import check_hosts, leaves_of, spans_hosts
 from .linen import from_linen, is_linen
+from .mesh import automatic, check_runs, context, devices_of
 from .nnx import from_nnx, is_nnx
 from .program import Program, trace_twice
 from .progress import progress_bar
@@ -160,11 +162,26 @@ def quantize(
     Example:
         >>> quantized = jpfq.quantize(model, batches, [jpfq.Rule("head/.*", skip=True), jpfq.Rule(".*", bits=4)])
     """
-    rules = as_rules(rules)
-    functional = adapt(model, variables, params, kwargs)
+    with context():
+        return _quantize(
+            adapt(model, variables, params, kwargs), batches, as_rules(rules), key, reference, offload, strict, progress
+        )
+
+
+def _quantize(functional, batches, rules, key, reference, offload, strict, progress) -> Quantized:
+    given, functional = functional, dataclasses.replace(functional, leaves=tuple(map(automatic, functional.leaves)))
     _check_choice("reference", reference, ("float", "block"))
     fresh = None if isinstance(batches, Iterable) or not callable(batches) else batches
-    shaped = read_batches(batches if fresh is None else fresh(0), on_host=offload)  # type: ignore[arg-type]
+    batches = batches if fresh is None else fresh(0)
+    if jax.process_count() > 1 and isinstance(batches, Iterable):
+        batches = list(batches)
+        if spans_hosts([*functional.leaves, *leaves_of(batches)]):
+            settings = {"rules": rules, "key": key, "reference": reference, "offload": offload, "strict": strict}
+            check_hosts(functional, batches, settings)
+    shaped = read_batches(batches, on_host=offload)
+    devices = devices_of([*functional.leaves, *(x for group in shaped for leaves in group.leaves for x in leaves)])
+    if any(a is not b for a, b in zip(given.leaves, functional.leaves, strict=True)):
+        check_runs(functional, shaped[0].example)
     if fresh and (len(shaped) > 1 or reference == "block"):
         raise ValueError("Fresh batches for each layer must be of one size, and the reference the float network.")
     analyses = [analyse(functional, rules, group.example, strict) for group in shaped]
@@ -194,9 +211,9 @@ def quantize(
     del shaped  # the streams let inputs go once they are used
     with progress_bar(len(first.sites), progress) as report:
         block, refresh = block_of if rebases else None, _refresh(fresh, shapes, offload) if fresh else None
-        walked = walk(streams, first.assignment.recipes, key, report, block, refresh, coupled)
+        walked = walk(streams, first.assignment.recipes, key, report, block, refresh, coupled, devices)
 
-    leaves = list(functional.leaves)
+    leaves = list(given.leaves)
     for index, path in enumerate(functional.paths):
         if functional.trainable[index]:
             if path in walked.tensors:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..matrix import Info, QTensor, Recipe, Solution, code_dtype, raise_on, solve_all, solve_coupled
+from ..matrix import Devices, Info, QTensor, Recipe, Solution, code_dtype, raise_on, solve_coupled, solve_sharded
 from ..matrix.gram import as_gram, at_least_float32, matmul
 from .activation import Rounded, choose
 from .curvature import Coupling
@@ -54,6 +54,7 @@ def walk(
     block: Callable[[Site], Any] | None = None,
     refresh: Callable[[Stream, int], Stream] | None = None,
     coupled: dict[tuple[int, int], tuple[Coupling, jax.Array]] | None = None,
+    devices: Devices | None = None,
 ) -> Walked:
     """Quantizes every site.
 
@@ -66,6 +67,7 @@ def walk(
             for a reference that is the float network throughout.
         refresh: takes the stream of the stop before to one over other batches, for each stop but the first.
         coupled: by number of the stop and position in it, how neurons are coupled, and the curvature F of that site.
+        devices: over which the neurons of each site are split.
     """
     first = streams[0]
     waiting = collections.Counter(site.path for stop in first.stops for site in stop)
@@ -93,7 +95,7 @@ def walk(
                 how, F = coupled.pop((number, position))
                 solution = solve_coupled(W, as_gram(gathered.data), F, recipe, draw, how.damping, how.block)
             else:
-                solution = solve_all(W, gathered.data, recipe, draw)
+                solution = solve_sharded(W, gathered.data, recipe, draw, devices)
             raise_on(solution.info, recipe, site.path, gathered.data)
             operand = _operand(solution.q, site.layout, _casts(first, site))
             for stream in streams:
