@@ -100,8 +100,9 @@ def _solve_sharded(W, data, recipe, key, devices, split_gram):
         check_vma=False,
     )
     W = jnp.pad(W, ((0, 0), (0, 0), (0, -out % devices.count)))
-    for last in range(1, len(devices.axes)):  # one axis after the other, where XLA would else gather all of W on the way
-        W = lax.with_sharding_constraint(W, NamedSharding(devices.mesh, P(None, None, devices.axes[:last])))
-    solution = run(W, data, recipe, key)
-    only = lambda x: x[..., :out]
-    return Solution(*(only(x) if spec is split else x for x, spec in zip(solution, specs, strict=True)))
+    # one axis after the other, to and fro: at once XLA would gather all of W on the way
+    over = lambda x, last: lax.with_sharding_constraint(x, NamedSharding(devices.mesh, P(None, None, devices.axes[:last])))
+    steps = range(1, len(devices.axes))
+    solution = run(functools.reduce(over, steps, W), data, recipe, key)
+    back = lambda x: functools.reduce(over, reversed(steps), x)[..., :out]
+    return Solution(*(back(x) if spec is split else x for x, spec in zip(solution, specs, strict=True)))
