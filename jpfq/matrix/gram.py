@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from ..scalar.pytree import register_dataclass
 from .split import Split, diagonal, permuted
@@ -74,6 +75,13 @@ class Gram:
         """The Gram of the inputs taken in the order p."""
         C, drift = (None if M is None else permuted(M, p) for M in (self.C, self.drift))
         return type(self)(permuted(self.H, p), C, drift, self.sum_X[p], self.sum_Xq[p], self.count)
+
+    def split(self, rows: NamedSharding) -> Self:
+        """The Gram with its matrices split as `rows` says; under jit, where each device then makes its own part."""
+        H, C, drift = (
+            None if M is None else lax.with_sharding_constraint(M, rows) for M in (self.H, self.C, self.drift)
+        )
+        return dataclasses.replace(self, H=H, C=C, drift=drift)
 
     def centred(self) -> Self:
         """The Gram of the inputs less their means, which is that of a layer whose bias is free.

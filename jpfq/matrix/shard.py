@@ -13,7 +13,7 @@ methods whose feedback is H itself (GPFQ, UNI, MSQ); a factorisation needs H who
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..scalar import Codes
-from .gram import Gram, Rows
+from .gram import Gram, Rows, is_traced
 from .neurons import Neurons
 from .order import MinPivot
 from .recipe import Recipe
 from .split import Split
 from .stages import Solution, solve_all, stages
 
+WHOLE = 2**27  # entries of a matrix of the Gram up to which every device holds it whole: half a gigabyte in float32
+SQUARES = ("H", "C", "drift")
 
-class Devices(NamedTuple):
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
     """The axes of a mesh that neurons are split over."""
 
     mesh: Mesh
@@ -46,11 +50,16 @@ class Devices(NamedTuple):
         """How a Gram's matrices (B, in, in) are split over their rows."""
         return NamedSharding(self.mesh, P(None, self.axes, None))
 
-    def hold_rows(self, data: Gram | Rows) -> bool:
-        """Whether the data are a Gram whose matrices are so split."""
+    def rows_of(self, n: int) -> NamedSharding | None:
+        """`rows` where a Gram of n inputs is to be split; None where every device is to hold it whole."""
+        return self.rows if n * n > WHOLE and n % self.count == 0 else None
+
+    def splits(self, data: Gram | Rows) -> bool:
+        """Whether the data are a Gram that lies split, or is to."""
         if not isinstance(data, Gram) or data.H.shape[1] % self.count:
             return False
-        return data.H.sharding.is_equivalent_to(self.rows, 3)
+        lies_split = not is_traced(data.H) and data.H.sharding.is_equivalent_to(self.rows, 3)
+        return lies_split or self.rows_of(data.H.shape[1]) is not None
 
 
 def solve_sharded(
@@ -63,46 +72,42 @@ def solve_sharded(
     if devices is None or W.shape[-1] < devices.count:
         return solve_all(W, data, recipe, key)
     recipe = dataclasses.replace(recipe, grid=Codes.of(recipe.grid))
-    return _solve_sharded(W, data, recipe, key, devices, devices.hold_rows(data) and by_rows(recipe))
+    return _solve_sharded(W, data, recipe, key, devices, devices.splits(data) and by_rows(recipe))
 
 
 def by_rows(recipe: Recipe) -> bool:
     """Whether a solve gets by with a few rows of H and C at a time."""
-    whole = (recipe.rotation, recipe.shrinkage, *recipe.prepare, isinstance(recipe.order, MinPivot) or None)
-    return recipe.method.local and all(part is None for part in whole)
+    whole = (recipe.rotation, recipe.shrinkage, *recipe.prepare)
+    return recipe.method.local and not any(whole) and not isinstance(recipe.order, MinPivot)
 
 
 @functools.partial(jax.jit, static_argnames=("devices", "split_gram"))
 def _solve_sharded(W, data, recipe, key, devices, split_gram):
-    out = W.shape[-1]
-    neurons = Neurons(out, devices.axes, recipe.scale.shared)
-    split = P(None, None, devices.axes)
-    step = P() if recipe.scale.shared else split
-    specs = Solution(split, split, step, step, P())
-    squares = ("H", "C", "drift")
-    on_rows = P(None, devices.axes, None) if split_gram else P()
-    given = (
-        Gram(**{f.name: on_rows if f.name in squares else P() for f in dataclasses.fields(Gram)}) if split_gram else P()
-    )
+    out, axes = W.shape[-1], devices.axes
+    neurons = Neurons(out, axes, recipe.scale.shared)
+    split: Any = P(None, None, axes)
+    whole: Any = P()
+    step = whole if recipe.scale.shared else split
 
-    def local(W, data, recipe, key):
+    def local(W, squares, data, recipe, key):
         if split_gram:
-            parts = {name: getattr(data, name) for name in squares}
-            kept = {name: None if M is None else Split(M, axis=devices.axes) for name, M in parts.items()}
-            data = dataclasses.replace(data, **kept)
+            squares = {name: None if M is None else Split(M, axis=axes) for name, M in squares.items()}
+        data = dataclasses.replace(data, **squares)
         return stages(W, data, recipe, key, neurons)
 
+    squares = {name: getattr(data, name) for name in SQUARES} if isinstance(data, Gram) else {}
     run = jax.shard_map(
         local,
         mesh=devices.mesh,
-        in_specs=(split, given, P(), P()),
-        out_specs=specs,
+        in_specs=(split, devices.rows.spec if split_gram else whole, whole, whole, whole),
+        out_specs=Solution(split, split, step, step, whole),
         check_vma=False,
     )
-    W = jnp.pad(W, ((0, 0), (0, 0), (0, -out % devices.count)))
     # one axis after the other, to and fro: at once XLA would gather all of W on the way
-    over = lambda x, last: lax.with_sharding_constraint(x, NamedSharding(devices.mesh, P(None, None, devices.axes[:last])))
-    steps = range(1, len(devices.axes))
-    solution = run(functools.reduce(over, steps, W), data, recipe, key)
+    over = lambda x, last: lax.with_sharding_constraint(x, NamedSharding(devices.mesh, P(None, None, axes[:last])))
+    steps = range(1, len(axes))
+    W = functools.reduce(over, steps, jnp.pad(W, ((0, 0), (0, 0), (0, -out % devices.count))))
+    solution = run(W, squares, dataclasses.replace(data, **dict.fromkeys(squares)), recipe, key)
     back = lambda x: functools.reduce(over, reversed(steps), x)[..., :out]
-    return Solution(*(back(x) if spec is split else x for x, spec in zip(solution, specs, strict=True)))
+    step, zero = (x if recipe.scale.shared else back(x) for x in solution[2:4])
+    return Solution(back(solution.codes), back(solution.q), step, zero, solution.info)

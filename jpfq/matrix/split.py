@@ -4,7 +4,7 @@ The rest of the package meets it in place of an array (in, in), through the func
 """
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,8 @@ class Split:
     @property
     def shape(self) -> tuple[int, int]:
         """(n, n)"""
-        return (self.mine.shape[1] + self.more,) * 2
+        n = self.mine.shape[1] + self.more
+        return n, n
 
     @property
     def dtype(self):
@@ -97,7 +98,7 @@ class Split:
         return lax.axis_index(self.axis).astype(int) * self.mine.shape[0]
 
 
-Square = jax.Array | Split
+Square = Any  # a matrix (n, n): an array, or `Split`
 
 
 def rows(M: Square, first: int, size: int) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..matrix import Gram, Recipe, Rows
+from ..matrix import Devices, Gram, Recipe, Rows
 from ..matrix.each import each
 from ..matrix.gram import at_least_float32
 from ..matrix.layout import Layout
@@ -30,16 +30,24 @@ class Gathered(NamedTuple):
 class Gather:
     """The data of one stop, in each form made once and when first asked for."""
 
-    def __init__(self, streams: Sequence[Stream], number: int, key: jax.Array | None = None):
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        number: int,
+        key: jax.Array | None = None,
+        devices: Devices | None = None,
+    ):
         """
         Args:
             key: for patches that are drawn.
+            devices: over which a large Gram is split.
         """
         self.streams = [(stream, stream.stops[number][0]) for stream in streams]
         site = self.streams[0][1]
         self.path, self.patches = site.path, site.patches or All()
         self.key = None if key is None else jax.random.fold_in(key, zlib.crc32(f"patches of {site.path}".encode()))
         self.made: dict = {}
+        self.rows = None if devices is None else devices.rows_of(site.layout.dims[1])
 
     def __call__(self, recipe: Recipe, shape: tuple[int, int, int], centred: bool = False) -> Gathered:
         """The data in the form that a recipe prefers; with the mean of every input taken off where `centred`."""
@@ -74,7 +82,7 @@ class Gather:
         if centred:
             gathered = self.made.get((Gram, False)) or self._gram(False)
             return gathered._replace(data=_centred(gathered.data))
-        parts = (_gram(layout, *batch, _merges(batch[0]), at_once()) for layout, *batch in self._batches())
+        parts = (_gram(layout, *batch, _merges(batch[0]), at_once(), self.rows) for layout, *batch in self._batches())
         gram: Any = functools.reduce(_merge, parts)
         return Gathered(gram, *_means(gram))
 
@@ -129,8 +137,8 @@ def _merges(x) -> bool:
     return len(x.sharding.device_set) == 1
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once"))
-def _gram(layout, x, xq, weights, picked, merges, at_once):
+@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "split"))
+def _gram(layout, x, xq, weights, picked, merges, at_once, split):
     """The Gram of one batch. Patches of a convolution are made and let go a few samples, or picked windows, at a time."""
 
     def whole(x, xq, weights, picked=None):
@@ -140,7 +148,8 @@ def _gram(layout, x, xq, weights, picked, merges, at_once):
             flat = lambda X: X.reshape(X.shape[0], math.prod(X.shape[1:-1]), X.shape[-1])
             X, Xq = flat(X), None if Xq is None else flat(Xq)
             weights = None if weights is None else weights.ravel()
-        return each(lambda X, Xq: Gram.from_data(X, Xq, weights), X, Xq)
+        gram = each(lambda X, Xq: Gram.from_data(X, Xq, weights), X, Xq)
+        return gram if split is None else gram.split(split)
 
     if picked is not None:
         weights = None if weights is None else weights.ravel()[picked]

@@ -178,7 +178,7 @@ def _quantize(functional, batches, rules, key, reference, offload, strict, progr
         if spans_hosts([*functional.leaves, *leaves_of(batches)]):
             settings = {"rules": rules, "key": key, "reference": reference, "offload": offload, "strict": strict}
             check_hosts(functional, batches, settings)
-    shaped = read_batches(batches, on_host=offload)
+    shaped = read_batches(batches, on_host=offload)  # type: ignore[arg-type]
     devices = devices_of([*functional.leaves, *(x for group in shaped for leaves in group.leaves for x in leaves)])
     if any(a is not b for a, b in zip(given.leaves, functional.leaves, strict=True)):
         check_runs(functional, shaped[0].example)

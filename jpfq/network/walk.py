@@ -83,7 +83,7 @@ def walk(
             for stream in streams:
                 stream.rebase()
         rounded = _round_inputs(streams, number)
-        gather = Gather(streams, number, key)
+        gather = Gather(streams, number, key, devices)
         for position, site in enumerate(stop):
             recipe, done = recipes[site.path], parts.setdefault(site.path, [])
             W = at_least_float32(site.layout.matrices(site.chain(streams[0].value(first.program.params[site.leaf]))))
