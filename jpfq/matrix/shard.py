@@ -71,8 +71,17 @@ def solve_sharded(
     """
     if devices is None or W.shape[-1] < devices.count:
         return solve_all(W, data, recipe, key)
+    return _solve_sharded(*_arguments(W, data, recipe, key, devices))
+
+
+def program(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None, devices: Devices) -> Any:
+    """The compiled program of `solve_sharded`, for its memory and for what it sends. It takes (W, data, recipe, key)."""
+    return _solve_sharded.lower(*_arguments(W, data, recipe, key, devices)).compile()
+
+
+def _arguments(W, data, recipe, key, devices):
     recipe = dataclasses.replace(recipe, grid=Codes.of(recipe.grid))
-    return _solve_sharded(W, data, recipe, key, devices, devices.splits(data) and by_rows(recipe))
+    return W, data, recipe, key, devices, devices.splits(data) and by_rows(recipe)
 
 
 def by_rows(recipe: Recipe) -> bool:
