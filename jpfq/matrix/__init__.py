@@ -36,6 +36,8 @@ from .recipe import Form as Form
 from .recipe import Recipe as Recipe
 from .recipe import recipe_of as recipe_of
 from .rotate import Hadamard as Hadamard
+from .shard import Devices as Devices
+from .shard import solve_sharded as solve_sharded
 from .shrink import Shrinkage as Shrinkage
 from .solve import all_well as all_well
 from .solve import raise_on as raise_on

@@ -24,6 +24,7 @@ from ..scalar import Levels, Rounding
 from ..scalar.pytree import register_dataclass
 from .gram import Gram, matmul
 from .methods import inverse_of
+from .split import lower, upper
 from .substitute import Recursion, substitute
 
 
@@ -105,7 +106,7 @@ class CosineDescend(Finish):
     def __call__(self, W, gram, codes, recursion, block):
         best, L = _descent(W, gram)
         goal = _goal(W, gram)
-        shared = recursion.levels.step.shape[1] == 1
+        shared = recursion.shared
 
         def one(state, _):
             codes, levels = state
@@ -163,8 +164,8 @@ class _Cosine(Rounding):
 def _descent(W, gram) -> tuple[Any, jax.Array]:
     """The base of a pass, as a function of the values before it, and the feedback."""
     inverse = inverse_of(gram.diagonal)
-    fixed, rest = W if gram.C is None else W + inverse * matmul(gram.C, W), jnp.triu(gram.H, 1)
-    return lambda p: jnp.where(inverse > 0, fixed + inverse * matmul(rest, W - p), 0), inverse * jnp.tril(gram.H, -1)
+    fixed, rest = W if gram.C is None else W + inverse * matmul(gram.C, W), upper(gram.H, 1)
+    return lambda p: jnp.where(inverse > 0, fixed + inverse * matmul(rest, W - p), 0), inverse * lower(gram.H, -1)
 
 
 def _goal(W, gram) -> jax.Array:
@@ -178,8 +179,8 @@ def _refit(goal, gram, codes, recursion) -> Levels:
     q = recursion.values(codes)
     made = matmul(gram.H, q)
     over, energy = jnp.sum(q * (goal - made), 0, keepdims=True), jnp.sum(q * made, 0, keepdims=True)
-    if levels.step.shape[1] == 1:
-        over, energy = over.sum(1, keepdims=True), energy.sum(1, keepdims=True)
+    if recursion.shared:
+        over, energy = (recursion.neurons.sum(x).reshape(1, 1) for x in (over, energy))
     c = 1 + over / jnp.where(energy > 0, energy, 1)
     return dataclasses.replace(levels, step=levels.step * jnp.where(c > 0, c, 1))
 

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from ..scalar.pytree import register_dataclass
+from .split import Split, diagonal, permuted
 
 HALVES = 256  # inputs from which on half of a symmetric product costs more than to copy it
 
@@ -73,8 +75,15 @@ class Gram:
 
     def permute(self, p: jax.Array) -> Self:
         """The Gram of the inputs taken in the order p."""
-        C, drift = (None if M is None else M[p][:, p] for M in (self.C, self.drift))
-        return type(self)(self.H[p][:, p], C, drift, self.sum_X[p], self.sum_Xq[p], self.count)
+        C, drift = (None if M is None else permuted(M, p) for M in (self.C, self.drift))
+        return type(self)(permuted(self.H, p), C, drift, self.sum_X[p], self.sum_Xq[p], self.count)
+
+    def split(self, rows: NamedSharding) -> Self:
+        """The Gram with its matrices split as `rows` says; under jit, where each device then makes its own part."""
+        H, C, drift = (
+            None if M is None else lax.with_sharding_constraint(M, rows) for M in (self.H, self.C, self.drift)
+        )
+        return dataclasses.replace(self, H=H, C=C, drift=drift)
 
     def centred(self) -> Self:
         """The Gram of the inputs less their means, which is that of a layer whose bias is free.
@@ -97,7 +106,7 @@ class Gram:
     @property
     def diagonal(self) -> jax.Array:
         """Square norm of each input coordinate on the quantized side (in,); 0 marks a dead coordinate."""
-        return jnp.diagonal(self.H, axis1=-2, axis2=-1)
+        return diagonal(self.H)
 
     @property
     def G(self) -> jax.Array:
@@ -181,6 +190,8 @@ def as_gram(data: Gram | Rows) -> Gram:
 
 def matmul(a, b):
     """a @ b at full precision: products that feed the recursion never run in bfloat16 or TF32."""
+    if isinstance(a, Split):
+        return a.times(b)
     return jnp.matmul(a, b, precision="highest")
 
 

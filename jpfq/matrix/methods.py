@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from ..scalar.grid import Number, is_number
 from ..scalar.pytree import register_dataclass
 from .gram import Gram, Rows, matmul
+from .split import lower
 
 
 class System(NamedTuple):
@@ -82,8 +83,8 @@ class GPFQ(Method):
 
     def __call__(self, W, gram):
         inverse = inverse_of(gram.diagonal)
-        base = W if gram.C is None else W + inverse * matmul(jnp.tril(gram.C), W)
-        return System(jnp.where(inverse > 0, base, 0), inverse * jnp.tril(gram.H, -1), W, gram.diagonal)
+        base = W if gram.C is None else W + inverse * matmul(lower(gram.C), W)
+        return System(jnp.where(inverse > 0, base, 0), inverse * lower(gram.H, -1), W, gram.diagonal)
 
     @property
     def local(self):
@@ -111,8 +112,8 @@ class UNI(Method):
 
     def __call__(self, W, gram):
         inverse = inverse_of(gram.diagonal) / self.scaling
-        base = W if gram.C is None else W + inverse * matmul(jnp.tril(gram.C, -1), W)
-        return System(base, inverse * jnp.tril(gram.H, -1), W, _any_errors(gram.diagonal))
+        base = W if gram.C is None else W + inverse * matmul(lower(gram.C, -1), W)
+        return System(base, inverse * lower(gram.H, -1), W, _any_errors(gram.diagonal))
 
     @property
     def local(self):

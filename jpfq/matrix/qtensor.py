@@ -10,6 +10,7 @@ from ..scalar import Grid
 from ..scalar.pytree import register_dataclass
 from .gram import is_traced
 from .layout import Layout
+from .neurons import ALL, Neurons
 from .rotate import Hadamard
 
 
@@ -113,10 +114,12 @@ def code_dtype(grid: Grid) -> np.dtype:
     return np.dtype(next(k for k in kinds if np.iinfo(k).min <= lo and hi <= np.iinfo(k).max))
 
 
-def entropy(codes: jax.Array) -> jax.Array:
-    """Entropy of integer codes in bits; codes 2^16 and more above the lowest are counted together."""
-    flat = codes.ravel().astype(jnp.int32)
-    share = jnp.bincount(jnp.minimum(flat - flat.min(), 2**16 - 1), length=2**16) / flat.size
+def entropy(codes: jax.Array, neurons: Neurons = ALL) -> jax.Array:
+    """Entropy of integer codes (.., out) in bits; codes 2^16 and more above the lowest are counted together."""
+    codes = codes.astype(jnp.int32)
+    above = jnp.minimum(codes - neurons.min(codes), 2**16 - 1)
+    counts = neurons.add(jnp.bincount(neurons.where(above, 2**16).ravel(), length=2**16))  # none at 2^16
+    share = counts / counts.sum()
     return -jnp.sum(share * jnp.log2(jnp.where(share > 0, share, 1)))
 
 

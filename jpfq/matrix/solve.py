@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ..scalar import Grid
 from .gram import Gram, Rows, at_least_float32, is_traced
@@ -94,11 +96,17 @@ def _condition(data) -> float:
     """The largest condition number of H over the matrices, dead coordinates left out."""
     grams = jax.vmap(Rows.gram)(data) if isinstance(data, Rows) else data
     worst = 1.0
-    for H in np.asarray(grams.H, np.float64):
+    for H in np.asarray(_whole(grams.H), np.float64):
         live = np.diagonal(H) > 0
         values = np.linalg.eigvalsh(H[live][:, live])
         worst = max(worst, np.inf if values.size and values[0] <= 0 else values[-1] / values[0] if values.size else 1.0)
     return float(worst)
+
+
+def _whole(x):
+    """An array that this host can read, also where parts of it lie on others."""
+    readable = x.is_fully_addressable or x.is_fully_replicated
+    return x if readable else jax.device_put(x, NamedSharding(x.sharding.mesh, P()))
 
 
 def _check(W, data, recipe, key):

@@ -17,9 +17,11 @@ from ..scalar import Codes, Levels
 from .bounds import square_bound, target
 from .each import each
 from .gram import Gram, Rows, as_gram
+from .neurons import ALL, Neurons
 from .pathfollow import follow
 from .qtensor import Info, entropy
 from .recipe import Recipe
+from .split import infinite
 from .substitute import Path, Recursion, substitute
 
 
@@ -55,18 +57,23 @@ class _Job(NamedTuple):
 
 @jax.jit
 def _solve_all(W, data, recipe, key):
-    B, n, out = W.shape
+    return stages(W, data, recipe, key)
+
+
+def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None, neurons: Neurons = ALL) -> Solution:
+    """All stages on the neurons W (B, in, out), which may be some of the matrix's; figures are those of all."""
+    B, _, out = W.shape
     jobs = each(lambda W, data: _prepare(W, data, recipe), W, data)
     ready, importance = each(lambda job: (_back(job.ready_W, job.order), _back(job.data.diagonal, job.order)), jobs)
-    flat = lambda x: jnp.moveaxis(x, 0, 1).reshape(n, B * out)
-    levels = recipe.scale(flat(ready), recipe.grid, flat(jnp.broadcast_to(importance[..., None], W.shape)))
-    shared = levels.step.shape[1] == 1
+    levels = _lay(ready, importance, recipe, neurons)
+    shared = recipe.scale.shared
     split = lambda x: x[None] if shared else jnp.moveaxis(x.reshape(x.shape[0], B, out), 1, 0)
     step, zero = (jnp.broadcast_to(x, (B, *x.shape[1:])) for x in (split(levels.step), split(levels.zero)))
 
     def one(job, weights, step, zero, b):
         draw = None if key is None else jax.random.fold_in(key, b)
         recursion = Recursion(Levels(step, zero, levels.lo, levels.hi), job.order, out, recipe.rounding, draw)
+        recursion = recursion._replace(neurons=neurons)
         return _quantize(job, weights, recursion, recipe)
 
     codes, q, step, zero, parts = each(one, jobs, ready, step, zero, jnp.arange(B))
@@ -74,7 +81,20 @@ def _solve_all(W, data, recipe, key):
         step, zero = step[:1], zero[:1]
     sums = {name: x.sum() for name, x in parts.items()}
     means = {name: parts[name].mean() for name in ("saturation", "sparsity")}
-    return Solution(codes, q, step, zero, Info(**sums | means, entropy=entropy(codes)))
+    return Solution(codes, q, step, zero, Info(**sums | means, entropy=entropy(codes, neurons)))
+
+
+def _lay(W, importance, recipe, neurons) -> Levels:
+    """The levels of the matrices W (B, in, out) side by side: step and zero (groups, B out), or (1, 1)."""
+    if not recipe.scale.local:
+        W = neurons.whole(W)
+    B, n, out = W.shape
+    flat = lambda x: jnp.moveaxis(x, 0, 1).reshape(n, B * out)
+    levels = recipe.scale(flat(W), recipe.grid, flat(jnp.broadcast_to(importance[..., None], W.shape)))
+    if recipe.scale.local or recipe.scale.shared:
+        return levels
+    own = lambda x: neurons.own(x.reshape(-1, B, out)).reshape(x.shape[0], -1)
+    return dataclasses.replace(levels, step=own(levels.step), zero=own(levels.zero))
 
 
 def _prepare(W, data, recipe) -> _Job:
@@ -93,7 +113,7 @@ def _prepare(W, data, recipe) -> _Job:
 
 def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
     """Codes, values, steps and figures of one matrix; `weights` are the prepared ones in their own order."""
-    W, data = job.ready_W, job.ready_data
+    W, data, neurons = job.ready_W, job.ready_data, recursion.neurons
     for part in recipe.prepare:
         if part.needs_levels:
             W, data = part(W, data, recursion.spread())
@@ -104,12 +124,13 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
         system = recipe.method(W, as_gram(data))
         path, recursion = _run(system, job, recursion, recipe)
         exact = recipe.prepare == () and isinstance(job.data, Gram) and job.data.C is None  # then W0 is W
-        floor = 0.0 if exact else job.data.square_error(job.W, target(system)).sum()
+        floor = 0.0 if exact else neurons.sum(job.data.square_error(job.W, target(system)))
         bound = jnp.nan
         if system.cost is not None:
             reach = recipe.rounding.error(recursion.spread())
-            bound = jnp.sqrt(floor) + jnp.sqrt(square_bound(system.cost, reach).sum())
-        failed = sum(jnp.sum(~jnp.isfinite(x)) for x in (system.base, system.L) if x is not None)
+            bound = jnp.sqrt(floor) + jnp.sqrt(neurons.sum(square_bound(system.cost, reach)))
+        failed = neurons.sum(~jnp.isfinite(system.base))
+        failed += 0 if system.L is None else infinite(system.L)
     codes, levels = path.codes, recursion.levels
     if recipe.finish is not None:
         settled = recursion._replace(rounding=recipe.rounding.settled, refit=None)
@@ -120,12 +141,12 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
     nonzero = jnp.any(weights.reshape(groups, -1, weights.shape[1]) != 0, axis=1)
     as_number = lambda x: jnp.asarray(x, W.dtype)
     figures = {
-        "square_error": job.data.square_error(job.W, q).sum(),
-        "energy": job.data.square_error(job.W, jnp.zeros_like(q)).sum(),
-        "saturation": jnp.mean(path.saturated),
+        "square_error": neurons.sum(job.data.square_error(job.W, q)),
+        "energy": neurons.sum(job.data.square_error(job.W, jnp.zeros_like(q))),
+        "saturation": neurons.mean(path.saturated),
         "dead": jnp.sum(job.data.diagonal == 0),
-        "sparsity": jnp.mean(q == 0),
-        "zero_steps": jnp.sum((levels.step == 0) & nonzero),
+        "sparsity": neurons.mean(q == 0),
+        "zero_steps": neurons.sum((levels.step == 0) & nonzero),
         "square_floor": as_number(floor),
         "square_bound": as_number(bound) ** 2,
         "failed": jnp.asarray(failed),
@@ -147,7 +168,7 @@ def _run(system, job, recursion, recipe) -> tuple[Path, Recursion]:
         path = run(recursion)
         return path, recursion if path.refit is None else recursion._replace(levels=path.refit)
 
-    levels, shared = recursion.levels, recursion.levels.step.shape[1] == 1
+    levels, shared = recursion.levels, recursion.shared
     scaled = lambda c: recursion._replace(levels=dataclasses.replace(levels, step=levels.step * jnp.atleast_2d(c)))
 
     def attempt(state, x):
@@ -157,7 +178,7 @@ def _run(system, job, recursion, recipe) -> tuple[Path, Recursion]:
         c = jnp.maximum(centre + offset, multiples[0][0] / 2)  # a step stays positive
         path = run(scaled(c))
         error = as_gram(job.trusted).excess(job.W, path.q)
-        error = error.sum() if shared else error
+        error = recursion.neurons.sum(error) if shared else error
         better, found = error < best_error, (error, c, path)
         keep = lambda new, old: jnp.where(better[None] if new.ndim == 2 and better.ndim else better, new, old)
         return (jax.tree.map(keep, found, (best_error, best_c, best_path)), centre), None

@@ -16,6 +16,8 @@ from jax.scipy.linalg import solve_triangular
 
 from ..scalar import Here, Levels, Rounding
 from .gram import matmul
+from .neurons import ALL, Neurons
+from .split import Split, padded, rows
 
 BLOCK = 64
 PANEL = 512  # coordinates at least in a panel, and
@@ -41,6 +43,12 @@ class Recursion(NamedTuple):
     key: jax.Array | None = None
     carry: Any = None  # of the rounding, for each neuron (out, ..); None starts with `rounding.init()`
     refit: Callable[[jax.Array], Levels] | None = None  # the levels of a block, from its weights as they have become
+    neurons: Neurons = ALL  # which of the matrix's these are
+
+    @property
+    def shared(self) -> bool:
+        """Whether one step serves all neurons."""
+        return self.levels.step.shape[1] == 1 and self.neurons.shared
 
     def start(self) -> Any:
         """The carries of all neurons before the first coordinate."""
@@ -87,7 +95,7 @@ class Recursion(NamedTuple):
 
         columns = (1, 1, jax.tree.map(lambda x: 1 if x.ndim == 2 else None, given), *(1 if grouped else 0,) * 2, 0, 0)
         mapped = jax.vmap(neuron, in_axes=columns, out_axes=(0, 1))
-        carry, path = mapped(A, about, given, step, zero, carry, jnp.arange(self.out))
+        carry, path = mapped(A, about, given, step, zero, carry, self.neurons.numbers(self.out))
         return carry, path if self.refit is None else path._replace(refit=levels)
 
     def values(self, codes: jax.Array) -> jax.Array:
@@ -130,6 +138,7 @@ def substitute(
     """
     n, index = A.shape[0], recursion.order
     if recursion.refit is None and (L is None or block is None or n <= 2 * block):
+        L = L.rows(0, n) if isinstance(L, Split) else L
         return recursion.scan(A, L, index, recursion.start(), about, given)[1]
     if block is None or L is None:
         raise ValueError("Steps that are refit on the way need a feedback, and blocks of one group each.")
@@ -137,7 +146,7 @@ def substitute(
     more = blocks * block - n  # dead coordinates: they change nothing
     pad = lambda x: jnp.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1)))
     about = jnp.zeros_like(A) if about is None else about
-    A, about, L, index = pad(A), pad(about), jnp.pad(L, ((0, more), (0, more))), pad(index)
+    A, about, L, index = pad(A), pad(about), padded(L, more), pad(index)
     given = jax.tree.map(pad, given)
     width = block * -(-blocks // min(PANELS, max(1, n // PANEL)))  # coordinates in a panel
 
@@ -145,10 +154,11 @@ def substitute(
     for first in range(0, n, width):
         here = slice(first, first + width)
         R = A[here]
+        feedback = rows(L, first, R.shape[0])
         if done:
-            R = R + matmul(L[here, :first], about[:first] - jnp.concatenate([path.q for path in done]))
+            R = R + matmul(feedback[:, :first], about[:first] - jnp.concatenate([path.q for path in done]))
         near = jax.tree.map(lambda x: x[here], given)
-        carry, path = _panel(recursion, R, L[here, here], index[here], carry, about[here], near, block)
+        carry, path = _panel(recursion, R, feedback[:, here], index[here], carry, about[here], near, block)
         done.append(path)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n] if parts[0].ndim else parts[0], *done)
 
@@ -170,4 +180,8 @@ def _panel(recursion, R, L, index, carry, about, given, block):
 
 def unrounded(A: jax.Array, L: jax.Array | None, about: jax.Array | float) -> jax.Array:
     """The w that rounding without error would return: what the weights of a block have become when it is reached."""
-    return A if L is None else about + solve_triangular(L, A - about, lower=True, unit_diagonal=True)
+    if L is None:
+        return A
+    if isinstance(L, Split):
+        return about + L.unwound(A - about)
+    return about + solve_triangular(L, A - about, lower=True, unit_diagonal=True)

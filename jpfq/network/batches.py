@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .mesh import automatic
+
 
 @dataclasses.dataclass(frozen=True)
 class Weighted:
@@ -72,7 +74,7 @@ def _array(x, number):
     try:
         if isinstance(x, (bool, str)):
             raise TypeError("a constant, not data")
-        x = jnp.asarray(x)
+        x = automatic(jnp.asarray(x))
     except TypeError as error:
         raise ValueError(
             f"Batch {number} holds {x!r}, which is no array. Arguments that do not change, such as train=False, go "
@@ -96,7 +98,7 @@ def _check_like(first, here, number):
 
 
 def _check_weights(weights, leaves, number):
-    weights = jnp.asarray(weights).astype(jnp.float32)
+    weights = automatic(jnp.asarray(weights)).astype(jnp.float32)
     if weights.ndim == 0 or not any(x.shape[: weights.ndim] == weights.shape for x in leaves):
         shapes = ", ".join(str(x.shape) for x in leaves)
         raise ValueError(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..matrix import Gram, Recipe, Rows
+from ..matrix import Devices, Gram, Recipe, Rows
 from ..matrix.each import each, over_lanes
 from ..matrix.gram import at_least_float32
 from ..matrix.layout import Layout
@@ -30,10 +30,18 @@ class Gathered(NamedTuple):
 class Gather:
     """The data of one stop for the quantized networks of one track, in each form made once and when first asked for."""
 
-    def __init__(self, streams: Sequence[Stream], number: int, key: jax.Array | None = None, track: int = 0):
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        number: int,
+        key: jax.Array | None = None,
+        devices: Devices | None = None,
+        track: int = 0,
+    ):
         """
         Args:
             key: for patches that are drawn; with lanes, one for each.
+            devices: over which a large Gram is split.
         """
         self.streams = [(stream, stream.stops[number][0]) for stream in streams]
         stream, site = self.streams[0]
@@ -44,6 +52,7 @@ class Gather:
         self.forked = stream.has_lanes(site.data, track)
         self.laned = self.forked or (self.key is not None and self.key.ndim > 0)  # whether data have lanes
         self.made: dict = {}
+        self.rows = None if devices is None else devices.rows_of(site.layout.dims[1])
 
     def __call__(self, recipe: Recipe, shape: tuple[int, int, int], centred: bool = False) -> Gathered:
         """The data in the form that a recipe prefers; with the mean of every input taken off where `centred`."""
@@ -87,7 +96,7 @@ class Gather:
             gathered = self.made.get((Gram, False)) or self._gram(False)
             return gathered._replace(data=_centred(gathered.data, self.laned))
         parts = (
-            _gram(layout, *batch, _merges(batch[0]), at_once(), self._laned(batch[-1]))
+            _gram(layout, *batch, _merges(batch[0]), at_once(), self.rows, self._laned(batch[-1]))
             for layout, *batch in self._batches()
         )
         gram: Any = functools.reduce(_merge, parts)
@@ -150,14 +159,14 @@ def _merges(x) -> bool:
     return len(x.sharding.device_set) == 1
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "laned"))
-def _gram(layout, x, xq, weights, picked, merges, at_once, laned=(False, False)):
+@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "split", "laned"))
+def _gram(layout, x, xq, weights, picked, merges, at_once, split, laned=(False, False)):
     """The Gram of one batch; `laned` are xq and picked."""
-    one = lambda xq, picked: _gram_of_one(layout, x, xq, weights, picked, merges, at_once)
+    one = lambda xq, picked: _gram_of_one(layout, x, xq, weights, picked, merges, at_once, split)
     return over_lanes(one, (xq, picked), laned)
 
 
-def _gram_of_one(layout, x, xq, weights, picked, merges, at_once):
+def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, split):
     """Patches of a convolution are made and let go a few samples, or picked windows, at a time."""
 
     def whole(x, xq, weights, picked=None):
@@ -167,7 +176,8 @@ def _gram_of_one(layout, x, xq, weights, picked, merges, at_once):
             flat = lambda X: X.reshape(X.shape[0], math.prod(X.shape[1:-1]), X.shape[-1])
             X, Xq = flat(X), None if Xq is None else flat(Xq)
             weights = None if weights is None else weights.ravel()
-        return each(lambda X, Xq: Gram.from_data(X, Xq, weights), X, Xq)
+        gram = each(lambda X, Xq: Gram.from_data(X, Xq, weights), X, Xq)
+        return gram if split is None else gram.split(split)
 
     if picked is not None:
         weights = None if weights is None else weights.ravel()[picked]

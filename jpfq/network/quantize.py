@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..matrix import Info, QTensor
+from ..matrix import Devices, Info, QTensor
 from ..matrix.gram import is_traced
 from .activation import Activations, Rounded
 from .apply import run
@@ -17,7 +17,9 @@ from .batches import Shaped, read_batches
 from .bias import find_biases
 from .curvature import curvatures
 from .functional import Functional, from_function
+from .hosts import check_hosts, leaves_of, spans_hosts
 from .linen import from_linen, is_linen
+from .mesh import automatic, check_runs, context, devices_of
 from .nnx import from_nnx, is_nnx
 from .program import Program, trace_twice
 from .progress import progress_bar
@@ -161,29 +163,50 @@ def quantize(
     Example:
         >>> quantized = jpfq.quantize(model, batches, [jpfq.Rule("head/.*", skip=True), jpfq.Rule(".*", bits=4)])
     """
-    rules = as_rules(rules)
-    functional = adapt(model, variables, params, kwargs)
-    _check_choice("reference", reference, ("float", "block"))
-    fresh = None if isinstance(batches, Iterable) or not callable(batches) else batches
-    shaped = read_batches(batches if fresh is None else fresh(0), on_host=offload)  # type: ignore[arg-type]
-    if fresh and (len(shaped) > 1 or reference == "block"):
-        raise ValueError("Fresh batches for each layer must be of one size, and the reference the float network.")
-    traced = [find_kernels(functional, group.example) for group in shaped]
-    analyses = rule_all(functional, traced, rules, strict)
-    first, key = analyses[0], typed(key)
-    check_key(first.assignment, key)
-    groups, rebases = stops(first.sites), reference == "block"
-    coupled = couple(functional, analyses, shaped, groups, key)
-    making = Making(first.assignment.recipes, activations_of(first.assignment), key, coupled)
-    streams = streams_of(
-        functional, analyses, shaped, groups, offload=offload, rebases=rebases, keeps=fresh is not None
-    )
-    shapes = [x.shape for x in shaped[0].leaves[0]]
-    del shaped  # the streams let inputs go once they are used
-    with progress_bar(len(first.sites), progress) as report:
-        block, refresh = block_of if rebases else None, _refresh(fresh, shapes, offload) if fresh else None
-        (walked,), peak = walk(streams, [making], report, block, refresh)
-    return assemble(functional, walked, first.assignment.skipped, peak)
+    with context():
+        rules = as_rules(rules)
+        functional = adapt(model, variables, params, kwargs)
+        _check_choice("reference", reference, ("float", "block"))
+        fresh = None if isinstance(batches, Iterable) or not callable(batches) else batches
+        settings = {"rules": rules, "key": key, "reference": reference, "offload": offload, "strict": strict}
+        placed, shaped, devices = place(functional, batches if fresh is None else fresh(0), settings, offload)
+        if fresh and (len(shaped) > 1 or reference == "block"):
+            raise ValueError("Fresh batches for each layer must be of one size, and the reference the float network.")
+        traced = [find_kernels(placed, group.example) for group in shaped]
+        analyses = rule_all(placed, traced, rules, strict)
+        first, key = analyses[0], typed(key)
+        check_key(first.assignment, key)
+        groups, rebases = stops(first.sites), reference == "block"
+        coupled = couple(placed, analyses, shaped, groups, key)
+        making = Making(first.assignment.recipes, activations_of(first.assignment), key, coupled)
+        streams = streams_of(
+            placed, analyses, shaped, groups, offload=offload, rebases=rebases, keeps=fresh is not None
+        )
+        shapes = [x.shape for x in shaped[0].leaves[0]]
+        del shaped  # the streams let inputs go once they are used
+        with progress_bar(len(first.sites), progress) as report:
+            block, refresh = block_of if rebases else None, _refresh(fresh, shapes, offload) if fresh else None
+            (walked,), peak = walk(streams, [making], report, block, refresh, devices)
+        return assemble(functional, walked, first.assignment.skipped, peak)
+
+
+def place(
+    functional: Functional, batches: Any, settings: dict[str, Any], offload: bool
+) -> tuple[Functional, list[Shaped], Devices | None]:
+    """The model and the batches where they are to be computed, and the devices that neurons are split over.
+
+    Several hosts are compared first, in `settings` too.
+    """
+    placed = dataclasses.replace(functional, leaves=tuple(map(automatic, functional.leaves)))
+    if jax.process_count() > 1 and isinstance(batches, Iterable):
+        batches = list(batches)
+        if spans_hosts([*placed.leaves, *leaves_of(batches)]):
+            check_hosts(placed, batches, settings)
+    shaped = read_batches(batches, on_host=offload)
+    devices = devices_of([*placed.leaves, *(x for group in shaped for leaves in group.leaves for x in leaves)])
+    if any(a is not b for a, b in zip(functional.leaves, placed.leaves, strict=True)):
+        check_runs(placed, shaped[0].example)
+    return placed, shaped, devices
 
 
 def rule_all(

@@ -259,20 +259,31 @@ class Stream:
             for values in (networks.shared, *networks.forked):
                 for v, x in values.items():
                     if isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.extended):
-                        values[v] = moved.setdefault(id(x), Waiting(np.array(x), x.sharding))
+                        values[v] = moved.setdefault(id(x), Waiting.of(x))
         self.waiting[batch] = _on_device(networks)
 
 
 class Waiting(NamedTuple):
     """An array in the memory of the host, and where it belongs."""
 
-    array: np.ndarray
+    parts: dict[str, np.ndarray]  # of this host's devices, by their place in the whole
+    shape: tuple[int, ...]
     sharding: Any
+
+    @classmethod
+    def of(cls, x: jax.Array) -> "Waiting":
+        """An array, taken off its devices."""
+        parts = {str(shard.index): shard.data for shard in x.addressable_shards}
+        return cls({place: np.array(part) for place, part in parts.items()}, x.shape, x.sharding)
+
+    def back(self) -> jax.Array:
+        """The array where it was."""
+        return jax.make_array_from_callback(self.shape, self.sharding, lambda place: self.parts[str(place)])
 
 
 def _value(x):
     if isinstance(x, Waiting):
-        return jax.device_put(x.array, x.sharding)
+        return x.back()
     return jax.device_put(x) if isinstance(x, np.ndarray) else x
 
 

@@ -20,7 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..matrix import Info, QTensor, Recipe, Solution, all_well, code_dtype, raise_on, solve_all, solve_coupled
+from ..matrix import (
+    Devices,
+    Info,
+    QTensor,
+    Recipe,
+    Solution,
+    all_well,
+    code_dtype,
+    raise_on,
+    solve_coupled,
+    solve_sharded,
+)
 from ..matrix.each import lane, over_lanes
 from ..matrix.gram import as_gram, at_least_float32, matmul
 from .activation import Activations, Rounded, choose, round_by
@@ -82,6 +93,7 @@ def walk(
     report: Callable[[str, float], None] = lambda path, error: None,
     block: Callable[[Site], Any] | None = None,
     refresh: Callable[[Stream, int], Stream] | None = None,
+    devices: Devices | None = None,
 ) -> tuple[list[Walked], int]:
     """Quantizes every site.
 
@@ -92,6 +104,7 @@ def walk(
         block: names the block of a site; where it changes, the reference starts anew from the quantized network. None
             for a reference that is the float network throughout.
         refresh: takes the stream of the stop before to one over other batches, for each stop but the first.
+        devices: over which the neurons of each site are split.
 
     Returns:
         What was found on each track, and the bytes of live activations, at most.
@@ -109,18 +122,18 @@ def walk(
             for stream in streams:
                 stream.rebase()
         for track in tracks:
-            _visit(streams, number, track, waiting, report)
+            _visit(streams, number, track, waiting, report, devices)
     errors = _output_error(streams, tracks)
     in_order = lambda inputs: {path: [uses[index] for index in sorted(uses)] for path, uses in inputs.items()}
     walked = [Walked(t.tensors, t.info, t.biases, in_order(t.inputs), e) for t, e in zip(tracks, errors, strict=True)]
     return walked, sum(stream.peak for stream in streams)
 
 
-def _visit(streams, number, track, waiting, report):
+def _visit(streams, number, track, waiting, report, devices):
     """Solves the sites of one stop on one track."""
     first, making = streams[0], track.making
     rounded = _round_inputs(streams, number, track)
-    gather = Gather(streams, number, making.key, track.number)
+    gather = Gather(streams, number, making.key, devices, track.number)
     for position, site in enumerate(first.stops[number]):
         recipe, done = making.recipes[site.path], track.parts.setdefault(site.path, [])
         W = at_least_float32(site.layout.matrices(site.chain(first.value(first.program.params[site.leaf]))))
@@ -129,7 +142,8 @@ def _visit(streams, number, track, waiting, report):
         recipe.refuse(gather.count, W.shape[1], site.path)
         gathered = gather(recipe, W.shape, centred=site.bias is not None)
         coupled = making.coupled.get((number, position))
-        solution = _solve(W, gathered.data, recipe, draw, coupled, gather.laned, track.laned)
+        solve = functools.partial(_solve_lanes, data_laned=gather.laned) if track.laned else _solve
+        solution = solve(W, gathered.data, recipe, draw, coupled, devices)
         _raise_on(solution.info, recipe, site.path, gathered.data, making.lanes, gather.laned)
         operand = _operand(solution.q, site.layout, _casts(first, site), track.laned)
         for stream in streams:
@@ -150,21 +164,18 @@ def _visit(streams, number, track, waiting, report):
         report(site.path, float(jnp.mean(solution.info.relative_error)))
 
 
-def _solve(W, data, recipe, key, coupled, data_laned, laned) -> Solution:
-    """The solution of one site, of each lane where there are any."""
-    if not laned:
-        if coupled is None:
-            return solve_all(W, data, recipe, key)
-        how, F = coupled
-        return solve_coupled(W, as_gram(data), F, recipe, key, how.damping, how.block)
-    return _solve_lanes(W, data, recipe, key, coupled, data_laned)
+def _solve(W, data, recipe, key, coupled, devices) -> Solution:
+    """The solution of one site."""
+    if coupled is None:
+        return solve_sharded(W, data, recipe, key, devices)
+    how, F = coupled
+    return solve_coupled(W, as_gram(data), F, recipe, key, how.damping, how.block)
 
 
-@functools.partial(jax.jit, static_argnames="data_laned")
-def _solve_lanes(W, data, recipe, key, coupled, data_laned):
-    def one(data, recipe, key, coupled):
-        return _solve(W, data, recipe, key, coupled, False, False)
-
+@functools.partial(jax.jit, static_argnames=("devices", "data_laned"))
+def _solve_lanes(W, data, recipe, key, coupled, devices, data_laned) -> Solution:
+    """The solutions of one site, by lane."""
+    one = lambda data, recipe, key, coupled: _solve(W, data, recipe, key, coupled, devices)
     return over_lanes(one, (data, recipe, key, coupled), (data_laned, True, key is not None, coupled is not None))
 
 
@@ -172,7 +183,7 @@ def _raise_on(info, recipe, name, data, lanes, data_laned):
     """`raise_on`, which names the first lane that something is wrong with."""
     if lanes is None:
         return raise_on(info, recipe, name, data)
-    for i in np.flatnonzero(~np.asarray(all_well(info, data))):
+    for i in map(int, np.flatnonzero(~np.asarray(all_well(info, data)))):
         own = lane(data, i) if data_laned else data
         raise_on(lane(info, i), lane(recipe, i), f"{name} ({lanes[i]})", own)
     return None

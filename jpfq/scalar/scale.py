@@ -88,6 +88,16 @@ class Scale(abc.ABC):
         """
 
     @property
+    def shared(self) -> bool:
+        """Whether one step serves all neurons."""
+        return isinstance(self.per, PerTensor)
+
+    @property
+    def local(self) -> bool:
+        """Whether the steps of a neuron follow from its own weights."""
+        return not self.shared
+
+    @property
     def runs(self) -> int:
         """How many times the recursion runs until the steps are found."""
         return 1
@@ -235,6 +245,14 @@ class MinError(Scale):
         return self.base.per
 
     @property
+    def shared(self):
+        return self.base.shared
+
+    @property
+    def local(self):
+        return self.base.local
+
+    @property
     def runs(self):
         return self.candidates * self.rounds
 
@@ -258,6 +276,14 @@ class Fixed(Scale):
 
     def __post_init__(self):
         _check_positive(self.step, "Fixed: the step")
+
+    @property
+    def shared(self):
+        return jnp.shape(self.step)[-1:] in ((), (1,))
+
+    @property
+    def local(self):
+        return False
 
     def __call__(self, W, grid, importance=None):
         if grid.alphabet().zero is None:

@@ -21,8 +21,9 @@ import numpy as np
 from ..matrix import code_dtype
 from ..matrix.each import lane, over_lanes, stack
 from ..network import Quantized, Rule
-from ..network.batches import Shaped, read_batches
+from ..network.batches import Shaped
 from ..network.functional import Functional
+from ..network.mesh import context
 from ..network.plan import plan_of
 from ..network.progress import progress_bar
 from ..network.quantize import (
@@ -33,6 +34,7 @@ from ..network.quantize import (
     check_key,
     couple,
     find_kernels,
+    place,
     rule_all,
     streams_of,
     typed,
@@ -233,35 +235,43 @@ def sweep(
         raise ValueError(f"lanes is a positive number of settings, or None; got {lanes!r}.")
     if callable(batches) and not isinstance(batches, Iterable):
         raise ValueError("A sweep takes batches, and no function that makes fresh ones for each layer.")
-    functional = adapt(model, variables, params, kwargs)
-    shaped = read_batches(batches, on_host=offload)
+    with context():
+        functional = adapt(model, variables, params, kwargs)
+        compared = {"space": [tuple(map(str, point.items())) for point in space.points], "key": key, "lanes": lanes}
+        placed, shaped, devices = place(functional, batches, compared, offload)
+        settings = _settings(placed, shaped, space, typed(key), strict)
+        walks = _partition(settings, range(len(settings)), _walk_key)
+        _check_memory(settings, walks, shaped, lanes, offload, memory)
+        chunks = []
+        with progress_bar(sum(len(s.first.sites) for s in settings), progress) as report:
+            for numbers in walks:
+                chunks += _walk(placed, shaped, settings, numbers, lanes, offload, report, devices)
+        losses = {} if evaluate is None else _losses(functional, settings, chunks, evaluate)
+    records: list = [None] * len(settings)
+    for chunk in chunks:
+        shaped_tensors = jax.eval_shape(lambda tensors: lane(tensors, 0), chunk.walked.tensors)
+        for where, number in enumerate(chunk.numbers):
+            records[number] = _record(settings[number], chunk, where, shaped_tensors, losses.get(number))
+    return Sweep(records, settings, chunks, functional)
+
+
+def _settings(functional, shaped, space, key, strict) -> list[_Setting]:
+    """What each point of a space means for the model."""
     traced = [find_kernels(functional, group.example) for group in shaped]
     settings = []
     for point in space.points:
         rules = space.rules_of(point)
-        own = jax.random.key(point["seed"]) if "seed" in point else typed(key)
+        own = jax.random.key(point["seed"]) if "seed" in point else key
         try:
             setting = _Setting(point, rule_all(functional, traced, rules, strict), own)
             check_key(setting.first.assignment, own)
         except ValueError as error:
             raise ValueError(f"The setting ({_words(point)}): {error}") from error
         settings.append(setting)
-    walks = _partition(settings, range(len(settings)), _walk_key)
-    _check_memory(settings, walks, shaped, lanes, offload, memory)
-    chunks = []
-    with progress_bar(sum(len(s.first.sites) for s in settings), progress) as report:
-        for numbers in walks:
-            chunks += _walk(functional, shaped, settings, numbers, lanes, offload, report)
-    losses = {} if evaluate is None else _losses(functional, settings, chunks, evaluate)
-    records: list = [None] * len(settings)
-    for chunk in chunks:
-        shaped_tensors = jax.eval_shape(lambda tensors: lane(tensors, 0), chunk.walked.tensors)
-        for place, number in enumerate(chunk.numbers):
-            records[number] = _record(settings[number], chunk, place, shaped_tensors, losses.get(number))
-    return Sweep(records, settings, chunks, functional)
+    return settings
 
 
-def _walk(functional, shaped: Sequence[Shaped], settings, numbers, lanes, offload, report) -> list[_Chunk]:
+def _walk(functional, shaped: Sequence[Shaped], settings, numbers, lanes, offload, report, devices) -> list[_Chunk]:
     """One walk of the model for settings that stop at the same places."""
     first = settings[numbers[0]]
     groups = stops(first.first.sites)
@@ -279,7 +289,7 @@ def _walk(functional, shaped: Sequence[Shaped], settings, numbers, lanes, offloa
         for _ in range(next(counts)):
             report(path, error)
 
-    walked, peak = walk(streams, makings, told)
+    walked, peak = walk(streams, makings, told, devices=devices)
     return [_Chunk(part, found, peak) for part, found in zip(parts, walked, strict=True)]
 
 
@@ -297,8 +307,8 @@ def _making(functional, shaped, settings, part, groups) -> Making:
             seen[seed] = couple(functional, setting.analyses, shaped, groups, setting.key)
     couplings = [
         {
-            place: (setting.first.assignment.rules[setting.first.sites[groups[place[0]][place[1]]].path].coupling, F)
-            for place, (_, F) in seen[setting.point.get("seed")].items()
+            at: (setting.first.assignment.rules[setting.first.sites[groups[at[0]][at[1]]].path].coupling, F)
+            for at, (_, F) in seen[setting.point.get("seed")].items()
         }
         for setting in mine
     ]
@@ -349,12 +359,12 @@ def _lane_of(walked: Walked, i: int, assignment) -> Walked:
     return own._replace(tensors=tensors, inputs=inputs)
 
 
-def _record(setting: _Setting, chunk: _Chunk, place: int, shaped: dict, loss: float | None) -> dict[str, Any]:
+def _record(setting: _Setting, chunk: _Chunk, where: int, shaped: dict, loss: float | None) -> dict[str, Any]:
     """What is known of one setting; sizes follow from the shapes of its tensors."""
     recipes = setting.first.assignment.recipes
     tensors = [dataclasses.replace(tensor, grid=recipes[path].grid) for path, tensor in shaped.items()]
     nbytes = sum(tensor.nbytes for tensor in tensors)
-    errors = chunk.walked.output_error[place]
+    errors = chunk.walked.output_error[where]
     output_error = float(np.nan_to_num(errors, nan=0.0).max(initial=0.0))
     figures = (
         output_error if loss is None else loss,

@@ -1,0 +1,69 @@
+"""Which neurons of a matrix are at hand: all of them, or on one of many devices a run of them.
+
+Every stage of a solve works on each neuron by itself, but for steps that neurons share, figures about all of them, and the
+numbers that random draws are folded by. Those go through here. Alone, each of these is what it says; on many devices
+the one exchange between them, outside the recursion.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Neurons:
+    """The neurons on the last axis of every array; with an `axis`, under `jax.shard_map` and this device's part of `count`.
+
+    Devices hold equal runs, in order. Where that takes more neurons than there are, the last ones count for nothing.
+    """
+
+    count: int = 0
+    axis: str | tuple[str, ...] | None = None  # of the mesh
+    shared: bool = True  # whether a step that comes alone serves all of them, and not one neuron that is here alone
+
+    def numbers(self, here: int) -> jax.Array:
+        """The numbers of the neurons here (here,)."""
+        if self.axis is None:
+            return jnp.arange(here)
+        return lax.axis_index(self.axis).astype(int) * here + jnp.arange(here)
+
+    def where(self, x: jax.Array, other: float) -> jax.Array:
+        """x (.., here), with `other` at what only fills up the last device."""
+        if self.axis is None:
+            return x
+        counts = self.numbers(x.shape[-1]) < self.count
+        return jnp.where(jnp.broadcast_to(counts, x.shape), x, jnp.asarray(other, x.dtype))
+
+    def add(self, x: jax.Array) -> jax.Array:
+        """The sum of the devices' x."""
+        return x if self.axis is None else lax.psum(x, self.axis)
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """The sum of x (.., here) over all neurons and all other axes."""
+        return self.add(jnp.sum(self.where(x, 0)))
+
+    def mean(self, x: jax.Array) -> jax.Array:
+        """The mean of x (.., here) over all neurons and all other axes."""
+        return jnp.mean(x) if self.axis is None else self.sum(jnp.mean(x, range(x.ndim - 1))) / self.count
+
+    def min(self, x: jax.Array) -> jax.Array:
+        """The least entry of x (.., here), counting what only fills up."""
+        return jnp.min(x) if self.axis is None else lax.pmin(jnp.min(x), self.axis)
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """x (.., here) of all neurons (.., count), on every device."""
+        if self.axis is None:
+            return x
+        return lax.all_gather(x, self.axis, axis=x.ndim - 1, tiled=True)[..., : self.count]
+
+    def own(self, x: jax.Array) -> jax.Array:
+        """Of x (.., count), what belongs to the neurons here (.., here)."""
+        if self.axis is None:
+            return x
+        here = -(-self.count // lax.axis_size(self.axis))
+        return jnp.take(x, jnp.minimum(self.numbers(here), self.count - 1), axis=-1)
+
+
+ALL = Neurons()

@@ -1,0 +1,64 @@
+"""The mesh that parameters and batches lie on.
+
+Everything runs where the arrays are: XLA splits the forward passes and sums the Grams as the shardings of parameters and
+batches say, and the solves split their neurons over the same devices (matrix/shard.py).
+"""
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from ..matrix import Devices
+from .functional import Functional
+
+
+def devices_of(arrays: Iterable) -> Devices | None:
+    """The mesh of the first arrays that lie on one of several devices; its axes in the order of their use."""
+    placed = [x.sharding for x in arrays if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding)]
+    placed = [sharding for sharding in placed if sharding.mesh.size > 1]
+    if not placed:
+        return None
+    mesh = placed[0].mesh
+    used = (axis for sharding in placed if sharding.mesh == mesh for axis in _axes(sharding.spec))
+    assert isinstance(mesh, Mesh)
+    return Devices(mesh, tuple(dict.fromkeys([*used, *mesh.axis_names])))
+
+
+def _axes(spec):
+    return [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
+
+
+def automatic(x: Any) -> Any:
+    """An array of a mesh with Explicit axes as one of the same devices with Auto axes, on which reshapes are free."""
+    if not isinstance(x, jax.Array) or not isinstance(x.sharding, NamedSharding) or not _is_explicit(x.sharding.mesh):
+        return x
+    return jax.device_put(x, NamedSharding(_automatic(x.sharding.mesh), x.sharding.spec))
+
+
+def _is_explicit(mesh):
+    return AxisType.Explicit in (mesh.axis_types or ())
+
+
+def _automatic(mesh):
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
+def context() -> contextlib.AbstractContextManager:
+    """What to work in: the mesh that `jax.set_mesh` set, its axes Auto."""
+    mesh = jax.sharding.get_mesh()
+    return jax.set_mesh(_automatic(mesh)) if _is_explicit(mesh) else contextlib.nullcontext()
+
+
+def check_runs(functional: Functional, batch: Any) -> None:
+    """Raises where a model that was given Explicit axes does not run with Auto ones."""
+    try:
+        jax.eval_shape(functional.fn, functional.leaves, batch)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "The arrays lie on a mesh with Explicit axes, and the model does not run on the same mesh with Auto axes, which "
+            f"quantizing needs: {error}\nLeave out_sharding=... and reshard out of it, or guard them, for a mesh of "
+            "jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))."
+        ) from error
