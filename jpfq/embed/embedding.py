@@ -78,19 +78,19 @@ class Embedding(abc.ABC):
             key: for a rounding that draws. Two sides of a comparison need two keys.
             first: the number of the first vector, for data in chunks.
         """
-        return self.quantizer(self.measure(self._vectors(X)), key, first)
+        return _transform(self, self._vectors(X), key, first)
 
     def features(self, X: jax.Array) -> jax.Array:
         """What `condense` would return (.., p) if nothing were quantized."""
-        return self.norm * self.quantizer.fold(self.measure(self._vectors(X)))
+        return _features(self, self._vectors(X))
 
     def condense(self, codes: jax.Array) -> jax.Array:
         """The condensed vectors (.., p) of codes (.., m), in the units of `features`."""
-        return self._scaled(self.quantizer.to_store(self._codes(codes)))
+        return _condense(self, self._codes(codes))
 
     def store(self, codes: jax.Array) -> jax.Array:
         """What need be kept of codes (.., m), packed: uint8 (.., bytes_per_vector)."""
-        return pack(self.quantizer.to_store(self._codes(codes)), self._bits)
+        return _store(self, self._codes(codes))
 
     def load(self, stored: jax.Array) -> jax.Array:
         """The condensed vectors (.., p) from what was stored."""
@@ -98,7 +98,7 @@ class Embedding(abc.ABC):
             raise ValueError(
                 f"Stored vectors are uint8 (.., {self.bytes_per_vector}); got {stored.dtype} of shape {stored.shape}."
             )
-        return self._scaled(unpack(stored, self._bits, self._numbers))
+        return _load(self, stored)
 
     def stream(
         self, chunks: Iterable[jax.Array], key: jax.Array | None = None
@@ -109,10 +109,6 @@ class Embedding(abc.ABC):
             codes, stability = self.transform(X, key, first)
             yield self.store(codes), stability
             first += math.prod(X.shape[:-1])
-
-    def _scaled(self, stored):
-        norm = self.norm
-        return norm * self.quantizer.condensed(stored, norm.dtype)
 
     def _vectors(self, X):
         if not hasattr(X, "shape") or not jnp.issubdtype(X.dtype, jnp.floating):
@@ -132,6 +128,39 @@ class Embedding(abc.ABC):
                 raise ValueError(
                     f"Condensed vectors are real (.., {self.p}), from `condense`, `load` or `features`; got {_what(x)}."
                 )
+
+
+# The methods above, each as one program.
+
+
+@jax.jit
+def _transform(embedding, X, key, first):
+    return embedding.quantizer(embedding.measure(X), key, first)
+
+
+@jax.jit
+def _features(embedding, X):
+    return embedding.norm * embedding.quantizer.fold(embedding.measure(X))
+
+
+@jax.jit
+def _condense(embedding, codes):
+    return _scaled(embedding, embedding.quantizer.to_store(codes))
+
+
+@jax.jit
+def _store(embedding, codes):
+    return pack(embedding.quantizer.to_store(codes), embedding._bits)
+
+
+@jax.jit
+def _load(embedding, stored):
+    return _scaled(embedding, unpack(stored, embedding._bits, embedding._numbers))
+
+
+def _scaled(embedding, stored):
+    norm = embedding.norm
+    return norm * embedding.quantizer.condensed(stored, norm.dtype)
 
 
 def _what(x):

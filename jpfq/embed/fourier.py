@@ -43,9 +43,7 @@ class RandomFourierFeatures(Embedding):
             self.quantizer.blocks(self.m)
 
     @classmethod
-    def sample(
-        cls, key: jax.Array, inputs: int, m: int, gamma: float, quantizer: Quantizer
-    ) -> "RandomFourierFeatures":
+    def sample(cls, key: jax.Array, inputs: int, m: int, gamma: float, quantizer: Quantizer) -> "RandomFourierFeatures":
         """m features for vectors of length `inputs` and the kernel exp(-gamma |x - y|^2)."""
         for name, x in (("inputs", inputs), ("m", m)):
             if not isinstance(x, int) or isinstance(x, bool) or x < 1:

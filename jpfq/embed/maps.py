@@ -119,6 +119,7 @@ class FJLT(Map):
         return self.sparse(hadamard(jnp.pad(signed, ((0, 0),) * (X.ndim - 1) + ((0, more),))))
 
 
+@jax.jit
 def hadamard(X: jax.Array) -> jax.Array:
     """The orthonormal Walsh-Hadamard transform of every vector (.., n), n a power of two, in n log2(n) additions."""
     n = X.shape[-1]

@@ -1,11 +1,14 @@
 """Packs small whole numbers into bytes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 MOST = 31
 
 
+@functools.partial(jax.jit, static_argnames="bits")
 def pack(x: jax.Array, bits: int) -> jax.Array:
     """Numbers 0 .. 2^bits - 1 (.., count) as uint8 (.., bytes), lowest bits first; each row fills whole bytes."""
     _check(bits)
@@ -14,6 +17,7 @@ def pack(x: jax.Array, bits: int) -> jax.Array:
     return jnp.packbits(flat, axis=-1, bitorder="little")
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "count"))
 def unpack(packed: jax.Array, bits: int, count: int) -> jax.Array:
     """The inverse of `pack`: `count` numbers of each row, as int32."""
     _check(bits)

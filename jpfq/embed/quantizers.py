@@ -11,6 +11,7 @@ codes become one number <v, q>, in which the shaped errors all but cancel.
 import abc
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,17 +77,17 @@ class Quantizer(abc.ABC):
     def _norm(self):
         return sum(abs(h) for h in self.filter().values())
 
-    def levels(self, dtype=float) -> Levels:
+    def levels(self, dtype: Any = float) -> Levels:
         """The alphabet with its step, in the shape of a grid for all neurons (1, 1)."""
         lo, hi, zero, _ = self.grid.alphabet()
         step, zero, lo, hi = (jnp.asarray(x, dtype) for x in (self.spacing, zero, lo, hi))
         return Levels(step.reshape(1, 1), zero.reshape(1, 1), lo, hi)
 
-    def shaped(self, dtype=float) -> Shaped:
+    def shaped(self, dtype: Any = float) -> Shaped:
         """The rounding that keeps the states."""
         h = self.filter()
         taps = jnp.stack([jnp.asarray(x, dtype) for x in h.values()]) if h else jnp.zeros(0, dtype)
-        return Shaped(taps, tuple(h), self.rounding)
+        return Shaped(taps, self.rounding, tuple(h))
 
     def __call__(
         self, Y: jax.Array, key: jax.Array | None = None, first: jax.Array | int = 0
@@ -102,8 +103,8 @@ class Quantizer(abc.ABC):
             raise ValueError(f"{type(self.rounding).__name__} draws random numbers: pass key=jax.random.key(seed).")
         self.blocks(Y.shape[-1])
         levels, rounding = self.levels(Y.dtype), self.shaped(Y.dtype)
-        codes, peak = shape(Y, levels, rounding, self.run(Y.shape[-1]), key, first)
-        return codes.astype(code_dtype(self.grid)), Stability(peak, self.rounding.error(levels)[0, 0])
+        codes, peak = shape(Y, levels, rounding, self.run(Y.shape[-1]), code_dtype(self.grid), key, first)
+        return codes, Stability(peak, self.rounding.error(levels)[0, 0])
 
     def system(self, Y: jax.Array) -> System:
         """The same as the matrices of q = Q(base + L (about - q)), for `matrix.substitute`: vectors (rows, m) as columns.
@@ -146,7 +147,7 @@ class Quantizer(abc.ABC):
         whole = codes.astype(jnp.int32)
         return self.fold(whole) if self.stores_sums else whole
 
-    def condensed(self, stored: jax.Array, dtype=float) -> jax.Array:
+    def condensed(self, stored: jax.Array, dtype: Any = float) -> jax.Array:
         """<v, q> (.., p) from what is stored."""
         step, zero = (jnp.asarray(x, dtype) for x in (self.spacing, self.grid.alphabet().zero))
         if self.stores_sums:
@@ -159,7 +160,7 @@ class Quantizer(abc.ABC):
             if not isinstance(x, int) or isinstance(x, bool) or x < 1:
                 raise ValueError(f"{name} takes a whole number {what} of at least 1; got {x!r}.")
         wrong_type = isinstance(self.step, (str, bool))
-        if wrong_type or (is_number(self.step) and not (0 < self.step < math.inf)):
+        if wrong_type or (is_number(self.step) and not 0 < self.step < math.inf):  # type: ignore[operator]
             raise ValueError(f"{name} takes a positive step, or None for the stable one; got {self.step!r}.")
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..matrix import Recursion
-from ..scalar import Here, Levels, Nearest, Rounding, register_dataclass
+from ..scalar import Here, Levels, Rounding, register_dataclass
 
 
 @register_dataclass
@@ -29,8 +29,8 @@ class Shaped(Rounding):
     """
 
     taps: jax.Array
+    then: Rounding
     lags: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    then: Rounding = Nearest()
 
     @property
     def random(self) -> bool:  # type: ignore[override]
@@ -69,11 +69,17 @@ class Stability:
         return self.peak <= self.bound * (1 + 64 * jnp.finfo(self.peak.dtype).eps)
 
 
-@functools.partial(jax.jit, static_argnames="run")
+@functools.partial(jax.jit, static_argnames=("run", "dtype"))
 def shape(
-    Y: jax.Array, levels: Levels, rounding: Shaped, run: int, key: jax.Array | None = None, first: jax.Array | int = 0
+    Y: jax.Array,
+    levels: Levels,
+    rounding: Shaped,
+    run: int,
+    dtype: np.dtype,
+    key: jax.Array | None = None,
+    first: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Codes (.., m), as floats, of vectors Y (.., m), and the largest |u| of each (..).
+    """Codes (.., m) of vectors Y (.., m), as integers of this type, and the largest |u| of each (..).
 
     States start from 0 again every `run` entries. Such runs know nothing of each other: they are the neurons of the
     recursion. Vector number i, counted from `first`, draws from its own key.
@@ -84,7 +90,7 @@ def shape(
         draw = None if key is None else jax.random.fold_in(key, number)
         recursion = Recursion(levels, jnp.arange(run), A.shape[1], rounding, draw)
         (_, peak, _), path = recursion.scan(A, None, recursion.order, recursion.start())
-        return path.codes.T.reshape(-1), peak.max()
+        return path.codes.astype(dtype).T.reshape(-1), peak.max()
 
     lead = Y.shape[:-1]
     for _ in lead:
