@@ -66,7 +66,7 @@ class Stability:
     @property
     def stable(self) -> jax.Array:
         """Whether each vector's states stayed within the bound, but for rounding errors."""
-        return self.peak <= self.bound * (1 + 64 * jnp.finfo(self.peak.dtype).eps)
+        return self.peak <= self.bound * (1 + 1000 * jnp.finfo(self.peak.dtype).eps)
 
 
 @functools.partial(jax.jit, static_argnames=("run", "dtype"))

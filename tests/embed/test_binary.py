@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jpfq
 from jpfq.embed import FJLT, Memoryless, SigmaDelta, SparseGaussian, hadamard
@@ -68,6 +70,17 @@ def test_distances_are_preserved(order, width, map, loss):
     assert np.abs(unquantized[off] / exact[off] - 1).max() < 5 * np.sqrt((np.pi / 2 - 1) / 100)
     assert np.abs(found[off] / unquantized[off] - 1).max() < loss
     np.testing.assert_array_equal(found[~off], 0)
+
+
+def test_rows_on_two_devices_have_the_same_codes():
+    """Through the transform and the sparse map too, under jit."""
+    some = jpfq.BinaryEmbedding(FJLT.sample(jax.random.key(4), 24, 60, 0.3), SigmaDelta(1, 12), scale=20.0)
+    X = jnp.asarray(np.random.default_rng(5).standard_normal((6, 24)), jnp.float32)
+    placed = jax.device_put(X, NamedSharding(Mesh(jax.devices()[:2], ("rows",)), P("rows")))
+    codes, sharded = some.transform(X)[0], some.transform(placed)[0]
+    np.testing.assert_array_equal(sharded, codes)
+    assert len(sharded.sharding.device_set) == 2
+    np.testing.assert_array_equal(jax.vmap(lambda x: some.transform(x)[0])(X), codes)
 
 
 def test_vectors_too_large_for_the_alphabet_are_named():
