@@ -171,7 +171,8 @@ class SigmaDelta(Quantizer):
 
     With one bit the filters are those of Zhang and Saab (ICLR 2021), else h = 1 - (1 - z)^order. v is the `order`-fold
     convolution of ones, hence width = order * n - order + 1 for some n. `step` is None for the stable one, or a number such
-    as 2 / (2K - 1), the published one; with the latter, order 2 may run out of the alphabet (see `Stability`).
+    as 2 / (2K - 1), the published one; with the latter, order 2 may run out of the alphabet (see `Stability`). Few levels
+    and little condensing make the coarse stable step cost more than that: compare both.
 
     Source: Zhang, Kannan, Cloninger, Saab (arXiv 2106.02614); Zhang, Saab (arXiv 2010.00712).
     """

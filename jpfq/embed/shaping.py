@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ..matrix import Recursion
 from ..scalar import Here, Levels, Rounding, register_dataclass
@@ -103,9 +104,13 @@ def feedback(taps: jax.Array, lags: tuple[int, ...], m: int, run: int) -> jax.Ar
 
     For comparison and for other roundings; `shape` needs no such matrix.
     """
-    g = [jnp.ones((), taps.dtype)]  # of 1 / (1 - h): g_k = sum_j h_j g_{k-j}
-    for k in range(1, run):
-        g.append(sum((h * g[k - lag] for h, lag in zip(taps, lags) if lag <= k), jnp.zeros((), taps.dtype)))
+
+    def visit(past, _):
+        g = sum((h * past[lag - 1] for h, lag in zip(taps, lags)), jnp.zeros((), taps.dtype))
+        return jnp.concatenate([g[None], past[:-1]]), g
+
+    first = jnp.zeros(max(lags, default=1), taps.dtype).at[0].set(1)
+    g = jnp.append(first[:1], lax.scan(visit, first, None, run - 1)[1])  # of 1 / (1 - h): g_k = sum_j h_j g_{k-j}
     t, j = np.indices((m, m))
     inside = (t > j) & (t // run == j // run)
-    return jnp.where(inside, jnp.stack(g)[np.where(inside, t - j, 0)], 0)
+    return jnp.where(inside, g[np.where(inside, t - j, 0)], 0)
