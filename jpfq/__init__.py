@@ -1,5 +1,7 @@
 """jpfq: post-training quantization of JAX networks by path following."""
 
+from .embed import BinaryEmbedding as BinaryEmbedding
+from .embed import RandomFourierFeatures as RandomFourierFeatures
 from .matrix import GPFQ as GPFQ
 from .matrix import GPTAQ as GPTAQ
 from .matrix import MSQ as MSQ

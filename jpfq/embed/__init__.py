@@ -1,0 +1,21 @@
+"""Vectors as few bits: random Fourier features and binary embeddings, quantized by noise shaping.
+
+Builds on the recursion of `matrix` and the alphabets of `scalar`; knows no framework.
+"""
+
+from .binary import BinaryEmbedding as BinaryEmbedding
+from .embedding import Embedding as Embedding
+from .fourier import RandomFourierFeatures as RandomFourierFeatures
+from .maps import FJLT as FJLT
+from .maps import Map as Map
+from .maps import SparseGaussian as SparseGaussian
+from .maps import hadamard as hadamard
+from .packing import pack as pack
+from .packing import unpack as unpack
+from .quantizers import Beta as Beta
+from .quantizers import Memoryless as Memoryless
+from .quantizers import Quantizer as Quantizer
+from .quantizers import SigmaDelta as SigmaDelta
+from .shaping import Shaped as Shaped
+from .shaping import Stability as Stability
+from .shaping import feedback as feedback

@@ -1,0 +1,74 @@
+"""Fast binary embeddings that preserve Euclidean distances.
+
+y = A x for a fast random map A, quantized by noise shaping. With V = sqrt(pi / 2) / (p |v|) (I kron v^T),
+|V (q(x) - q(y))|_1 estimates |x - y|_2.
+
+Source: Zhang, Saab (ICLR 2021, arXiv 2010.00712).
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ..scalar import register_dataclass
+from ..scalar.grid import Number, is_number
+from .embedding import Embedding
+from .maps import Map
+from .quantizers import Quantizer
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BinaryEmbedding(Embedding):
+    """A random map, the scale of the data, and a quantizer.
+
+        map = jpfq.embed.FJLT.sample(key, inputs, m, density=0.1)
+        embedding = jpfq.BinaryEmbedding(map, jpfq.embed.SigmaDelta(1, width=32), scale=1.5 * largest_norm)
+        codes, stability = embedding.transform(X)
+        distances = embedding.distance(embedding.condense(codes), embedding.condense(codes))
+
+    Vectors are divided by `scale`, of which the papers take 1.5 times the largest norm; distances come in the units of the
+    vectors. Measurements are all but Gaussian, so a few exceed the `reach` of the quantizer, and `Stability` says of which
+    vectors the states grew too large. A larger scale makes them fewer, and the error of quantization larger.
+    """
+
+    map: Map
+    quantizer: Quantizer
+    scale: Number = 1.0
+
+    def __post_init__(self):
+        if isinstance(self.scale, (str, bool)) or (is_number(self.scale) and not 0 < self.scale < math.inf):
+            raise ValueError(f"scale, what vectors are divided by, must be a positive number; got {self.scale!r}.")
+        if isinstance(self.map, Map) and isinstance(self.quantizer, Quantizer):
+            self.quantizer.blocks(self.map.m)
+
+    @property
+    def inputs(self):
+        return self.map.inputs
+
+    @property
+    def m(self):
+        return self.map.m
+
+    @property
+    def norm(self):
+        dtype = self.map.dtype
+        v = jnp.asarray(self.quantizer.weights, dtype)
+        return jnp.asarray(self.scale, dtype) * (math.sqrt(math.pi / 2) / self.p) / jnp.sqrt(jnp.sum(v**2))
+
+    def measure(self, X):
+        dtype = self.map.dtype
+        return self.map(X.astype(dtype) / jnp.asarray(self.scale, dtype))
+
+    def distance(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Estimates of |x - y|_2 (rows, others) from condensed vectors a (rows, p) and b (others, p)."""
+        self._condensed(a, b)
+        return _l1(a, b)
+
+
+@jax.jit
+def _l1(a, b):
+    """All distances in the l1 norm; compiled as one loop, without the array (rows, others, p)."""
+    return jnp.sum(jnp.abs(a[:, None, :] - b[None, :, :]), axis=-1)

@@ -1,0 +1,167 @@
+"""Embedding: vectors -> measurements -> codes -> condensed vectors, and what is stored of them.
+
+    X (.., n)  -- measure -->  (.., m)  -- quantizer -->  codes (.., m)  -- condense -->  (.., p),  m = p width
+
+Rows are independent, so any leading axes will do, and they may be sharded; all methods are pure and run under jit and vmap.
+"""
+
+import abc
+import math
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from ..matrix.gram import at_least_float32
+from .packing import pack, unpack
+from .quantizers import Quantizer
+from .shaping import Stability
+
+
+class Embedding(abc.ABC):
+    """A map to real measurements and the quantizer that follows it."""
+
+    quantizer: Quantizer
+
+    @property
+    @abc.abstractmethod
+    def inputs(self) -> int:
+        """n, the length of the vectors it takes."""
+
+    @property
+    @abc.abstractmethod
+    def m(self) -> int:
+        """How many measurements it makes of a vector."""
+
+    @property
+    @abc.abstractmethod
+    def norm(self) -> jax.Array:
+        """What condensed codes are multiplied by."""
+
+    @abc.abstractmethod
+    def measure(self, X: jax.Array) -> jax.Array:
+        """The measurements (.., m) of vectors (.., n), before quantization."""
+
+    @property
+    def p(self) -> int:
+        """The length of condensed vectors."""
+        return self.quantizer.blocks(self.m)
+
+    @property
+    def bits_per_vector(self) -> float:
+        """p log2(levels of a stored number): what an ideal fixed-rate code needs.
+
+        Sigma-Delta stores sums, order 1 p log2(width (2K - 1) + 1) bits; the others store m log2(2K).
+        """
+        return self._numbers * math.log2(self.quantizer.stored_levels)
+
+    @property
+    def bytes_per_vector(self) -> int:
+        """What `store` takes: whole bits for each number, whole bytes for each vector."""
+        return -(-self._numbers * self._bits // 8)
+
+    @property
+    def _numbers(self):
+        return self.p if self.quantizer.stores_sums else self.m
+
+    @property
+    def _bits(self):
+        return math.ceil(math.log2(self.quantizer.stored_levels))
+
+    def transform(
+        self, X: jax.Array, key: jax.Array | None = None, first: jax.Array | int = 0
+    ) -> tuple[jax.Array, Stability]:
+        """Integer codes 0 .. 2K - 1 (.., m) of vectors X (.., n), and how large the states of noise shaping became.
+
+        Args:
+            X: vectors.
+            key: for a rounding that draws. Two sides of a comparison need two keys.
+            first: the number of the first vector, for data in chunks.
+        """
+        return _transform(self, self._vectors(X), key, first)
+
+    def features(self, X: jax.Array) -> jax.Array:
+        """What `condense` would return (.., p) if nothing were quantized."""
+        return _features(self, self._vectors(X))
+
+    def condense(self, codes: jax.Array) -> jax.Array:
+        """The condensed vectors (.., p) of codes (.., m), in the units of `features`."""
+        return _condense(self, self._codes(codes))
+
+    def store(self, codes: jax.Array) -> jax.Array:
+        """What need be kept of codes (.., m), packed: uint8 (.., bytes_per_vector)."""
+        return _store(self, self._codes(codes))
+
+    def load(self, stored: jax.Array) -> jax.Array:
+        """The condensed vectors (.., p) from what was stored."""
+        if stored.dtype != jnp.uint8 or stored.shape[-1] != self.bytes_per_vector:
+            raise ValueError(
+                f"Stored vectors are uint8 (.., {self.bytes_per_vector}); got {stored.dtype} of shape {stored.shape}."
+            )
+        return _load(self, stored)
+
+    def stream(
+        self, chunks: Iterable[jax.Array], key: jax.Array | None = None
+    ) -> Iterator[tuple[jax.Array, Stability]]:
+        """Stored vectors of one chunk of rows (rows, n) after the other: those of all rows at once."""
+        first = 0
+        for X in chunks:
+            codes, stability = self.transform(X, key, first)
+            yield self.store(codes), stability
+            first += math.prod(X.shape[:-1])
+
+    def _vectors(self, X):
+        if not hasattr(X, "shape") or not jnp.issubdtype(X.dtype, jnp.floating):
+            raise ValueError(f"Vectors must be a real floating array (.., {self.inputs}); got {_what(X)}.")
+        if not X.ndim or X.shape[-1] != self.inputs:
+            raise ValueError(f"This embedding takes vectors (.., {self.inputs}); got shape {X.shape}.")
+        return at_least_float32(X)
+
+    def _codes(self, codes):
+        if not jnp.issubdtype(codes.dtype, jnp.integer) or codes.shape[-1] != self.m:
+            raise ValueError(f"Codes are integers (.., {self.m}), as `transform` returns them; got {_what(codes)}.")
+        return codes
+
+    def _condensed(self, *vectors):
+        for x in vectors:
+            if not jnp.issubdtype(x.dtype, jnp.floating) or x.shape[-1] != self.p:
+                raise ValueError(
+                    f"Condensed vectors are real (.., {self.p}), from `condense`, `load` or `features`; got {_what(x)}."
+                )
+
+
+# The methods above, each as one program.
+
+
+@jax.jit
+def _transform(embedding, X, key, first):
+    return embedding.quantizer(embedding.measure(X), key, first)
+
+
+@jax.jit
+def _features(embedding, X):
+    return embedding.norm * embedding.quantizer.fold(embedding.measure(X))
+
+
+@jax.jit
+def _condense(embedding, codes):
+    return _scaled(embedding, embedding.quantizer.to_store(codes))
+
+
+@jax.jit
+def _store(embedding, codes):
+    return pack(embedding.quantizer.to_store(codes), embedding._bits)
+
+
+@jax.jit
+def _load(embedding, stored):
+    return _scaled(embedding, unpack(stored, embedding._bits, embedding._numbers))
+
+
+def _scaled(embedding, stored):
+    norm = embedding.norm
+    return norm * embedding.quantizer.condensed(stored, norm.dtype)
+
+
+def _what(x):
+    return f"{x.dtype} of shape {x.shape}" if hasattr(x, "dtype") else repr(x)

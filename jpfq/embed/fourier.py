@@ -1,0 +1,81 @@
+"""Random Fourier features of the Gaussian kernel, as a few bits.
+
+z(x) = cos(Omega^T x + xi) with Omega ~ N(0, 2 gamma I) and xi uniform on [0, 2 pi), quantized by noise shaping. With
+V = sqrt(2 / p) / |v| (I kron v^T), <V q(x), V q(y)> estimates exp(-gamma |x - y|^2).
+
+Source: Zhang, Kannan, Cloninger, Saab (arXiv 2106.02614).
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ..matrix.gram import matmul
+from ..scalar import register_dataclass
+from ..scalar.grid import is_number
+from .embedding import Embedding
+from .quantizers import Quantizer
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RandomFourierFeatures(Embedding):
+    """Cosines of random projections and their quantizer. `sample` draws them.
+
+        features = jpfq.RandomFourierFeatures.sample(key, inputs, m, gamma, jpfq.embed.SigmaDelta(2, width=15, K=2))
+        codes, stability = features.transform(X)
+        kernel = features.kernel(features.condense(codes), features.condense(codes))
+
+    Fields: frequencies (n, m), phases (m,).
+    """
+
+    frequencies: jax.Array
+    phases: jax.Array
+    quantizer: Quantizer
+
+    def __post_init__(self):
+        shapes = [getattr(x, "shape", None) for x in (self.frequencies, self.phases)]
+        if None not in shapes:
+            if len(shapes[0]) < 2 or shapes[1] != (*shapes[0][:-2], shapes[0][-1]):  # type: ignore[index,arg-type]
+                raise ValueError(f"Frequencies are (n, m) and phases (m,); got shapes {shapes[0]} and {shapes[1]}.")
+            self.quantizer.blocks(self.m)
+
+    @classmethod
+    def sample(cls, key: jax.Array, inputs: int, m: int, gamma: float, quantizer: Quantizer) -> "RandomFourierFeatures":
+        """m features for vectors of length `inputs` and the kernel exp(-gamma |x - y|^2)."""
+        for name, x in (("inputs", inputs), ("m", m)):
+            if not isinstance(x, int) or isinstance(x, bool) or x < 1:
+                raise ValueError(f"{name} is a whole number of at least 1; got {x!r}.")
+        if isinstance(gamma, (str, bool)) or (is_number(gamma) and not 0 < gamma < math.inf):
+            raise ValueError(f"gamma, of the kernel exp(-gamma |x - y|^2), must be a positive number; got {gamma!r}.")
+        first, second = jax.random.split(key)
+        scale = jnp.sqrt(jnp.asarray(2 * gamma, float))
+        return cls(
+            scale * jax.random.normal(first, (inputs, m), scale.dtype),
+            jax.random.uniform(second, (m,), scale.dtype, 0, 2 * math.pi),
+            quantizer,
+        )
+
+    @property
+    def inputs(self):
+        return self.frequencies.shape[-2]
+
+    @property
+    def m(self):
+        return self.frequencies.shape[-1]
+
+    @property
+    def norm(self):
+        v = jnp.asarray(self.quantizer.weights, self.phases.dtype)
+        return math.sqrt(2 / self.p) / jnp.sqrt(jnp.sum(v**2))
+
+    def measure(self, X):
+        angles = matmul(X.astype(self.phases.dtype), self.frequencies)
+        return jnp.cos(angles + jnp.broadcast_to(self.phases, angles.shape))
+
+    def kernel(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """Estimates of exp(-gamma |x - y|^2) (rows, others) from condensed vectors a (rows, p) and b (others, p)."""
+        self._condensed(a, b)
+        return matmul(a, b.T)

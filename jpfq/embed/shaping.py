@@ -1,0 +1,116 @@
+"""Noise shaping: each rounding error is fed forward, so that errors cancel in weighted sums of the codes.
+
+For one vector y, a filter h and an alphabet,
+
+    q_t = Q(y_t + sum_j h_j u_{t-j}),    u_t = y_t + sum_j h_j u_{t-j} - q_t.
+
+Unrolled that is the recursion of this package, q = Q(A + L (about - q)) with A = about = y and L the Toeplitz matrix of
+h / (1 - h) (`feedback`). That L is dense, but as a filter it has a short memory: `Shaped` keeps the last states u in the
+carry of the rounding, and the same loop then runs with L = 0 and costs O(m) rather than O(m^2).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..matrix import Recursion
+from ..scalar import Here, Levels, Rounding, register_dataclass
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shaped(Rounding):
+    """Rounds a + sum_j h_j u_{t-j} by `then`, where u_t is what that leaves. The carry is the states u and the largest |u|.
+
+    `taps` holds the weights of the filter, `lags` the distances j they belong to, in ascending order.
+    """
+
+    taps: jax.Array
+    then: Rounding
+    lags: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def random(self) -> bool:  # type: ignore[override]
+        """Whether the rounding inside draws."""
+        return self.then.random
+
+    def init(self):
+        return jnp.zeros(max(self.lags, default=0)), jnp.zeros(()), self.then.init()
+
+    def __call__(self, carry, a, here: Here):
+        past, peak, inner = carry
+        argument = a + sum(h.astype(a.dtype) * past[lag - 1].astype(a.dtype) for h, lag in zip(self.taps, self.lags))
+        inner, code = self.then(inner, argument, here)
+        u = (argument - here.levels.decode(code)).astype(past.dtype)
+        past = jnp.concatenate([u[None], past[:-1]]) if self.lags else past
+        return (past, jnp.maximum(peak, jnp.abs(u)), inner), code
+
+    def error(self, levels):
+        return self.then.error(levels)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stability:
+    """How large the states became. Beyond the bound the errors of rounding no longer cancel as they should.
+
+    The bound holds where no |y| exceeds the quantizer's `reach`. A vector with NaN counts as unstable.
+    """
+
+    peak: jax.Array  # largest |u| of each vector
+    bound: jax.Array  # what |u| stays within while the argument lies in the range of the alphabet
+
+    @property
+    def stable(self) -> jax.Array:
+        """Whether each vector's states stayed within the bound, but for rounding errors."""
+        return self.peak <= self.bound * (1 + 1000 * jnp.finfo(self.peak.dtype).eps)
+
+
+@functools.partial(jax.jit, static_argnames=("run", "dtype"))
+def shape(
+    Y: jax.Array,
+    levels: Levels,
+    rounding: Shaped,
+    run: int,
+    dtype: np.dtype,
+    key: jax.Array | None = None,
+    first: jax.Array | int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """Codes (.., m) of vectors Y (.., m), as integers of this type, and the largest |u| of each (..).
+
+    States start from 0 again every `run` entries. Such runs know nothing of each other: they are the neurons of the
+    recursion. Vector number i, counted from `first`, draws from its own key.
+    """
+
+    def one(y, number):
+        A = y.reshape(-1, run).T
+        draw = None if key is None else jax.random.fold_in(key, number)
+        recursion = Recursion(levels, jnp.arange(run), A.shape[1], rounding, draw)
+        (_, peak, _), path = recursion.scan(A, None, recursion.order, recursion.start())
+        return path.codes.astype(dtype).T.reshape(-1), peak.max()
+
+    lead = Y.shape[:-1]
+    for _ in lead:
+        one = jax.vmap(one)
+    return one(Y, jnp.asarray(first) + jnp.arange(int(np.prod(lead))).reshape(lead))
+
+
+def feedback(taps: jax.Array, lags: tuple[int, ...], m: int, run: int) -> jax.Array:
+    """The matrix L (m, m) of the form q = Q(A + L (about - q)): L[t, j] = g_{t-j} within a run, with 1 + g = 1 / (1 - h).
+
+    For comparison and for other roundings; `shape` needs no such matrix.
+    """
+
+    def visit(past, _):
+        g = sum((h * past[lag - 1] for h, lag in zip(taps, lags)), jnp.zeros((), taps.dtype))
+        return jnp.concatenate([g[None], past[:-1]]), g
+
+    first = jnp.zeros(max(lags, default=1), taps.dtype).at[0].set(1)
+    g = jnp.append(first[:1], lax.scan(visit, first, None, run - 1)[1])  # of 1 / (1 - h): g_k = sum_j h_j g_{k-j}
+    t, j = np.indices((m, m))
+    inside = (t > j) & (t // run == j // run)
+    return jnp.where(inside, g[np.where(inside, t - j, 0)], 0)
