@@ -1,11 +1,11 @@
 """Claim: whole models are quantized as well as by Brevitas, in a tenth of the time. Run: python bench/peers_models.py
 
-ResNet20 and stories260K, written once more in PyTorch (torch_twins.py; that both give the same outputs is checked), go through
-Brevitas' GPFQ and GPTQ and through `jpfq.quantize`: the same calibration data in the same batches, the same grids, steps of
-the largest weight of each neuron, natural order. Layers of the language model with a common input are updated together by
-Brevitas too, which saves it passes. "best" is what jpfq recommends, with steps of its own. Seconds are those of calibrating
-and quantizing, from a float model in memory to a quantized one; ours are of the whole call, once in a fresh process with all
-compilation ("first"), and warm just before and just after the peer. Scores are of the Flax model on weights of either.
+ResNet20 and stories260K, written once more in PyTorch (torch_twins.py; that both give the same outputs is checked), go
+through Brevitas' GPFQ and GPTQ and through `jpfq.quantize`: the same calibration data in the same batches, the same grids,
+steps of the largest weight of each neuron, natural order. Layers of the language model with a common input are updated
+together by Brevitas too, which saves it passes. "best" is what jpfq recommends, with steps of its own. Seconds are those of
+calibrating and quantizing, from a float model in memory to a quantized one; ours are of the whole call, once with all
+compilation ("first"), and warm just before and just after the peer. Scores are of the Flax model on the weights of either.
 """
 
 import argparse
