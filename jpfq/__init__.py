@@ -34,9 +34,11 @@ from .network import Coupling as Coupling
 from .network import Plan as Plan
 from .network import Quantized as Quantized
 from .network import Rule as Rule
+from .network import Steps as Steps
 from .network import Weighted as Weighted
 from .network import best as best
 from .network import budget as budget
+from .network import fake_quant as fake_quant
 from .network import fold_batchnorm as fold_batchnorm
 from .network import paper as paper
 from .network import plan as plan

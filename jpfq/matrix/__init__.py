@@ -10,6 +10,8 @@ from .finish import Finish as Finish
 from .finish import Refit as Refit
 from .gram import Gram as Gram
 from .gram import Rows as Rows
+from .kernel import Kernel as Kernel
+from .kernel import chosen as chosen
 from .malysaab import MalySaab as MalySaab
 from .methods import GPFQ as GPFQ
 from .methods import MSQ as MSQ

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..scalar import Grid
+from ..scalar import Grid, Levels
 from ..scalar.pytree import register_dataclass
 from .gram import is_traced
 from .layout import Layout
@@ -51,14 +51,32 @@ class QTensor:
         """Packed bits per weight, steps and zero points included."""
         return 8 * self.nbytes / self.codes.size
 
+    @property
+    def levels(self) -> Levels:
+        """The levels of every weight: step and zero in the shape of the codes."""
+        lo, hi, *_ = self.grid.alphabet()
+        lo, hi = (jnp.asarray(x, self.step.dtype) for x in (lo, hi))
+        return Levels(_spread(self.step, self.shape), _spread(self.zero, self.shape), lo, hi)
+
     def dequantize(self) -> jax.Array:
         """The kernel these codes stand for, in its own dtype."""
-        step, zero = (_spread(x, self.codes.shape) for x in (self.step, self.zero))
-        kernel = step * (self.codes.astype(step.dtype) - zero)
+        kernel = self.levels.decode(self.codes.astype(self.step.dtype))
         if self.rotated is not None:
             rotation, layout = self.rotated
             kernel = layout.operand(jax.vmap(rotation.back)(layout.matrices(kernel)))
         return kernel.astype(self.dtype)
+
+    def rounded(self, kernel: jax.Array) -> "QTensor":
+        """Another kernel of this shape at the nearest of the same levels. Undoes `dequantize` where no step is 0."""
+        return dataclasses.replace(self, codes=self.levels.encode(self.turned(kernel)).astype(self.codes.dtype))
+
+    def turned(self, kernel: jax.Array) -> jax.Array:
+        """A kernel in the coordinates and the type in which it is rounded."""
+        kernel = kernel.astype(self.step.dtype)
+        if self.rotated is not None:
+            rotation, layout = self.rotated
+            kernel = layout.operand(jax.vmap(rotation.forth)(layout.matrices(kernel)))
+        return kernel
 
 
 @register_dataclass

@@ -16,6 +16,7 @@ from jax.scipy.linalg import solve_triangular
 
 from ..scalar import Here, Levels, Rounding
 from .gram import matmul
+from .kernel import Kernel, chosen
 from .neurons import ALL, Neurons
 from .split import Split, padded, rows
 
@@ -44,6 +45,7 @@ class Recursion(NamedTuple):
     carry: Any = None  # of the rounding, for each neuron (out, ..); None starts with `rounding.init()`
     refit: Callable[[jax.Array], Levels] | None = None  # the levels of a block, from its weights as they have become
     neurons: Neurons = ALL  # which of the matrix's these are
+    kernel: Kernel | None = None  # runs each block in one launch; None is the scan, but on platforms where kernels win
 
     @property
     def shared(self) -> bool:
@@ -73,6 +75,13 @@ class Recursion(NamedTuple):
         about = jnp.zeros_like(A) if about is None else about
         levels = self.levels if self.refit is None else self.refit(unrounded(A, L, about))
         step, zero, grouped = self._at(levels, index)
+        kernel = chosen(self)
+        if kernel is not None:
+            spread = (lambda x: x) if grouped else (lambda x: x[None])
+            rows = Levels(spread(step), spread(zero), levels.lo, levels.hi)
+            carry, codes, arguments = kernel(self, A, L, about, rows, carry, given)
+            path = Path(codes, rows.decode(codes), rows.saturates(arguments))
+            return carry, path if self.refit is None else path._replace(refit=levels)
 
         def neuron(A, about, given, step, zero, carry, o):
             draw = None if self.key is None else jax.random.fold_in(self.key, o)

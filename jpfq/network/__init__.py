@@ -12,3 +12,5 @@ from .plan import plan as plan
 from .quantize import Quantized as Quantized
 from .quantize import quantize as quantize
 from .rules import Rule as Rule
+from .tune import Steps as Steps
+from .tune import fake_quant as fake_quant

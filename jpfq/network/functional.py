@@ -32,9 +32,9 @@ def from_function(fn: Callable, params: Any, kwargs: dict) -> Functional:
     )
 
 
-def flatten(tree: Any) -> tuple[tuple[str, ...], tuple, Any]:
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[tuple[str, ...], tuple, Any]:
     """Paths joined by '/', leaves, and structure of a pytree."""
-    flat, structure = jax.tree_util.tree_flatten_with_path(tree)
+    flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
     names = ([key_name(entry) for entry in path] for path, _ in flat)
     return tuple("/".join(n for n in name if n) for name in names), tuple(leaf for _, leaf in flat), structure
 

@@ -16,7 +16,7 @@ from .apply import run
 from .batches import Shaped, read_batches
 from .bias import find_biases
 from .curvature import curvatures
-from .functional import Functional, from_function
+from .functional import Functional, flatten, from_function
 from .hosts import check_hosts, leaves_of, spans_hosts
 from .linen import from_linen, is_linen
 from .mesh import automatic, check_runs, context, devices_of
@@ -27,6 +27,7 @@ from .rules import Assignment, Rule, as_rules, assign
 from .sites import CASTS, Site, find_sites, with_taps
 from .stream import Stream
 from .table import table
+from .tune import fake_quant, on_grid, tunable
 from .walk import Making, Walked, stops, walk
 
 
@@ -78,6 +79,36 @@ class Quantized:
     @functools.cached_property
     def _run(self):
         return jax.jit(functools.partial(run, dataclasses.replace(self._functional, leaves=())))
+
+    @property
+    def tunable(self) -> Any:
+        """The parameters to train with codes fixed: `params`, with a `Steps` in place of each quantized kernel."""
+        return tunable(self.params, self.tensors)
+
+    def tuned(self, params: Any) -> "Quantized":
+        """This with trained parameters, given as `fake_quant` takes them: the network that was trained, on its grids.
+
+        Kernels given as arrays go to their nearest codes. `info` stays that of the quantization, the state of the model
+        (such as BatchNorm's statistics) what it was; the error of the outputs is unknown, nan.
+        """
+        tensors, functional = on_grid(params, self.tensors), self._functional
+        paths, values, _ = flatten(fake_quant(params, self.tensors))
+        wanted = {path for path, trainable in zip(functional.paths, functional.trainable, strict=True) if trainable}
+        if set(paths) != wanted:
+            raise ValueError(f"The trained parameters differ from the model's in {sorted(set(paths) ^ wanted)}.")
+        new = dict(zip(paths, values, strict=True))
+        old = zip(functional.paths, functional.leaves, functional.trainable, strict=True)
+        leaves = tuple(like(new[path], leaf) if trainable else leaf for path, leaf, trainable in old)
+        rebuilt = functional.rebuild(leaves)
+        return dataclasses.replace(
+            self,
+            params=rebuilt["params"],
+            tensors=tensors,
+            output_error=float("nan"),
+            _functional=dataclasses.replace(functional, leaves=leaves),
+            _model=rebuilt.get("model"),
+            _variables=rebuilt.get("variables"),
+        )
 
     @property
     def nbytes(self) -> int:
