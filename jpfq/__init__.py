@@ -40,8 +40,10 @@ from .network import paper as paper
 from .network import plan as plan
 from .network import quantize as quantize
 from .scalar import AbsMax as AbsMax
+from .scalar import Accumulator as Accumulator
 from .scalar import Asymmetric as Asymmetric
 from .scalar import Binary as Binary
+from .scalar import EPInit as EPInit
 from .scalar import Equispaced as Equispaced
 from .scalar import Fixed as Fixed
 from .scalar import HardThreshold as HardThreshold

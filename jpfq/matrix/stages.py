@@ -69,12 +69,12 @@ def _solve_all(W, data, recipe, key):
         recursion = Recursion(Levels(step, zero, levels.lo, levels.hi), job.order, out, recipe.rounding, draw)
         return _quantize(job, weights, recursion, recipe)
 
-    codes, q, step, zero, parts = each(one, jobs, ready, step, zero, jnp.arange(B))
+    codes, q, step, zero, parts, sums_reached = each(one, jobs, ready, step, zero, jnp.arange(B))
     if shared and not recipe.moves_step:
         step, zero = step[:1], zero[:1]
     sums = {name: x.sum() for name, x in parts.items()}
     means = {name: parts[name].mean() for name in ("saturation", "sparsity")}
-    return Solution(codes, q, step, zero, Info(**sums | means, entropy=entropy(codes)))
+    return Solution(codes, q, step, zero, Info(**sums | means, entropy=entropy(codes), reach=sums_reached))
 
 
 def _prepare(W, data, recipe) -> _Job:
@@ -97,12 +97,15 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
     for part in recipe.prepare:
         if part.needs_levels:
             W, data = part(W, data, recursion.spread())
+    carry, told = recipe.rounding.meet(W, job.order)
+    recursion = recursion._replace(carry=carry)
     if isinstance(data, Rows) and not recipe.needs_gram:
-        path, _ = follow(W, data, recipe.method, recursion, block=recipe.block)
+        given = told(recursion.spread())
+        path, _ = follow(W, data, recipe.method, recursion, block=recipe.block, given=given)
         floor, bound, failed = jnp.nan, jnp.nan, 0
     else:
         system = recipe.method(W, as_gram(data))
-        path, recursion = _run(system, job, recursion, recipe)
+        path, recursion = _run(system, job, recursion, recipe, told)
         exact = recipe.prepare == () and isinstance(job.data, Gram) and job.data.C is None  # then W0 is W
         floor = 0.0 if exact else job.data.square_error(job.W, target(system)).sum()
         bound = jnp.nan
@@ -112,9 +115,11 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
         failed = sum(jnp.sum(~jnp.isfinite(x)) for x in (system.base, system.L) if x is not None)
     codes, levels = path.codes, recursion.levels
     if recipe.finish is not None:
-        settled = recursion._replace(rounding=recipe.rounding.settled, refit=None)
+        settled = recursion._replace(rounding=recipe.rounding.settled, carry=None, refit=None)
         codes, levels = recipe.finish(job.W, as_gram(job.trusted), codes, settled, recipe.block)
-    q = recursion._replace(levels=levels).values(codes)
+    recursion = recursion._replace(levels=levels)
+    q = recursion.values(codes)
+    reach = recipe.rounding.reach(codes, recursion.spread(), job.order)
 
     groups = levels.step.shape[0]
     nonzero = jnp.any(weights.reshape(groups, -1, weights.shape[1]) != 0, axis=1)
@@ -133,15 +138,20 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
     codes, q = _back(codes, job.order), _back(q, job.order)
     if recipe.rotation is not None:
         q = recipe.rotation.back(q)
-    return codes, q, levels.step, levels.zero, figures
+    return codes, q, levels.step, levels.zero, figures, reach
 
 
-def _run(system, job, recursion, recipe) -> tuple[Path, Recursion]:
+def _run(system, job, recursion, recipe, told) -> tuple[Path, Recursion]:
     """The recursion, and with the levels that it ended on."""
     block = recipe.block
     if recipe.refits and system.L is not None:
         block, recursion = recipe.refits, recursion._replace(refit=lambda W: recipe.scale(W, recipe.grid))
-    run = lambda recursion: substitute(system.base, system.L, recursion, block=block, about=system.about)
+
+    def run(recursion):
+        given = () if recursion.refit else told(recursion.spread())
+        path = substitute(system.base, system.L, recursion, block=block, about=system.about, given=given)
+        return path._replace(shift=None)
+
     multiples = recipe.scale.multiples(system.base.dtype)
     if multiples is None:
         path = run(recursion)
