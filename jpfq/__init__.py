@@ -28,6 +28,7 @@ from .matrix import TopEigenvalue as TopEigenvalue
 from .matrix import patches as patches
 from .matrix import solve as solve
 from .network import Activations as Activations
+from .network import Certificate as Certificate
 from .network import Coupling as Coupling
 from .network import Plan as Plan
 from .network import Quantized as Quantized
@@ -35,6 +36,7 @@ from .network import Rule as Rule
 from .network import Weighted as Weighted
 from .network import best as best
 from .network import budget as budget
+from .network import certify as certify
 from .network import fold_batchnorm as fold_batchnorm
 from .network import paper as paper
 from .network import plan as plan

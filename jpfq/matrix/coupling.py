@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from ..scalar import Codes
+from ..scalar import Codes, Reach
 from ..scalar.grid import Number
 from .damping import MeanDiagonal, factor
 from .each import each
@@ -68,8 +68,8 @@ def _solve_coupled(W, gram, F, recipe, key, damping, block):
     codes, q, step, zero = (join(spread(x)) for x in made[:4])
     zeros, reach = jnp.zeros_like(W), made.info.reach
     if reach is not None:
-        reach = jnp.moveaxis(reach, 0, 2).reshape(B, reach.shape[2], -1, 2)[:, :, :out]
-        reach = jnp.take_along_axis(reach, back[:, None, :, None], 2)
+        ends = jnp.moveaxis(reach.ends, 0, 2).reshape(B, reach.ends.shape[2], -1, 2)[:, :, :out]
+        reach = Reach(recipe.rounding.sums, jnp.take_along_axis(ends, back[:, None, :, None], 2))
     info = dataclasses.replace(
         jax.tree.map(lambda x: x.sum(), made.info),
         square_error=each(Gram.square_error, gram, W, q).sum(),

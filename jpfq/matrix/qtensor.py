@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..scalar import Grid, width_of
+from ..scalar import Grid, Reach
 from ..scalar.pytree import register_dataclass
 from .layout import Layout
 from .rotate import Hadamard
@@ -74,8 +74,7 @@ class Info:
     square_floor: jax.Array  # of the square error, what the method would leave on an infinitely fine grid
     square_bound: jax.Array  # on the square error where nothing saturates, known beforehand; nan where none is
     failed: jax.Array  # entries of the system that are not finite: a factorisation that failed where positive
-    # with an accumulator: largest sum of each tile over all inputs, and less the least (B, tiles, out, 2); else None
-    reach: jax.Array | None = None
+    reach: Reach | None = None  # how far its integer sums go; None where no accumulator was asked for
 
     @property
     def relative_error(self) -> jax.Array:
@@ -92,26 +91,15 @@ class Info:
         """The bound on `relative_error`, for a grid wide enough; nan where the method or the data form has none."""
         return self._relative(self.square_bound)
 
-    @property
-    def accumulator_bits(self) -> int | None:
-        """The width that sums over tiles need, whatever the inputs; None where no accumulator was asked for."""
-        return None if self.reach is None else width_of(int(np.max(self.reach, initial=0)))
-
-    @property
-    def outer_bits(self) -> int | None:
-        """The width that the sum of all tiles needs, whatever the inputs; None likewise."""
-        if self.reach is None:
-            return None
-        return width_of(int(np.sum(np.asarray(self.reach, np.int64), 1).max(initial=0)))
-
     def _relative(self, square):
         return jnp.sqrt(square / jnp.where(square + self.energy > 0, self.energy, 1))
 
     @classmethod
     def join(cls, infos: "list[Info]") -> "Info":
         """Of a kernel quantized in equal parts (the layers of a stack)."""
+        reach = Reach.join([info.reach for info in infos])
+        infos = [dataclasses.replace(info, reach=None) for info in infos]
         stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *infos)
-        reach = None if stacked.reach is None else stacked.reach.reshape(-1, *stacked.reach.shape[2:])
         means = ("saturation", "sparsity", "entropy")
         fields = {f.name: getattr(stacked, f.name) for f in dataclasses.fields(cls) if f.name != "reach"}
         return cls(**{name: x.mean() if name in means else x.sum() for name, x in fields.items()}, reach=reach)

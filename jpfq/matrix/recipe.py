@@ -25,7 +25,7 @@ from ..scalar.pytree import register_dataclass
 from .finish import CosineDescend, Descend, Finish
 from .malysaab import MalySaab
 from .malysaab import refuse as refuse_walk
-from .methods import GPFQ, Method
+from .methods import GPFQ, MSQ, Method
 from .optq import Qronos
 from .order import Descending, Natural, Order
 from .prepare import Prepare
@@ -253,6 +253,8 @@ def _refuse_unbounded(recipe):
         raise ValueError(
             f"feedback='shrunk' is about what OPTQ and its relatives pass on; {recipe.method} feeds back codes: leave it out."
         )
+    if not isinstance(rounding, AXE) and not isinstance(recipe.method, MSQ):
+        raise ValueError(f"EPInit bounds weights that are rounded as they are: method=jpfq.MSQ(), not {recipe.method}.")
     if not isinstance(rounding, AXE) and recipe.finish is not None and recipe.finish.descends:
         raise ValueError(f"{recipe.finish} would break the bound that {rounding} keeps: take finish=Refit() or None.")
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..scalar import Codes, Levels
+from ..scalar import Bounded, Codes, Levels, Reach
 from .bounds import square_bound, target
 from .each import each
 from .gram import Gram, Rows, as_gram
@@ -69,12 +69,13 @@ def _solve_all(W, data, recipe, key):
         recursion = Recursion(Levels(step, zero, levels.lo, levels.hi), job.order, out, recipe.rounding, draw)
         return _quantize(job, weights, recursion, recipe)
 
-    codes, q, step, zero, parts, sums_reached = each(one, jobs, ready, step, zero, jnp.arange(B))
+    codes, q, step, zero, parts, ends = each(one, jobs, ready, step, zero, jnp.arange(B))
+    reach = Reach(recipe.rounding.sums, ends) if isinstance(recipe.rounding, Bounded) else None
     if shared and not recipe.moves_step:
         step, zero = step[:1], zero[:1]
     sums = {name: x.sum() for name, x in parts.items()}
     means = {name: parts[name].mean() for name in ("saturation", "sparsity")}
-    return Solution(codes, q, step, zero, Info(**sums | means, entropy=entropy(codes), reach=sums_reached))
+    return Solution(codes, q, step, zero, Info(**sums | means, entropy=entropy(codes), reach=reach))
 
 
 def _prepare(W, data, recipe) -> _Job:
@@ -110,8 +111,8 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
         floor = 0.0 if exact else job.data.square_error(job.W, target(system)).sum()
         bound = jnp.nan
         if system.cost is not None:
-            reach = recipe.rounding.error(recursion.spread())
-            bound = jnp.sqrt(floor) + jnp.sqrt(square_bound(system.cost, reach).sum())
+            most = recipe.rounding.error(recursion.spread())
+            bound = jnp.sqrt(floor) + jnp.sqrt(square_bound(system.cost, most).sum())
         failed = sum(jnp.sum(~jnp.isfinite(x)) for x in (system.base, system.L) if x is not None)
     codes, levels = path.codes, recursion.levels
     if recipe.finish is not None:
@@ -119,7 +120,8 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
         codes, levels = recipe.finish(job.W, as_gram(job.trusted), codes, settled, recipe.block)
     recursion = recursion._replace(levels=levels)
     q = recursion.values(codes)
-    reach = recipe.rounding.reach(codes, recursion.spread(), job.order)
+    rounding = recipe.rounding
+    ends = rounding.reach(codes, recursion.spread(), job.order) if isinstance(rounding, Bounded) else None
 
     groups = levels.step.shape[0]
     nonzero = jnp.any(weights.reshape(groups, -1, weights.shape[1]) != 0, axis=1)
@@ -138,7 +140,7 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
     codes, q = _back(codes, job.order), _back(q, job.order)
     if recipe.rotation is not None:
         q = recipe.rotation.back(q)
-    return codes, q, levels.step, levels.zero, figures, reach
+    return codes, q, levels.step, levels.zero, figures, ends
 
 
 def _run(system, job, recursion, recipe, told) -> tuple[Path, Recursion]:

@@ -54,23 +54,22 @@ class Sums:
         """Tiles of n inputs, the last perhaps not full."""
         return -(-n // self.size(n))
 
-    def spent(self, k: jax.Array) -> jax.Array:
-        """What integer codes may add to the largest sum, and take from the least (.., 2)."""
+    def spent(self, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What integer codes may add to the largest sum, and take from the least."""
         up, down = jnp.maximum(k, 0), jnp.maximum(-k, 0)
         nu, mu = _int(self.hi), -_int(self.lo)
-        return jnp.stack([nu * up + mu * down, mu * up + nu * down], -1)
+        return nu * up + mu * down, mu * up + nu * down
 
-    def limits(self, room: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The least and the largest code that fit the room (2,), as floats: exact up to 2^22 - 2, no more than that."""
-        nu, mu = _int(self.hi), -_int(self.lo)
-        most = jnp.minimum(_quotient(room[0], nu), _quotient(room[1], mu))
-        least = jnp.minimum(_quotient(room[1], nu), _quotient(room[0], mu))
-        return -least, most
+    def limit(self, toward: jax.Array, away: jax.Array) -> jax.Array:
+        """The largest magnitude of a code that fits the room on its side and on the other, as a float."""
+        return jnp.minimum(_quotient(toward, _int(self.hi)), _quotient(away, -_int(self.lo)))
 
-    def of_codes(self, k: jax.Array, order: jax.Array) -> jax.Array:
-        """`spent` of each tile (tiles, out, 2), for integer codes (in, out) in the order of the recursion."""
+    def of_codes(self, k: jax.Array, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`spent` of each tile (tiles, out), for integer codes (in, out) in the order of the recursion."""
         n = k.shape[0]
-        return jax.ops.segment_sum(self.spent(k), order // self.size(n), self.tiles(n))
+        over = lambda x: jax.ops.segment_sum(x, order // self.size(n), self.tiles(n))
+        above, below = self.spent(k)
+        return over(above), over(below)
 
     def split(self, W: jax.Array, order: jax.Array) -> jax.Array:
         """Weights in the order of the recursion as (tiles, T, out) in their own; what is missing in the last tile is 0."""
@@ -87,9 +86,24 @@ class Told(NamedTuple):
     """What AXE is told of a coordinate."""
 
     tile: jax.Array
+    before: jax.Array  # the tile of the coordinate before; at the first, tile 0
     threshold: jax.Array | None  # in units of the weights; None where nothing is shrunk
-    now: jax.Array | None  # the integer code that this one takes the place of; None for none
+    now: tuple[jax.Array, jax.Array] | None  # integer codes to be replaced: here, and at the coordinate before; or None
     then: Any  # what the rounding within is told
+
+
+class Kept(NamedTuple):
+    """What AXE carries, for one neuron.
+
+    The last code is taken off its tile's room at the next coordinate: XLA copies all rooms where one loop turn reads and then
+    writes them.
+    """
+
+    above: jax.Array  # (tiles,) int32: what may still be added to the largest sum
+    below: jax.Array  # (tiles,) likewise what may be taken from the least
+    last: jax.Array  # the integer code of the coordinate before, as a float
+    inner: Any  # what the rounding within carries
+    shift: jax.Array | None  # what is fed back beyond the last value
 
 
 class Bounded(Rounding):
@@ -99,7 +113,7 @@ class Bounded(Rounding):
 
     def reach(self, codes: jax.Array, levels: Levels, order: jax.Array) -> jax.Array:
         """The largest sum of each tile over all inputs, and less the least one (tiles, out, 2), of codes (in, out)."""
-        return self.sums.of_codes(_whole(codes - levels.zero), order)
+        return jnp.stack(self.sums.of_codes(_whole(codes - levels.zero), order), -1)
 
 
 @register_dataclass
@@ -127,43 +141,52 @@ class AXE(Bounded):
 
     def meet(self, W, order):
         n, out = W.shape
-        room = jnp.broadcast_to(self.sums.capacity, (out, self.sums.tiles(n), 2))
+        room = jnp.broadcast_to(self.sums.capacity, (out, self.sums.tiles(n)))
         inner, inner_told = self.then.meet(W, order)
-        carry = (room, started(self.then, inner, out), *((jnp.zeros(out, W.dtype),) if self._shifts else ()))
+        none = jnp.zeros(out, W.dtype)
+        carry = Kept(room, room, none, started(self.then, inner, out), none if self._shifts else None)
         tile = order // self.sums.size(n)
         theta = self._thresholds(W, order) if self.soft else None
 
         def told(levels):
             threshold = None if theta is None else theta(self.sums.step_of(levels, order))[tile]
-            return Told(tile, threshold, None, inner_told(levels))
+            return Told(tile, _before(tile), threshold, None, inner_told(levels))
 
         return carry, told
 
     def keep(self, codes, levels, order, rounding, carry, given):
         k = _whole(codes - levels.zero)
-        room = self.sums.capacity - self.sums.of_codes(k, order)
-        out = codes.shape[1]
+        above, below = (self.sums.capacity - x.T for x in self.sums.of_codes(k, order))
         then = rounding.then if isinstance(rounding, AXE) else rounding
-        start = (jnp.moveaxis(room, 1, 0), started(then, carry, out))
+        out = codes.shape[1]
+        start = Kept(above, below, jnp.zeros(out, codes.dtype), started(then, carry, out), None)
         tile = order // self.sums.size(codes.shape[0])
-        return dataclasses.replace(self, then=then, feedback="argument"), start, Told(tile, None, k, given)
+        return dataclasses.replace(self, then=then, feedback="argument"), start, Told(tile, _before(tile), None, (k, _before(k)), given)
 
     def __call__(self, carry, a, here):
-        (room, inner, *_), levels, told = carry, here.levels, here.given
-        left = room[told.tile]
+        levels, told = here.levels, here.given
+        sides = self.sums.spent(_whole(carry.last))
         if told.now is not None:
-            left = left + self.sums.spent(told.now)
-        least, most = (levels.zero + x.astype(levels.step.dtype) for x in self.sums.limits(left))
-        narrow = dataclasses.replace(levels, lo=jnp.maximum(levels.lo, least), hi=jnp.minimum(levels.hi, most))
+            sides = (x - y for x, y in zip(sides, self.sums.spent(told.now[1]), strict=True))
+        rooms = [_take(x, told.before, spent) for x, spent in zip((carry.above, carry.below), sides, strict=True)]
+        above, below = (x.at[told.tile].get(mode="promise_in_bounds") for x in rooms)
         meant = a if told.threshold is None else jnp.sign(a) * jnp.maximum(jnp.abs(a) - told.threshold, 0)
-        inner, code = self.then(inner, meant, here._replace(levels=narrow, given=told.then))
-        room = room.at[told.tile].set(left - self.sums.spent(_whole(code - levels.zero)))
-        if not self._shifts:
-            return (room, inner), code
-        return (room, inner, a - jnp.clip(meant, levels.decode(least), levels.decode(most))), code
+        if told.now is None:  # a code has the sign of its argument
+            up = a >= 0
+            limit = self.sums.limit(jnp.where(up, above, below), jnp.where(up, below, above)).astype(a.dtype)
+            least, most = jnp.where(up, 0, -limit), jnp.where(up, limit, 0)
+        else:
+            here_above, here_below = self.sums.spent(told.now[0])
+            above, below = above + here_above, below + here_below
+            most, least = self.sums.limit(above, below).astype(a.dtype), -self.sums.limit(below, above).astype(a.dtype)
+        least, most = levels.zero + least, levels.zero + most
+        narrow = dataclasses.replace(levels, lo=jnp.maximum(levels.lo, least), hi=jnp.minimum(levels.hi, most))
+        inner, code = self.then(carry.inner, meant, here._replace(levels=narrow, given=told.then))
+        shift = a - jnp.clip(meant, levels.decode(least), levels.decode(most)) if self._shifts else None
+        return Kept(*rooms, code - levels.zero, inner, shift), code
 
     def shift(self, carry):
-        return carry[2] if self._shifts else None
+        return carry.shift
 
     def error(self, levels):
         return levels.step * (levels.hi - levels.lo)
@@ -183,10 +206,10 @@ class AXE(Bounded):
         As in Brevitas, the zeros that fill up the last tile count as weights.
         """
         tiles = self.sums.split(W, order)
-        excess = _l1_excess(tiles - tiles.mean(1, keepdims=True))
+        centred = jnp.abs(tiles - tiles.mean(1, keepdims=True))
         width = (_int(self.sums.hi) - _int(self.sums.lo)).astype(W.dtype)
         radius = 2 * self.sums.capacity.astype(W.dtype) / width
-        return lambda step: excess(radius * step)
+        return lambda step: _l1_threshold(centred, radius * step)
 
 
 @register_dataclass
@@ -201,7 +224,7 @@ class ToZero(Bounded):
 
     def meet(self, W, order):
         own = self.sums.split(W, order)
-        parts = [_l1_excess(x) for x in (jnp.maximum(own, 0), jnp.maximum(-own, 0), own)]
+        parts = jnp.maximum(own, 0), jnp.maximum(-own, 0), jnp.abs(own)
         tile, positive = order // self.sums.size(W.shape[0]), W > 0
         capacity = self.sums.capacity.astype(W.dtype) * (1 - 1e-5)  # of the room for rounding errors in float32
         magnitude = jnp.maximum(_int(self.sums.hi), -_int(self.sums.lo)).astype(W.dtype)
@@ -209,7 +232,7 @@ class ToZero(Bounded):
 
         def told(levels):
             radius = capacity / magnitude * self.sums.step_of(levels, order)
-            up, down, whole = (part(radius)[tile] for part in parts)
+            up, down, whole = (_l1_threshold(part, radius)[tile] for part in parts)
             return jnp.where(both, whole, jnp.where(positive, up, down))
 
         return None, told
@@ -325,6 +348,35 @@ class EPInit(Guard):
         return ToZero(self.sums(inputs))
 
 
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """How far the sums of a quantized matrix go.
+
+    sums: which, with the accumulator asked for. ends: the largest of each tile over all inputs, and less the least one
+    (matrices, tiles, out, 2).
+    """
+
+    sums: Sums
+    ends: jax.Array
+
+    @property
+    def bits(self) -> int:
+        """The width that the sum of any tile needs."""
+        return width_of(int(np.max(np.asarray(self.ends), initial=0)))
+
+    @property
+    def outer_bits(self) -> int:
+        """The width that the sum of all tiles needs."""
+        return width_of(int(np.sum(np.asarray(self.ends), 1, dtype=np.int64).max(initial=0)))
+
+    @classmethod
+    def join(cls, reaches: "list[Reach | None]") -> "Reach | None":
+        """Of matrices one after the other; None where they bound nothing."""
+        found = [reach for reach in reaches if reach is not None]
+        return cls(found[0].sums, jnp.concatenate([reach.ends for reach in found])) if found else None
+
+
 def input_codes(inputs: Any) -> tuple[Number, Number]:
     """The least and the largest input code, of a grid or a pair (mu, nu)."""
     if isinstance(inputs, Grid):
@@ -370,26 +422,44 @@ def scales_with_radius(rounding: Rounding) -> bool:
     )
 
 
-def _l1_excess(x: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """For each ball (tiles, T, out) the threshold theta of the projection on the l1 ball of a radius (tiles, out).
+def _l1_threshold(x: jax.Array, radius: jax.Array) -> jax.Array:
+    """theta >= 0 such that shrinking magnitudes x (tiles, T, out) by it leaves a sum of at most `radius` (tiles, out).
 
-    With u_1 >= u_2 >= .. the magnitudes, theta = max_k (u_1 + .. + u_k - radius) / k, and 0 inside the ball.
+    Newton's method from 0: what lies above theta decides the next theta, which only grows and ends at the exact one
+    (Michelot). A few passes over the weights take less time than sorting them.
     """
-    sums = jnp.cumsum(-jnp.sort(-jnp.abs(x), axis=1), axis=1)
-    counts = jnp.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None]
-    return lambda radius: jnp.maximum(((sums - radius[:, None]) / counts[None]).max(1), 0)
+
+    def step(state):
+        turn, theta, _ = state
+        above = x > theta[:, None]
+        count = jnp.maximum(above.sum(1), 1).astype(x.dtype)
+        new = jnp.maximum((jnp.where(above, x, 0).sum(1) - radius) / count, theta)
+        return turn + 1, new, jnp.any(new > theta)
+
+    start = (jnp.int32(0), jnp.zeros_like(radius), jnp.array(True))
+    return jax.lax.while_loop(lambda state: state[2] & (state[0] < x.shape[1]), step, start)[1]
 
 
 def _quotient(x: jax.Array, d: jax.Array) -> jax.Array:
-    """floor(x / d) of int32 x >= 0, as a float: exact below 2^22, and 2^22 - 2 from there on; no limit where d = 0.
+    """floor(x / d) of int32 x >= 0, as a float: exact below 2^19, about 2^19 and no more than that beyond; d = 0 is beyond.
 
-    A division of integers takes more time than all else at a coordinate. The float quotient is off by less than one.
+    A division of integers takes more time than all else at a coordinate. The guess is at most one too small.
     """
-    beyond = jnp.float32(2**22)
-    guess = jnp.minimum(jnp.floor(x.astype(jnp.float32) / jnp.maximum(d, 1).astype(jnp.float32)), beyond)
-    rest = x - guess.astype(jnp.int32) * d
-    exact = guess - (rest < 0).astype(jnp.float32) + (rest >= d).astype(jnp.float32)
-    return jnp.where(d == 0, jnp.float32(2**24), jnp.where(guess == beyond, beyond - 2, exact))
+    beyond, divisor = jnp.float32(2**19), jnp.maximum(d, 1)
+    inverse = (1 - 2**-21) / divisor.astype(jnp.float32)
+    guess = jnp.minimum(jnp.floor(x.astype(jnp.float32) * inverse), beyond)
+    rest = x - guess.astype(jnp.int32) * divisor
+    exact = jnp.where((rest >= divisor) & (guess < beyond), guess + 1, guess)
+    return jnp.maximum(exact, jnp.where(d == 0, beyond, 0))
+
+
+def _take(x, at, spent):
+    return x.at[at].add(-spent, mode="promise_in_bounds")
+
+
+def _before(x):
+    """At each coordinate the entry of the one before, 0 at the first."""
+    return jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
 
 
 def _whole(x):

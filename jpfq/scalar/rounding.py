@@ -70,10 +70,6 @@ class Rounding(abc.ABC):
     def error(self, levels: Levels) -> jax.Array:
         """The largest |a - q| of an argument within the range of the grid, in the shape of `levels.step`."""
 
-    def reach(self, codes: jax.Array, levels: Levels, order: jax.Array) -> jax.Array | None:
-        """Of the sums this rounding bounds, how far they go with `codes`, see accumulator.py; None if it bounds none."""
-        del codes, levels, order
-
     @property
     def settled(self) -> "Rounding | None":
         """What coordinate descent rounds by afterwards; None if it would undo this rounding."""
