@@ -74,9 +74,9 @@ def systems():
         order = jnp.arange(N) if seed < 3 else jnp.asarray(np.random.default_rng(seed).permutation(N))
         gram = jpfq.Gram.from_data(X, Xq).permute(order)
         for method in METHODS.values():
-    XX            L = jnp.zeros((N, N), jnp.float32) if parts.L is None else parts.L
-            about = none(parts.base) if parts.about is None else parts.about
-            found.append((parts.base, L, about, order))
+            base, L, about, _ = method(W[order], gram)
+            L = jnp.zeros((N, N), jnp.float32) if L is None else L
+            found.append((base, L, base if about is None else about, order))
     return tuple(np.stack(x) for x in zip(*found, strict=True))
 
 
