@@ -143,7 +143,9 @@ def _guarded(settings, guard, inputs, given) -> dict:
     rounding = guard.around(settings["rounding"], input_codes(inputs))
     if isinstance(rounding, AXE) and "scale" not in given:
         searches = isinstance(settings["scale"], MinError)
-        settings["scale"] = MinError(Fit(AbsMax(), rounding.sums)) if searches else Fit(settings["scale"], rounding.sums)
+        settings["scale"] = (
+            MinError(Fit(AbsMax(), rounding.sums)) if searches else Fit(settings["scale"], rounding.sums)
+        )
     if rounding.settled is None and "finish" not in given:
         settings = settings | {"finish": None}
     return settings | {"rounding": rounding}
@@ -235,23 +237,29 @@ def _refuse_contradictions(recipe):
 
 def _refuse_unbounded(recipe):
     """Raises where sums of codes would not be what an accumulator holds."""
-    grid, rounding, per = recipe.grid, recipe.rounding, recipe.scale.per
+    grid, rounding = recipe.grid, recipe.rounding
     if grid.alphabet().zero is None:
         raise ValueError(
             f"{grid} gives weights a zero point, and sums of codes would then move with the sum of the inputs: with an "
             "accumulator take a grid about 0, such as bits=4 or jpfq.Integer(4)."
         )
     if not _has_zero(grid):
-        raise ValueError(f"An accumulator needs the weight 0, which is no level of {grid}: take jpfq.Integer or Ternary.")
+        raise ValueError(
+            f"An accumulator needs the weight 0, which is no level of {grid}: take jpfq.Integer or Ternary."
+        )
     if recipe.rotation is not None:
-        raise ValueError(f"{recipe.rotation} rotates inputs, which are integer codes no longer: no accumulator with it.")
+        raise ValueError(
+            f"{recipe.rotation} rotates inputs, which are integer codes no longer: no accumulator with it."
+        )
     if recipe.refits:
-        raise ValueError("PerGroup(refit=True) chooses steps on the way, an accumulator's thresholds before: refit=False.")
+        raise ValueError(
+            "PerGroup(refit=True) chooses steps on the way, an accumulator's thresholds before: refit=False."
+        )
     if scales_with_radius(rounding):
         raise ValueError("A threshold in units of the radius has no fixed size under an accumulator: unit='step'.")
     if isinstance(rounding, AXE) and rounding.feedback == "shrunk" and recipe.method.local:
         raise ValueError(
-            f"feedback='shrunk' is about what OPTQ and its relatives pass on; {recipe.method} feeds back codes: leave it out."
+            f"feedback='shrunk' is about what OPTQ and its relatives pass on; {recipe.method} feeds back codes: without it."
         )
     if not isinstance(rounding, AXE) and not isinstance(recipe.method, MSQ):
         raise ValueError(f"EPInit bounds weights that are rounded as they are: method=jpfq.MSQ(), not {recipe.method}.")

@@ -84,9 +84,9 @@ class Certificate:
     def failing(self) -> list[tuple[str, int, int, int]]:
         """(path, matrix, tile, neuron) of every sum that can overflow it."""
         return [
-            (site.path, *map(int, place))
+            (site.path, int(matrix), int(tile), int(neuron))
             for site in self.sites
-            for place in np.argwhere(site.widths > (MAX_BITS if self.bits is None else self.bits))
+            for matrix, tile, neuron in np.argwhere(site.widths > (MAX_BITS if self.bits is None else self.bits))
         ]
 
     def __str__(self) -> str:
@@ -130,7 +130,9 @@ def certify(quantized: "Quantized", *, bits: int | None = None, tile: int | None
     if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
         raise ValueError(f"tile is a positive number of inputs, or None for all; got {tile!r}.")
     if not quantized.inputs:
-        raise ValueError("No kernel has quantized inputs, so sums of integers there are none: give a rule activation_bits=8.")
+        raise ValueError(
+            "No kernel has quantized inputs, so sums of integers there are none: give a rule activation_bits=8."
+        )
     _, sites = integer_sites(quantized._functional, quantized.tensors, quantized.inputs, quantized._shapes)
     found = [_certified(at.path, np.asarray(at.weights.codes, np.int64), at.inputs, tile) for at in sites]
     return Certificate(found, tuple(path for path in quantized.tensors if path not in quantized.inputs), bits)

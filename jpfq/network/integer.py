@@ -111,13 +111,17 @@ def _refuse(at: IntegerSite, tile):
     size = n if tile is None else min(tile, n)
     starts = np.asarray(at.weights.step)
     if starts.shape[1] > 1 and any((starts[:, t : t + size] != starts[:, t : t + 1]).any() for t in range(0, n, size)):
-        raise ValueError(f"{at.path}: a sum over {size} inputs runs over weights of several steps: take a smaller tile.")
+        raise ValueError(
+            f"{at.path}: a sum over {size} inputs runs over weights of several steps: take a smaller tile."
+        )
 
 
 def _product(site, rounded, weights, x, bits, tile, overflow):
     """The product of the site, from float inputs."""
     layout, levels = site.layout, rounded.at(x)
-    of_rows = lambda y: y.reshape(()) if y.size == 1 else layout.rows(jnp.broadcast_to(y, x.shape)).max(-1, keepdims=True)
+    of_rows = lambda y: (
+        y.reshape(()) if y.size == 1 else layout.rows(jnp.broadcast_to(y, x.shape)).max(-1, keepdims=True)
+    )
     step, zero = of_rows(levels.step), of_rows(levels.zero).astype(jnp.int32)
     about = (levels.encode(x) - levels.zero).astype(jnp.int32)  # padding is 0 here
     codes = layout.rows(about) + zero  # (B, *rows, in)
@@ -190,7 +194,9 @@ class Integers:
         if overflow not in ("wrap", "saturate"):
             raise ValueError(f"overflow is 'wrap' or 'saturate'; got {overflow!r}.")
         if not self.inputs:
-            raise ValueError("No kernel has quantized inputs, so nothing runs in integers: give a rule activation_bits=8.")
+            raise ValueError(
+                "No kernel has quantized inputs, so nothing runs in integers: give a rule activation_bits=8."
+            )
         leaves, structure = jax.tree.flatten(batch)
         shapes = [jax.typeof(jnp.asarray(x)) for x in leaves]
         key = structure, tuple((x.shape, x.dtype) for x in shapes), tile, overflow

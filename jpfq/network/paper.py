@@ -154,8 +154,8 @@ def axe(
 ) -> list[Rule]:
     """AXE (Colbert, Franco, Grob, Zhang, Saab 2024): GPFQ, or another method, whose sums over tiles fit P bits.
 
-    The largest weight of each neuron on the top level, largest inputs first. Ours chooses steps with the accumulator in view:
-    leave out the preset and give a rule bits, activation_bits and accumulator alone.
+    The largest weight of each neuron on the top level, largest inputs first. A rule of bits, activation_bits and accumulator
+    alone is what we recommend: it chooses steps with the accumulator in view.
     """
     grid = Integer(bits, narrow=True)
     how = {"activation_bits": activation_bits, "accumulator": Accumulator(P, tile), "method": method or GPFQ()}

@@ -122,7 +122,8 @@ class Rule:
         return given | ({"correct_bias": True} if self.correct_bias else {})
 
     def _settings(self):
-        names = "bits grid scale rotation order prepare method rounding accumulator form block".split()
+        names = ("bits", "grid", "scale", "rotation", "order", "prepare", "method", "rounding", "accumulator")
+        names = (*names, "form", "block")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         chosen = {name: getattr(self, name) for name in ("finish", "shrinkage")}  # None is a choice
         return given | {name: value for name, value in chosen.items() if value != "recommended"}

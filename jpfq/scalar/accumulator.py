@@ -60,9 +60,12 @@ class Sums:
         nu, mu = _int(self.hi), -_int(self.lo)
         return nu * up + mu * down, mu * up + nu * down
 
-    def limit(self, toward: jax.Array, away: jax.Array) -> jax.Array:
-        """The largest magnitude of a code that fits the room on its side and on the other, as a float."""
-        return jnp.minimum(_quotient(toward, _int(self.hi)), _quotient(away, -_int(self.lo)))
+    def limits(self, above: jax.Array, below: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """The least and the largest code that fit the room, as floats."""
+        nu, mu = _int(self.hi), -_int(self.lo)
+        most = jnp.minimum(_quotient(above, nu), _quotient(below, mu))
+        least = jnp.minimum(_quotient(below, nu), _quotient(above, mu))
+        return -least.astype(dtype), most.astype(dtype)
 
     def of_codes(self, k: jax.Array, order: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`spent` of each tile (tiles, out), for integer codes (in, out) in the order of the recursion."""
@@ -86,22 +89,25 @@ class Told(NamedTuple):
     """What AXE is told of a coordinate."""
 
     tile: jax.Array
-    before: jax.Array  # the tile of the coordinate before; at the first, tile 0
+    after: jax.Array  # the tile of the next coordinate
     threshold: jax.Array | None  # in units of the weights; None where nothing is shrunk
-    now: tuple[jax.Array, jax.Array] | None  # integer codes to be replaced: here, and at the coordinate before; or None
+    now: (
+        tuple[jax.Array, jax.Array] | None
+    )  # integer codes to be replaced, here and at the next coordinate; None for none
     then: Any  # what the rounding within is told
 
 
 class Kept(NamedTuple):
     """What AXE carries, for one neuron.
 
-    The last code is taken off its tile's room at the next coordinate: XLA copies all rooms where one loop turn reads and then
-    writes them.
+    The limits are made at the coordinate before, once its code is known: what is carried XLA computes once, and not again
+    for each value that depends on it; and rooms are written before they are read, which it does in place.
     """
 
     above: jax.Array  # (tiles,) int32: what may still be added to the largest sum
     below: jax.Array  # (tiles,) likewise what may be taken from the least
-    last: jax.Array  # the integer code of the coordinate before, as a float
+    least: jax.Array  # the least code that fits, about 0
+    most: jax.Array
     inner: Any  # what the rounding within carries
     shift: jax.Array | None  # what is fed back beyond the last value
 
@@ -143,47 +149,46 @@ class AXE(Bounded):
         n, out = W.shape
         room = jnp.broadcast_to(self.sums.capacity, (out, self.sums.tiles(n)))
         inner, inner_told = self.then.meet(W, order)
-        none = jnp.zeros(out, W.dtype)
-        carry = Kept(room, room, none, started(self.then, inner, out), none if self._shifts else None)
+        least, most = self.sums.limits(room[:, 0], room[:, 0], W.dtype)
+        shift = jnp.zeros(out, W.dtype) if self._shifts else None
+        carry = Kept(room, room, least, most, started(self.then, inner, out), shift)
         tile = order // self.sums.size(n)
         theta = self._thresholds(W, order) if self.soft else None
 
         def told(levels):
             threshold = None if theta is None else theta(self.sums.step_of(levels, order))[tile]
-            return Told(tile, _before(tile), threshold, None, inner_told(levels))
+            return Told(tile, _after(tile), threshold, None, inner_told(levels))
 
         return carry, told
 
     def keep(self, codes, levels, order, rounding, carry, given):
         k = _whole(codes - levels.zero)
         above, below = (self.sums.capacity - x.T for x in self.sums.of_codes(k, order))
+        tile, out = order // self.sums.size(codes.shape[0]), codes.shape[1]
+        freed = self.sums.spent(k[0])
+        least, most = self.sums.limits(above[:, tile[0]] + freed[0], below[:, tile[0]] + freed[1], codes.dtype)
         then = rounding.then if isinstance(rounding, AXE) else rounding
-        out = codes.shape[1]
-        start = Kept(above, below, jnp.zeros(out, codes.dtype), started(then, carry, out), None)
-        tile = order // self.sums.size(codes.shape[0])
-        return dataclasses.replace(self, then=then, feedback="argument"), start, Told(tile, _before(tile), None, (k, _before(k)), given)
+        start = Kept(above, below, least, most, started(then, carry, out), None)
+        told = Told(tile, _after(tile), None, (k, _after(k)), given)
+        return dataclasses.replace(self, then=then, feedback="argument"), start, told
 
     def __call__(self, carry, a, here):
         levels, told = here.levels, here.given
-        sides = self.sums.spent(_whole(carry.last))
-        if told.now is not None:
-            sides = (x - y for x, y in zip(sides, self.sums.spent(told.now[1]), strict=True))
-        rooms = [_take(x, told.before, spent) for x, spent in zip((carry.above, carry.below), sides, strict=True)]
-        above, below = (x.at[told.tile].get(mode="promise_in_bounds") for x in rooms)
-        meant = a if told.threshold is None else jnp.sign(a) * jnp.maximum(jnp.abs(a) - told.threshold, 0)
-        if told.now is None:  # a code has the sign of its argument
-            up = a >= 0
-            limit = self.sums.limit(jnp.where(up, above, below), jnp.where(up, below, above)).astype(a.dtype)
-            least, most = jnp.where(up, 0, -limit), jnp.where(up, limit, 0)
-        else:
-            here_above, here_below = self.sums.spent(told.now[0])
-            above, below = above + here_above, below + here_below
-            most, least = self.sums.limit(above, below).astype(a.dtype), -self.sums.limit(below, above).astype(a.dtype)
-        least, most = levels.zero + least, levels.zero + most
+        least, most = levels.zero + carry.least, levels.zero + carry.most
         narrow = dataclasses.replace(levels, lo=jnp.maximum(levels.lo, least), hi=jnp.minimum(levels.hi, most))
+        meant = a if told.threshold is None else jnp.sign(a) * jnp.maximum(jnp.abs(a) - told.threshold, 0)
         inner, code = self.then(carry.inner, meant, here._replace(levels=narrow, given=told.then))
         shift = a - jnp.clip(meant, levels.decode(least), levels.decode(most)) if self._shifts else None
-        return Kept(*rooms, code - levels.zero, inner, shift), code
+
+        up, down = self.sums.spent(_whole(code - levels.zero))
+        if told.now is not None:
+            up, down = (x - y for x, y in zip((up, down), self.sums.spent(told.now[0]), strict=True))
+        above, below = _take(carry.above, told.tile, up), _take(carry.below, told.tile, down)
+        left, right = (x.at[told.after].get(mode="promise_in_bounds") for x in (above, below))
+        if told.now is not None:
+            left, right = (x + y for x, y in zip((left, right), self.sums.spent(told.now[1]), strict=True))
+        least, most = self.sums.limits(left, right, a.dtype)
+        return Kept(above, below, least, most, inner, shift), code
 
     def shift(self, carry):
         return carry.shift
@@ -299,8 +304,8 @@ class Guard(abc.ABC):
             least = width_of(int(max(hi, -lo)))
             if self.bits < least:
                 raise ValueError(
-                    f"{self} holds no product of a weight code 1 with inputs from {int(lo)} to {int(hi)}: every weight would "
-                    f"be 0. That takes {least} bits at least; or quantize the activations to fewer bits."
+                    f"{self} holds no product of a weight code 1 with inputs from {int(lo)} to {int(hi)}: every weight "
+                    f"would be 0. That takes {least} bits at least; or quantize the activations to fewer bits."
                 )
         return Sums(self.bits, lo, hi, self.tile)
 
@@ -383,7 +388,9 @@ def input_codes(inputs: Any) -> tuple[Number, Number]:
         lo, hi, *_ = inputs.alphabet()
         return lo, hi
     if not isinstance(inputs, tuple) or len(inputs) != 2:
-        raise ValueError(f"inputs is the grid of the input codes, such as jpfq.Asymmetric(8), or (mu, nu); got {inputs!r}.")
+        raise ValueError(
+            f"inputs is the grid of the input codes, such as jpfq.Asymmetric(8), or (mu, nu); got {inputs!r}."
+        )
     lo, hi = inputs
     if is_number(lo) and is_number(hi) and (lo != int(lo) or hi != int(hi) or not lo <= 0 <= hi or lo == hi):
         raise ValueError(f"Input codes are integers from mu <= 0 to nu >= 0; got {inputs!r}.")
@@ -457,9 +464,9 @@ def _take(x, at, spent):
     return x.at[at].add(-spent, mode="promise_in_bounds")
 
 
-def _before(x):
-    """At each coordinate the entry of the one before, 0 at the first."""
-    return jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
+def _after(x):
+    """At each coordinate the entry of the next one, 0 at the last."""
+    return jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])
 
 
 def _whole(x):

@@ -1,7 +1,7 @@
 """AXE as Brevitas 0.13 has it for GPFQ and OPTQ, as plain loops in float64 NumPy. Imports nothing of jpfq.
 
 Letters as in `gpfq`; `step` (out,) is the distance of levels of each neuron, `codes` the lowest and the highest code,
-`inputs` = (mu, nu) those of the inputs, P the bits of the accumulator, T the inputs in a tile, `order` the inputs as visited.
+`inputs` = (mu, nu) those of the inputs, P the bits of the accumulator, T the inputs in a tile, `order` that of the inputs.
 """
 
 import numpy as np

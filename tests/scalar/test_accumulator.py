@@ -70,7 +70,9 @@ def systems():
     """A pool of systems of all methods, natural and in an order of their own: (A, L, about, order) each (pool, ..)."""
     found = []
     for seed in range(8):
-        X, Xq, W = (jnp.asarray(x, jnp.float32) for x in problem(seed, m=48, n=N, out=OUT, dead=(3,) if seed % 2 else ()))
+        X, Xq, W = (
+            jnp.asarray(x, jnp.float32) for x in problem(seed, m=48, n=N, out=OUT, dead=(3,) if seed % 2 else ())
+        )
         order = jnp.arange(N) if seed < 3 else jnp.asarray(np.random.default_rng(seed).permutation(N))
         gram = jpfq.Gram.from_data(X, Xq).permute(order)
         for method in METHODS.values():
@@ -81,7 +83,7 @@ def systems():
 
 
 def cases(seed, plain=False):
-    """Problems of the pool (of MSQ alone, if plain) with random bits, inputs, grids and steps, so that some sums bind and some do not."""
+    """Problems of the pool (of MSQ alone, if plain) with random bits, inputs, grids and steps; some sums bind."""
     rng = np.random.default_rng(seed)
     pick = rng.choice(np.flatnonzero(~systems()[1].any((1, 2))) if plain else len(systems()[0]), CASES)
     A, L, about, order = (x[pick] for x in systems())
@@ -133,7 +135,7 @@ def test_no_sum_on_the_way_goes_further(seed):
     """What `reached` says of a tile, no input and no order of summation exceeds, and one input attains it."""
     rng = np.random.default_rng(seed)
     k, (mu, nu) = rng.integers(-8, 8, 9), INPUTS[rng.integers(len(INPUTS))]
-    most, least = (int(x[0]) for x in reached(k[:, None], (mu, nu), 9))
+    most, least = (int(x[0, 0]) for x in reached(k[:, None], (mu, nu), 9))
     x = rng.integers(mu, nu + 1, (64, 9))
     p = np.stack([rng.permutation(9) for _ in range(64)])
     sums = np.cumsum(np.take_along_axis(k * x, p, 1), 1)
