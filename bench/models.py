@@ -106,22 +106,21 @@ def cut(x: np.ndarray, size: int) -> list:
     return [x[i : i + size] for i in range(0, len(x), size)]
 
 
-def pictures(model, variables, args: argparse.Namespace) -> Subject:
-    """A network for CIFAR-10."""
+def pictures(model, variables, args: argparse.Namespace, tests: int | None = None) -> Subject:
+    """A network for CIFAR-10, scored on the first `tests` pictures, on all where that is None."""
     test = np.load(needed(args.data, "cifar10_test_jpeg.npz"))
     images = np.load(needed(args.data, "cifar10_train.npz"))["x_train_jpeg"][: args.pictures]
-    tests = [networks.pixels(x) for x in cut(test["x_test"], 250)]
+    shown, labels = [networks.pixels(x) for x in cut(test["x_test"][:tests], 250)], test["y_test"][:tests]
 
     def accuracy(logits: Logits) -> float:
-        found = np.concatenate([np.argmax(logits(x), -1) for x in tests])
-        return 100 * float(np.mean(found == test["y_test"]))
+        return 100 * float(np.mean(np.concatenate([np.argmax(logits(x), -1) for x in shown]) == labels))
 
     return Subject(model, variables, [networks.pixels(x) for x in cut(images, 250)], accuracy, "points")
 
 
-def resnet20(args: argparse.Namespace) -> Subject:
+def resnet20(args: argparse.Namespace, tests: int | None = None) -> Subject:
     """ResNet20 in Linen."""
-    return pictures(*networks.resnet20(args.data), args)
+    return pictures(*networks.resnet20(args.data), args, tests)
 
 
 def cnn(args: argparse.Namespace) -> Subject:
@@ -135,15 +134,15 @@ def nats(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
 
 
-def stories(args: argparse.Namespace) -> Subject:
-    """stories260K in NNX."""
+def stories(args: argparse.Namespace, tests: int | None = None) -> Subject:
+    """stories260K in NNX, scored on the first `tests` windows, on all where that is None."""
     tokens = np.load(needed(args.data, "tinystories_tok512.npz"))["tokens"].astype(np.int32)
     windows = lambda x, size: x[: len(x) // size * size].reshape(-1, size)
-    tests = [jnp.asarray(x) for x in cut(windows(tokens[600_000:], 257), 32)]
+    texts = [jnp.asarray(x) for x in cut(windows(tokens[600_000:], 257)[:tests], 32)]
     batches = [jnp.asarray(x) for x in cut(windows(tokens[:131_072], 256)[: args.windows], 32)]
 
     def loss(logits: Logits) -> float:
-        return float(np.mean(np.concatenate([nats(logits(x[:, :-1]), x[:, 1:]) for x in tests]), dtype=np.float64))
+        return float(np.mean(np.concatenate([nats(logits(x[:, :-1]), x[:, 1:]) for x in texts]), dtype=np.float64))
 
     return Subject(networks.llama(args.data), None, batches, loss, "nats", 4, -1, tuple(METHODS))
 

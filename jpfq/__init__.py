@@ -30,6 +30,7 @@ from .matrix import TopEigenvalue as TopEigenvalue
 from .matrix import patches as patches
 from .matrix import solve as solve
 from .network import Activations as Activations
+from .network import Certificate as Certificate
 from .network import Coupling as Coupling
 from .network import Plan as Plan
 from .network import Quantized as Quantized
@@ -38,14 +39,17 @@ from .network import Steps as Steps
 from .network import Weighted as Weighted
 from .network import best as best
 from .network import budget as budget
+from .network import certify as certify
 from .network import fake_quant as fake_quant
 from .network import fold_batchnorm as fold_batchnorm
 from .network import paper as paper
 from .network import plan as plan
 from .network import quantize as quantize
 from .scalar import AbsMax as AbsMax
+from .scalar import Accumulator as Accumulator
 from .scalar import Asymmetric as Asymmetric
 from .scalar import Binary as Binary
+from .scalar import EPInit as EPInit
 from .scalar import Equispaced as Equispaced
 from .scalar import Fixed as Fixed
 from .scalar import HardThreshold as HardThreshold

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from ..scalar import Codes
+from ..scalar import Codes, Reach
 from ..scalar.grid import Number
 from .damping import MeanDiagonal, factor
 from .each import each
@@ -66,7 +66,10 @@ def _solve_coupled(W, gram, F, recipe, key, damping, block):
     join = lambda x: take(jnp.moveaxis(x, 0, 2).reshape(B, x.shape[2], -1)[..., :out], back)
     spread = lambda x: jnp.broadcast_to(x, (*x.shape[:3], block))
     codes, q, step, zero = (join(spread(x)) for x in made[:4])
-    zeros = jnp.zeros_like(W)
+    zeros, reach = jnp.zeros_like(W), made.info.reach
+    if reach is not None:
+        ends = jnp.moveaxis(reach.ends, 0, 2).reshape(B, reach.ends.shape[2], -1, 2)[:, :, :out]
+        reach = Reach(recipe.rounding.sums, jnp.take_along_axis(ends, back[:, None, :, None], 2))
     info = dataclasses.replace(
         jax.tree.map(lambda x: x.sum(), made.info),
         square_error=each(Gram.square_error, gram, W, q).sum(),
@@ -77,6 +80,7 @@ def _solve_coupled(W, gram, F, recipe, key, damping, block):
         entropy=entropy(codes),
         square_floor=each(Gram.square_error, gram, W, take(goal[..., :out], back)).sum(),
         square_bound=jnp.asarray(jnp.nan, W.dtype),
+        reach=reach,
     )
     return Solution(codes, q, step, zero, info)
 

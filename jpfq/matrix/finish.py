@@ -83,7 +83,8 @@ class Descend(Finish):
 
         def one(codes, _):
             base = best(recursion.values(codes))
-            return substitute(base, L, recursion, block=block, about=W).codes, None
+            here, given = recursion.again(codes)
+            return substitute(base, L, here, block=block, about=W, given=given).codes, None
 
         return lax.scan(one, codes, length=self.passes)[0], recursion.levels
 
@@ -113,13 +114,13 @@ class CosineDescend(Finish):
             here = recursion._replace(levels=levels)
             q = here.values(codes)
             if shared:
-                codes = substitute(best(q), L, here, block=block, about=W).codes
+                run, given = here.again(codes)
+                codes = substitute(best(q), L, run, block=block, about=W, given=given).codes
                 return (codes, _refit(goal, gram, codes, here)), None
-            here = here._replace(rounding=_Cosine(), key=None)
             product = jnp.sum(q * goal, 0)  # <X w, Xq q>, and since steps are refit also ||Xq q||^2
-            here = here._replace(carry=(product, product))
-            given = (gram.diagonal, goal, codes)
-            codes = substitute(best(q) - q, L, here, block=block, about=W, given=given).codes
+            told = (gram.diagonal, goal, codes)
+            run, given = here._replace(key=None).again(codes, _Cosine(), (product, product), told)
+            codes = substitute(best(q) - q, L, run, block=block, about=W, given=given).codes
             return (codes, _refit(goal, gram, codes, here)), None
 
         start = (codes, _refit(goal, gram, codes, recursion))

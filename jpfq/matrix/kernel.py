@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from ..scalar import Here, Levels, register_dataclass
+from .each import lane
 
 if TYPE_CHECKING:
     from .substitute import Recursion
@@ -69,6 +70,8 @@ def refusal(recursion: "Recursion") -> str | None:
     """Why the kernel cannot run a recursion; None where it can."""
     if recursion.key is not None:
         return "it draws random numbers, which would take another generator on the chip"
+    if jax.eval_shape(lambda carry: recursion.rounding.shift(lane(carry, 0)), recursion.start()) is not None:
+        return f"{recursion.rounding} feeds back more than its codes"
     if any(jnp.ndim(x) for x in jax.tree.leaves(recursion.rounding)):
         return f"{recursion.rounding} holds arrays"
     return None

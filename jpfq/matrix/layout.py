@@ -62,6 +62,10 @@ class Layout(abc.ABC):
     def at_outputs(self, values: jax.Array, ndim: int) -> jax.Array:
         """One number per neuron (B, out), to be broadcast over the product, which has `ndim` axes."""
 
+    @abc.abstractmethod
+    def product(self, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """What the program's product returns, from rows times matrices (B, *rows, out) and the shape of the data operand."""
+
     @property
     def dims(self) -> tuple[int, int, int]:
         """(B, in, out)."""
@@ -123,6 +127,16 @@ class DotLayout(Layout):
         values = values.reshape([self.shape[i] for i in (*self.batch, *free)])
         place = batch + len(free) if self.first else batch  # the data's own axes come after or before the weight's
         return jnp.expand_dims(values, range(place, place + ndim - values.ndim))
+
+    def product(self, y, shape):
+        rows = [size for i, size in enumerate(shape) if i not in self.data_batch + self.data_contract]
+        batch = [self.shape[i] for i in self.batch]
+        out = [self.shape[i] for i in self._order()[len(self.batch) + len(self.contract) :]]
+        y = y.reshape(*batch, *rows, *out)
+        if not self.first:
+            return y
+        heads = len(batch) + len(rows)
+        return y.transpose(*range(len(batch)), *range(heads, y.ndim), *range(len(batch), heads))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,3 +234,9 @@ class ConvLayout(Layout):
 
     def at_outputs(self, values, ndim):
         return jnp.expand_dims(values.reshape(-1), [i for i in range(ndim) if i != self.out_spec[1]])
+
+    def product(self, y, shape):
+        del shape
+        y = jnp.moveaxis(y, 0, -2)
+        y = y.reshape(*y.shape[:-2], -1)  # (sample, *space, channel)
+        return y.transpose(np.argsort((self.out_spec[0], *self.out_spec[2:], self.out_spec[1])))

@@ -4,6 +4,8 @@ For a layer with many more inputs than calibration rows it takes less memory and
 u is (rows, out), and no (in, in) matrix exists. Blocks of one coordinate are the recursion as GPFQ20 and GPFQ22 print it.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,7 +16,7 @@ from .substitute import BLOCK, Path, Recursion
 
 
 def follow(
-    W: jax.Array, rows: Rows, method: Method, recursion: Recursion, *, block: int | None = BLOCK
+    W: jax.Array, rows: Rows, method: Method, recursion: Recursion, *, block: int | None = BLOCK, given: Any = ()
 ) -> tuple[Path, jax.Array]:
     """The codes of W (in, out), and the final residual u (rows, out).
 
@@ -24,23 +26,24 @@ def follow(
         method: one with a data form (`method.local`).
         recursion: grid, rounding and indices of the coordinates.
         block: coordinates per block; None takes them all at once, which costs the memory of the Gram form.
+        given: what the rounding is to know of each coordinate, a tree of arrays (in, out) or (in,).
     """
     n, out = W.shape
     block = n if block is None else min(block, n)
     blocks = -(-n // block)
     more = blocks * block - n  # dead coordinates: they change nothing
-    W = jnp.pad(W, ((0, more), (0, 0))).reshape(blocks, block, out)
-    index = jnp.pad(recursion.order, (0, more)).reshape(blocks, block)
+    cut = lambda x: jnp.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1))).reshape(blocks, block, *x.shape[1:])
+    W, index, given = cut(W), cut(recursion.order), jax.tree.map(cut, given)
     rows = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, more))), rows)
 
     def visit(state, x):
         carry, u = state
-        i, W, index = x
+        i, W, index, given = x
         here = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * block, block, 1), rows)
         base, L, about, _ = method.block(W, here, u)
-        carry, path = recursion.scan(base, L, index, carry, about=about)
+        carry, path = recursion.scan(base, L, index, carry, about, given)
         return (carry, u + matmul(here.X, W) - matmul(here.quantized, path.q)), path
 
     start = (recursion.start(), jnp.zeros((rows.X.shape[0], out), W.dtype))
-    (_, u), path = lax.scan(visit, start, (jnp.arange(blocks), W, index))
+    (_, u), path = lax.scan(visit, start, (jnp.arange(blocks), W, index, given))
     return jax.tree.map(lambda x: x.reshape(blocks * block, out)[:n], path), u

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..scalar import Grid, Levels
+from ..scalar import Grid, Levels, Reach
 from ..scalar.pytree import register_dataclass
 from .gram import is_traced
 from .layout import Layout
@@ -94,6 +94,7 @@ class Info:
     square_floor: jax.Array  # of the square error, what the method would leave on an infinitely fine grid
     square_bound: jax.Array  # on the square error where nothing saturates, known beforehand; nan where none is
     failed: jax.Array  # entries of the system that are not finite: a factorisation that failed where positive
+    reach: Reach | None = None  # how far its integer sums go; None where no accumulator was asked for
 
     @property
     def relative_error(self) -> jax.Array:
@@ -116,10 +117,12 @@ class Info:
     @classmethod
     def join(cls, infos: "list[Info]") -> "Info":
         """Of a kernel quantized in equal parts (the layers of a stack)."""
+        reach = Reach.join([info.reach for info in infos])
+        infos = [dataclasses.replace(info, reach=None) for info in infos]
         stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *infos)
         means = ("saturation", "sparsity", "entropy")
-        fields = {f.name: getattr(stacked, f.name) for f in dataclasses.fields(cls)}
-        return cls(**{name: x.mean() if name in means else x.sum() for name, x in fields.items()})
+        fields = {f.name: getattr(stacked, f.name) for f in dataclasses.fields(cls) if f.name != "reach"}
+        return cls(**{name: x.mean() if name in means else x.sum() for name, x in fields.items()}, reach=reach)
 
 
 def code_dtype(grid: Grid) -> np.dtype:

@@ -3,13 +3,29 @@
 import dataclasses
 from typing import Literal
 
-from ..scalar import Fixed, Grid, MinError, MinMSE, Nearest, PerGroup, Rounding, Scale, grid_of_bits
+from ..scalar import (
+    AbsMax,
+    Bounded,
+    Fit,
+    Fixed,
+    Grid,
+    Guard,
+    MinError,
+    MinMSE,
+    Nearest,
+    PerGroup,
+    Rounding,
+    Scale,
+    grid_of_bits,
+    input_codes,
+)
+from ..scalar.accumulator import AXE, scales_with_radius
 from ..scalar.grid import is_number
 from ..scalar.pytree import register_dataclass
 from .finish import CosineDescend, Descend, Finish
 from .malysaab import MalySaab
 from .malysaab import refuse as refuse_walk
-from .methods import GPFQ, Method
+from .methods import GPFQ, MSQ, Method
 from .optq import Qronos
 from .order import Descending, Natural, Order
 from .prepare import Prepare
@@ -89,6 +105,8 @@ class Recipe:
                 f"PerGroup({per.size}) does not divide the {n} input coordinates of {name}; choose a divisor, or "
                 "PerChannel() for that kernel by a rule of its own."
             )
+        if isinstance(self.rounding, Bounded):
+            _refuse_straddling(self, n, name)
         if any(isinstance(p, MalySaab) for p in self.prepare):
             refuse_walk(rows, n, name)
         if self.rotation is not None:
@@ -96,9 +114,13 @@ class Recipe:
 
 
 def recipe_of(bits: int | None, grid: Grid | None, **settings) -> Recipe:
-    """The recipe of a call that names bits or a grid, what it leaves out filled in: see `jpfq.best`."""
+    """The recipe of a call that names bits or a grid, what it leaves out filled in: see `jpfq.best`.
+
+    An accumulator, with `inputs` the codes that it sums, becomes the rounding around the one that is named.
+    """
     if (bits is None) == (grid is None):
         raise ValueError(f"Give bits=... or grid=..., one of them; got bits={bits!r} and grid={grid!r}.")
+    given = set(settings)
     settings = {"grid": grid_of_bits(bits) if grid is None else grid, **settings}
     if isinstance(settings.get("prepare"), Prepare):
         settings["prepare"] = (settings["prepare"],)
@@ -106,7 +128,27 @@ def recipe_of(bits: int | None, grid: Grid | None, **settings) -> Recipe:
         if name in settings and not (settings[name] is None and name in ("finish", "rotation", "shrinkage")):
             for value in settings[name] if name == "prepare" else (settings[name],):
                 _check_kind(name, value, kind, example)
-    return Recipe(**_defaults(settings) | settings)
+    guard, inputs = (settings.pop(name, None) for name in ("accumulator", "inputs"))
+    settings = _defaults(settings) | settings
+    return Recipe(**settings if guard is None else _guarded(settings, guard, inputs, given))
+
+
+def _guarded(settings, guard, inputs, given) -> dict:
+    """The settings with the rounding that keeps an accumulator's bound and, where none was given, a scale that suits it."""
+    if inputs is None:
+        raise ValueError(
+            f"{guard} bounds sums of integer codes, but the inputs are not quantized: give a rule activation_bits=8 or "
+            "activations=.., or jpfq.solve inputs=jpfq.Asymmetric(8), the grid of its inputs."
+        )
+    rounding = guard.around(settings["rounding"], input_codes(inputs))
+    if isinstance(rounding, AXE) and "scale" not in given:
+        searches = isinstance(settings["scale"], MinError)
+        settings["scale"] = (
+            MinError(Fit(AbsMax(), rounding.sums)) if searches else Fit(settings["scale"], rounding.sums)
+        )
+    if rounding.settled is None and "finish" not in given:
+        settings = settings | {"finish": None}
+    return settings | {"rounding": rounding}
 
 
 _kinds = {
@@ -119,6 +161,7 @@ _kinds = {
     "finish": (Finish, "Refit()"),
     "rotation": (Hadamard, "Hadamard()"),
     "shrinkage": (Shrinkage, "Shrinkage()"),
+    "accumulator": (Guard, "Accumulator(16, tile=64)"),
 }
 
 
@@ -183,10 +226,58 @@ def _refuse_contradictions(recipe):
             raise ValueError(f"{scale} searches for steps beforehand, which PerGroup(refit=True) chooses on the way.")
         if not isinstance(recipe.order, Natural):
             raise ValueError("PerGroup(refit=True) takes groups as the recursion meets them: it needs order=Natural().")
+    if isinstance(rounding, Bounded):
+        _refuse_unbounded(recipe)
     others = len(recipe.prepare) > 1 or recipe.rotation is not None or recipe.shrinkage is not None
     if any(p.needs_rows for p in recipe.prepare) and others:
         raise ValueError(
             f"{recipe.prepare} works on the calibration rows: alone, without a rotation and without shrinkage."
+        )
+
+
+def _refuse_unbounded(recipe):
+    """Raises where sums of codes would not be what an accumulator holds."""
+    grid, rounding = recipe.grid, recipe.rounding
+    if grid.alphabet().zero is None:
+        raise ValueError(
+            f"{grid} gives weights a zero point, and sums of codes would then move with the sum of the inputs: with an "
+            "accumulator take a grid about 0, such as bits=4 or jpfq.Integer(4)."
+        )
+    if not _has_zero(grid):
+        raise ValueError(
+            f"An accumulator needs the weight 0, which is no level of {grid}: take jpfq.Integer or Ternary."
+        )
+    if recipe.rotation is not None:
+        raise ValueError(
+            f"{recipe.rotation} rotates inputs, which are integer codes no longer: no accumulator with it."
+        )
+    if recipe.refits:
+        raise ValueError(
+            "PerGroup(refit=True) chooses steps on the way, an accumulator's thresholds before: refit=False."
+        )
+    if scales_with_radius(rounding):
+        raise ValueError("A threshold in units of the radius has no fixed size under an accumulator: unit='step'.")
+    if isinstance(rounding, AXE) and rounding.feedback == "shrunk" and recipe.method.local:
+        raise ValueError(
+            f"feedback='shrunk' is about what OPTQ and its relatives pass on; {recipe.method} feeds back codes: without it."
+        )
+    if not isinstance(rounding, AXE) and not isinstance(recipe.method, MSQ):
+        raise ValueError(f"EPInit bounds weights that are rounded as they are: method=jpfq.MSQ(), not {recipe.method}.")
+    if not isinstance(rounding, AXE) and recipe.finish is not None and recipe.finish.descends:
+        raise ValueError(f"{recipe.finish} would break the bound that {rounding} keeps: take finish=Refit() or None.")
+
+
+def _refuse_straddling(recipe, n, name):
+    """Raises where one sum would run over weights of several steps."""
+    per = recipe.scale.per
+    size = per.size if isinstance(per, PerGroup) else n
+    if isinstance(recipe.scale, Fixed) and getattr(recipe.scale.step, "ndim", 0) == 2:
+        size = n // recipe.scale.step.shape[0]
+    tile = recipe.rounding.sums.size(n)
+    if size < n and size % tile:
+        raise ValueError(
+            f"Groups of {size} inputs with a step of their own straddle the tiles of {tile} that the accumulator of {name} "
+            f"sums ({n} inputs in all): take a tile that divides {size}, or one step per neuron."
         )
 
 

@@ -21,10 +21,11 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..scalar import Codes
+from ..scalar import Bounded, Codes, Reach
 from .gram import Gram, Rows, is_traced
 from .neurons import Neurons
 from .order import MinPivot
+from .qtensor import Info
 from .recipe import Recipe
 from .split import Split
 from .stages import Solution, solve_all, stages
@@ -109,7 +110,7 @@ def _solve_sharded(W, data, recipe, key, devices, split_gram):
         local,
         mesh=devices.mesh,
         in_specs=(split, devices.rows.spec if split_gram else whole, whole, whole, whole),
-        out_specs=Solution(split, split, step, step, whole),
+        out_specs=Solution(split, split, step, step, _of_info(recipe, whole, split)),
         check_vma=False,
     )
     # one axis after the other, to and fro: at once XLA would gather all of W on the way
@@ -119,4 +120,14 @@ def _solve_sharded(W, data, recipe, key, devices, split_gram):
     solution = run(W, squares, dataclasses.replace(data, **dict.fromkeys(squares)), recipe, key)
     back = lambda x: functools.reduce(over, reversed(steps), x)[..., :out]
     step, zero = (x if recipe.scale.shared else back(x) for x in solution[2:4])
-    return Solution(back(solution.codes), back(solution.q), step, zero, solution.info)
+    info = solution.info
+    if info.reach is not None:
+        info = dataclasses.replace(info, reach=dataclasses.replace(info.reach, ends=info.reach.ends[:, :, :out]))
+    return Solution(back(solution.codes), back(solution.q), step, zero, info)
+
+
+def _of_info(recipe, whole, split):
+    """How `Info` lies on the devices: its figures are of all neurons, but for the sums of each."""
+    fields: dict[str, Any] = {f.name: whole for f in dataclasses.fields(Info)}
+    fields["reach"] = Reach(whole, split) if isinstance(recipe.rounding, Bounded) else None
+    return Info(**fields)

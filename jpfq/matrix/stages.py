@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..scalar import Codes, Levels
+from ..scalar import Bounded, Codes, Levels, Reach
 from .bounds import square_bound, target
 from .each import each
 from .gram import Gram, Rows, as_gram
@@ -76,12 +76,13 @@ def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | Non
         recursion = recursion._replace(neurons=neurons)
         return _quantize(job, weights, recursion, recipe)
 
-    codes, q, step, zero, parts = each(one, jobs, ready, step, zero, jnp.arange(B))
+    codes, q, step, zero, parts, ends = each(one, jobs, ready, step, zero, jnp.arange(B))
+    reach = Reach(recipe.rounding.sums, ends) if isinstance(recipe.rounding, Bounded) else None
     if shared and not recipe.moves_step:
         step, zero = step[:1], zero[:1]
     sums = {name: x.sum() for name, x in parts.items()}
     means = {name: parts[name].mean() for name in ("saturation", "sparsity")}
-    return Solution(codes, q, step, zero, Info(**sums | means, entropy=entropy(codes, neurons)))
+    return Solution(codes, q, step, zero, Info(**sums | means, entropy=entropy(codes, neurons), reach=reach))
 
 
 def _lay(W, importance, recipe, neurons) -> Levels:
@@ -117,25 +118,31 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
     for part in recipe.prepare:
         if part.needs_levels:
             W, data = part(W, data, recursion.spread())
+    carry, told = recipe.rounding.meet(W, job.order)
+    recursion = recursion._replace(carry=carry)
     if isinstance(data, Rows) and not recipe.needs_gram:
-        path, _ = follow(W, data, recipe.method, recursion, block=recipe.block)
+        given = told(recursion.spread())
+        path, _ = follow(W, data, recipe.method, recursion, block=recipe.block, given=given)
         floor, bound, failed = jnp.nan, jnp.nan, 0
     else:
         system = recipe.method(W, as_gram(data))
-        path, recursion = _run(system, job, recursion, recipe)
+        path, recursion = _run(system, job, recursion, recipe, told)
         exact = recipe.prepare == () and isinstance(job.data, Gram) and job.data.C is None  # then W0 is W
         floor = 0.0 if exact else neurons.sum(job.data.square_error(job.W, target(system)))
         bound = jnp.nan
         if system.cost is not None:
-            reach = recipe.rounding.error(recursion.spread())
-            bound = jnp.sqrt(floor) + jnp.sqrt(neurons.sum(square_bound(system.cost, reach)))
+            most = recipe.rounding.error(recursion.spread())
+            bound = jnp.sqrt(floor) + jnp.sqrt(neurons.sum(square_bound(system.cost, most)))
         failed = neurons.sum(~jnp.isfinite(system.base))
         failed += 0 if system.L is None else infinite(system.L)
     codes, levels = path.codes, recursion.levels
     if recipe.finish is not None:
-        settled = recursion._replace(rounding=recipe.rounding.settled, refit=None)
+        settled = recursion._replace(rounding=recipe.rounding.settled, carry=None, refit=None)
         codes, levels = recipe.finish(job.W, as_gram(job.trusted), codes, settled, recipe.block)
-    q = recursion._replace(levels=levels).values(codes)
+    recursion = recursion._replace(levels=levels)
+    q = recursion.values(codes)
+    rounding = recipe.rounding
+    ends = rounding.reach(codes, recursion.spread(), job.order) if isinstance(rounding, Bounded) else None
 
     groups = levels.step.shape[0]
     nonzero = jnp.any(weights.reshape(groups, -1, weights.shape[1]) != 0, axis=1)
@@ -154,15 +161,20 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
     codes, q = _back(codes, job.order), _back(q, job.order)
     if recipe.rotation is not None:
         q = recipe.rotation.back(q)
-    return codes, q, levels.step, levels.zero, figures
+    return codes, q, levels.step, levels.zero, figures, ends
 
 
-def _run(system, job, recursion, recipe) -> tuple[Path, Recursion]:
+def _run(system, job, recursion, recipe, told) -> tuple[Path, Recursion]:
     """The recursion, and with the levels that it ended on."""
     block = recipe.block
     if recipe.refits and system.L is not None:
         block, recursion = recipe.refits, recursion._replace(refit=lambda W: recipe.scale(W, recipe.grid))
-    run = lambda recursion: substitute(system.base, system.L, recursion, block=block, about=system.about)
+
+    def run(recursion):
+        given = () if recursion.refit else told(recursion.spread())
+        path = substitute(system.base, system.L, recursion, block=block, about=system.about, given=given)
+        return path._replace(shift=None)
+
     multiples = recipe.scale.multiples(system.base.dtype)
     if multiples is None:
         path = run(recursion)

@@ -32,6 +32,12 @@ class Path(NamedTuple):
     q: jax.Array  # their values
     saturated: jax.Array  # whether the argument A - L q lay beyond the grid by more than half a step
     refit: Levels | None = None  # the levels of each block (blocks, out), where they are refit on the way
+    shift: jax.Array | None = None  # what was fed back beyond q; None for nothing
+
+    @property
+    def fed(self) -> jax.Array:
+        """What later coordinates were to make up for."""
+        return self.q if self.shift is None else self.q + self.shift
 
 
 class Recursion(NamedTuple):
@@ -57,6 +63,17 @@ class Recursion(NamedTuple):
         if self.carry is not None:
             return self.carry
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.out, *jnp.shape(x))), self.rounding.init())
+
+    def again(
+        self, codes: jax.Array, rounding: Rounding | None = None, carry: Any = None, given: Any = ()
+    ) -> tuple["Recursion", Any]:
+        """The recursion for a pass over `codes`, and what it is told: by another rounding, if one is given with its carry.
+
+        Whatever the rounding of this one promises is kept.
+        """
+        rounding = self.rounding if rounding is None else rounding
+        parts = self.rounding.keep(codes, self.spread(), self.order, rounding, carry, given)
+        return self._replace(rounding=parts[0], carry=parts[1]), parts[2]
 
     def scan(
         self,
@@ -95,8 +112,8 @@ class Recursion(NamedTuple):
                 here = Levels(here_step, here_zero, levels.lo, levels.hi)
                 key = None if draw is None else jax.random.fold_in(draw, i)
                 carry, code = self.rounding(carry, a, Here(here, key, given))
-                value = here.decode(code)
-                return (carry, e.at[t].set(b - value)), Path(code, value, here.saturates(a))
+                path = Path(code, here.decode(code), here.saturates(a), shift=self.rounding.shift(carry))
+                return (carry, e.at[t].set(b - path.fed)), path
 
             coordinates = (jnp.arange(A.shape[0]), index, A, about, L, given, (step, zero) if grouped else ())
             (carry, _), path = lax.scan(visit, (carry, jnp.zeros_like(A)), coordinates)
@@ -165,7 +182,7 @@ def substitute(
         R = A[here]
         feedback = rows(L, first, R.shape[0])
         if done:
-            R = R + matmul(feedback[:, :first], about[:first] - jnp.concatenate([path.q for path in done]))
+            R = R + matmul(feedback[:, :first], about[:first] - jnp.concatenate([path.fed for path in done]))
         near = jax.tree.map(lambda x: x[here], given)
         carry, path = _panel(recursion, R, feedback[:, here], index[here], carry, about[here], near, block)
         done.append(path)
@@ -181,7 +198,7 @@ def _panel(recursion, R, L, index, carry, about, given, block):
         feedback, near = take(L), take(about)
         argument = take(R) + matmul(feedback, e)  # rows of e not yet reached are 0
         carry, path = recursion.scan(argument, take(feedback, 1), take(index), carry, near, jax.tree.map(take, given))
-        return (carry, lax.dynamic_update_slice_in_dim(e, near - path.q, first, 0)), path
+        return (carry, lax.dynamic_update_slice_in_dim(e, near - path.fed, first, 0)), path
 
     (carry, _), path = lax.scan(visit, (carry, jnp.zeros_like(R)), jnp.arange(0, R.shape[0], block))
     return carry, jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]) if x.ndim == 3 else x[0], path)

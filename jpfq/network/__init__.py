@@ -5,6 +5,8 @@ from .activation import Activations as Activations
 from .batches import Weighted as Weighted
 from .best import best as best
 from .budget import budget as budget
+from .certify import Certificate as Certificate
+from .certify import certify as certify
 from .curvature import Coupling as Coupling
 from .fold import fold_batchnorm as fold_batchnorm
 from .plan import Plan as Plan

@@ -69,12 +69,17 @@ class Rounded:
     def __call__(self, x: jax.Array) -> jax.Array:
         """The input at its levels, in its own type."""
         v = at_least_float32(x)
-        levels = self.levels or self._of_rows(v)
-        if self.levels is not None:
-            spread = lambda y: self.layout.over_matrices(y, x.shape) if y.size > 1 else y.reshape((1,) * x.ndim)
-            step, zero = spread(levels.step).astype(v.dtype), spread(levels.zero).astype(v.dtype)
-            levels = Levels(step, zero, levels.lo.astype(v.dtype), levels.hi.astype(v.dtype))
+        levels = self.at(v)
         return levels.decode(levels.encode(v)).astype(x.dtype)
+
+    def at(self, v: jax.Array) -> Levels:
+        """The levels of an input, to be broadcast over it."""
+        if self.levels is None:
+            return self._of_rows(v)
+        levels = self.levels
+        spread = lambda y: self.layout.over_matrices(y, v.shape) if y.size > 1 else y.reshape((1,) * v.ndim)
+        step, zero = spread(levels.step).astype(v.dtype), spread(levels.zero).astype(v.dtype)
+        return Levels(step, zero, levels.lo.astype(v.dtype), levels.hi.astype(v.dtype))
 
     def _of_rows(self, x):
         axes = self.layout.row_axes(x.ndim)

@@ -160,7 +160,7 @@ def _merges(x) -> bool:
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "split", "laned"))
-def _gram(layout, x, xq, weights, picked, merges, at_once, split, laned=(False, False)):
+def _gram(layout, x, xq, weights, picked, merges, at_once, split=None, laned=(False, False)):
     """The Gram of one batch; `laned` are xq and picked."""
     one = lambda xq, picked: _gram_of_one(layout, x, xq, weights, picked, merges, at_once, split)
     return over_lanes(one, (xq, picked), laned)

@@ -8,6 +8,9 @@ All convolutions are unfolded over all their input channels at their own stride,
 GPFQ22 (a random part of non-overlapping patches) did not yet do.
 """
 
+import re
+from collections.abc import Mapping
+
 from ..matrix import (
     GPFQ,
     MSQ,
@@ -18,14 +21,17 @@ from ..matrix import (
     MagR,
     MalySaab,
     MeanDiagonal,
+    Method,
     Natural,
     Qronos,
     TopEigenvalue,
 )
 from ..scalar import (
     AbsMax,
+    Accumulator,
     Asymmetric,
     Binary,
+    EPInit,
     Equispaced,
     Grid,
     HardThreshold,
@@ -39,6 +45,8 @@ from ..scalar import (
     SoftThreshold,
     Stochastic,
     Symmetric,
+    Ternary,
+    datatype_bits,
 )
 from ..scalar.grid import Number
 from .rules import Rule
@@ -133,6 +141,59 @@ def qronos(
     how = {} if magr is None else {"prepare": MagR(magr)}
     method = Qronos(exact=True, damping=TopEigenvalue(damping))
     return _plain(pattern, grid=Asymmetric(bits), scale=AbsMax(beta), method=method, order=Descending(), **how)
+
+
+def axe(
+    bits: Number = 4,
+    activation_bits: Number = 8,
+    P: Number = 16,
+    tile: int | None = 128,
+    *,
+    method: Method | None = None,
+    pattern: str = ".*",
+) -> list[Rule]:
+    """AXE (Colbert, Franco, Grob, Zhang, Saab 2024): GPFQ, or another method, whose sums over tiles fit P bits.
+
+    The largest weight of each neuron on the top level, largest inputs first. A rule of bits, activation_bits and accumulator
+    alone is what we recommend: it chooses steps with the accumulator in view.
+    """
+    grid = Integer(bits, narrow=True)
+    how = {"activation_bits": activation_bits, "accumulator": Accumulator(P, tile), "method": method or GPFQ()}
+    return _plain(pattern, grid=grid, scale=AbsMax(), order=Descending(), **how)
+
+
+def ep_init(
+    bits: Number = 4, activation_bits: Number = 8, P: Number = 16, tile: int | None = 128, *, pattern: str = ".*"
+) -> list[Rule]:
+    """Weights of each neuron projected on the l1 ball that fits the accumulator, then rounded towards zero (A2Q+)."""
+    how = {"activation_bits": activation_bits, "accumulator": EPInit(P, tile), "method": MSQ(), "order": Natural()}
+    return _plain(pattern, grid=Integer(bits, narrow=True), scale=AbsMax(), **how)
+
+
+def fewer_bits(
+    sizes: Mapping[str, int], P: int, tile: int | None = None, bits: int = 4, activation_bits: int = 8, **settings
+) -> list[Rule]:
+    """Naive: each kernel the widths of weights and activations whose products fit the accumulator whatever the codes.
+
+    Of all pairs that fit, the one of most bits together; of equal ones the one with more for the weights.
+
+    Args:
+        sizes: inputs of each kernel by path, as the lines of a `jpfq.Plan` have them: {line.path: line.dims[1]}.
+        P, tile: bits of the accumulator, and how many inputs it sums (None for all).
+        bits, activation_bits: at most.
+        **settings: of the rules besides.
+    """
+    rules = []
+    for path, n in sizes.items():
+        size = n if tile is None else min(n, tile)
+        grids = {b: Ternary() if b == 2 else Integer(b, narrow=True) for b in range(2, bits + 1)}
+        pairs = [(b, a) for b in grids for a in range(1, activation_bits + 1)]
+        fitting = [(b, a) for b, a in pairs if datatype_bits(size, grids[b], Asymmetric(a)) <= P]
+        if not fitting:
+            raise ValueError(f"{path}: {size} products of ternary weights with one-bit inputs need more than {P} bits.")
+        b, a = max(fitting, key=lambda pair: (sum(pair), pair))
+        rules.append(Rule(re.escape(path), grid=grids[b], activation_bits=a, **settings))
+    return rules
 
 
 def _plain(pattern, **settings) -> list[Rule]:

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 
 from ..matrix import Devices, Info, QTensor
 from ..matrix.gram import is_traced
+from ..scalar import Guard, datatype_bits
 from .activation import Activations, Rounded
 from .apply import run
-from .batches import Shaped, read_batches
+from .batches import Shaped, read_batches, shapes_of
 from .bias import find_biases
 from .curvature import curvatures
 from .functional import Functional, flatten, from_function
 from .hosts import check_hosts, leaves_of, spans_hosts
+from .integer import Integers, Overflow
 from .linen import from_linen, is_linen
 from .mesh import automatic, check_runs, context, devices_of
 from .nnx import from_nnx, is_nnx
@@ -53,6 +55,7 @@ class Quantized:
     _functional: Functional  # with the quantized leaves
     _model: Any = None
     _variables: Any = None
+    _shapes: Any = None  # of a batch
 
     @property
     def model(self) -> Any:
@@ -79,6 +82,25 @@ class Quantized:
     @functools.cached_property
     def _run(self):
         return jax.jit(functools.partial(run, dataclasses.replace(self._functional, leaves=())))
+
+    def apply_integer(self, batch: Any, *, accumulator: Guard | None = None, overflow: Overflow = "wrap") -> Any:
+        """`apply` with the products of kernels whose inputs are quantized made of integers, scales applied afterwards.
+
+        Args:
+            batch: as for `apply`.
+            accumulator: bits and tile of the signed integers that hold sums, such as `jpfq.Accumulator(16, tile=64)`, which
+                need not be what the weights were made for; left out, 32 bits over all inputs.
+            overflow: what becomes of a sum that does not fit: "wrap", or "saturate" at every sum on the way, inputs in the
+                order of the kernel.
+        """
+        if accumulator is not None and not isinstance(accumulator, Guard):
+            raise ValueError(f"accumulator is such as jpfq.Accumulator(16, tile=64); got {accumulator!r}.")
+        bits, tile = (32, None) if accumulator is None else (accumulator.bits, accumulator.tile)
+        return self._integers(batch, bits, tile, overflow)
+
+    @functools.cached_property
+    def _integers(self):
+        return Integers(self._functional, self.tensors, self.inputs)
 
     @property
     def tunable(self) -> Any:
@@ -132,6 +154,8 @@ class Quantized:
             rows.append((path, shape, str(tensor.grid), *bits, *shares, str(int(info.dead))))
         head = ("kernel", "shape", "grid", "bits", "entropy", "error", "saturated", "zeros", "dead inputs")
         lines = [table(head, rows)]
+        if any(info.reach is not None for info in self.info.values()):
+            lines.append(self._accumulators())
         if self.skipped:
             lines.append(table(("left as it is", "because"), list(self.skipped.items())))
         if self.inputs or self.biases:
@@ -145,6 +169,18 @@ class Quantized:
             f"Peak of live activations: {self.peak_bytes:,} bytes."
         )
         return "\n\n".join(lines)
+
+    def _accumulators(self):
+        """A table of the kernels whose sums are bounded: asked for, needed, and what their types alone would need."""
+        rows = []
+        for path, info in self.info.items():
+            if info.reach is not None:
+                sums, (B, _, out, _) = info.reach.sums, info.reach.ends.shape
+                size = sums.size(self.tensors[path].codes.size // (B * out))
+                types = datatype_bits(size, self.tensors[path].grid, (int(sums.lo), int(sums.hi)))
+                widths = (int(sums.bits), size, info.reach.bits, types, info.reach.outer_bits)
+                rows.append((path, *map(str, widths), f"{int(info.reach.ends.max()):,}"))
+        return table(("sums of", "bits", "tile", "needed", "of any codes", "outer bits", "largest sum"), rows)
 
 
 def quantize(
@@ -213,12 +249,12 @@ def quantize(
         streams = streams_of(
             placed, analyses, shaped, groups, offload=offload, rebases=rebases, keeps=fresh is not None
         )
-        shapes = [x.shape for x in shaped[0].leaves[0]]
+        shapes, example = [x.shape for x in shaped[0].leaves[0]], shapes_of(shaped[0].example)
         del shaped  # the streams let inputs go once they are used
         with progress_bar(len(first.sites), progress) as report:
             block, refresh = block_of if rebases else None, _refresh(fresh, shapes, offload) if fresh else None
             (walked,), peak = walk(streams, [making], report, block, refresh, devices)
-        return assemble(functional, walked, first.assignment.skipped, peak)
+        return assemble(functional, walked, first.assignment.skipped, peak, example)
 
 
 def place(
@@ -267,8 +303,8 @@ def streams_of(functional: Functional, analyses, shaped: Sequence[Shaped], group
     ]
 
 
-def assemble(functional: Functional, walked: Walked, skipped: dict[str, str], peak: int) -> Quantized:
-    """The result of a walk. Pure in the arrays of `walked`."""
+def assemble(functional: Functional, walked: Walked, skipped: dict[str, str], peak: int, example: Any) -> Quantized:
+    """The result of a walk over batches of the shapes of `example`. Pure in the arrays of `walked`."""
     leaves = list(functional.leaves)
     for index, path in enumerate(functional.paths):
         if functional.trainable[index]:
@@ -289,6 +325,7 @@ def assemble(functional: Functional, walked: Walked, skipped: dict[str, str], pe
         dataclasses.replace(functional, leaves=tuple(leaves)),
         rebuilt.get("model"),
         rebuilt.get("variables"),
+        example,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from ..matrix import Finish, Form, Hadamard, Method, Order, Prepare, Recipe, Shrinkage, recipe_of
 from ..matrix.patches import Patches
-from ..scalar import Asymmetric, Grid, PerTensor, Rounding, Scale, register_dataclass
+from ..scalar import Asymmetric, Grid, Guard, PerTensor, Rounding, Scale, register_dataclass
 from ..scalar.grid import Number
 from .activation import Activations
 from .curvature import Coupling
@@ -30,6 +30,8 @@ class Rule:
         finish, shrinkage: likewise; None for none.
         activation_bits: short for `activations=Activations(Asymmetric(activation_bits))`.
         activations: how the layer's input is quantized while the network runs; left out, it is not.
+        accumulator: which integer sums must never overflow, such as `jpfq.Accumulator(16, tile=64)`; it takes quantized
+            activations. Left out, sums are of any size.
         patches: which windows of a convolution it is calibrated on: `jpfq.patches.All()`, the default,
             `NonOverlapping()` or `Random(share)`.
         correct_bias: whether the mean error of the layer's output goes into the bias that follows it, where it has one
@@ -57,6 +59,7 @@ class Rule:
     block: int | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
     activation_bits: Number | None = dataclasses.field(default=None, kw_only=True)
     activations: Activations | None = dataclasses.field(default=None, kw_only=True)
+    accumulator: Guard | None = dataclasses.field(default=None, kw_only=True)
     patches: Patches | None = dataclasses.field(default=None, kw_only=True)
     correct_bias: bool = dataclasses.field(default=False, kw_only=True, metadata=_static)
     coupling: Coupling | None = dataclasses.field(default=None, kw_only=True)
@@ -95,6 +98,9 @@ class Rule:
         settings = self._settings()
         if self.coupling is not None:
             settings["form"] = "gram" if settings.get("form", "auto") == "auto" else settings["form"]
+        activations = self.inputs()
+        if self.accumulator is not None and activations is not None:
+            settings["inputs"] = activations.grid
         recipe = recipe_of(settings.pop("bits", None), settings.pop("grid", None), **settings)
         if self.coupling is not None and (recipe.needs_rows or isinstance(recipe.scale.per, PerTensor)):
             needs = recipe.scale if isinstance(recipe.scale.per, PerTensor) else "what works on the calibration rows"
@@ -116,7 +122,8 @@ class Rule:
         return given | ({"correct_bias": True} if self.correct_bias else {})
 
     def _settings(self):
-        names = ("bits", "grid", "scale", "rotation", "order", "prepare", "method", "rounding", "form", "block")
+        names = ("bits", "grid", "scale", "rotation", "order", "prepare", "method", "rounding", "accumulator")
+        names = (*names, "form", "block")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         chosen = {name: getattr(self, name) for name in ("finish", "shrinkage")}  # None is a choice
         return given | {name: value for name, value in chosen.items() if value != "recommended"}

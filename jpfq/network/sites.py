@@ -45,13 +45,19 @@ class Chain:
         scaled: whether constant factors on the way are divided out, as for values, or left alone, as for codes.
         """
 
-        def structure(leaf):
-            for eqn, position in self.steps:
-                leaf = leaf if eqn.primitive.name in CASTS | FACTORS else self._step(eqn, leaf)[position]
-            return leaf
+        (leaf,) = jax.linear_transpose(self.arrange, jax.ShapeDtypeStruct(shape, operand.dtype))(operand)
+        return leaf / self.factor if scaled else leaf
 
-        (leaf,) = jax.linear_transpose(structure, jax.ShapeDtypeStruct(shape, operand.dtype))(operand)
-        return leaf / math.prod(factor(eqn) or 1.0 for eqn, _ in self.steps) if scaled else leaf
+    def arrange(self, leaf: jax.Array) -> jax.Array:
+        """The operand's entries, of a parameter that holds something else than values, such as codes."""
+        for eqn, position in self.steps:
+            leaf = leaf if eqn.primitive.name in CASTS | FACTORS else self._step(eqn, leaf)[position]
+        return leaf
+
+    @property
+    def factor(self) -> float:
+        """What values are multiplied by on the way."""
+        return math.prod(factor(eqn) or 1.0 for eqn, _ in self.steps)
 
     @staticmethod
     def _step(eqn, leaf):

@@ -1,5 +1,15 @@
 """A number and its alphabet: grids, scales, roundings. Knows JAX and NumPy only."""
 
+from .accumulator import AXE as AXE
+from .accumulator import Accumulator as Accumulator
+from .accumulator import Bounded as Bounded
+from .accumulator import EPInit as EPInit
+from .accumulator import Fit as Fit
+from .accumulator import Guard as Guard
+from .accumulator import Reach as Reach
+from .accumulator import datatype_bits as datatype_bits
+from .accumulator import input_codes as input_codes
+from .accumulator import width_of as width_of
 from .grid import Alphabet as Alphabet
 from .grid import Asymmetric as Asymmetric
 from .grid import Binary as Binary

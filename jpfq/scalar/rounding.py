@@ -12,6 +12,7 @@ A rounding keeps a carry from one input coordinate of a neuron to the next, so t
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -41,9 +42,29 @@ class Rounding(abc.ABC):
         """The carry before the first coordinate."""
         return ()
 
+    def meet(self, W: jax.Array, order: jax.Array) -> tuple[Any, Callable[[Levels], Any]]:
+        """What it starts from and is told, for weights W (in, out) in the order of the recursion.
+
+        Returns the carry of every neuron (out, ..), None for `init()`; and a function from the levels of all weights to the
+        tree of arrays (in, out) or (in,) of which each coordinate sees its own entries.
+        """
+        del W, order
+        return None, lambda levels: ()
+
+    def keep(
+        self, codes: jax.Array, levels: Levels, order: jax.Array, rounding: "Rounding", carry: Any, given: Any
+    ) -> tuple["Rounding", Any, Any]:
+        """A rounding for a pass over `codes`, its carry and what it is told, made to keep what this one promises."""
+        del codes, levels, order
+        return rounding, carry, given
+
     @abc.abstractmethod
     def __call__(self, carry: Any, a: jax.Array, here: Here) -> tuple[Any, jax.Array]:
         """Rounds the argument `a` of one coordinate (a scalar) to a code; returns the new carry and the code."""
+
+    def shift(self, carry: Any) -> jax.Array | None:
+        """What is fed back beyond the value of the code just made, by the carry after it; None for nothing."""
+        del carry
 
     @abc.abstractmethod
     def error(self, levels: Levels) -> jax.Array:

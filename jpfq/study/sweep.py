@@ -21,7 +21,7 @@ import numpy as np
 from ..matrix import code_dtype
 from ..matrix.each import lane, over_lanes, stack
 from ..network import Quantized, Rule
-from ..network.batches import Shaped
+from ..network.batches import Shaped, shapes_of
 from ..network.functional import Functional
 from ..network.mesh import context
 from ..network.plan import plan_of
@@ -137,6 +137,7 @@ class Sweep:
     _settings: list[_Setting]
     _chunks: list[_Chunk]
     _functional: Functional
+    _example: Any  # shapes of a batch
 
     def __len__(self):
         return len(self.records)
@@ -147,7 +148,7 @@ class Sweep:
         chunk = next(chunk for chunk in self._chunks if number in chunk.numbers)
         own = self._settings[number].first.assignment
         walked = _lane_of(chunk.walked, chunk.numbers.index(number), own)
-        return assemble(self._functional, walked, own.skipped, chunk.peak)
+        return assemble(self._functional, walked, own.skipped, chunk.peak, self._example)
 
     @property
     def front(self) -> list[int]:
@@ -246,13 +247,14 @@ def sweep(
         with progress_bar(sum(len(s.first.sites) for s in settings), progress) as report:
             for numbers in walks:
                 chunks += _walk(placed, shaped, settings, numbers, lanes, offload, report, devices)
-        losses = {} if evaluate is None else _losses(functional, settings, chunks, evaluate)
+        example = shapes_of(shaped[0].example)
+        losses = {} if evaluate is None else _losses(functional, settings, chunks, evaluate, example)
     records: list = [None] * len(settings)
     for chunk in chunks:
         shaped_tensors = jax.eval_shape(lambda tensors: lane(tensors, 0), chunk.walked.tensors)
         for where, number in enumerate(chunk.numbers):
             records[number] = _record(settings[number], chunk, where, shaped_tensors, losses.get(number))
-    return Sweep(records, settings, chunks, functional)
+    return Sweep(records, settings, chunks, functional, example)
 
 
 def _settings(functional, shaped, space, key, strict) -> list[_Setting]:
@@ -315,14 +317,14 @@ def _making(functional, shaped, settings, part, groups) -> Making:
     return Making(recipes, activations, keys, stack(couplings), tuple(_words(s.point) for s in mine))
 
 
-def _losses(functional, settings, chunks, evaluate) -> dict[int, float]:
+def _losses(functional, settings, chunks, evaluate, example) -> dict[int, float]:
     """By number of the setting, what `evaluate` says."""
 
     @functools.partial(jax.jit, static_argnames=("skipped", "peak"))  # chunks that are alike share one program
     def scores(walked, leaves, skipped, peak):
         def one(walked):
             own = dataclasses.replace(functional, leaves=leaves)
-            loss = jnp.asarray(evaluate(assemble(own, walked, dict(skipped), peak)))
+            loss = jnp.asarray(evaluate(assemble(own, walked, dict(skipped), peak, example)))
             if loss.ndim or not jnp.issubdtype(loss.dtype, jnp.number):
                 raise ValueError(f"evaluate returns one number for a network; got shape {loss.shape}, {loss.dtype}.")
             return loss.astype(float)

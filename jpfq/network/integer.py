@@ -1,0 +1,208 @@
+"""The quantized network in integers: codes times codes, summed in accumulators of P bits, scales applied afterwards.
+
+At a site whose inputs are quantized the inputs' codes x and the weights' k are integers. Over each tile of inputs k x is
+summed in int32, and what a signed accumulator of P bits would hold of the sum is emulated exactly:
+
+    wrap       the sum modulo 2^P, which no order of summation changes
+    saturate   every sum on the way clipped to [-2^(P-1), 2^(P-1) - 1], inputs in the order of the kernel's rows
+
+Tiles are added exactly (in int32; where groups have steps of their own, scaled). The zero point z of the inputs is taken off
+last: its sum z sum_i k_i is known beforehand. Everything between sites is as in `Quantized.apply`.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..matrix import QTensor
+from ..matrix.gram import at_least_float32
+from .activation import Rounded
+from .compat import bind
+from .functional import Functional
+from .program import Program, evaluate, trace
+from .sites import Site, find_sites
+
+Overflow = Literal["wrap", "saturate"]
+
+
+class Weights(NamedTuple):
+    """A site's weights: integer codes about 0 (B, in, out), and their steps, likewise, or (B, 1, out) where rows agree."""
+
+    codes: jax.Array
+    step: jax.Array
+
+
+class IntegerSite(NamedTuple):
+    """A site whose inputs are quantized."""
+
+    site: Site
+    path: str
+    rounded: Rounded
+    weights: Weights
+
+    @property
+    def inputs(self) -> tuple[int, int]:
+        """The least and the largest input code."""
+        lo, hi, *_ = self.rounded.settings.grid.alphabet()
+        return int(lo), int(hi)
+
+
+def integer_sites(
+    functional: Functional, tensors: dict[str, QTensor], inputs: dict[str, list[Rounded]], shapes: Any
+) -> tuple[Program, list[IntegerSite]]:
+    """The program for a shape of batch, and its sites whose inputs are quantized, in the order of execution."""
+    program = trace(functional.fn, functional.paths, functional.leaves, shapes)
+    uses: collections.Counter = collections.Counter()
+    found = []
+    for site in sorted(find_sites(program)[0], key=lambda site: site.index):
+        if site.path in inputs:
+            rounded = inputs[site.path][uses[site.path]]
+            uses[site.path] += 1
+            found.append(IntegerSite(site, site.path, rounded, _weights(site, tensors[site.path])))
+    return program, found
+
+
+def _weights(site: Site, tensor: QTensor) -> Weights:
+    zero = np.asarray(tensor.zero)
+    if tensor.grid.alphabet().zero is None or (zero != np.round(zero)).any() or tensor.rotated is not None:
+        why = "are rotated" if tensor.rotated else f"on {tensor.grid} have a zero point"
+        raise ValueError(
+            f"The weights of {site.path} {why}, so that sums of their codes are not its products: quantize them on a grid "
+            "about 0, such as jpfq.Integer(4), and without a rotation."
+        )
+    spread = lambda x: np.kron(x, np.ones([a // b for a, b in zip(tensor.shape, x.shape, strict=True)], x.dtype))
+    codes = np.asarray(tensor.codes, np.int32) - spread(zero.astype(np.int32))
+    matrices = lambda x: site.layout.matrices(site.chain.arrange(jnp.asarray(x)))
+    step = matrices(spread(np.asarray(tensor.step, np.float32)) * np.float32(site.chain.factor))
+    return Weights(matrices(codes), step[:, :1] if bool(jnp.all(step == step[:, :1])) else step)
+
+
+def compiled(program: Program, sites: Sequence[IntegerSite], tile: int | None, overflow: Overflow) -> Callable:
+    """The network as a compiled function of the parameters, the sites' inputs and weights, P and the leaves of a batch."""
+    for at in sites:
+        _refuse(at, tile)
+    known = {at.site.index: (number, at.site) for number, at in enumerate(sites)}
+
+    def run(leaves, rounded, weights, bits, batch):
+        def visit(index, eqn, values):
+            if index not in known:
+                return bind(eqn, values)
+            number, site = known[index]
+            (x,) = (x for v, x in zip(eqn.invars, values, strict=True) if v is site.data)
+            y = _product(site, rounded[number], weights[number], at_least_float32(x), bits, tile, overflow)
+            return [y.astype(eqn.outvars[0].aval.dtype)]
+
+        return program.tree.unflatten(evaluate(program, leaves, batch, visit))
+
+    return jax.jit(run)
+
+
+def _refuse(at: IntegerSite, tile):
+    grid, n = at.rounded.settings.grid, at.weights.codes.shape[1]
+    zero = grid.alphabet().zero
+    if zero is not None and zero != int(zero):
+        raise ValueError(f"{at.path}: 0 is no level of its inputs' grid {grid}, so that padding has no code.")
+    size = n if tile is None else min(tile, n)
+    starts = np.asarray(at.weights.step)
+    if starts.shape[1] > 1 and any((starts[:, t : t + size] != starts[:, t : t + 1]).any() for t in range(0, n, size)):
+        raise ValueError(
+            f"{at.path}: a sum over {size} inputs runs over weights of several steps: take a smaller tile."
+        )
+
+
+def _product(site, rounded, weights, x, bits, tile, overflow):
+    """The product of the site, from float inputs."""
+    layout, levels = site.layout, rounded.at(x)
+    of_rows = lambda y: (
+        y.reshape(()) if y.size == 1 else layout.rows(jnp.broadcast_to(y, x.shape)).max(-1, keepdims=True)
+    )
+    step, zero = of_rows(levels.step), of_rows(levels.zero).astype(jnp.int32)
+    about = (levels.encode(x) - levels.zero).astype(jnp.int32)  # padding is 0 here
+    codes = layout.rows(about) + zero  # (B, *rows, in)
+    B, n, out = weights.codes.shape
+    size = n if tile is None else min(tile, n)
+    more = -n % size
+    rows = codes.shape[1:-1]
+    cut = lambda y, axis: jnp.pad(y, [(0, more if i == axis else 0) for i in range(y.ndim)])
+    tiles = jnp.moveaxis(cut(codes.reshape(B, -1, n), 2).reshape(B, -1, (n + more) // size, size), 2, 0)
+    kernel = jnp.moveaxis(cut(weights.codes, 1).reshape(B, -1, size, out), 1, 0)
+    scale = weights.step if weights.step.shape[1] == 1 else cut(weights.step, 1)[:, ::size]
+    shared = scale.shape[1] == 1
+    summed = _wrapped if overflow == "wrap" else _saturated
+
+    def visit(total, here):
+        x, k, s = here
+        part = summed(x, k, bits)
+        return total + (part if shared else s[:, None] * part.astype(s.dtype)), None
+
+    empty = jnp.zeros((B, tiles.shape[2], out), jnp.int32 if shared else scale.dtype)
+    steps = jnp.broadcast_to(jnp.moveaxis(scale, 1, 0), (len(tiles), B, out))
+    total, _ = lax.scan(visit, empty, (tiles, kernel, steps))
+    known = weights.codes.sum(1) if shared else jnp.sum(steps * kernel.sum(2).astype(steps.dtype), 0)
+    total = total.reshape(B, *rows, out)
+    known = jnp.expand_dims(known, range(1, 1 + len(rows)))
+    if shared:
+        y = jnp.expand_dims(scale[:, 0], range(1, 1 + len(rows))) * (total - zero * known).astype(step.dtype)
+    else:
+        y = total - zero.astype(step.dtype) * known
+    return layout.product(step * y, x.shape)
+
+
+def _wrapped(x, k, bits):
+    """Sums x (B, rows, T) k (B, T, out) modulo 2^P, about 0. int32 itself wraps at 2^32, which changes nothing."""
+    total = lax.dot_general(x, k, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.int32)
+    unused = 32 - bits
+    return jnp.right_shift(jnp.left_shift(total, unused), unused)
+
+
+def _saturated(x, k, bits):
+    """The same sums, one input after the other, each on the way clipped to P bits."""
+    hi = jnp.right_shift(jnp.int32(2**31 - 1), 32 - bits)
+    lo = -hi - 1
+
+    def visit(total, here):
+        x, k = here  # (B, rows), (B, out)
+        term = x[:, :, None] * k[:, None]
+        new = total + term
+        beyond = (total ^ new) & (term ^ new) < 0  # of int32 itself
+        new = jnp.where(beyond, jnp.where(term < 0, lo, hi), new)
+        return jnp.clip(new, lo, hi), None
+
+    start = jnp.zeros((*x.shape[:2], k.shape[2]), jnp.int32)
+    return lax.scan(visit, start, (jnp.moveaxis(x, 2, 0), jnp.moveaxis(k, 1, 0)))[0]
+
+
+@dataclasses.dataclass
+class Integers:
+    """The integer networks of one quantized model, compiled once for each shape of batch, tile and kind of overflow."""
+
+    functional: Functional
+    tensors: dict[str, QTensor]
+    inputs: dict[str, list[Rounded]]
+
+    def __post_init__(self):
+        self.known: dict = {}
+
+    def __call__(self, batch: Any, bits: Any, tile: int | None, overflow: Overflow) -> Any:
+        """The outputs for a batch."""
+        if overflow not in ("wrap", "saturate"):
+            raise ValueError(f"overflow is 'wrap' or 'saturate'; got {overflow!r}.")
+        if not self.inputs:
+            raise ValueError(
+                "No kernel has quantized inputs, so nothing runs in integers: give a rule activation_bits=8."
+            )
+        leaves, structure = jax.tree.flatten(batch)
+        shapes = [jax.typeof(jnp.asarray(x)) for x in leaves]
+        key = structure, tuple((x.shape, x.dtype) for x in shapes), tile, overflow
+        if key not in self.known:
+            program, sites = integer_sites(self.functional, self.tensors, self.inputs, structure.unflatten(shapes))
+            run = compiled(program, sites, tile, overflow)
+            self.known[key] = run, [at.rounded for at in sites], [at.weights for at in sites]
+        run, rounded, weights = self.known[key]
+        return run(self.functional.leaves, rounded, weights, jnp.asarray(bits, jnp.int32), leaves)

@@ -1,0 +1,494 @@
+"""Accumulators: weights whose integer dot products fit P bits for every input there can be (AXE, arXiv 2409.17092).
+
+Inputs are integer codes mu <= x <= nu with mu <= 0 <= nu, weights integer codes k. Over a tile of inputs the sum of k x is
+largest where each x is nu or mu by the sign of k. With p the sum of the positive codes and g that of the negative ones,
+
+    largest sum  nu p + mu g,     least sum  mu p + nu g,     both to lie within  +-(2^(P-1) - 1)
+
+What is left of the two is the tile's room. `AXE` is a rounding that keeps it: at each coordinate the grid is narrowed to
+the codes that fit the room, another rounding picks one of them, and the room shrinks by what that code may add. 0 always
+fits. Since any input may be 0, no sum on the way is larger, whatever the order of summation.
+
+The tile of a coordinate is its original index // T. A zero point of the inputs folds into the bias: z sum k is a constant.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .grid import Grid, Levels, Number, is_number
+from .pytree import register_dataclass
+from .rounding import Rounding, _Threshold
+from .scale import Per, Scale
+
+MAX_WIDTH = 32
+Feedback = Literal["argument", "shrunk"]
+_static = {"static": True}
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Which sums are bounded, and by what: over tiles of inputs, by 2^(P-1) - 1. `tile` None is one sum over all inputs."""
+
+    bits: Number
+    lo: Number  # mu, the least input code
+    hi: Number  # nu, the largest
+    tile: int | None = dataclasses.field(metadata=_static)
+
+    @property
+    def capacity(self) -> jax.Array:
+        """2^(P-1) - 1, as int32."""
+        return jnp.right_shift(jnp.int32(2**31 - 1), 32 - _int(self.bits))
+
+    def size(self, n: int) -> int:
+        """Inputs in a tile, of n."""
+        return n if self.tile is None else min(self.tile, n)
+
+    def tiles(self, n: int) -> int:
+        """Tiles of n inputs, the last perhaps not full."""
+        return -(-n // self.size(n))
+
+    def spent(self, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What integer codes may add to the largest sum, and take from the least."""
+        up, down = jnp.maximum(k, 0), jnp.maximum(-k, 0)
+        nu, mu = _int(self.hi), -_int(self.lo)
+        return nu * up + mu * down, mu * up + nu * down
+
+    def limits(self, above: jax.Array, below: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """The least and the largest code that fit the room, as floats."""
+        nu, mu = _int(self.hi), -_int(self.lo)
+        most = jnp.minimum(_quotient(above, nu), _quotient(below, mu))
+        least = jnp.minimum(_quotient(below, nu), _quotient(above, mu))
+        return -least.astype(dtype), most.astype(dtype)
+
+    def of_codes(self, k: jax.Array, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`spent` of each tile (tiles, out), for integer codes (in, out) in the order of the recursion."""
+        n = k.shape[0]
+        over = lambda x: jax.ops.segment_sum(x, order // self.size(n), self.tiles(n))
+        above, below = self.spent(k)
+        return over(above), over(below)
+
+    def split(self, W: jax.Array, order: jax.Array) -> jax.Array:
+        """Weights in the order of the recursion as (tiles, T, out) in their own; what is missing in the last tile is 0."""
+        n, out = W.shape
+        tiles, size = self.tiles(n), self.size(n)
+        return jnp.zeros((tiles * size, out), W.dtype).at[order].set(W).reshape(tiles, size, out)
+
+    def step_of(self, levels: Levels, order: jax.Array) -> jax.Array:
+        """The step of each tile (tiles, out), from those of all weights in the order of the recursion."""
+        return self.split(levels.step, order)[:, 0]
+
+
+class Told(NamedTuple):
+    """What AXE is told of a coordinate."""
+
+    tile: jax.Array
+    after: jax.Array  # the tile of the next coordinate
+    threshold: jax.Array | None  # in units of the weights; None where nothing is shrunk
+    now: (
+        tuple[jax.Array, jax.Array] | None
+    )  # integer codes to be replaced, here and at the next coordinate; None for none
+    then: Any  # what the rounding within is told
+
+
+class Kept(NamedTuple):
+    """What AXE carries, for one neuron.
+
+    The limits are made at the coordinate before, once its code is known: what is carried XLA computes once, and not again
+    for each value that depends on it; and rooms are written before they are read, which it does in place.
+    """
+
+    above: jax.Array  # (tiles,) int32: what may still be added to the largest sum
+    below: jax.Array  # (tiles,) likewise what may be taken from the least
+    least: jax.Array  # the least code that fits, about 0
+    most: jax.Array
+    inner: Any  # what the rounding within carries
+    shift: jax.Array | None  # what is fed back beyond the last value
+
+
+class Bounded(Rounding):
+    """A rounding whose codes keep sums within bounds."""
+
+    sums: Sums
+
+    def reach(self, codes: jax.Array, levels: Levels, order: jax.Array) -> jax.Array:
+        """The largest sum of each tile over all inputs, and less the least one (tiles, out, 2), of codes (in, out)."""
+        return jnp.stack(self.sums.of_codes(_whole(codes - levels.zero), order), -1)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AXE(Bounded):
+    """Shrink by the tile's threshold, then round by `then` to a code that fits the tile's room.
+
+    soft: whether arguments are shrunk by the threshold of the projection of their tile's weights, less their mean, on the
+        l1 ball of radius (2^P - 2) / (nu - mu) in units of the step, chosen before the recursion.
+    feedback: what goes on to later coordinates: the error of the argument, or of the shrunk and clipped one.
+    """
+
+    then: Rounding
+    sums: Sums
+    soft: bool = dataclasses.field(default=True, metadata=_static)
+    feedback: Feedback = dataclasses.field(default="argument", metadata=_static)
+
+    @property
+    def random(self) -> bool:  # type: ignore[override]
+        return self.then.random
+
+    @property
+    def sparse(self) -> bool:  # type: ignore[override]
+        return self.then.sparse
+
+    def meet(self, W, order):
+        n, out = W.shape
+        room = jnp.broadcast_to(self.sums.capacity, (out, self.sums.tiles(n)))
+        inner, inner_told = self.then.meet(W, order)
+        least, most = self.sums.limits(room[:, 0], room[:, 0], W.dtype)
+        shift = jnp.zeros(out, W.dtype) if self._shifts else None
+        carry = Kept(room, room, least, most, started(self.then, inner, out), shift)
+        tile = order // self.sums.size(n)
+        theta = self._thresholds(W, order) if self.soft else None
+
+        def told(levels):
+            threshold = None if theta is None else theta(self.sums.step_of(levels, order))[tile]
+            return Told(tile, _after(tile), threshold, None, inner_told(levels))
+
+        return carry, told
+
+    def keep(self, codes, levels, order, rounding, carry, given):
+        k = _whole(codes - levels.zero)
+        above, below = (self.sums.capacity - x.T for x in self.sums.of_codes(k, order))
+        tile, out = order // self.sums.size(codes.shape[0]), codes.shape[1]
+        freed = self.sums.spent(k[0])
+        least, most = self.sums.limits(above[:, tile[0]] + freed[0], below[:, tile[0]] + freed[1], codes.dtype)
+        then = rounding.then if isinstance(rounding, AXE) else rounding
+        start = Kept(above, below, least, most, started(then, carry, out), None)
+        told = Told(tile, _after(tile), None, (k, _after(k)), given)
+        return dataclasses.replace(self, then=then, feedback="argument"), start, told
+
+    def __call__(self, carry, a, here):
+        levels, told = here.levels, here.given
+        least, most = levels.zero + carry.least, levels.zero + carry.most
+        narrow = dataclasses.replace(levels, lo=jnp.maximum(levels.lo, least), hi=jnp.minimum(levels.hi, most))
+        meant = a if told.threshold is None else jnp.sign(a) * jnp.maximum(jnp.abs(a) - told.threshold, 0)
+        inner, code = self.then(carry.inner, meant, here._replace(levels=narrow, given=told.then))
+        shift = a - jnp.clip(meant, levels.decode(least), levels.decode(most)) if self._shifts else None
+
+        up, down = self.sums.spent(_whole(code - levels.zero))
+        if told.now is not None:
+            up, down = (x - y for x, y in zip((up, down), self.sums.spent(told.now[0]), strict=True))
+        above, below = _take(carry.above, told.tile, up), _take(carry.below, told.tile, down)
+        left, right = (x.at[told.after].get(mode="promise_in_bounds") for x in (above, below))
+        if told.now is not None:
+            left, right = (x + y for x, y in zip((left, right), self.sums.spent(told.now[1]), strict=True))
+        least, most = self.sums.limits(left, right, a.dtype)
+        return Kept(above, below, least, most, inner, shift), code
+
+    def shift(self, carry):
+        return carry.shift
+
+    def error(self, levels):
+        return levels.step * (levels.hi - levels.lo)
+
+    @property
+    def settled(self):
+        then = self.then.settled
+        return None if then is None else dataclasses.replace(self, then=then, feedback="argument")
+
+    @property
+    def _shifts(self):
+        return self.feedback == "shrunk"
+
+    def _thresholds(self, W, order) -> Callable[[jax.Array], jax.Array]:
+        """The threshold of each tile (tiles, out) as a function of its step: that of the projection on an l1 ball.
+
+        As in Brevitas, the zeros that fill up the last tile count as weights.
+        """
+        tiles = self.sums.split(W, order)
+        centred = jnp.abs(tiles - tiles.mean(1, keepdims=True))
+        width = (_int(self.sums.hi) - _int(self.sums.lo)).astype(W.dtype)
+        radius = 2 * self.sums.capacity.astype(W.dtype) / width
+        return lambda step: _l1_threshold(centred, radius * step)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ToZero(Bounded):
+    """EP-init: the weights of each tile projected on the l1 ball that keeps sums within bounds, then rounded towards zero.
+
+    Inputs of one sign bound positive and negative codes apart: each part is projected by itself.
+    """
+
+    sums: Sums
+
+    def meet(self, W, order):
+        own = self.sums.split(W, order)
+        parts = jnp.maximum(own, 0), jnp.maximum(-own, 0), jnp.abs(own)
+        tile, positive = order // self.sums.size(W.shape[0]), W > 0
+        capacity = self.sums.capacity.astype(W.dtype) * (1 - 1e-5)  # of the room for rounding errors in float32
+        magnitude = jnp.maximum(_int(self.sums.hi), -_int(self.sums.lo)).astype(W.dtype)
+        both = (_int(self.sums.lo) < 0) & (_int(self.sums.hi) > 0)
+
+        def told(levels):
+            radius = capacity / magnitude * self.sums.step_of(levels, order)
+            up, down, whole = (_l1_threshold(part, radius)[tile] for part in parts)
+            return jnp.where(both, whole, jnp.where(positive, up, down))
+
+        return None, told
+
+    def __call__(self, carry, a, here):
+        levels = here.levels
+        x = levels.position(jnp.sign(a) * jnp.maximum(jnp.abs(a) - here.given, 0)) - levels.zero
+        return carry, jnp.clip(levels.zero + jnp.trunc(x), levels.lo, levels.hi)
+
+    def error(self, levels):
+        return levels.step * (levels.hi - levels.lo)
+
+    @property
+    def settled(self):
+        return None
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fit(Scale):
+    """The steps of `base`, enlarged where weights rounded to nearest would not fit the sums.
+
+    No further than to the largest weight of a neuron, whose code is then 1: where that does not fit, AXE leaves codes out.
+    """
+
+    base: Scale
+    sums: Sums
+
+    @property
+    def per(self) -> Per:  # type: ignore[override]
+        return self.base.per
+
+    @property
+    def shared(self):
+        return self.base.shared
+
+    @property
+    def local(self):
+        return self.base.local
+
+    def __call__(self, W, grid, importance=None):
+        levels = self.base(W, grid, importance)
+        tiles = self.sums.split(W, jnp.arange(W.shape[0]))
+        up, down = jnp.maximum(tiles, 0).sum(1), jnp.maximum(-tiles, 0).sum(1)
+        nu, mu = (x.astype(W.dtype) for x in (_int(self.sums.hi), -_int(self.sums.lo)))
+        needed = jnp.maximum(nu * up + mu * down, mu * up + nu * down) / self.sums.capacity.astype(W.dtype)
+        groups, shared = levels.step.shape
+        over = lambda x: x.reshape(groups, -1, x.shape[1]).max(1)
+        needed = over(needed) if groups > 1 else needed.max(0, keepdims=True)
+        needed = jnp.minimum(needed, over(jnp.abs(W)))
+        needed = needed.max(1, keepdims=True) if shared == 1 else needed
+        return dataclasses.replace(levels, step=jnp.maximum(levels.step, needed))
+
+
+class Guard(abc.ABC):
+    """A setting that bounds the sums of a layer."""
+
+    bits: Number
+    tile: int | None
+
+    @abc.abstractmethod
+    def around(self, rounding: Rounding, inputs: tuple[Number, Number]) -> Bounded:
+        """The rounding that keeps the bound, for input codes from mu to nu."""
+
+    def __str__(self):
+        return f"{type(self).__name__}({self.bits}, {self.tile})"
+
+    def sums(self, inputs: tuple[Number, Number]) -> Sums:
+        """The sums it bounds; raises where no code but 0 would fit."""
+        lo, hi = inputs
+        if is_number(self.bits) and is_number(lo) and is_number(hi):
+            least = width_of(int(max(hi, -lo)))
+            if self.bits < least:
+                raise ValueError(
+                    f"{self} holds no product of a weight code 1 with inputs from {int(lo)} to {int(hi)}: every weight "
+                    f"would be 0. That takes {least} bits at least; or quantize the activations to fewer bits."
+                )
+        return Sums(self.bits, lo, hi, self.tile)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Accumulator(Guard):
+    """AXE: sums of `bits` bits over tiles of `tile` inputs never overflow, whatever the inputs.
+
+    Args:
+        bits: P, of the signed integer that holds a sum, from 2 to 32.
+        tile: T, how many inputs are summed; None sums all of them. The partial sums of a layer are added in a wider
+            accumulator, whose width is in `Info`.
+        soft: whether arguments are shrunk before they are rounded, so that later ones find room.
+        feedback: what later codes make up for: all that rounding did to the "argument", or only what it did to the
+            "shrunk" and clipped one, as in Brevitas (OPTQ and its relatives).
+    """
+
+    bits: Number
+    tile: int | None = dataclasses.field(default=None, metadata=_static)
+    soft: bool = dataclasses.field(default=True, kw_only=True, metadata=_static)
+    feedback: Feedback = dataclasses.field(default="argument", kw_only=True, metadata=_static)
+
+    def __post_init__(self):
+        _check(self)
+        if self.feedback not in ("argument", "shrunk"):
+            raise ValueError(f"Accumulator: feedback is 'argument' or 'shrunk'; got {self.feedback!r}.")
+
+    def around(self, rounding, inputs):
+        return AXE(rounding, self.sums(inputs), self.soft, self.feedback)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EPInit(Guard):
+    """The bound kept by projecting weights on an l1 ball and rounding towards zero (A2Q+): what AXE is compared with."""
+
+    bits: Number
+    tile: int | None = dataclasses.field(default=None, metadata=_static)
+
+    def __post_init__(self):
+        _check(self)
+
+    def around(self, rounding, inputs):
+        return ToZero(self.sums(inputs))
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """How far the sums of a quantized matrix go.
+
+    sums: which, with the accumulator asked for. ends: the largest of each tile over all inputs, and less the least one
+    (matrices, tiles, out, 2).
+    """
+
+    sums: Sums
+    ends: jax.Array
+
+    @property
+    def bits(self) -> int:
+        """The width that the sum of any tile needs."""
+        return width_of(int(np.max(np.asarray(self.ends), initial=0)))
+
+    @property
+    def outer_bits(self) -> int:
+        """The width that the sum of all tiles needs."""
+        return width_of(int(np.sum(np.asarray(self.ends), 1, dtype=np.int64).max(initial=0)))
+
+    @classmethod
+    def join(cls, reaches: "list[Reach | None]") -> "Reach | None":
+        """Of matrices one after the other; None where they bound nothing."""
+        found = [reach for reach in reaches if reach is not None]
+        return cls(found[0].sums, jnp.concatenate([reach.ends for reach in found])) if found else None
+
+
+def input_codes(inputs: Any) -> tuple[Number, Number]:
+    """The least and the largest input code, of a grid or a pair (mu, nu)."""
+    if isinstance(inputs, Grid):
+        lo, hi, *_ = inputs.alphabet()
+        return lo, hi
+    if not isinstance(inputs, tuple) or len(inputs) != 2:
+        raise ValueError(
+            f"inputs is the grid of the input codes, such as jpfq.Asymmetric(8), or (mu, nu); got {inputs!r}."
+        )
+    lo, hi = inputs
+    if is_number(lo) and is_number(hi) and (lo != int(lo) or hi != int(hi) or not lo <= 0 <= hi or lo == hi):
+        raise ValueError(f"Input codes are integers from mu <= 0 to nu >= 0; got {inputs!r}.")
+    return lo, hi
+
+
+def width_of(reach: int) -> int:
+    """Bits of the smallest signed accumulator, symmetric about 0, that holds +-reach."""
+    return int(reach).bit_length() + 1
+
+
+def datatype_bits(n: int, grid: Grid, inputs: Any) -> int:
+    """P*: the accumulator that n products of any weight codes and any input codes fit, without a constraint.
+
+    The bound in terms of widths, ceil(a + log2(1 + 2^-a) + 1) with a = log2 n + N + M - 1 - [inputs signed], takes both
+    ranges for powers of two and may be one more.
+    """
+    (lo, hi, zero, _), (mu, nu) = grid.alphabet(), input_codes(inputs)
+    if zero is None:
+        raise ValueError(f"{grid} fits a zero point to the weights, which no bound on their codes knows.")
+    return width_of(n * int(max(hi - zero, zero - lo)) * int(max(nu, -mu)))
+
+
+def started(rounding: Rounding, carry: Any, out: int) -> Any:
+    """The carries of all neurons: those given, or `init` for each."""
+    if carry is not None:
+        return carry
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (out, *jnp.shape(x))), rounding.init())
+
+
+def scales_with_radius(rounding: Rounding) -> bool:
+    """Whether a threshold is in units of the top level, which moves where a grid is narrowed."""
+    nested = getattr(rounding, "then", None)
+    return (isinstance(rounding, _Threshold) and rounding.unit == "radius") or (
+        nested is not None and scales_with_radius(nested)
+    )
+
+
+def _l1_threshold(x: jax.Array, radius: jax.Array) -> jax.Array:
+    """theta >= 0 such that shrinking magnitudes x (tiles, T, out) by it leaves a sum of at most `radius` (tiles, out).
+
+    Newton's method from 0: what lies above theta decides the next theta, which only grows and ends at the exact one
+    (Michelot). A few passes over the weights take less time than sorting them.
+    """
+
+    def step(state):
+        turn, theta, _ = state
+        above = x > theta[:, None]
+        count = jnp.maximum(above.sum(1), 1).astype(x.dtype)
+        new = jnp.maximum((jnp.where(above, x, 0).sum(1) - radius) / count, theta)
+        return turn + 1, new, jnp.any(new > theta)
+
+    start = (jnp.int32(0), jnp.zeros_like(radius), jnp.array(True))
+    return jax.lax.while_loop(lambda state: state[2] & (state[0] < x.shape[1]), step, start)[1]
+
+
+def _quotient(x: jax.Array, d: jax.Array) -> jax.Array:
+    """floor(x / d) of int32 x >= 0, as a float: exact below 2^19, about 2^19 and no more than that beyond; d = 0 is beyond.
+
+    A division of integers takes more time than all else at a coordinate. The guess is at most one too small.
+    """
+    beyond, divisor = jnp.float32(2**19), jnp.maximum(d, 1)
+    inverse = (1 - 2**-21) / divisor.astype(jnp.float32)
+    guess = jnp.minimum(jnp.floor(x.astype(jnp.float32) * inverse), beyond)
+    rest = x - guess.astype(jnp.int32) * divisor
+    exact = jnp.where((rest >= divisor) & (guess < beyond), guess + 1, guess)
+    return jnp.maximum(exact, jnp.where(d == 0, beyond, 0))
+
+
+def _take(x, at, spent):
+    return x.at[at].add(-spent, mode="promise_in_bounds")
+
+
+def _after(x):
+    """At each coordinate the entry of the next one, 0 at the last."""
+    return jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])
+
+
+def _whole(x):
+    """Integers held as floats, as int32."""
+    return x.astype(jnp.int32)
+
+
+def _int(x):
+    return jnp.asarray(x, jnp.int32) if is_number(x) or isinstance(x, np.ndarray) else x.astype(jnp.int32)
+
+
+def _check(guard):
+    name, bits, tile = type(guard).__name__, guard.bits, guard.tile
+    if isinstance(bits, (bool, str)) or (is_number(bits) and (bits != bits or bits not in range(2, MAX_WIDTH + 1))):
+        raise ValueError(f"{name} takes an integer number of bits from 2 to {MAX_WIDTH}; got {bits!r}.")
+    if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 1):
+        raise ValueError(f"{name}: tile is a positive number of inputs, or None for one sum over all; got {tile!r}.")
