@@ -30,6 +30,8 @@ from .prepare import LeastSquares as LeastSquares
 from .prepare import MagR as MagR
 from .prepare import Prepare as Prepare
 from .qtensor import Info as Info
+from .packed import Packed as Packed
+from .packed import dequantize as dequantize
 from .qtensor import QTensor as QTensor
 from .qtensor import code_dtype as code_dtype
 from .recipe import Form as Form

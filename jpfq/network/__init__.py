@@ -5,6 +5,7 @@ from .activation import Activations as Activations
 from .batches import Weighted as Weighted
 from .best import best as best
 from .budget import budget as budget
+from .checkpoint import load as load
 from .curvature import Coupling as Coupling
 from .fold import fold_batchnorm as fold_batchnorm
 from .plan import Plan as Plan
@@ -12,3 +13,4 @@ from .plan import plan as plan
 from .quantize import Quantized as Quantized
 from .quantize import quantize as quantize
 from .rules import Rule as Rule
+from .serve import Served as Served

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -21,6 +22,7 @@ from .nnx import from_nnx, is_nnx
 from .program import Program, trace_twice
 from .progress import progress_bar
 from .rules import Assignment, Rule, as_rules, assign
+from .serve import Served
 from .sites import CASTS, Site, find_sites, with_taps
 from .stream import Stream
 from .table import table
@@ -75,6 +77,36 @@ class Quantized:
     @functools.cached_property
     def _run(self):
         return jax.jit(functools.partial(run, dataclasses.replace(self._functional, leaves=())))
+
+    def serve(self) -> Served:
+        """The network with its kernels packed in memory, for inference: a function of a batch.
+
+        It holds nothing of this result's dequantized weights, so these can be let go. Outputs are those of `apply`.
+
+        Example:
+            >>> served = quantized.serve()
+            >>> logits = served(batch)
+        """
+        return Served.of(self._functional, self.tensors, self.inputs)
+
+    def save(self, folder: str | os.PathLike, *, entropy_coded: bool = False, overwrite: bool = False) -> int:
+        """Writes all of this result, but the model's own code, into a folder that `jpfq.load` reads.
+
+        Codes are packed at their storage bits, five ternary ones to a byte; everything else is kept as it is. The folder
+        appears whole or not at all, whatever happens meanwhile.
+
+        Args:
+            folder: a new folder, or one of a saved result if `overwrite` says so.
+            entropy_coded: whether to code the codes near their entropy where that is shorter. Takes the package
+                constriction: pip install 'jpfq[entropy]'.
+            overwrite: whether to replace a saved result. Until the new one is whole, the old one stays.
+
+        Returns:
+            The bytes on disk.
+        """
+        from .checkpoint import save  # which knows this class
+
+        return save(self, folder, entropy_coded=entropy_coded, overwrite=overwrite)
 
     @property
     def nbytes(self) -> int:
