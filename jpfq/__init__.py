@@ -19,8 +19,8 @@ from .matrix import MalySaab as MalySaab
 from .matrix import MeanDiagonal as MeanDiagonal
 from .matrix import MinPivot as MinPivot
 from .matrix import Natural as Natural
-from .matrix import Qronos as Qronos
 from .matrix import Packed as Packed
+from .matrix import Qronos as Qronos
 from .matrix import QTensor as QTensor
 from .matrix import Refit as Refit
 from .matrix import Rows as Rows

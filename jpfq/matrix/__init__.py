@@ -24,14 +24,14 @@ from .order import Descending as Descending
 from .order import MinPivot as MinPivot
 from .order import Natural as Natural
 from .order import Order as Order
+from .packed import Packed as Packed
+from .packed import dequantize as dequantize
 from .pathfollow import follow as follow
 from .prepare import Align as Align
 from .prepare import LeastSquares as LeastSquares
 from .prepare import MagR as MagR
 from .prepare import Prepare as Prepare
 from .qtensor import Info as Info
-from .packed import Packed as Packed
-from .packed import dequantize as dequantize
 from .qtensor import QTensor as QTensor
 from .qtensor import code_dtype as code_dtype
 from .recipe import Form as Form

@@ -57,10 +57,7 @@ def read_tensor(record: dict, arrays: Arrays, name: str) -> QTensor:
         raise ValueError(f"Expected the type of {name}; got {record.get('dtype')!r}.")
     codes = _codes(grid, _take(arrays, f"{name}.codes"), tuple(shape), name)
     step = _take(arrays, f"{name}.step")
-    if "zero" in record:
-        zero = np.full((1,) * step.ndim, record["zero"])
-    else:
-        zero = _take(arrays, f"{name}.zero")
+    zero = np.full((1,) * step.ndim, record["zero"]) if "zero" in record else _take(arrays, f"{name}.zero")
     for part in (step, zero):
         runs = part.ndim == len(shape) and all(
             n > 0 and full % n == 0 for n, full in zip(part.shape, shape, strict=True)
@@ -146,9 +143,7 @@ def _codes(grid, words, shape, name):
     elif levels <= MAX_LEVELS and words.dtype == np.uint8 and words.shape == (packed_size(count, levels),):
         codes = np.asarray(unpack(jnp.asarray(words), levels, count))
     else:
-        raise ValueError(
-            f"{name} is of shape {shape} and {grid}, and has {words.nbytes} bytes of {words.dtype.name} for it."
-        )
+        raise ValueError(f"{name} is of shape {shape} and {grid}, and has {words.nbytes} bytes of {words.dtype.name}.")
     if codes.size and codes.max() >= levels:
         raise ValueError(f"{name} has codes that {grid} has not.")
     return (codes.astype(np.int32) + lo).astype(code_dtype(grid)).reshape(shape)

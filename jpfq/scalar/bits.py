@@ -36,9 +36,9 @@ def pack(codes: jax.Array, levels: int) -> jax.Array:
         chunks = sum(codes[..., i].astype(jnp.uint8) * jnp.uint8(base**i) for i in range(per))
         return jnp.asarray(chunks)
     width = size * 8 // per
-    bits = codes.astype(jnp.uint16)[..., None] >> jnp.arange(width, dtype=jnp.uint16) & 1
+    bits = codes.astype(jnp.uint16)[..., None] >> _places(width, codes.ndim + 1, jnp.uint16) & 1
     bits = bits.astype(jnp.uint8).reshape(*codes.shape[:-1], size, 8)
-    words = (bits << jnp.arange(8, dtype=jnp.uint8)).sum(-1, dtype=jnp.uint8)
+    words = (bits << _places(8, bits.ndim, jnp.uint8)).sum(-1, dtype=jnp.uint8)
     return words.reshape(*codes.shape[:-2], codes.shape[-2] * size)
 
 
@@ -55,9 +55,9 @@ def unpack(words: jax.Array, levels: int, count: int) -> jax.Array:
         codes = jnp.stack([words // jnp.uint8(base**i) % jnp.uint8(base) for i in range(per)], -1) if per > 1 else words
     else:
         width, kind = size * 8 // per, jnp.uint8 if levels <= 2**8 else jnp.uint16
-        bits = words[..., None] >> jnp.arange(8, dtype=jnp.uint8) & 1
+        bits = words[..., None] >> _places(8, words.ndim + 1, jnp.uint8) & 1
         bits = bits.reshape(*words.shape[:-1], words.shape[-1] // size * per, width).astype(kind)
-        codes = (bits << jnp.arange(width, dtype=kind)).sum(-1, dtype=kind)
+        codes = (bits << _places(width, bits.ndim, kind)).sum(-1, dtype=kind)
     return codes.reshape(*words.shape[:-1], words.shape[-1] // size * per)[..., :count]
 
 
@@ -77,6 +77,11 @@ def _base(levels: int) -> int:
     """Of the digits of a byte; a power of two where that holds as many, which makes divisions shifts."""
     power = 2 ** _width(levels)
     return power if power ** _chunk(levels)[0] <= 2**8 else levels
+
+
+def _places(count, ndim, kind):
+    """0 .. count - 1 along the last of so many axes."""
+    return jnp.arange(count, dtype=kind).reshape((1,) * (ndim - 1) + (count,))
 
 
 def _width(levels: int) -> int:
