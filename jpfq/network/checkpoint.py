@@ -169,7 +169,7 @@ def unseal(text: bytes) -> dict:
         )
     if seal(document).encode() != text:
         raise ValueError(f"{MANIFEST} is damaged: its checksum differs.")
-    wrong = [name for name, kind in FIELDS.items() if not isinstance(document.get(name), kind)]
+    wrong = [name for name, kind in FIELDS.items() if not isinstance(document.get(name, ...), kind)]
     arrays = {} if "arrays" in wrong else document["arrays"]
     digest = arrays.get("sha256")
     hexadecimal = isinstance(digest, str) and len(digest) == 64 and set(digest) <= set("0123456789abcdef")
@@ -328,7 +328,8 @@ def _placed(leaf, sharding):
 
 def _infos(columns, paths):
     fields = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(Info)}
-    wrong = [name for name, needed in fields.items() if needed and name not in columns] + [*(columns.keys() - fields)]
+    wrong = [name for name, needed in fields.items() if needed and paths and not isinstance(columns.get(name), dict)]
+    wrong += sorted(columns.keys() - fields)
     if wrong:
         raise ValueError(f"It has other figures of a kernel than this jpfq knows: {', '.join(wrong)}.")
     values = {name: uncolumn(x, len(paths)) for name, x in columns.items()}

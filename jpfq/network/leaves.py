@@ -114,8 +114,8 @@ def check(record: Any) -> str:
     if not isinstance(record, dict) or "path" not in record or not record.keys() <= {*FIELDS, "number"}:
         raise ValueError(f"Expected the record of a parameter; got {str(record)[:80]!r}.")
     wrong = [key for key, kind in FIELDS.items() if key in record and not isinstance(record[key], kind)]
-    if wrong:
-        raise ValueError(f"The record of {str(record['path'])[:80]!r} has a wrong {', '.join(wrong)}.")
+    if wrong or abs(record.get("zero", 0)) > 2**31:
+        raise ValueError(f"The record of {str(record['path'])[:80]!r} has a wrong {', '.join(wrong) or 'zero'}.")
     return record["path"]
 
 

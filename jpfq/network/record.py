@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..matrix import Hadamard, Info
+from ..matrix import Hadamard
 from ..matrix.layout import ConvLayout, DotLayout, Layout
 from ..matrix.packed import plain
 from ..scalar import Asymmetric, Binary, Codes, Equispaced, Grid, Infinite, Integer, Levels, Symmetric, Ternary, ranges
@@ -40,8 +40,7 @@ def encode(value: Any) -> Any:
         value = np.asarray(value)
         return {"": "array", "dtype": value.dtype.name, "data": _listed(value)}
     if kind in FIELDS:
-        names = [f.name for f in dataclasses.fields(kind)] if kind is Info else FIELDS[kind]
-        return {"": kind.__name__} | {name: encode(getattr(value, name)) for name in names}
+        return {"": kind.__name__} | {name: encode(getattr(value, name)) for name in FIELDS[kind]}
     if isinstance(value, (list, tuple)):
         return [encode(x) for x in value]
     if kind is float and not math.isfinite(value):
@@ -64,7 +63,7 @@ def decode(value: Any, kind: type | tuple[type, ...]) -> Any:
     found = next((cls for cls in FIELDS if cls.__name__ == name and issubclass(cls, kinds)), None)
     if found is None:
         raise ValueError(f"Expected {' or '.join(k.__name__ for k in kinds)}; got {str(value)[:80]!r}.")
-    checks = dict.fromkeys((f.name for f in dataclasses.fields(found)), _figure) if found is Info else FIELDS[found]
+    checks = FIELDS[found]
     missing = [f.name for f in dataclasses.fields(found) if f.default is dataclasses.MISSING and f.name not in value]
     if missing or not value.keys() - {""} <= checks.keys():
         raise ValueError(f"{name} has the fields {', '.join(checks) or 'none'}; got {', '.join(sorted(value))}.")
@@ -73,34 +72,38 @@ def decode(value: Any, kind: type | tuple[type, ...]) -> Any:
 
 def array(value: dict) -> jax.Array:
     """An array from its record."""
-    if not isinstance(value, dict) or value.keys() != {"", "dtype", "data"} or value["dtype"] not in DTYPES:
+    dtype = value.get("dtype") if isinstance(value, dict) and value.keys() == {"", "dtype", "data"} else None
+    if not isinstance(dtype, str) or dtype not in DTYPES or DTYPES[dtype].kind == "c":
         raise ValueError(f"Expected an array; got {str(value)[:80]!r}.")
-    return on_device(_unlisted(value["data"], DTYPES[value["dtype"]]))
+    return on_device(_unlisted(value["data"], DTYPES[dtype]))
 
 
 def on_device(values: np.ndarray) -> jax.Array:
     """As a JAX array of the same type; without 64-bit types, an array of one is refused."""
     if jax.dtypes.canonicalize_dtype(values.dtype) != values.dtype:
-        raise ValueError(
-            f"It holds {values.dtype.name}, for which JAX must be told: jax.config.update('jax_enable_x64', True)."
-        )
+        raise ValueError(f"It holds {values.dtype.name}: jax.config.update('jax_enable_x64', True) lets JAX hold it.")
     return jnp.asarray(values)
 
 
 def column(values: Sequence[Any]) -> Any:
-    """Many figures of one kind: as one array where they are arrays of one shape and type."""
+    """Many figures of one kind: as one array where they are numbers of one type in arrays."""
     arrays = [np.asarray(x) for x in values if isinstance(x, (jax.Array, np.ndarray, np.generic))]
-    if arrays and len(arrays) == len(values) and len({(x.shape, x.dtype) for x in arrays}) == 1:
+    if (
+        arrays
+        and len(arrays) == len(values)
+        and len({x.dtype for x in arrays}) == 1
+        and not any(x.ndim for x in arrays)
+    ):
         return encode(np.stack(arrays))
     return [encode(x) for x in values]
 
 
 def uncolumn(value: Any, count: int) -> list:
     """The inverse of `column`."""
-    values = list(array(value)) if isinstance(value, dict) else value
-    if not isinstance(values, list) or len(values) != count:
+    stacked = array(value) if isinstance(value, dict) else None
+    if len(value) != count if isinstance(value, list) else stacked is None or stacked.shape != (count,):
         raise ValueError(f"Expected {count} figures; got {str(value)[:80]!r}.")
-    return values if isinstance(value, dict) else [_figure(x) for x in values]
+    return [_figure(x) for x in value] if stacked is None else list(stacked)
 
 
 def _listed(x):
@@ -124,20 +127,19 @@ def _unlisted(data, dtype):
         return x
 
     try:
-        return np.array(numbers(data), dtype)
-    except OverflowError as error:
+        with np.errstate(over="raise"):
+            return np.array(numbers(data), dtype)
+    except (OverflowError, FloatingPointError) as error:
         raise ValueError(f"Expected numbers of {dtype.name}: {error}") from error
 
 
 def _figure(value):
-    """Any value of a field of `Info`."""
-    if isinstance(value, dict):
-        return array(value)
+    """A figure by itself: a number, a text, nothing, or an array."""
     if isinstance(value, list):
-        return tuple(map(_figure, value))
-    if isinstance(value, str) and value in NOT_FINITE:
-        return NOT_FINITE[value]
-    return value
+        raise ValueError(f"Expected a figure; got {str(value)[:80]!r}.")
+    if isinstance(value, str):
+        return NOT_FINITE.get(value, value)
+    return array(value) if isinstance(value, dict) else value
 
 
 def _is(*kinds: type) -> Callable:
@@ -187,5 +189,4 @@ FIELDS: dict[type, dict[str, Callable]] = {
     Activations: {"grid": _a(Grid), "range": _maybe(_a(ranges.Range)), "per": _text},
     Levels: {"step": _array, "zero": _array, "lo": _array, "hi": _array},
     Rounded: {"settings": _a(Activations), "layout": _a(Layout), "levels": _maybe(_a(Levels))},
-    Info: {},  # whatever its fields are
 }
