@@ -108,6 +108,38 @@ class Quantized:
 
         return save(self, folder, entropy_coded=entropy_coded, overwrite=overwrite)
 
+    def to_qwix(self, batch: Any, model: Any = None, kwargs: dict | None = None) -> Any:
+        """The network for the runtime of qwix, with integer kernels: for serving where that is in use.
+
+        Takes the package qwix. It holds kernels of up to 8 bits with a sign, and convolutions where inputs are quantized to
+        4 or 8 bits like their weights. Outputs are those of `apply` up to the rounding of sums.
+
+        Args:
+            batch: an input, of the form calibrated on.
+            model: the Linen module; for NNX the model is known.
+            kwargs: arguments of the model that are no data, as for `quantize`.
+
+        Returns:
+            For NNX a model; for Linen (module, variables), to be run by `module.apply(variables, batch)`.
+
+        Raises:
+            ValueError: kernels that qwix cannot hold, all of them listed with the reason.
+        """
+        from .qwix import to_qwix
+
+        return to_qwix(self, batch, model, kwargs)
+
+    def export(self, kind: Literal["compressed-tensors"], folder: str | os.PathLike, **options: Any) -> dict[str, str]:
+        """Writes the result in a format of others. "compressed-tensors" is what vLLM loads: see `jpfq.network.export`.
+
+        Returns:
+            By path, the reason for each quantized kernel that the format cannot hold and that is written dequantized.
+        """
+        from .export import FORMATS
+
+        _check_choice("kind", kind, tuple(FORMATS))
+        return FORMATS[kind](self, folder, **options)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the quantized kernels, packed."""
