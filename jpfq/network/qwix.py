@@ -59,7 +59,9 @@ def to_qwix(quantized: Any, batch: Any, model: Any = None, kwargs: dict | None =
     kinds = {path: rules[path.rpartition("/")[0]]["weight_qtype"] for path in kernels}
     leaf = _Leaves(qwix.QArray, kernels, kinds, quantized.inputs)
     if nnx:
-        ready = call(lambda *args, **kw: qwix.quantize_model(quantized.model, provider, *args, **kw), batch, kwargs or {})
+        ready = call(
+            lambda *args, **kw: qwix.quantize_model(quantized.model, provider, *args, **kw), batch, kwargs or {}
+        )
         for path in quantized.tensors:
             _fill(ready, path, leaf)
         return ready
@@ -165,7 +167,9 @@ def _inputs(rounded):
     if isinstance(grid, Integer) and grid.narrow and not rows:
         raise ValueError("its inputs leave out the lowest integer, which qwix does not")
     top = 2 ** (grid.bits - 1) - 1
-    method = "minmax" if isinstance(grid, Asymmetric) else f"absmax,{(top + 0.5) / top}"  # its top level is half a step on
+    method = (
+        "minmax" if isinstance(grid, Asymmetric) else f"absmax,{(top + 0.5) / top}"
+    )  # its top level is half a step on
     return {"act_qtype": _kind(grid.bits), "act_static_scale": not rows, "act_calibration_method": method}
 
 
