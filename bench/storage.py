@@ -5,7 +5,7 @@ BatchNorm, steps, the record of settings and figures), against the same model as
 entropy coding, and in seconds.
 
 stories260K (NNX, a Llama) at 4 bits: bytes of the quantized kernels on the device while it serves, against float32, and
-whether it goes on with a story in the same tokens: dequantized, packed, loaded from disk, and by qwix where that is installed.
+whether it goes on with a story in the same tokens: dequantized, packed, loaded from disk, and by qwix if it is installed.
 """
 
 import argparse

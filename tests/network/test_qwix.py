@@ -17,9 +17,7 @@ from tests.network.saved import result, tensor
 from tests.network.test_checkpoint import linear, rotation
 from tests.network.zoo import normal
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:'VariableState' was removed:DeprecationWarning"
-)  # which qwix 0.1.8 names
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix 0.1.8 calls what Flax gives up
 needs_qwix = pytest.mark.skipif(find_spec("qwix") is None, reason="takes qwix: pip install 'jpfq[peers]'")
 LEVELS = jpfq.scalar.Levels(*map(jnp.asarray, ([0.03], [0.0], -128.0, 127.0)))
 SHIFTED = jpfq.scalar.Levels(*map(jnp.asarray, ([0.03], [90.0], 0.0, 255.0)))
