@@ -39,10 +39,10 @@ FIELDS = {  # of the record, besides its own checksum
     "versions": dict,
     "arrays": dict,  # bytes and checksum of the other file
     "model": str,
-    "leaves": list,
-    "state": list,  # which leaves are no parameters
+    "leaves": list,  # those of which their arrays do not tell all; first the quantized kernels, in the order of the walk
+    "order": (list, type(None)),  # of all leaves: [path, whether it is a parameter]; None where the names tell it
+    "collections": list,  # of the variables of a Linen module, besides params
     "structure": (list, int, type(None)),  # None where the paths tell it
-    "kernels": list,  # paths, in the order of the walk
     "info": dict,  # by field, of all kernels
     "skipped": dict,
     "inputs": dict,
@@ -199,24 +199,30 @@ def _document(quantized, entropy_coded):
     """The record, but for the checksums, and the arrays by name."""
     functional, infos = quantized._functional, quantized.info
     kind = "nnx" if quantized._model is not None else "linen" if quantized._variables is not None else "function"
-    arrays, leaves = {}, []
-    paths, trainable = functional.paths, functional.trainable
-    for name, path, leaf, ours in zip(names(paths), paths, functional.leaves, trainable, strict=True):
+    paths, trainable, unique = functional.paths, functional.trainable, names(functional.paths)
+    arrays, kernels, others = {}, {}, []
+    for name, path, leaf, ours in zip(unique, paths, functional.leaves, trainable, strict=True):
         if ours and path in quantized.tensors:
             record, parts = one.write_tensor(quantized.tensors[path], entropy_coded)
+            kernels[path] = {"path": name} | record
         else:
             record, parts = one.write_plain(leaf)
-        arrays |= {name + suffix: x for suffix, x in parts.items()}
-        leaves.append({"path": path} | record)
+            others += [{"path": name} | record] if record else []
+        parts = {name + suffix: x for suffix, x in parts.items()}
+        if taken := arrays.keys() & parts.keys():
+            raise ValueError(f"Two parameters cannot both be saved: each has an array of the name {min(taken)}.")
+        arrays |= parts
+    collections = sorted(set(quantized.variables) - {"params"}) if kind == "linen" else []
+    implied = _order(unique, collections, kind) == (paths, trainable)
     structure = describe(quantized.variables if kind == "linen" else quantized.params)
     document = {
         "format": FORMAT,
         "versions": {name: importlib.metadata.version(name) for name in ("jpfq", "jax", "flax", "numpy")},
         "model": kind,
-        "leaves": leaves,
-        "state": [i for i, ours in enumerate(trainable) if not ours],
+        "leaves": [*(kernels[path] for path in quantized.tensors), *others],
+        "order": None if implied else [[path, ours] for path, ours in zip(paths, trainable, strict=True)],
+        "collections": collections,
         "structure": None if structure == nested(_full(paths, trainable, kind)) else structure,
-        "kernels": list(quantized.tensors),
         "info": {
             f.name: column([getattr(infos[p], f.name) for p in quantized.tensors]) for f in dataclasses.fields(Info)
         },
@@ -229,22 +235,45 @@ def _document(quantized, entropy_coded):
     return document, arrays
 
 
+def _order(unique, collections, kind):
+    """(paths, whether each is a parameter) as a model of nested dicts orders its leaves, which is by name."""
+    ours = lambda name: kind != "linen" or name.partition("/")[0] not in collections
+    full = lambda name: f"params/{name}" if kind == "linen" and ours(name) else name
+    paths = tuple(sorted(unique, key=lambda name: full(name).split("/")))
+    return paths, tuple(map(ours, paths))
+
+
+def _ordered(document, unique):
+    """Names, paths and whether each is a parameter, of all leaves in order."""
+    if document["order"] is None:
+        paths, trainable = _order(unique, document["collections"], document["model"])
+    else:
+        for entry in document["order"]:
+            if not isinstance(entry, list) or [type(x) for x in entry] != [str, bool]:
+                raise ValueError(f"Expected a path and whether it is a parameter; got {str(entry)[:80]!r}.")
+        paths, trainable = (tuple(entry[i] for entry in document["order"]) for i in (0, 1))
+    ordered = names(paths)
+    if sorted(ordered) != sorted(unique):
+        raise ValueError("The order of the parameters names others than there are.")
+    return ordered, paths, trainable
+
+
 def _quantized(document, arrays, model, variables, params, kwargs, shardings):
-    kind, records = document["model"], document["leaves"]
-    paths = tuple(map(one.check, records))
-    trainable = tuple(i not in document["state"] for i in range(len(paths)))
-    tensors, leaves = {}, []
-    for name, path, record in zip(names(paths), paths, records, strict=True):
-        if "grid" in record:
-            tensors[path] = one.read_tensor(record, arrays, name)
-            leaves.append(tensors[path].dequantize())
+    kind, records = document["model"], {one.check(record): record for record in document["leaves"]}
+    if len(records) != len(document["leaves"]):
+        raise ValueError("Two parameters have one name.")
+    described = set().union(*(one.belongs(name, record) for name, record in records.items()))
+    unique, paths, trainable = _ordered(document, [*records, *(arrays.keys() - described)])
+    found, leaves = {}, []
+    for name, path in zip(unique, paths, strict=True):
+        if "grid" in records.get(name, {}):
+            found[name] = path, one.read_tensor(records[name], arrays, name)
+            leaves.append(found[name][1].dequantize())
         else:
-            leaves.append(one.read_plain(record, arrays, name))
+            leaves.append(one.read_plain(records.get(name, {}), arrays, name))
     if arrays:
         raise ValueError(f"Nothing says what the arrays {', '.join(sorted(arrays)[:3])} are.")
-    if sorted(map(str, document["kernels"])) != sorted(tensors):
-        raise ValueError("The list of kernels is not that of the quantized ones.")
-    tensors = {path: tensors[path] for path in document["kernels"]}
+    tensors = dict(found[name] for name in records if name in found)
 
     functional = _unbound(document, paths, trainable, leaves)
     if model is not None:

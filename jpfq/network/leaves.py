@@ -31,7 +31,9 @@ Arrays = dict[str, np.ndarray]
 def write_tensor(tensor: QTensor, entropy_coded: bool) -> tuple[dict, Arrays]:
     """A quantized kernel. Its codes are packed in the order of the kernel, or coded where that is asked for and shorter."""
     lo, levels = extent(tensor.grid)
-    record = {"grid": encode(tensor.grid), "shape": list(tensor.shape), "dtype": np.dtype(tensor.dtype).name}
+    record = {"grid": encode(tensor.grid), "shape": list(tensor.shape)}
+    if tensor.dtype != tensor.step.dtype:
+        record["dtype"] = np.dtype(tensor.dtype).name
     if tensor.rotated is not None:
         record["rotated"] = encode(tensor.rotated)
     words, zero = np.asarray(tensor.codes), np.asarray(compact(tensor.zero))
@@ -41,23 +43,27 @@ def write_tensor(tensor: QTensor, entropy_coded: bool) -> tuple[dict, Arrays]:
         if entropy_coded and levels <= entropy.MAX_LEVELS and codes.size:
             words = min(words, entropy.encode(codes, levels), key=lambda x: x.nbytes)
     arrays = {".codes": words, ".step": np.asarray(tensor.step)}
-    if zero.size == 1:
-        record["zero"] = float(zero.item())
-    else:
+    if zero.size > 1:
         arrays[".zero"] = zero
+    elif float(zero.item()) != tensor.grid.alphabet().zero:
+        record["zero"] = float(zero.item())
     return record, arrays
 
 
 def read_tensor(record: dict, arrays: Arrays, name: str) -> QTensor:
     """The kernel that `write_tensor` noted."""
-    grid, shape, dtype = decode(record["grid"], Grid), record.get("shape"), DTYPES.get(record.get("dtype", ""))
+    grid, shape = decode(record["grid"], Grid), record.get("shape")
     if not isinstance(shape, list) or not shape or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
         raise ValueError(f"Expected the shape of {name}; got {str(shape)[:80]!r}.")
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"Expected the type of {name}; got {record.get('dtype')!r}.")
     codes = _codes(grid, _take(arrays, f"{name}.codes"), tuple(shape), name)
     step = _take(arrays, f"{name}.step")
-    zero = np.full((1,) * step.ndim, record["zero"]) if "zero" in record else _take(arrays, f"{name}.zero")
+    dtype = DTYPES.get(record.get("dtype", step.dtype.name))
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"Expected the type of {name}; got {record.get('dtype')!r}.")
+    if f"{name}.zero" in arrays:
+        zero = _take(arrays, f"{name}.zero")
+    else:
+        zero = np.full((1,) * step.ndim, record.get("zero", grid.alphabet().zero), float)
     for part in (step, zero):
         runs = part.ndim == len(shape) and all(
             n > 0 and full % n == 0 for n, full in zip(part.shape, shape, strict=True)
@@ -109,8 +115,13 @@ def read_plain(record: dict, arrays: Arrays, name: str) -> Any:
     return on_device(value)
 
 
+def belongs(name: str, record: dict) -> set[str]:
+    """The names of arrays that a record may speak of."""
+    return {f"{name}{suffix}" for suffix in ((".codes", ".step", ".zero") if "grid" in record else ("",))}
+
+
 def check(record: Any) -> str:
-    """The path of a leaf, once its record has the right fields of the right types."""
+    """The name of a leaf, once its record has the right fields of the right types."""
     if not isinstance(record, dict) or "path" not in record or not record.keys() <= {*FIELDS, "number"}:
         raise ValueError(f"Expected the record of a parameter; got {str(record)[:80]!r}.")
     wrong = [key for key, kind in FIELDS.items() if key in record and not isinstance(record[key], kind)]

@@ -40,7 +40,8 @@ def encode(value: Any) -> Any:
         value = np.asarray(value)
         return {"": "array", "dtype": value.dtype.name, "data": _listed(value)}
     if kind in FIELDS:
-        return {"": kind.__name__} | {name: encode(getattr(value, name)) for name in FIELDS[kind]}
+        given = {f.name: getattr(value, f.name) for f in dataclasses.fields(kind) if not _is_default(value, f)}
+        return {"": kind.__name__} | {name: encode(x) for name, x in given.items()}
     if isinstance(value, (list, tuple)):
         return [encode(x) for x in value]
     if kind is float and not math.isfinite(value):
@@ -64,7 +65,8 @@ def decode(value: Any, kind: type | tuple[type, ...]) -> Any:
     if found is None:
         raise ValueError(f"Expected {' or '.join(k.__name__ for k in kinds)}; got {str(value)[:80]!r}.")
     checks = FIELDS[found]
-    missing = [f.name for f in dataclasses.fields(found) if f.default is dataclasses.MISSING and f.name not in value]
+    needed = (f for f in dataclasses.fields(found) if f.default is f.default_factory is dataclasses.MISSING)
+    missing = [f.name for f in needed if f.name not in value]
     if missing or not value.keys() - {""} <= checks.keys():
         raise ValueError(f"{name} has the fields {', '.join(checks) or 'none'}; got {', '.join(sorted(value))}.")
     return found(**{field: checks[field](x) for field, x in value.items() if field})
@@ -104,6 +106,12 @@ def uncolumn(value: Any, count: int) -> list:
     if len(value) != count if isinstance(value, list) else stacked is None or stacked.shape != (count,):
         raise ValueError(f"Expected {count} figures; got {str(value)[:80]!r}.")
     return [_figure(x) for x in value] if stacked is None else list(stacked)
+
+
+def _is_default(value, field):
+    """Whether a field of a setting is what it is when left out, and so need not be written."""
+    x = getattr(value, field.name)
+    return type(x) in (bool, int, float, str, type(None)) and type(x) is type(field.default) and x == field.default
 
 
 def _listed(x):

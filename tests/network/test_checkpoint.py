@@ -371,6 +371,10 @@ def test_names_that_leave_the_folder_are_refused(copied, small, name, tmp_path):
     _reseal(folder, document)
     with pytest.raises(ValueError, match="under the name"):
         jpfq.load(folder)
+    document["order"] = [[name, True], ["a/bias", True], ["b/c/0", True]]
+    _reseal(folder, document)
+    with pytest.raises(ValueError, match="under the name"):
+        jpfq.load(folder)
     document["arrays"]["sha256"] = name
     _reseal(folder, document)
     with pytest.raises(ValueError, match="wrong kind of model or of arrays"):
@@ -476,6 +480,13 @@ def test_what_is_not_ours_is_not_saved(small, tmp_path):
         own.save(tmp_path / "r")
     assert not (tmp_path / "r").exists()
     assert plain(small.params["a"]["bias"]).tolist() == [0, 1, 2, 3]
+
+
+def test_arrays_of_one_name_are_not_saved_as_one(tmp_path):
+    kernel = tensor((12, 4), (1, 4), jpfq.Integer(4))
+    quantized = result(linear, {"w": kernel}, params={"w": jnp.ones((12, 4)), "w.codes": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"Two parameters cannot both be saved: .* w\.codes"):
+        quantized.save(tmp_path / "r")
 
 
 def test_there_must_be_a_result(tmp_path):

@@ -77,10 +77,14 @@ class NNXConv(nnx.Module):
 def assert_qwix_agrees(quantized, x, model=None):
     expected = quantized.apply(x)
     if model is None:
-        found = nnx.jit(lambda model, x: model(x))(quantized.to_qwix(x), x)
+        held = quantized.to_qwix(x)
+        found = nnx.jit(lambda model, x: model(x))(held, x)
+        held = nnx.state(held)
     else:
-        module, variables = quantized.to_qwix(x, model)
-        found = jax.jit(module.apply)(variables, x)
+        module, held = quantized.to_qwix(x, model)
+        found = jax.jit(module.apply)(held, x)
+    integers = sum(leaf.size for leaf in jax.tree.leaves(held) if leaf.dtype in (jnp.int4, jnp.int8) and leaf.ndim > 1)
+    assert integers >= sum(kernel.codes.size for kernel in quantized.tensors.values())
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(abs(expected).max()))
 
 
