@@ -21,12 +21,14 @@ from .matrix import MalySaab as MalySaab
 from .matrix import MeanDiagonal as MeanDiagonal
 from .matrix import MinPivot as MinPivot
 from .matrix import Natural as Natural
+from .matrix import Packed as Packed
 from .matrix import Qronos as Qronos
 from .matrix import QTensor as QTensor
 from .matrix import Refit as Refit
 from .matrix import Rows as Rows
 from .matrix import Shrinkage as Shrinkage
 from .matrix import TopEigenvalue as TopEigenvalue
+from .matrix import dequantize as dequantize
 from .matrix import patches as patches
 from .matrix import solve as solve
 from .network import Activations as Activations
@@ -35,6 +37,7 @@ from .network import Coupling as Coupling
 from .network import Plan as Plan
 from .network import Quantized as Quantized
 from .network import Rule as Rule
+from .network import Served as Served
 from .network import Steps as Steps
 from .network import Weighted as Weighted
 from .network import best as best
@@ -42,6 +45,7 @@ from .network import budget as budget
 from .network import certify as certify
 from .network import fake_quant as fake_quant
 from .network import fold_batchnorm as fold_batchnorm
+from .network import load as load
 from .network import paper as paper
 from .network import plan as plan
 from .network import quantize as quantize

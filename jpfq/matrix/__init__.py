@@ -26,6 +26,8 @@ from .order import Descending as Descending
 from .order import MinPivot as MinPivot
 from .order import Natural as Natural
 from .order import Order as Order
+from .packed import Packed as Packed
+from .packed import dequantize as dequantize
 from .pathfollow import follow as follow
 from .prepare import Align as Align
 from .prepare import LeastSquares as LeastSquares

@@ -7,6 +7,7 @@ from .best import best as best
 from .budget import budget as budget
 from .certify import Certificate as Certificate
 from .certify import certify as certify
+from .checkpoint import load as load
 from .curvature import Coupling as Coupling
 from .fold import fold_batchnorm as fold_batchnorm
 from .plan import Plan as Plan
@@ -14,5 +15,6 @@ from .plan import plan as plan
 from .quantize import Quantized as Quantized
 from .quantize import quantize as quantize
 from .rules import Rule as Rule
+from .serve import Served as Served
 from .tune import Steps as Steps
 from .tune import fake_quant as fake_quant

@@ -47,3 +47,8 @@ def from_linen(module: linen.Module, variables: Any, kwargs: dict) -> Functional
 
 def _rebuild(variables):
     return {"variables": variables, "params": variables["params"]}
+
+
+def unboxed(tree: Any) -> Any:
+    """Variables without what Flax wraps around them, such as names of axes."""
+    return linen.unbox(tree)

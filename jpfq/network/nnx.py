@@ -46,3 +46,8 @@ def _refuse_change(paths, before, after, counters):
                 f"The model changes its state, as BatchNorm does in training ('{path}' changes while it runs). "
                 "Call model.eval() before quantizing it."
             )
+
+
+def as_param(x: Any) -> nnx.Param:
+    """An array as a parameter."""
+    return nnx.Param(x)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -26,6 +27,7 @@ from .nnx import from_nnx, is_nnx
 from .program import Program, trace_twice
 from .progress import progress_bar
 from .rules import Assignment, Rule, as_rules, assign
+from .serve import Served
 from .sites import CASTS, Site, find_sites, with_taps
 from .stream import Stream
 from .table import table
@@ -131,6 +133,68 @@ class Quantized:
             _model=rebuilt.get("model"),
             _variables=rebuilt.get("variables"),
         )
+
+    def serve(self) -> Served:
+        """The network with its kernels packed in memory, for inference: a function of a batch.
+
+        It holds nothing of this result's dequantized weights, so these can be let go. Outputs are those of `apply`.
+
+        Example:
+            >>> served = quantized.serve()
+            >>> logits = served(batch)
+        """
+        return Served.of(self._functional, self.tensors, self.inputs)
+
+    def save(self, folder: str | os.PathLike, *, entropy_coded: bool = False, overwrite: bool = False) -> int:
+        """Writes all of this result, but the model's own code, into a folder that `jpfq.load` reads.
+
+        Codes are packed at their storage bits, five ternary ones to a byte; everything else is kept as it is. The folder
+        appears whole or not at all, whatever happens meanwhile.
+
+        Args:
+            folder: a new folder, or one of a saved result if `overwrite` says so.
+            entropy_coded: whether to code the codes near their entropy where that is shorter. Takes the package
+                constriction: pip install 'jpfq[entropy]'.
+            overwrite: whether to replace a saved result. Until the new one is whole, the old one stays.
+
+        Returns:
+            The bytes on disk.
+        """
+        from .checkpoint import save  # which knows this class
+
+        return save(self, folder, entropy_coded=entropy_coded, overwrite=overwrite)
+
+    def to_qwix(self, batch: Any, model: Any = None, kwargs: dict | None = None) -> Any:
+        """The network for the runtime of qwix, with integer kernels: for serving where that is in use.
+
+        Takes the package qwix. It holds kernels of up to 8 bits with a sign, and convolutions where inputs are quantized to
+        4 or 8 bits like their weights. Outputs are those of `apply` up to the rounding of sums.
+
+        Args:
+            batch: an input, of the form calibrated on.
+            model: the Linen module; for NNX the model is known.
+            kwargs: arguments of the model that are no data, as for `quantize`.
+
+        Returns:
+            For NNX a model; for Linen (module, variables), to be run by `module.apply(variables, batch)`.
+
+        Raises:
+            ValueError: kernels that qwix cannot hold, all of them listed with the reason.
+        """
+        from .qwix import to_qwix
+
+        return to_qwix(self, batch, model, kwargs)
+
+    def export(self, kind: Literal["compressed-tensors"], folder: str | os.PathLike, **options: Any) -> dict[str, str]:
+        """Writes the result in a format of others. "compressed-tensors" is what vLLM loads: see `jpfq.network.export`.
+
+        Returns:
+            By path, the reason for each quantized kernel that the format cannot hold and that is written dequantized.
+        """
+        from .export import FORMATS
+
+        _check_choice("kind", kind, tuple(FORMATS))
+        return FORMATS[kind](self, folder, **options)
 
     @property
     def nbytes(self) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from ..network import Rule
 from ..scalar import AbsMax, Grid, MinError, MinMSE, Ternary, grid_of_bits
 from .compare import METHODS, SHOWN, Subject, Trial, compare, trial_table
+from .inspect import inspect, inspected
 from .plot import score_against_bits
 
 SCALES = {"minmse": MinMSE(), "absmax": AbsMax(), "minerror": MinError()}
@@ -57,6 +59,11 @@ def _parser():
     own.add_argument("--summary", action="store_true", help="print a table of all kernels for each result")
     own.add_argument("--picture", type=Path, help="where to save a picture, if the factory returns evaluate")
     own.set_defaults(run=_quantize)
+
+    saved = commands.add_parser("inspect", help="print what a saved result holds")
+    saved.add_argument("folder", type=Path, metavar="DIR", help="as quantized.save wrote it")
+    saved.add_argument("--json", action="store_true", help="print it as JSON")
+    saved.set_defaults(run=_inspect)
     return parser
 
 
@@ -80,6 +87,11 @@ def _quantize(options):
     trials = _study([subject], lambda subject: compare(subject, grids, scale, options.method, skips), options.picture)
     for trial in trials if options.summary else ():
         print(f"\n{trial.grid} {trial.method}\n{trial.summary}")
+
+
+def _inspect(options):
+    figures = inspect(options.folder)
+    print(json.dumps(figures, indent=2) if options.json else inspected(figures))
 
 
 def _study(subjects: Sequence[Subject], run: Callable, picture: Path | None) -> list[Trial]:

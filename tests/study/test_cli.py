@@ -1,8 +1,10 @@
 """The command line: the demo's claim, a user's own model, and readable errors."""
 
+import json
 import re
 import sys
 
+import jax.numpy as jnp
 import pytest
 
 import jpfq
@@ -10,6 +12,7 @@ from jpfq import Rule, best
 from jpfq.study import demo
 from jpfq.study.cli import main
 from jpfq.study.compare import METHODS, SHOWN
+from tests.network.saved import result, tensor
 
 OWN = """
 import jax, jax.numpy as jnp
@@ -117,3 +120,38 @@ def test_errors_are_one_line_and_status_2(own, capsys, arguments, message):
 def test_debug_shows_the_traceback(own):
     with pytest.raises(ValueError, match="MODULE:FACTORY"):
         main(["--debug", "quantize", "own"])
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A saved result."""
+    kernel = tensor((12, 4), (1, 4), jpfq.Ternary())
+    params = {"a": {"kernel": jnp.ones((12, 4)), "bias": jnp.ones(4)}}
+    result(lambda params, x: x, {"a/kernel": kernel}, params=params).save(tmp_path / "kept")
+    return tmp_path / "kept"
+
+
+def test_inspect_prints_what_a_saved_result_holds(kept, capsys):
+    assert main(["inspect", str(kept)]) == 0
+    out = capsys.readouterr().out
+    size = sum(path.stat().st_size for path in kept.iterdir())
+    packed = 10 + 4 * 4  # 48 ternary codes, five to a byte, and four steps
+    assert re.search(rf"a/kernel +12x4 +Ternary\(\) +{8 * packed / 48:.2f} +\S+% +{packed}\n", out)
+    assert "rule 1 skips it" in out
+    assert f"{size:,} bytes on disk" in out
+    assert f"as given {4 * (48 + 4)}." in out
+    assert main(["inspect", str(kept), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["bytes"] == size
+    assert [(k["kernel"], k["shape"], k["bytes"]) for k in figures["kernels"]] == [("a/kernel", [12, 4], packed)]
+
+
+def test_inspect_of_what_is_no_result_is_an_error_of_one_line(kept, tmp_path, capsys):
+    for folder, message in ((tmp_path / "none", "no saved result"), (kept, "is no JSON")):
+        if folder == kept:
+            (kept / "quantized.json").write_text("{")
+        assert main(["inspect", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("jpfq: ")
+        assert message in error
+        assert "Traceback" not in error

@@ -1,0 +1,52 @@
+"""Serving: the quantized network with its kernels packed in memory, dequantized inside `jit` while they are used."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from ..matrix import Packed, QTensor, dequantize
+from .activation import Rounded
+from .apply import run
+from .functional import Functional
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A quantized network that keeps its kernels packed; call it with a batch.
+
+    leaves: all arrays of the model, `Packed` in place of quantized kernels. inputs: as in `Quantized`.
+    """
+
+    leaves: tuple
+    inputs: dict[str, list[Rounded]]
+    _functional: Functional  # without leaves
+
+    @classmethod
+    def of(cls, functional: Functional, tensors: dict[str, QTensor], inputs: dict[str, list[Rounded]]) -> "Served":
+        """Packs the kernels of a result. Other leaves stay as they are."""
+        named = zip(functional.paths, functional.leaves, functional.trainable, strict=True)
+        leaves = tuple(Packed.of(tensors[path]) if ours and path in tensors else leaf for path, leaf, ours in named)
+        return cls(leaves, inputs, dataclasses.replace(functional, leaves=()))
+
+    @property
+    def params(self) -> Any:
+        """The parameters, as the model has them, with `Packed` kernels: a pytree to save, shard, or give to a `jit`.
+
+        `jpfq.dequantize` makes of it the parameters that the model takes.
+        """
+        return self._functional.rebuild(self.leaves)["params"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed kernels, as they are on the device."""
+        return sum(leaf.nbytes for leaf in self.leaves if isinstance(leaf, Packed))
+
+    def __call__(self, batch: Any) -> Any:
+        """The network's outputs with weights and activations as quantized."""
+        return self._run(self.leaves, self.inputs, batch)
+
+    @functools.cached_property
+    def _run(self):
+        return jax.jit(lambda leaves, inputs, batch: run(self._functional, dequantize(leaves), inputs, batch))

@@ -1,0 +1,75 @@
+"""What a saved result holds, kernel by kernel."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ..network.checkpoint import MANIFEST, arrays_name, load, read
+from ..network.table import table
+
+
+def inspect(folder: str | os.PathLike) -> dict[str, Any]:
+    """Figures of a saved result, in terms of JSON.
+
+    Bytes are those on disk: of a kernel its codes, steps and zero points; of the folder everything. `float_bytes` are those
+    that all parameters and state would take as they were given.
+    """
+    document, arrays = read(folder)
+    quantized = load(folder)
+    kernels = []
+    for path, tensor in quantized.tensors.items():
+        size = sum(arrays[name].nbytes for name in (f"{path}.codes", f"{path}.step", f"{path}.zero") if name in arrays)
+        kernels.append(
+            {
+                "kernel": path,
+                "shape": list(tensor.shape),
+                "grid": str(tensor.grid),
+                "bits": 8 * size / max(1, tensor.codes.size),
+                "error": _number(quantized.info[path].relative_error),
+                "bytes": size,
+            }
+        )
+    files = (Path(folder) / MANIFEST, Path(folder) / arrays_name(document))
+    leaves = quantized._functional.leaves
+    return {
+        "model": document["model"],
+        "versions": document["versions"],
+        "kernels": kernels,
+        "skipped": quantized.skipped,
+        "output_error": _number(quantized.output_error),
+        "bytes": sum(file.stat().st_size for file in files),
+        "float_bytes": sum(leaf.nbytes for leaf in leaves if isinstance(leaf, jax.Array)),
+    }
+
+
+def inspected(figures: dict[str, Any]) -> str:
+    """The same as text."""
+    share = lambda x: "" if x is None else f"{x:.2%}"
+    rows = [
+        (
+            k["kernel"],
+            "x".join(map(str, k["shape"])),
+            k["grid"],
+            f"{k['bits']:.2f}",
+            share(k["error"]),
+            f"{k['bytes']:,}",
+        )
+        for k in figures["kernels"]
+    ]
+    lines = [table(("kernel", "shape", "grid", "bits", "error", "bytes"), rows)]
+    if figures["skipped"]:
+        lines.append(table(("left as it is", "because"), list(figures["skipped"].items())))
+    kind = {"linen": "a Linen module", "nnx": "an NNX model", "function": "a function"}[figures["model"]]
+    lines.append(
+        f"Made of {kind} by jpfq {figures['versions'].get('jpfq')}. {figures['bytes']:,} bytes on disk, everything "
+        f"included; as given {figures['float_bytes']:,}. Relative error of the outputs: {share(figures['output_error'])}."
+    )
+    return "\n\n".join(lines)
+
+
+def _number(x):
+    """As JSON has it, which knows no numbers that are not finite."""
+    value = float(x)
+    return value if abs(value) < float("inf") else None
