@@ -29,7 +29,7 @@ from .functional import Functional
 from .linen import is_linen
 from .nnx import is_nnx
 from .quantize import Quantized, adapt
-from .record import NOT_FINITE, column, decode, encode, uncolumn
+from .record import DTYPES, NOT_FINITE, column, decode, encode, uncolumn
 from .structure import describe, nested, rebuild
 
 FORMAT = 1
@@ -324,12 +324,15 @@ def _batch(record):
     """What `_batch_record` noted."""
     if record is None:
         return None
+    if len(record) != 2:
+        raise ValueError(f"Expected the shapes of a batch; got {str(record)[:80]!r}.")
     shapes = []
-    for entry in record[1] if len(record) == 2 and isinstance(record[1], list) else [None]:
-        right = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list) and isinstance(entry[1], str)
-        if not right or entry[1] not in DTYPES or not all(type(n) is int and 0 <= n < 2**40 for n in entry[0]):
+    for entry in _list(record[1]):
+        shape, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        sizes = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**40 for n in shape)
+        if not sizes or not isinstance(name, str) or name not in DTYPES:
             raise ValueError(f"Expected the shapes of a batch; got {str(entry)[:80]!r}.")
-        shapes.append(jax.ShapeDtypeStruct(tuple(entry[0]), DTYPES[entry[1]]))
+        shapes.append(jax.ShapeDtypeStruct(tuple(shape), DTYPES[name]))
     return rebuild(record[0], shapes)
 
 
