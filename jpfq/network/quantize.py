@@ -18,7 +18,7 @@ from .curvature import curvatures
 from .functional import Functional, from_function
 from .hosts import check_hosts, leaves_of, spans_hosts
 from .linen import from_linen, is_linen
-from .mesh import automatic, check_runs, context, devices_of
+from .mesh import automatic, check_runs, context, devices_of, on_mesh_of
 from .nnx import from_nnx, is_nnx
 from .program import Program, trace_twice
 from .progress import progress_bar
@@ -72,7 +72,9 @@ class Quantized:
 
         Where no activations are quantized, the model itself with the quantized parameters does the same.
         """
-        return self._run(self._functional.leaves, self.inputs, batch)
+        inputs, batch = jax.tree.map(automatic, (self.inputs, batch))
+        with context():
+            return self._run(self._functional.leaves, inputs, batch)
 
     @functools.cached_property
     def _run(self):
@@ -221,17 +223,22 @@ def _quantize(functional, batches, rules, key, reference, offload, strict, progr
             elif path in walked.biases:
                 leaves[index] = like(walked.biases[path].astype(leaves[index].dtype), leaves[index])
     rebuilt = functional.rebuild(leaves)
+    tensors, info, inputs = walked.tensors, walked.info, walked.inputs
+    if devices is not None:  # codes lie as their kernel does, and all else on its mesh
+        home = dict(zip(functional.paths, given.leaves, strict=True))
+        tensors = {path: _placed(tensor, home[path]) for path, tensor in tensors.items()}
+        info, inputs = ({path: on_mesh_of(home[path], x) for path, x in found.items()} for found in (info, inputs))
     errors = [error for error in walked.output_error if error == error]
     return Quantized(
         rebuilt["params"],
-        walked.tensors,
-        walked.info,
+        tensors,
+        info,
         first.assignment.skipped,
-        walked.inputs,
+        inputs,
         tuple(walked.biases),
         max(errors, default=0.0),
         walked.peak,
-        dataclasses.replace(functional, leaves=tuple(leaves)),
+        dataclasses.replace(functional, leaves=tuple(map(automatic, leaves))),
         rebuilt.get("model"),
         rebuilt.get("variables"),
     )
@@ -369,6 +376,12 @@ def check_key(assignment: Assignment, key: jax.Array | None) -> None:
         for part in (recipe.rounding, patches):
             if part is not None and part.random and key is None:
                 raise ValueError(f"{part} of {path} draws random numbers: pass key=jax.random.key(...).")
+
+
+def _placed(tensor, leaf):
+    """A tensor whose codes lie as its kernel does."""
+    step, zero = on_mesh_of(leaf, (tensor.step, tensor.zero))
+    return dataclasses.replace(tensor, codes=like(tensor.codes, leaf), step=step, zero=zero)
 
 
 def like(new: jax.Array, old: Any) -> Any:
