@@ -2,8 +2,8 @@
 
     python -m tests.matrix.eight few | all
 
-prints one JSON object: by name of the solve, how many codes differ in each type, how far steps and figures are apart, and
-what the compiled program sends inside its loops.
+prints a line of JSON for each solve, {name: {type: found}}: how many codes differ, how far steps and figures are apart,
+and what the compiled program sends inside its loops.
 """
 
 import dataclasses
@@ -200,13 +200,14 @@ def main(which):
     importlib.import_module("jpfq.matrix.substitute").PANEL = 16
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    results = {"control": control()}
+    print(json.dumps({"control": control()}))
     for name, (settings, *case) in {"few": FEW, "all": ALL}[which].items():
-        results[name] = {}
+        found = {}
         for dtype in ("float64", "float32") if which == "all" else ("float64",):
             with jax.enable_x64(dtype == "float64"):
-                results[name][dtype] = compare(settings, *case, dtype)
-    print(json.dumps(results))
+                found[dtype] = compare(settings, *case, dtype)
+        print(json.dumps({name: found}), flush=True)
+        jax.clear_caches()
 
 
 if __name__ == "__main__":

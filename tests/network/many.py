@@ -1,15 +1,17 @@
 """A model on many devices: run by test_shard.py as programs of their own, which print one JSON object.
 
-python -m tests.network.many eight                 one process, data 2 x model 4
-python -m tests.network.many host RANK PORT CASES  one of two processes of two devices each, data 2 x model 2
+python -m tests.network.many eight few|all         one process, data 2 x model 4
+python -m tests.network.many alone CASES           one process without a mesh
+python -m tests.network.many host CASES RANK PORT  one of two processes of two devices each, data 2 x model 2
 """
 
 import json
 import os
 import sys
 
-DEVICES = 8 if sys.argv[1] == "eight" else 2
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=" + (
+    "8" if sys.argv[1] == "eight" else "2"
+)
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,6 @@ from jpfq.matrix import shard
 from tests.network import zoo
 
 SPECS = {"a": P(None, "model"), "b": P("model"), "c": P("model"), "d": P(None, None, None, "model"), "e": P()}
-KEY = jax.random.key(1)
 RULES = {
     "plain": [zoo.plain(bits=3, correct_bias=True)],
     "recommended": [jpfq.Rule(".*", bits=3)],
@@ -64,7 +65,9 @@ def placed(mesh):
 def quantized(case, params, batches, rules=None):
     """The model, quantized as a case says."""
     how = {"offload": case == "offload", "reference": "block" if case == "block" else "float"}
-    return jpfq.quantize(model, batches, rules or RULES[case], params=params, key=KEY, progress=False, **how)
+    return jpfq.quantize(
+        model, batches, rules or RULES[case], params=params, key=jax.random.key(1), progress=False, **how
+    )
 
 
 def whole(x):
@@ -84,7 +87,7 @@ def facts(result, params):
     }
 
 
-def eight():
+def eight(which):
     auto = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     explicit = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     params, batches = given()
@@ -92,21 +95,33 @@ def eight():
     params, batches = placed(auto)
     yield "auto", facts(quantized("plain", params, batches), params)
     params, batches = placed(explicit)
-    result = quantized("plain", params, batches)
-    yield "explicit", facts(result, params)
-    with jax.set_mesh(explicit):
-        yield "set_mesh", facts(quantized("plain", params, batches), params)
-    shard.WHOLE = 400  # so that the Gram of layer b is split
-    jax.clear_caches()
-    yield "split", facts(quantized("plain", params, batches), params)
+    yield "explicit", facts(quantized("plain", params, batches), params)
     named = lambda params, x: jnp.einsum("bti,io->bto", x, params["a"], out_sharding=P("data"))
     try:
         jpfq.quantize(named, [x for x, _ in batches], RULES["plain"], params={"a": params["a"]})
     except ValueError as error:
         yield "refused", str(error)
+    if which == "few":
+        return
+    with jax.set_mesh(explicit):
+        result = quantized("plain", params, batches)
+        yield "set_mesh", facts(result, params)
+        apart = [np.abs(whole(result.tensors[k].dequantize()) - whole(result.params[k])).max() for k in "abde"]
+        outputs = model(jax.tree.map(whole, result.params), *map(whole, batches[0]))
+        apart += [np.abs(whole(x) - y).max() for x, y in zip(result.apply(batches[0]), map(np.asarray, outputs))]
+        yield "usable", [float(x) for x in apart]
+    shard.WHOLE = 400  # so that the Gram of layer b is split
+    jax.clear_caches()
+    yield "split", facts(quantized("plain", params, batches), params)
 
 
-def host(rank, port, cases):
+def alone(cases):
+    for case in cases.split(","):
+        yield case, facts(quantized(case, *given()), {})
+
+
+def host(cases, rank, port):
+    rank = int(rank)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -123,12 +138,11 @@ def host(rank, port, cases):
             quantized("plain", *arguments)
         except ValueError as error:
             yield name, str(error)
-    for case in cases:
+    for case in filter(None, cases.split(",")):
         yield case, facts(quantized(case, params, batches), params)
 
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     command, *rest = sys.argv[1:]
-    results = eight() if command == "eight" else host(int(rest[0]), rest[1], rest[2].split(","))
-    print(json.dumps(dict(results)))
+    print(json.dumps(dict({"eight": eight, "alone": alone, "host": host}[command](*rest))))
