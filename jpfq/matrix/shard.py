@@ -6,7 +6,7 @@
 
 The recursion of a neuron needs no other neuron, so between its first and its last coordinate nothing is sent. What neurons
 share (one step for a whole matrix, the figures of `Info`) is exchanged before and after; see neurons.py.
-Of a split Gram, a panel of rows at a time is sent to all devices, before the recursion enters it (split.py). That serves the
+Of a split Gram, a block of rows at a time is sent to all devices, before the recursion enters it (split.py). That serves the
 methods whose feedback is H itself (GPFQ, UNI, MSQ); a factorisation needs H whole.
 """
 

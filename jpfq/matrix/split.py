@@ -13,7 +13,7 @@ from jax.scipy.linalg import solve_triangular
 
 from ..scalar.pytree import register_dataclass
 
-AT_ONCE = 512  # rows that a product takes at a time
+AT_ONCE = 128  # rows that a product takes at a time
 
 
 @register_dataclass
@@ -99,11 +99,6 @@ class Split:
 
 
 Square = Any  # a matrix (n, n): an array, or `Split`
-
-
-def rows(M: Square, first: int, size: int) -> jax.Array:
-    """M[first : first + size]."""
-    return M.rows(first, size) if isinstance(M, Split) else M[first : first + size]
 
 
 def diagonal(M: Square) -> jax.Array:

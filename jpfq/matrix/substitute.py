@@ -18,7 +18,7 @@ from ..scalar import Here, Levels, Rounding
 from .gram import matmul
 from .kernel import Kernel, chosen
 from .neurons import ALL, Neurons
-from .split import Split, padded, rows
+from .split import Split, padded
 
 BLOCK = 64
 PANEL = 512  # coordinates at least in a panel, and
@@ -174,17 +174,19 @@ def substitute(
     about = jnp.zeros_like(A) if about is None else about
     A, about, L, index = pad(A), pad(about), padded(L, more), pad(index)
     given = jax.tree.map(pad, given)
+    if isinstance(L, Split):
+        path = _panel(recursion, A, L, index, recursion.start(), about, given, block)[1]
+        return jax.tree.map(lambda x: x[:n] if x.ndim else x, path)
     width = block * -(-blocks // min(PANELS, max(1, n // PANEL)))  # coordinates in a panel
 
     carry, done = recursion.start(), []
     for first in range(0, n, width):
         here = slice(first, first + width)
         R = A[here]
-        feedback = rows(L, first, R.shape[0])
         if done:
-            R = R + matmul(feedback[:, :first], about[:first] - jnp.concatenate([path.fed for path in done]))
+            R = R + matmul(L[here, :first], about[:first] - jnp.concatenate([path.fed for path in done]))
         near = jax.tree.map(lambda x: x[here], given)
-        carry, path = _panel(recursion, R, feedback[:, here], index[here], carry, about[here], near, block)
+        carry, path = _panel(recursion, R, L[here, here], index[here], carry, about[here], near, block)
         done.append(path)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n] if parts[0].ndim else parts[0], *done)
 
@@ -195,7 +197,7 @@ def _panel(recursion, R, L, index, carry, about, given, block):
     def visit(state, first):
         carry, e = state
         take = lambda x, axis=0: lax.dynamic_slice_in_dim(x, first, block, axis)
-        feedback, near = take(L), take(about)
+        feedback, near = L.rows(first, block) if isinstance(L, Split) else take(L), take(about)
         argument = take(R) + matmul(feedback, e)  # rows of e not yet reached are 0
         carry, path = recursion.scan(argument, take(feedback, 1), take(index), carry, near, jax.tree.map(take, given))
         return (carry, lax.dynamic_update_slice_in_dim(e, near - path.fed, first, 0)), path

@@ -328,9 +328,9 @@ def _batch(record):
         raise ValueError(f"Expected the shapes of a batch; got {str(record)[:80]!r}.")
     shapes = []
     for entry in _list(record[1]):
-        shape, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-        sizes = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**40 for n in shape)
-        if not sizes or not isinstance(name, str) or name not in DTYPES:
+        pair = _list(entry)
+        shape, name = (_list(pair[0]), _text(pair[1])) if len(pair) == 2 else ([None], "")
+        if not all(type(n) is int and 0 <= n < 2**40 for n in shape) or name not in DTYPES:
             raise ValueError(f"Expected the shapes of a batch; got {str(entry)[:80]!r}.")
         shapes.append(jax.ShapeDtypeStruct(tuple(shape), DTYPES[name]))
     return rebuild(record[0], shapes)

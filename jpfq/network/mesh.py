@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ..matrix import Devices
 from .functional import Functional
@@ -36,6 +37,13 @@ def automatic(x: Any) -> Any:
     if not isinstance(x, jax.Array) or not isinstance(x.sharding, NamedSharding) or not _is_explicit(x.sharding.mesh):
         return x
     return jax.device_put(x, NamedSharding(_automatic(x.sharding.mesh), x.sharding.spec))
+
+
+def on_mesh_of(leaf: Any, tree: Any) -> Any:
+    """A tree of small arrays, whole on every device of the mesh that `leaf` lies on, if it lies on one."""
+    if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
+        return tree
+    return jax.device_put(tree, NamedSharding(leaf.sharding.mesh, P()))
 
 
 def _is_explicit(mesh):

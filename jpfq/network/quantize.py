@@ -22,7 +22,7 @@ from .functional import Functional, flatten, from_function
 from .hosts import check_hosts, leaves_of, spans_hosts
 from .integer import Integers, Overflow
 from .linen import from_linen, is_linen
-from .mesh import automatic, check_runs, context, devices_of
+from .mesh import automatic, check_runs, context, devices_of, on_mesh_of
 from .nnx import from_nnx, is_nnx
 from .program import Program, trace_twice
 from .progress import progress_bar
@@ -79,7 +79,9 @@ class Quantized:
 
         Where no activations are quantized, the model itself with the quantized parameters does the same.
         """
-        return self._run(self._functional.leaves, self.inputs, batch)
+        inputs, batch = jax.tree.map(automatic, (self.inputs, batch))
+        with context():
+            return self._run(self._functional.leaves, inputs, batch)
 
     @functools.cached_property
     def _run(self):
@@ -318,7 +320,7 @@ def quantize(
         with progress_bar(len(first.sites), progress) as report:
             block, refresh = block_of if rebases else None, _refresh(fresh, shapes, offload) if fresh else None
             (walked,), peak = walk(streams, [making], report, block, refresh, devices)
-        return assemble(functional, walked, first.assignment.skipped, peak, example)
+        return assemble(functional, walked, first.assignment.skipped, peak, example, devices)
 
 
 def place(
@@ -367,8 +369,15 @@ def streams_of(functional: Functional, analyses, shaped: Sequence[Shaped], group
     ]
 
 
-def assemble(functional: Functional, walked: Walked, skipped: dict[str, str], peak: int, example: Any) -> Quantized:
-    """The result of a walk over batches of the shapes of `example`. Pure in the arrays of `walked`."""
+def assemble(
+    functional: Functional,
+    walked: Walked,
+    skipped: dict[str, str],
+    peak: int,
+    example: Any,
+    devices: Devices | None = None,
+) -> Quantized:
+    """The result of a walk over batches of the shapes of `example`. Without `devices`, pure in the arrays of `walked`."""
     leaves = list(functional.leaves)
     for index, path in enumerate(functional.paths):
         if functional.trainable[index]:
@@ -377,16 +386,21 @@ def assemble(functional: Functional, walked: Walked, skipped: dict[str, str], pe
             elif path in walked.biases:
                 leaves[index] = like(walked.biases[path].astype(leaves[index].dtype), leaves[index])
     rebuilt = functional.rebuild(leaves)
+    tensors, info, inputs = walked.tensors, walked.info, walked.inputs
+    if devices is not None:  # codes lie as their kernel does, and all else on its mesh
+        home = dict(zip(functional.paths, functional.leaves, strict=True))
+        tensors = {path: _placed(tensor, home[path]) for path, tensor in tensors.items()}
+        info, inputs = ({path: on_mesh_of(home[path], x) for path, x in found.items()} for found in (info, inputs))
     return Quantized(
         rebuilt["params"],
-        walked.tensors,
-        walked.info,
+        tensors,
+        info,
         skipped,
-        walked.inputs,
+        inputs,
         tuple(walked.biases),
         largest(walked.output_error),
         peak,
-        dataclasses.replace(functional, leaves=tuple(leaves)),
+        dataclasses.replace(functional, leaves=tuple(x if is_traced(x) else automatic(x) for x in leaves)),
         rebuilt.get("model"),
         rebuilt.get("variables"),
         example,
@@ -563,6 +577,12 @@ def check_key(assignment: Assignment, key: jax.Array | None) -> None:
         for part in (recipe.rounding, patches):
             if part is not None and part.random and key is None:
                 raise ValueError(f"{part} of {path} draws random numbers: pass key=jax.random.key(...).")
+
+
+def _placed(tensor, leaf):
+    """A tensor whose codes lie as its kernel does."""
+    step, zero = on_mesh_of(leaf, (tensor.step, tensor.zero))
+    return dataclasses.replace(tensor, codes=like(tensor.codes, leaf), step=step, zero=zero)
 
 
 def like(new: jax.Array, old: Any) -> Any:

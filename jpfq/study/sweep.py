@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..matrix import code_dtype
+from ..matrix import Devices, code_dtype
 from ..matrix.each import lane, over_lanes, stack
 from ..network import Quantized, Rule
 from ..network.batches import Shaped, shapes_of
@@ -138,6 +138,7 @@ class Sweep:
     _chunks: list[_Chunk]
     _functional: Functional
     _example: Any  # shapes of a batch
+    _devices: Devices | None
 
     def __len__(self):
         return len(self.records)
@@ -148,7 +149,7 @@ class Sweep:
         chunk = next(chunk for chunk in self._chunks if number in chunk.numbers)
         own = self._settings[number].first.assignment
         walked = _lane_of(chunk.walked, chunk.numbers.index(number), own)
-        return assemble(self._functional, walked, own.skipped, chunk.peak, self._example)
+        return assemble(self._functional, walked, own.skipped, chunk.peak, self._example, self._devices)
 
     @property
     def front(self) -> list[int]:
@@ -254,7 +255,7 @@ def sweep(
         shaped_tensors = jax.eval_shape(lambda tensors: lane(tensors, 0), chunk.walked.tensors)
         for where, number in enumerate(chunk.numbers):
             records[number] = _record(settings[number], chunk, where, shaped_tensors, losses.get(number))
-    return Sweep(records, settings, chunks, functional, example)
+    return Sweep(records, settings, chunks, functional, example, devices)
 
 
 def _settings(functional, shaped, space, key, strict) -> list[_Setting]:

@@ -2,8 +2,8 @@
 
     python -m tests.matrix.eight few | all
 
-prints one JSON object: by name of the solve, how many codes differ in each type, how far steps and figures are apart, and
-what the compiled program sends inside its loops.
+prints a line of JSON for each solve, {name: {type: found}}: how many codes differ, how far steps and figures are apart,
+and what the compiled program sends inside its loops.
 """
 
 import dataclasses
@@ -154,7 +154,7 @@ SENDS = rf"= \(?(\w+\[[\d,]*\]).* ({KINDS})(?:-start)?\("
 
 
 def sent(text):
-    """What a program sends: anywhere in its loops, and in those loops that round, the recursion among them."""
+    """What a program sends: in any of its loops, and in the recursion, the innermost of the loops that round."""
     bodies, name = {}, None
     for line in text.splitlines():
         if line.rstrip().endswith("{") and "->" in line:
@@ -176,11 +176,12 @@ def sent(text):
 
     found = {"loops": [], "recursion": []}
     recursions = 0
+    rounds = {loop for loop in loops if any(" floor(" in line for line in within(loop))}
     for loop in loops:
         lines = within(loop)
         what = [f"{kind} {shape}" for line in lines for shape, kind in re.findall(SENDS, line)]
         found["loops"] += what
-        if any(re.search(r" floor\(", line) for line in lines):
+        if loop in rounds and not any(other in line for line in lines for other in rounds - {loop}):
             found["recursion"] += what
             recursions += 1
     return {name: sorted(set(kinds)) for name, kinds in found.items()} | {"recursions": recursions}
@@ -196,17 +197,18 @@ def control():
 
 
 def main(which):
-    importlib.import_module("jpfq.matrix.split").AT_ONCE = 16  # loops over rows, and several panels
+    importlib.import_module("jpfq.matrix.split").AT_ONCE = 16
     importlib.import_module("jpfq.matrix.substitute").PANEL = 16
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    results = {"control": control()}
+    print(json.dumps({"control": control()}))
     for name, (settings, *case) in {"few": FEW, "all": ALL}[which].items():
-        results[name] = {}
+        found = {}
         for dtype in ("float64", "float32") if which == "all" else ("float64",):
             with jax.enable_x64(dtype == "float64"):
-                results[name][dtype] = compare(settings, *case, dtype)
-    print(json.dumps(results))
+                found[dtype] = compare(settings, *case, dtype)
+        print(json.dumps({name: found}), flush=True)
+        jax.clear_caches()
 
 
 if __name__ == "__main__":
