@@ -64,4 +64,5 @@ from .scalar import SoftThreshold as SoftThreshold
 from .scalar import Stochastic as Stochastic
 from .scalar import Symmetric as Symmetric
 from .scalar import Ternary as Ternary
+from .scalar import datatype_bits as datatype_bits
 from .scalar import ranges as ranges
