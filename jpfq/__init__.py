@@ -72,6 +72,7 @@ from .scalar import SoftThreshold as SoftThreshold
 from .scalar import Stochastic as Stochastic
 from .scalar import Symmetric as Symmetric
 from .scalar import Ternary as Ternary
+from .scalar import datatype_bits as datatype_bits
 from .scalar import ranges as ranges
 from .study.sweep import Space as Space
 from .study.sweep import Sweep as Sweep

@@ -125,10 +125,16 @@ def recipe_of(bits: int | None, grid: Grid | None, **settings) -> Recipe:
     if isinstance(settings.get("prepare"), Prepare):
         settings["prepare"] = (settings["prepare"],)
     for name, (kind, example) in _kinds.items():
-        if name in settings and not (settings[name] is None and name in ("finish", "rotation", "shrinkage")):
+        if name in settings and not (
+            settings[name] is None and name in ("finish", "rotation", "shrinkage", "accumulator")
+        ):
             for value in settings[name] if name == "prepare" else (settings[name],):
                 _check_kind(name, value, kind, example)
     guard, inputs = (settings.pop(name, None) for name in ("accumulator", "inputs"))
+    if guard is None and inputs is not None:
+        raise ValueError(
+            f"inputs={inputs!r} says which codes an accumulator sums: give accumulator=jpfq.Accumulator(..)."
+        )
     settings = _defaults(settings) | settings
     return Recipe(**settings if guard is None else _guarded(settings, guard, inputs, given))
 
@@ -213,6 +219,8 @@ def _needs_gram(recipe) -> str | None:
 
 def _refuse_contradictions(recipe):
     finish, rounding, scale = recipe.finish, recipe.rounding, recipe.scale
+    if isinstance(rounding, Bounded):
+        _refuse_unbounded(recipe)
     if recipe.form == "data" and recipe.needs_gram:
         raise ValueError(f"{_needs_gram(recipe)} has no data form; use form='gram'.")
     if rounding.sparse and not _has_zero(recipe.grid):
@@ -226,8 +234,6 @@ def _refuse_contradictions(recipe):
             raise ValueError(f"{scale} searches for steps beforehand, which PerGroup(refit=True) chooses on the way.")
         if not isinstance(recipe.order, Natural):
             raise ValueError("PerGroup(refit=True) takes groups as the recursion meets them: it needs order=Natural().")
-    if isinstance(rounding, Bounded):
-        _refuse_unbounded(recipe)
     others = len(recipe.prepare) > 1 or recipe.rotation is not None or recipe.shrinkage is not None
     if any(p.needs_rows for p in recipe.prepare) and others:
         raise ValueError(

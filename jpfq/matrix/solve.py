@@ -33,7 +33,8 @@ def solve(
         key: for a rounding that draws random numbers.
         **settings: the parts, each taking its recommended value (`jpfq.best`) where it is left out:
             `shrinkage`, `rotation`, `order`, `prepare` (one or a tuple), `scale`, `method`, `rounding`, `finish`, `form`,
-            `block`.
+            `block`; and `accumulator`, such as `jpfq.Accumulator(16, tile=64)`, with `inputs`, the grid of the input codes
+            that it sums or (mu, nu).
 
     Returns:
         The quantized matrix, and what its making was like.

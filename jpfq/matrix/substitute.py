@@ -172,10 +172,10 @@ def substitute(
     more = blocks * block - n  # dead coordinates: they change nothing
     pad = lambda x: jnp.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1)))
     about = jnp.zeros_like(A) if about is None else about
-    A, about, L, index = pad(A), pad(about), padded(L, more), pad(index)
+    A, about, index, feedback = pad(A), pad(about), pad(index), padded(L, more)
     given = jax.tree.map(pad, given)
-    if isinstance(L, Split):
-        path = _panel(recursion, A, L, index, recursion.start(), about, given, block)[1]
+    if isinstance(feedback, Split):
+        path = _panel(recursion, A, feedback, index, recursion.start(), about, given, block)[1]
         return jax.tree.map(lambda x: x[:n] if x.ndim else x, path)
     width = block * -(-blocks // min(PANELS, max(1, n // PANEL)))  # coordinates in a panel
 
@@ -184,9 +184,9 @@ def substitute(
         here = slice(first, first + width)
         R = A[here]
         if done:
-            R = R + matmul(L[here, :first], about[:first] - jnp.concatenate([path.fed for path in done]))
+            R = R + matmul(feedback[here, :first], about[:first] - jnp.concatenate([path.fed for path in done]))
         near = jax.tree.map(lambda x: x[here], given)
-        carry, path = _panel(recursion, R, L[here, here], index[here], carry, about[here], near, block)
+        carry, path = _panel(recursion, R, feedback[here, here], index[here], carry, about[here], near, block)
         done.append(path)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n] if parts[0].ndim else parts[0], *done)
 

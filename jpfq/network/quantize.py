@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ..matrix import Devices, Info, QTensor
 from ..matrix.gram import is_traced
-from ..scalar import Guard, datatype_bits
+from ..scalar import Guard
 from .activation import Activations, Rounded
 from .apply import run
 from .batches import Shaped, read_batches, shapes_of
@@ -241,10 +241,10 @@ class Quantized:
         rows = []
         for path, info in self.info.items():
             if info.reach is not None:
-                sums, (B, _, out, _) = info.reach.sums, info.reach.ends.shape
-                size = sums.size(self.tensors[path].codes.size // (B * out))
-                types = datatype_bits(size, self.tensors[path].grid, (int(sums.lo), int(sums.hi)))
-                widths = (int(sums.bits), size, info.reach.bits, types, info.reach.outer_bits)
+                reach, tensor, (B, _, out, _) = info.reach, self.tensors[path], info.reach.ends.shape
+                n = tensor.codes.size // (B * out)
+                widths = (int(reach.sums.bits), reach.sums.size(n), reach.bits, reach.types_bits(tensor.grid, n))
+                widths = (*widths, reach.outer_bits)
                 rows.append((path, *map(str, widths), f"{int(info.reach.ends.max()):,}"))
         return table(("sums of", "bits", "tile", "needed", "of any codes", "outer bits", "largest sum"), rows)
 

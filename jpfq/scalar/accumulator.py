@@ -383,6 +383,10 @@ class Reach:
         """The width that the sum of all tiles needs."""
         return width_of(int(np.sum(np.asarray(self.ends), 1, dtype=np.int64).max(initial=0)))
 
+    def types_bits(self, grid: Grid, n: int) -> int:
+        """P*, of tiles of n inputs in all and weights on a grid, see `datatype_bits`."""
+        return datatype_bits(self.sums.size(n), grid, (int(self.sums.lo), int(self.sums.hi)))
+
     @classmethod
     def join(cls, reaches: "list[Reach | None]") -> "Reach | None":
         """Of matrices one after the other; None where they bound nothing."""

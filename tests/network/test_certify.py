@@ -92,6 +92,7 @@ def test_a_change_of_one_code_is_seen():
     assert {path for path, *_ in certificate.failing} == {"a"}
 
 
+@pytest.mark.slow
 def test_kernels_of_all_shapes():
     """Convolutions with groups, experts, a stack of layers: each as the matrices that the solver saw."""
     for name in ("cnn", "scanned"):

@@ -38,7 +38,10 @@ def at_sites(quantized, batch, tile, overflow):
     return jax.jit(run)(quantized._functional.leaves, jax.tree.leaves(batch))
 
 
-@pytest.mark.parametrize("name", ["cnn", "lm", "experts", "scanned"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("experts", "scanned", "mlp")]
+
+
+@pytest.mark.parametrize("name", ["cnn", "lm", *SLOW])
 def test_products_are_those_of_floats(name):
     """Strides, dilation, groups, padding, batched kernels, stacks, attention: with tiles, wrapped and saturated alike."""
     case = zoo.CASES[name]()

@@ -112,3 +112,23 @@ def test_presets_mean_all_kernels_that_rules_before_them_leave():
     quantized = quantize(paper.rtn(2))
     assert str(quantized.tensors["a"].grid) == "Integer(3)"
     assert str(quantized.tensors["b"].grid) == "Integer(2)"
+
+
+def test_presets_of_accumulators_fit_them():
+    """AXE and EP-init with the steps of their papers; fewer bits by the widths alone, the most that fit."""
+    for rules in (paper.axe(3, 8, 12, 8), paper.ep_init(3, 8, 12, 8)):
+        quantized = jpfq.quantize(fn, [ROWS], rules, params=PARAMS)
+        assert jpfq.certify(quantized, bits=12, tile=8).holds
+        np.testing.assert_allclose(quantized.tensors["a"].step[0], largest(np.asarray(PARAMS["a"])) / 3, rtol=1e-5)
+        assert 0 < quantized.output_error < 1
+    products = {(2, a): 1 * (2**a - 1) for a in range(1, 9)}
+    products |= {(b, a): (2 ** (b - 1) - 1) * (2**a - 1) for b in (3, 4) for a in range(1, 9)}
+    for P, tile in ((9, None), (12, None), (12, 5), (32, None)):
+        for rule in paper.fewer_bits({"a": 16}, P, tile, method=jpfq.GPFQ()):
+            assert (rule.pattern, rule.method) == ("a", jpfq.GPFQ())
+            chosen = (2 if rule.grid == jpfq.Ternary() else rule.grid.bits, rule.activation_bits)
+            fitting = [pair for pair, most in products.items() if min(16, tile or 16) * most < 2 ** (P - 1)]
+            assert sum(chosen) == max(map(sum, fitting))
+            assert chosen in fitting
+    with pytest.raises(ValueError, match="need more than 3 bits"):
+        paper.fewer_bits({"a": 16}, 3)
