@@ -5,7 +5,7 @@ jpfq[peers]` brings them. Layers are compared one by one: the peer quantizes a w
 that the peer had at each layer (X in the float network, Xq behind the peer's own quantized layers) and the peer's own
 steps, so only the codes are left to choose. Errors are ||X W - Xq q|| / ||X W||. Times are taken turn by turn. Ours
 are of `jpfq.solve` under `jit`, asked for the weights alone, after a first call, whose extra time, mostly compilation, has
-a column of its own; "with Info" is the plain call with all its figures.
+a column of its own; "with Info" is the plain call with all its figures. Whole models are compared by peers_models.py.
 """
 
 import argparse

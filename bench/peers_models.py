@@ -1,11 +1,12 @@
-"""Claim: whole models are quantized as well as by Brevitas, in a tenth of the time. Run: python bench/peers_models.py
+"""Claim: whole models are quantized as well as by Brevitas, in less time. Run: python bench/peers_models.py
 
 ResNet20 and stories260K, written once more in PyTorch (torch_twins.py; that both give the same outputs is checked), go
 through Brevitas' GPFQ and GPTQ and through `jpfq.quantize`: the same calibration data in the same batches, the same grids,
-steps of the largest weight of each neuron, natural order. Layers of the language model with a common input are updated
-together by Brevitas too, which saves it passes. "best" is what jpfq recommends, with steps of its own. Seconds are those of
-calibrating and quantizing, from a float model in memory to a quantized one; ours are of the whole call, once with all
-compilation ("first"), and warm just before and just after the peer. Scores are of the Flax model on the weights of either.
+steps of the largest weight of each neuron, natural order (of a convolution's inputs: by place, then by channel; theirs by
+channel, then by place, so that codes differ). Layers of the language model with a common input are updated together by
+Brevitas too, which saves it passes. "best" is what jpfq recommends, with steps of its own. Seconds are those of calibrating
+and quantizing, from a float model in memory to a quantized one; ours are of the whole call, once with all compilation
+("first"), and warm just before and just after the peer. Scores are of the Flax model on the weights of either.
 """
 
 import argparse
@@ -135,8 +136,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=TWINS, default=list(TWINS))
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
-    parser.add_argument("--pictures", type=int, default=1_000, help="calibration pictures, 5,000 at most")
-    parser.add_argument("--windows", type=int, default=128, help="calibration windows of 256 tokens, 512 at most")
+    parser.add_argument("--pictures", type=int, default=500, help="calibration pictures, 5,000 at most")
+    parser.add_argument("--windows", type=int, default=64, help="calibration windows of 256 tokens, 512 at most")
     add_data(parser)
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as jax takes

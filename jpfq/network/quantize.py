@@ -229,9 +229,10 @@ class Quantized:
                 f"Inputs of {len(self.inputs)} kernels are rounded while the network runs; {len(self.biases)} biases took "
                 "the mean error of their layer."
             )
+        error = "unknown since training" if self.output_error != self.output_error else f"{self.output_error:.2%}"
         lines.append(
             f"{len(self.tensors)} kernels quantized to {self.bits_per_weight:.2f} bits per weight ({self.nbytes:,} bytes); "
-            f"{len(self.skipped)} left as they are. Relative error of the outputs: {self.output_error:.2%}. "
+            f"{len(self.skipped)} left as they are. Relative error of the outputs: {error}. "
             f"Peak of live activations: {self.peak_bytes:,} bytes."
         )
         return "\n\n".join(lines)

@@ -114,6 +114,7 @@ def test_what_was_trained_is_what_comes_back():
         assert_same(tensor.dequantize(), back.params[path])
     assert_close(back.apply(X), fn(back.params, X))
     assert np.isnan(back.output_error)
+    assert "Relative error of the outputs: unknown since training." in back.summary()
     assert back.nbytes == q.nbytes
     assert_same(q.tuned(q.tunable).params, q.params)
 
