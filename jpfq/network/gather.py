@@ -186,10 +186,10 @@ def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, split):
             x, xq, _slice(weights, first, size, 0), lax.dynamic_slice_in_dim(picked, first, size)
         )
         return _in_parts(part, picked.size, max(1, at_once // n))
-    split = layout.split(x, at_once) if merges else None
-    if split is None:
+    cut = layout.split(x, at_once) if merges else None
+    if cut is None:
         return whole(x, xq, weights)
-    axis, size = split
+    axis, size = cut
     part = lambda first, size: whole(
         _slice(x, first, size, axis), _slice(xq, first, size, axis), _slice(weights, first, size, 0)
     )
