@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..matrix import Devices, Gram, Recipe, Rows
+from ..matrix.correlate import Correlations, copies, correlates
 from ..matrix.each import each, over_lanes
 from ..matrix.gram import at_least_float32
 from ..matrix.layout import Layout
@@ -186,6 +187,12 @@ def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, split):
             x, xq, _slice(weights, first, size, 0), lax.dynamic_slice_in_dim(picked, first, size)
         )
         return _in_parts(part, picked.size, max(1, at_once // n))
+    if merges and weights is None and correlates(layout, x.shape):
+        samples = x.shape[(axis := layout.data_spec[0])]
+        numbers = copies(layout, 1 if xq is None else 2) * x.size // samples
+        part = lambda first, size: Correlations.of(layout, _slice(x, first, size, axis), _slice(xq, first, size, axis))
+        gram = _in_parts(part, samples, max(1, at_once // numbers)).gram()
+        return gram if split is None else gram.split(split)
     cut = layout.split(x, at_once) if merges else None
     if cut is None:
         return whole(x, xq, weights)
@@ -201,7 +208,7 @@ def _slice(x, first, size, axis):
 
 
 def _in_parts(part, total, size):
-    """The sum of the Grams of runs of `size`, one after the other."""
+    """The sum of the Grams, or correlations, of runs of `size`, one after the other."""
     if size >= total:
         return part(0, total)
     whole = total // size
