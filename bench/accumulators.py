@@ -242,7 +242,8 @@ def main():
         rows, claims = wrapping(subject, args)
         wrapped += rows
         said += claims
-    draw(found, subjects, args)
+    if all(value == parser.get_default(name) for name, value in vars(args).items() if name != "data"):
+        draw(found, subjects, args)  # beside the report
     times = overhead(args.size, args.repeats)
     most = max(ratio for kind, ratio in times if kind != "nearest")
     said.append(

@@ -110,6 +110,7 @@ def test_other_roundings_within():
     assert info.relative_error < info.relative_bound < np.inf
 
 
+@pytest.mark.slow
 def test_an_odd_number_of_levels_counts_about_its_zero():
     tensor, _ = jpfq.solve(
         *gram(),

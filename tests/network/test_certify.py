@@ -56,9 +56,8 @@ def test_equals_brute_force(grid):
                 sums = np.add.reduceat(x * np.asarray(k, np.int64)[:, o], np.arange(0, len(k), site.tile))
                 worst = np.maximum(site.most[0, :, o], -site.least[0, :, o])
                 np.testing.assert_array_equal(np.abs(sums), worst)
-                assert all(
-                    2 ** (w - 2) - 1 < x <= 2 ** (w - 1) - 1 or x == 0 for w, x in zip(site.widths[0, :, o], worst)
-                )
+                expected = [next(b for b in range(1, 64) if 2 ** (b - 1) - 1 >= x) for x in worst.tolist()]
+                assert site.widths[0, :, o].tolist() == expected
 
 
 def test_what_was_asked_for_holds_and_one_more_does_not():
