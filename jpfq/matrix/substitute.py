@@ -147,6 +147,7 @@ def substitute(
     pad = lambda x: jnp.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1)))
     about = jnp.zeros_like(A) if about is None else about
     A, about, L, index = pad(A), pad(about), padded(L, more), pad(index)
+    assert L is not None
     given = jax.tree.map(pad, given)
     if isinstance(L, Split):
         path = _panel(recursion, A, L, index, recursion.start(), about, given, block)[1]

@@ -137,8 +137,8 @@ def _merges(x) -> bool:
     return len(x.sharding.device_set) == 1
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "split"))
-def _gram(layout, x, xq, weights, picked, merges, at_once, split):
+@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "over"))
+def _gram(layout, x, xq, weights, picked, merges, at_once, over=None):
     """The Gram of one batch. Patches of a convolution are made and let go a few samples, or picked windows, at a time."""
 
     def whole(x, xq, weights, picked=None):
@@ -149,7 +149,7 @@ def _gram(layout, x, xq, weights, picked, merges, at_once, split):
             X, Xq = flat(X), None if Xq is None else flat(Xq)
             weights = None if weights is None else weights.ravel()
         gram = each(lambda X, Xq: Gram.from_data(X, Xq, weights), X, Xq)
-        return gram if split is None else gram.split(split)
+        return gram if over is None else gram.split(over)
 
     if picked is not None:
         weights = None if weights is None else weights.ravel()[picked]
