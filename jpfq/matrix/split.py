@@ -124,7 +124,7 @@ def permuted(M: Square, p: jax.Array) -> Square:
     return dataclasses.replace(M, order=order, factor=None if M.factor is None else M.factor[p])
 
 
-def padded(M: Square, more: int) -> Square:
+def padded(M: Any, more: int) -> Any:
     """M with `more` rows and columns of 0 at its end."""
     return dataclasses.replace(M, more=more) if isinstance(M, Split) else jnp.pad(M, ((0, more), (0, more)))
 

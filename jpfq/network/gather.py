@@ -160,14 +160,14 @@ def _merges(x) -> bool:
     return len(x.sharding.device_set) == 1
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "split", "laned"))
-def _gram(layout, x, xq, weights, picked, merges, at_once, split=None, laned=(False, False)):
+@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "over", "laned"))
+def _gram(layout, x, xq, weights, picked, merges, at_once, over=None, laned=(False, False)):
     """The Gram of one batch; `laned` are xq and picked."""
-    one = lambda xq, picked: _gram_of_one(layout, x, xq, weights, picked, merges, at_once, split)
+    one = lambda xq, picked: _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over)
     return over_lanes(one, (xq, picked), laned)
 
 
-def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, split):
+def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over):
     """Patches of a convolution are made and let go a few samples, or picked windows, at a time."""
 
     def whole(x, xq, weights, picked=None):
@@ -178,7 +178,7 @@ def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, split):
             X, Xq = flat(X), None if Xq is None else flat(Xq)
             weights = None if weights is None else weights.ravel()
         gram = each(lambda X, Xq: Gram.from_data(X, Xq, weights), X, Xq)
-        return gram if split is None else gram.split(split)
+        return gram if over is None else gram.split(over)
 
     if picked is not None:
         weights = None if weights is None else weights.ravel()[picked]
@@ -192,7 +192,7 @@ def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, split):
         numbers = copies(layout, 1 if xq is None else 2) * x.size // samples
         part = lambda first, size: Correlations.of(layout, _slice(x, first, size, axis), _slice(xq, first, size, axis))
         gram = _in_parts(part, samples, max(1, at_once // numbers)).gram()
-        return gram if split is None else gram.split(split)
+        return gram if over is None else gram.split(over)
     cut = layout.split(x, at_once) if merges else None
     if cut is None:
         return whole(x, xq, weights)

@@ -112,8 +112,9 @@ def test_a_split_matrix_is_the_matrix(two):
     )
     found, expected = jax.jit(split)(M), through(M)
     assert found[3].shape == (4, n + more)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(found[:-1], expected[:-1], strict=True):
         assert_close(a, b)
+    assert found[-1] == expected[-1] == 0
     assert jax.jit(split)(M.at[7, 2].set(jnp.nan))[-1] == 1
 
 
