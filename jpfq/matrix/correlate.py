@@ -10,7 +10,7 @@ region for each, because not every offset sees them.
 import dataclasses
 import itertools
 import math
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ class Correlations:
             sums = [_region_sums(x, window, padding) for x in (X, Xq)]
             return (H, None, None, *sums) if D is None else (H, parts(Xq, D, around), parts(D, D, ahead), *sums)
 
-        made = each(one, X, None if Xq is None else X - Xq, quantized)
+        made: Any = each(one, X, None if Xq is None else X - Xq, quantized)
         return cls(*made, jnp.asarray(samples * rows, X.dtype), window, padding)
 
     def merge(self, other: Self) -> Self:
@@ -82,7 +82,7 @@ class Correlations:
         """The Gram of the patches, with a leading axis of matrices."""
         seen = jnp.asarray(_seen(self.window, self.padding), self.H.dtype)  # (offsets, regions)
         spread = lambda sums: jnp.einsum("dr,brc->bdc", seen, sums, precision="highest").reshape(sums.shape[0], -1)
-        square = lambda M: None if M is None else _square(seen, M, self.window)
+        square: Any = lambda M: None if M is None else _square(seen, M, self.window)
         whole = None if self.C is None else _whole(seen, self.C, self.window)
         count = jnp.broadcast_to(self.count, self.H.shape[:1])
         return Gram(square(self.H), whole, square(self.drift), spread(self.sum_X), spread(self.sum_Xq), count)

@@ -203,7 +203,7 @@ def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over):
     return _in_parts(part, x.shape[axis], size)
 
 
-def _slice(x, first, size, axis):
+def _slice(x, first, size, axis) -> Any:
     return None if x is None else lax.dynamic_slice_in_dim(x, first, size, axis)
 
 

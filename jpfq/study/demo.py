@@ -53,7 +53,7 @@ def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ValueError("The demo needs scikit-learn for its pictures: pip install 'jpfq[demo]'.") from error
-    pictures, labels = load_digits(return_X_y=True)
+    pictures, labels = map(np.asarray, load_digits(return_X_y=True))
     pictures = (pictures / 16).astype(np.float32).reshape(-1, 8, 8, 1)
     order = np.random.default_rng(0).permutation(len(labels))
     train, test = order[:1024], order[1024:]
