@@ -71,8 +71,8 @@ class Correlations:
             sums = [_region_sums(x, window, padding) for x in (X, Xq)]
             return (H, None, None, *sums) if D is None else (H, parts(Xq, D, around), parts(D, D, ahead), *sums)
 
-        made: Any = each(one, X, None if Xq is None else X - Xq, quantized)
-        return cls(*made, jnp.asarray(samples * rows, X.dtype), window, padding)
+        H, C, drift, sum_X, sum_Xq = each(one, X, None if Xq is None else X - Xq, quantized)
+        return cls(H, C, drift, sum_X, sum_Xq, jnp.asarray(samples * rows, X.dtype), window, padding)
 
     def merge(self, other: Self) -> Self:
         """Those of both sets of rows."""
