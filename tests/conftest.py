@@ -1,6 +1,8 @@
 """Strict settings for all tests: no silent promotion of types or ranks; warnings are errors (pyproject.toml)."""
 
+import gc
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
@@ -8,6 +10,11 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+
+from jpfq.network import segments
+
+MAPS = Path("/proc/self/maps")  # on Linux
+MANY = 20_000  # of the 65,530 that a process may have by default; every compiled program takes several
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -18,3 +25,13 @@ def x64():
     """Float64 for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def let_programs_go():
+    """Forgets what is compiled once it is much: a process that runs out of maps is killed by its next compilation."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
+        segments._compiled.clear()
+        jax.clear_caches()
+        gc.collect()
