@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..matrix import Devices
+from ..matrix.gram import is_traced
 from .functional import Functional
 
 
@@ -34,7 +35,12 @@ def _axes(spec):
 
 def automatic(x: Any) -> Any:
     """An array of a mesh with Explicit axes as one of the same devices with Auto axes, on which reshapes are free."""
-    if not isinstance(x, jax.Array) or not isinstance(x.sharding, NamedSharding) or not _is_explicit(x.sharding.mesh):
+    if (
+        not isinstance(x, jax.Array)
+        or is_traced(x)
+        or not isinstance(x.sharding, NamedSharding)
+        or not _is_explicit(x.sharding.mesh)
+    ):
         return x
     return jax.device_put(x, NamedSharding(_automatic(x.sharding.mesh), x.sharding.spec))
 

@@ -401,7 +401,7 @@ def assemble(
         tuple(walked.biases),
         largest(walked.output_error),
         peak,
-        dataclasses.replace(functional, leaves=tuple(x if is_traced(x) else automatic(x) for x in leaves)),
+        dataclasses.replace(functional, leaves=tuple(map(automatic, leaves))),
         rebuilt.get("model"),
         rebuilt.get("variables"),
         example,

@@ -120,7 +120,7 @@ def test_entropy_is_that_of_the_shares():
 
 
 def info(**values):
-    zero = dict.fromkeys((field.name for field in dataclasses.fields(jpfq.Info)), 0.0)
+    zero = dict.fromkeys((field.name for field in dataclasses.fields(jpfq.Info) if field.name != "reach"), 0.0)
     return jpfq.Info(**{name: jnp.asarray(x) for name, x in (zero | values).items()})
 
 
