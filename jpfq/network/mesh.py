@@ -62,7 +62,10 @@ def _automatic(mesh):
 
 def context() -> contextlib.AbstractContextManager:
     """What to work in: the mesh that `jax.set_mesh` set, its axes Auto."""
-    mesh = jax.sharding.get_mesh()
+    try:
+        mesh = jax.sharding.get_mesh()
+    except ValueError:  # inside jit, where the mesh is the caller's and cannot be set
+        return contextlib.nullcontext()
     return jax.set_mesh(_automatic(mesh)) if _is_explicit(mesh) else contextlib.nullcontext()
 
 
