@@ -41,6 +41,7 @@ class Case:
         self.test, self.answers = jnp.asarray(test), jnp.asarray(answers)
         self.space = jpfq.Space(KINDS[kind], bits=WIDTHS, c=RADII)
         self.wrong = jax.jit(self.evaluate_variables)
+        self.evaluate = lambda quantized: self.evaluate_variables(quantized.variables)
 
     def evaluate_variables(self, variables):
         return jnp.mean(jnp.argmax(self.model.apply(variables, self.test), -1) != self.answers)
@@ -51,8 +52,7 @@ class Case:
         return quantized, float(self.wrong(quantized.variables))
 
     def sweep(self):
-        wrong = lambda quantized: self.evaluate_variables(quantized.variables)
-        given = {"variables": self.variables, "evaluate": wrong, "progress": False}
+        given = {"variables": self.variables, "evaluate": self.evaluate, "progress": False}
         return jpfq.sweep(self.model, self.batches, self.space, **given)
 
 

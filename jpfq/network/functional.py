@@ -18,6 +18,7 @@ class Functional:
     leaves: tuple
     trainable: tuple[bool, ...]  # False for state such as BatchNorm statistics, which is never quantized
     rebuild: Callable[[Sequence], dict[str, Any]]  # new leaves -> what a `Quantized` offers: params, variables or model
+    identity: Any = None  # equal for equal `fn` and `rebuild`, and hashable; None where nothing is known to be
 
 
 def from_function(fn: Callable, params: Any, kwargs: dict) -> Functional:
@@ -29,7 +30,18 @@ def from_function(fn: Callable, params: Any, kwargs: dict) -> Functional:
         leaves,
         (True,) * len(leaves),
         lambda leaves: {"params": tree.unflatten(leaves)},
+        identity_of(fn, tree, kwargs),
     )
+
+
+def identity_of(model: Any, tree: Any, kwargs: dict) -> Any:
+    """What tells a model, the tree of its parameters and its arguments apart from others; None if it cannot be hashed."""
+    identity = model, tree, tuple(kwargs.items())
+    try:
+        hash(identity)
+    except TypeError:  # arrays in the arguments, lists in the settings of a module
+        return None
+    return identity
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[tuple[str, ...], tuple, Any]:

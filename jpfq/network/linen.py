@@ -5,7 +5,7 @@ from typing import Any
 import flax.errors
 from flax import linen
 
-from .functional import Functional, call, flatten
+from .functional import Functional, call, flatten, identity_of
 
 
 def is_linen(model: Any) -> bool:
@@ -42,7 +42,8 @@ def from_linen(module: linen.Module, variables: Any, kwargs: dict) -> Functional
             ) from error
 
     paths = tuple(path.removeprefix("params/") for path in full)
-    return Functional(fn, paths, leaves, trainable, lambda leaves: _rebuild(tree.unflatten(leaves)))
+    rebuild = lambda leaves: _rebuild(tree.unflatten(leaves))
+    return Functional(fn, paths, leaves, trainable, rebuild, identity_of(module, tree, kwargs))
 
 
 def _rebuild(variables):

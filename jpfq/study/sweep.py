@@ -6,6 +6,7 @@ same walk, one after the other at each layer. Only what changes which kernels ar
 takes a walk of its own.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -44,6 +45,7 @@ from ..network.table import table
 from ..network.walk import Making, Walked, stops, walk
 from .plot import loss_against_bits
 
+KEPT = 16  # compiled functions that score
 FIGURES = ("loss", "output_error", "bits_per_weight", "nbytes")  # what a record says besides its setting
 
 
@@ -218,7 +220,8 @@ def sweep(
         model, batches, variables, params, kwargs, offload, strict, progress: as for `jpfq.quantize`.
         space: the settings.
         evaluate: takes a `Quantized`, of which it may use `params`, `variables`, `model` and `apply`, and returns a loss:
-            a scalar array, the smaller the better. It is compiled, so it is made of JAX operations.
+            a scalar array, the smaller the better. It is compiled, so it is made of JAX operations; and once for one model,
+            as `jax.jit` does, so what it reads besides must not change.
         lanes: how many settings are computed as one program at most; None for as many as can be. Fewer take less memory.
         key: for roundings and patches that draw, the same for all settings; an axis `seed` of the space gives each its own.
         memory: bytes to stay within; None for what the device has.
@@ -320,23 +323,13 @@ def _making(functional, shaped, settings, part, groups) -> Making:
 
 def _losses(functional, settings, chunks, evaluate, example) -> dict[int, float]:
     """By number of the setting, what `evaluate` says."""
-
-    @functools.partial(jax.jit, static_argnames=("skipped", "peak"))  # chunks that are alike share one program
-    def scores(walked, leaves, skipped, peak):
-        def one(walked):
-            own = dataclasses.replace(functional, leaves=leaves)
-            loss = jnp.asarray(evaluate(assemble(own, walked, dict(skipped), peak, example)))
-            if loss.ndim or not jnp.issubdtype(loss.dtype, jnp.number):
-                raise ValueError(f"evaluate returns one number for a network; got shape {loss.shape}, {loss.dtype}.")
-            return loss.astype(float)
-
-        return over_lanes(one, (walked,), (True,))
-
-    losses = {}
+    scores, losses = _scores(functional, evaluate), {}
+    shapes, structure = jax.tree.flatten(example)
+    static = structure, tuple((x.shape, x.dtype) for x in shapes)
     for chunk in chunks:
         skipped = tuple(settings[chunk.numbers[0]].first.assignment.skipped.items())
         try:
-            found = scores(chunk.walked, functional.leaves, skipped, chunk.peak)
+            found = scores(chunk.walked, functional.leaves, skipped, chunk.peak, static)
         except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
             raise ValueError(
                 "evaluate is compiled, but it turns arrays into Python numbers or NumPy arrays, with float() or np.asarray "
@@ -344,6 +337,40 @@ def _losses(functional, settings, chunks, evaluate, example) -> dict[int, float]
             ) from error
         losses |= dict(zip(chunk.numbers, np.asarray(found).tolist(), strict=True))
     return losses
+
+
+_compiled: collections.OrderedDict[Any, Callable] = collections.OrderedDict()  # the last few, by model and `evaluate`
+
+
+def _scores(functional, evaluate) -> Callable:
+    """The compiled losses of all lanes; those of one model and one `evaluate` are compiled once."""
+    key = functional.identity, evaluate
+    if functional.identity is None or key not in _compiled:
+        bare = dataclasses.replace(functional, leaves=())
+
+        def scores(walked, leaves, skipped, peak, static):
+            structure, shapes = static
+            example = structure.unflatten([jax.ShapeDtypeStruct(*x) for x in shapes])
+
+            def one(walked):
+                own = dataclasses.replace(bare, leaves=leaves)
+                loss = jnp.asarray(evaluate(assemble(own, walked, dict(skipped), peak, example)))
+                if loss.ndim or not jnp.issubdtype(loss.dtype, jnp.number):
+                    raise ValueError(
+                        f"evaluate returns one number for a network; got shape {loss.shape}, {loss.dtype}."
+                    )
+                return loss.astype(float)
+
+            return over_lanes(one, (walked,), (True,))
+
+        compiled = jax.jit(scores, static_argnames=("skipped", "peak", "static"))
+        if functional.identity is None:
+            return compiled
+        _compiled[key] = compiled
+        while len(_compiled) > KEPT:
+            _compiled.popitem(last=False)
+    _compiled.move_to_end(key)
+    return _compiled[key]
 
 
 def _lane_of(walked: Walked, i: int, assignment) -> Walked:
