@@ -5,6 +5,8 @@ through the coordinates of the block by itself: the errors about - q of its neur
 arguments are written. It calls the rounding's own function, so that no rounding is written twice. TPU (Mosaic) and GPU
 (Triton) take the same code: coordinates lie on the leading axis, neurons on the last.
 
+JAX after 0.10 means to give up its way to Triton, which it warns of: on GPUs the kernel will need another.
+
 Nobody has timed it: no accelerator was at hand. So the scan stays what runs, unless a `Recursion` is given a `Kernel`;
 bench/kernel.py compares the two, and a platform whose figures speak for the kernel belongs in `WINS`.
 """

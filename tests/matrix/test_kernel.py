@@ -133,6 +133,8 @@ def test_a_kernel_that_is_asked_for_says_what_it_cannot_do():
 def test_it_lowers_without_a_device(platform, target):
     """Blocks of 64 in float32, with a carry and groups: one call, in the loop over blocks. That it compiles and is right
     on a device no test here can see."""
+    if platform == "cuda" and tuple(map(int, jax.__version__.split(".")[:2])) > (0, 10):
+        pytest.skip("after 0.10 JAX lowers for Triton, which it means to give up, only where there is a GPU")
 
     def solved(A, L, step, lam):
         levels = Levels(step, jnp.zeros_like(step), jnp.array(-8.0), jnp.array(7.0))
