@@ -114,7 +114,7 @@ def _line(site: Site, forked: bool, analysis: Analysis, batches: int) -> Line:
     passes = getattr(recipe.finish, "passes", 0)
     bare = recipe.method.local and isinstance(recipe.order, Natural) and networks == 1
     copies, columns = (7, 16) if passes else (2 if bare else 4, 12)
-    gather = together * (patches * networks + networks - 1) + 3 * matrices * n * n
+    gather = together * (patches * networks + networks - 1) + 2 * matrices * n * n
     solve = (matrices + copies) * n * n + columns * n * out
     runs = recipe.scale.runs
     products = (2 if runs > 1 else 1) * runs + 4 * passes + 4  # a search measures each of its runs

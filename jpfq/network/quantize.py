@@ -308,7 +308,7 @@ def quantize(
             raise ValueError("Fresh batches for each layer must be of one size, and the reference the float network.")
         traced = [find_kernels(placed, group.example) for group in shaped]
         analyses = rule_all(placed, traced, rules, strict)
-        first, key = analyses[0], typed(key)
+        first, key = analyses[0], automatic(typed(key))
         check_key(first.assignment, key)
         groups, rebases = stops(first.sites), reference == "block"
         coupled = couple(placed, analyses, shaped, groups, key)

@@ -24,7 +24,7 @@ from ..matrix.each import lane, over_lanes, stack
 from ..network import Quantized, Rule
 from ..network.batches import Shaped, shapes_of
 from ..network.functional import Functional
-from ..network.mesh import context
+from ..network.mesh import automatic, context
 from ..network.plan import plan_of
 from ..network.progress import progress_bar
 from ..network.quantize import (
@@ -244,7 +244,7 @@ def sweep(
         functional = adapt(model, variables, params, kwargs)
         compared = {"space": [tuple(map(str, point.items())) for point in space.points], "key": key, "lanes": lanes}
         placed, shaped, devices = place(functional, batches, compared, offload)
-        settings = _settings(placed, shaped, space, typed(key), strict)
+        settings = _settings(placed, shaped, space, automatic(typed(key)), strict)
         walks = _partition(settings, range(len(settings)), _walk_key)
         _check_memory(settings, walks, shaped, lanes, offload, memory)
         chunks = []

@@ -72,7 +72,7 @@ def quantized(case, params, batches, rules=None):
 
 def whole(x):
     """An array that this process can read."""
-    mesh = getattr(x.sharding, "mesh", None)
+    mesh = getattr(getattr(x, "sharding", None), "mesh", None)
     return np.asarray(x if mesh is None or x.is_fully_replicated else jax.device_put(x, NamedSharding(mesh, P())))
 
 

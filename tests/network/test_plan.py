@@ -120,5 +120,6 @@ def test_activations_and_parameters_in_the_estimate_are_those_that_live():
     with PeakOfArrays() as seen:
         quantized = jpfq.quantize(fn, data, 4, params=params)
     plan = jpfq.plan(fn, data[0], 4, params=params, batches=10)
-    assert 0.75 < plan.memory / (seen.peak - base) < 1.25
+    held = plan.memory - max(line.workspace for line in plan.lines)
+    assert 0.8 < held / (seen.peak - base) < 1.2
     assert quantized.peak_bytes < plan.memory
