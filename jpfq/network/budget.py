@@ -23,7 +23,7 @@ from .batches import read_batches
 from .curvature import derivatives, signs
 from .gather import Gather
 from .program import Program
-from .quantize import adapt, analyse, check_key
+from .quantize import adapt, analyse, check_key, typed
 from .rules import Rule
 from .sites import Site
 from .stream import Stream
@@ -85,7 +85,7 @@ def budget(
     costs = {path: np.zeros(len(widths)) for path in paths}
     for number, group in enumerate(groups):
         stream.advance(number)
-        gather = Gather([stream], number, key)
+        gather = Gather([stream], number, typed(key))
         for i in group:
             site, recipe = sites[i], analysis.assignment.recipes[sites[i].path]
             W = at_least_float32(site.layout.matrices(site.chain(stream.value(program.params[site.leaf]))))
