@@ -179,7 +179,7 @@ class Sweep:
     def frame(self) -> Any:
         """The records as a `pandas.DataFrame`."""
         try:
-            import pandas
+            import pandas  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError("frame() needs pandas: pip install pandas. `records` is a plain list.") from error
         return pandas.DataFrame(self.records)
