@@ -29,6 +29,8 @@ def canonical(x: Any) -> Any:
         return "dict", tuple((k, canonical(v)) for k, v in sorted(x.items(), key=lambda item: str(item[0])))
     if isinstance(x, (tuple, list)):
         return type(x).__name__, tuple(map(canonical, x))
+    if isinstance(x, (set, frozenset)):
+        return "set", tuple(sorted(map(repr, x)))
     try:
         hash(x)
     except TypeError:

@@ -25,6 +25,7 @@ import safetensors.numpy
 from ..matrix import Info
 from . import leaves as one
 from .activation import Rounded
+from .disk import digest, to_disk
 from .functional import Functional
 from .linen import is_linen
 from .nnx import is_nnx
@@ -74,22 +75,22 @@ def save(
         new = Path(name) / folder.name
         new.mkdir()
         safetensors.numpy.save_file(arrays, new / "arrays")
-        document["arrays"] = {"bytes": (new / "arrays").stat().st_size, "sha256": _digest(new / "arrays")}
+        document["arrays"] = {"bytes": (new / "arrays").stat().st_size, "sha256": digest(new / "arrays")}
         (new / "arrays").rename(new / arrays_name(document))
         (new / MANIFEST).write_text(seal(document))
         (new / arrays_name(document)).chmod((new / MANIFEST).stat().st_mode & 0o777)  # safetensors lets the owner only
         for path in (*new.iterdir(), new):
-            _to_disk(path)
+            to_disk(path)
         if there:  # arrays first, under a name of their own: the old result holds until the new record takes its place
             for file in (arrays_name(document), MANIFEST):
                 (new / file).replace(folder / file)
-            _to_disk(folder)
+            to_disk(folder)
             for old in folder.glob("arrays-*.safetensors"):
                 if old.name != arrays_name(document):
                     old.unlink()
         else:
             new.replace(folder)
-        _to_disk(parent)
+        to_disk(parent)
     return sum((folder / file).stat().st_size for file in (arrays_name(document), MANIFEST))
 
 
@@ -141,7 +142,7 @@ def read(folder: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:
         size = file.stat().st_size if file.is_file() else 0
         if size != expected["bytes"]:
             raise ValueError(f"{file.name} is to have {expected['bytes']} bytes and has {size}.")
-        if _digest(file) != expected["sha256"]:
+        if digest(file) != expected["sha256"]:
             raise ValueError(f"{file.name} is damaged: its checksum differs.")
         with safetensors.safe_open(file, framework="np") as opened:
             return document, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no dict
@@ -411,18 +412,3 @@ def _list(value):
     if not isinstance(value, list):
         raise ValueError(f"Expected a list; got {str(value)[:80]!r}.")
     return value
-
-
-def _digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _to_disk(path):
-    """Waits until a file, or the names in a folder, are on the disk, where the system can tell."""
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

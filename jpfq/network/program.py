@@ -81,7 +81,7 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> P
         last_use.update((v, index) for v in eqn.invars if not is_literal(v))
     last_use.update((v, len(equations)) for v in jaxpr.outvars if not is_literal(v))
     broadcasts = _broadcasts(equations, fixed, jaxpr.outvars)
-    for v, eqn in broadcasts.items():
+    for v, eqn in reversed(broadcasts.items()):
         source = eqn.invars[0]
         if not is_literal(source) and v in last_use:
             last_use[source] = max(last_use[source], last_use[v])
@@ -105,7 +105,7 @@ def trace_twice(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any
     again = trace(
         lambda *args: fn(*args), paths, params, batch
     )  # another function, as JAX remembers what it has traced
-    if _form(program) != _form(again):
+    if form(program) != form(again):
         raise ValueError(
             "The model does something else each time it is traced, so the float and the quantized network would differ: it "
             "draws numbers outside of JAX, or keeps state in Python. Make it a function of its parameters and inputs."
@@ -113,7 +113,8 @@ def trace_twice(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any
     return program
 
 
-def _form(program):
+def form(program: Program) -> Any:
+    """A hashable value: equal for programs that compute the same."""
     inputs = [*program.constants, *program.params, *program.inputs]
     outputs = [v for v in program.outputs if not is_literal(v)]
     return segment(list(program.equations), inputs, outputs), canonical(list(program.constants.values()))
@@ -223,20 +224,20 @@ def _live(jaxpr):
 
 
 def _broadcasts(equations, fixed, outputs):
-    """Fixed values that are repeated for the sake of data alone, such as a bias over all rows."""
+    """Fixed values that are repeated for the sake of data alone, such as a bias over all rows or a mask; in order."""
     found = {}
     for eqn in equations:
         repeats = eqn.primitive.name == "broadcast_in_dim" and len(eqn.invars) == 1
         if repeats and eqn.outvars[0] in fixed and eqn.outvars[0].aval.size > eqn.invars[0].aval.size:
             found[eqn.outvars[0]] = eqn
-    for eqn in equations:
-        if all(v in fixed for v in eqn.outvars):
-            for v in eqn.invars:
-                if not is_literal(v):
-                    found.pop(v, None)
     for v in outputs:
         if not is_literal(v):
             found.pop(v, None)
+    for eqn in reversed(equations):
+        if all(v in fixed and v not in found for v in eqn.outvars):
+            for v in eqn.invars:
+                if not is_literal(v):
+                    found.pop(v, None)
     return found
 
 

@@ -26,6 +26,7 @@ from .mesh import automatic, check_runs, context, devices_of, on_mesh_of
 from .nnx import from_nnx, is_nnx
 from .program import Program, trace_twice
 from .progress import progress_bar
+from .resume import Kept, stoppable
 from .rules import Assignment, Rule, as_rules, assign
 from .serve import Served
 from .sites import CASTS, Site, find_sites, with_taps
@@ -262,6 +263,7 @@ def quantize(
     reference: Literal["float", "block"] = "float",
     offload: bool = False,
     strict: bool = False,
+    checkpoint: str | os.PathLike | None = None,
     progress: bool | None = None,
 ) -> Quantized:
     """Quantizes the weights of a trained model after training, layer by layer, on calibration data.
@@ -286,6 +288,10 @@ def quantize(
             block, as Brevitas does for transformers. A block is a path up to its first part with a number in it.
         offload: whether batches wait in the memory of the host, so that the device holds one at a time.
         strict: whether to refuse a model that has kernels which cannot be quantized, rather than list them.
+        checkpoint: a folder in which each layer is kept as soon as it is done, for a long run. The same call goes on from
+            there, whenever it was stopped, and ends with the same codes; a call with another model, other data, settings or
+            versions is refused and told what differs. SIGTERM, as of a machine that is taken away, lets the layer at work
+            end and then exits with status 143. Of fresh batches, the first ones are compared. Delete the folder when done.
         progress: whether to show a progress bar; None shows it on a terminal only.
 
     Returns:
@@ -310,6 +316,10 @@ def quantize(
         analyses = rule_all(placed, traced, rules, strict)
         first, key = analyses[0], automatic(typed(key))
         check_key(first.assignment, key)
+        kept = None
+        if checkpoint is not None:
+            programs = [one.program for one in traced]
+            kept = Kept.of(checkpoint, placed, programs, shaped, devices, rules, key=key, reference=reference)
         groups, rebases = stops(first.sites), reference == "block"
         coupled = couple(placed, analyses, shaped, groups, key)
         making = Making(first.assignment.recipes, activations_of(first.assignment), key, coupled)
@@ -318,9 +328,9 @@ def quantize(
         )
         shapes, example = [x.shape for x in shaped[0].leaves[0]], shapes_of(shaped[0].example)
         del shaped  # the streams let inputs go once they are used
-        with progress_bar(len(first.sites), progress) as report:
+        with progress_bar(len(first.sites), progress) as report, stoppable(kept):
             block, refresh = block_of if rebases else None, _refresh(fresh, shapes, offload) if fresh else None
-            (walked,), peak = walk(streams, [making], report, block, refresh, devices)
+            (walked,), peak = walk(streams, [making], report, block, refresh, devices, kept)
         return assemble(functional, walked, first.assignment.skipped, peak, example, devices)
 
 

@@ -16,7 +16,20 @@ import numpy as np
 from ..matrix import Hadamard
 from ..matrix.layout import ConvLayout, DotLayout, Layout
 from ..matrix.packed import plain
-from ..scalar import Asymmetric, Binary, Codes, Equispaced, Grid, Infinite, Integer, Levels, Symmetric, Ternary, ranges
+from ..scalar import (
+    Asymmetric,
+    Binary,
+    Codes,
+    Equispaced,
+    Grid,
+    Infinite,
+    Integer,
+    Levels,
+    Sums,
+    Symmetric,
+    Ternary,
+    ranges,
+)
 from .activation import Activations, Rounded
 
 DTYPES = {  # of arrays that are kept as they are; by name, and never looked up elsewhere
@@ -196,5 +209,6 @@ FIELDS: dict[type, dict[str, Callable]] = {
     | {"padding": _tuple(_wholes), "groups": _whole},
     Activations: {"grid": _a(Grid), "range": _maybe(_a(ranges.Range)), "per": _text},
     Levels: {"step": _array, "zero": _array, "lo": _array, "hi": _array},
+    Sums: {"bits": _array, "lo": _array, "hi": _array, "tile": _maybe(_whole)},
     Rounded: {"settings": _a(Activations), "layout": _a(Layout), "levels": _maybe(_a(Levels))},
 }

@@ -175,9 +175,12 @@ class Stream:
 
     def _with_broadcasts(self, equations):
         """The equations, after those that repeat fixed values for them."""
-        broadcasts = self.program.broadcasts
-        needed = {v: None for e in equations for v in e.invars if not is_literal(v) and v in broadcasts}
-        return [broadcasts[v] for v in needed] + equations
+        needed, found = {v for e in equations for v in e.invars if not is_literal(v)}, []
+        for v, eqn in reversed(self.program.broadcasts.items()):
+            if v in needed:
+                needed.update(v for v in eqn.invars if not is_literal(v))
+                found.append(eqn)
+        return found[::-1] + equations
 
     def _later(self, v, end):
         return self.program.last_use.get(v, -1) >= end and v not in self.program.broadcasts

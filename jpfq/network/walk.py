@@ -14,7 +14,7 @@ import math
 import operator
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,26 @@ class Walked(NamedTuple):
     )  # per output leaf of the model: relative error on the calibration data; nan if not floating
 
 
+class Solved(NamedTuple):
+    """What quantizing one site made, as far as later sites and the result depend on it."""
+
+    solution: Solution
+    error: jax.Array | None  # mean error of each neuron (B, out), which its bias takes; None where that stays as it is
+    rounded: Rounded | None  # how the input is rounded; None if it is not
+
+
+class Keeps(Protocol):
+    """What remembers the sites of an earlier run; of one track without lanes. Sites are numbered by stop and position."""
+
+    def read(self, stop: int, position: int) -> Solved | None:
+        """A site that was solved before."""
+        ...
+
+    def write(self, stop: int, position: int, solved: Solved) -> None:
+        """Keeps a site."""
+        ...
+
+
 class _Track:
     """What a track has so far."""
 
@@ -94,6 +114,7 @@ def walk(
     block: Callable[[Site], Any] | None = None,
     refresh: Callable[[Stream, int], Stream] | None = None,
     devices: Devices | None = None,
+    kept: Keeps | None = None,
 ) -> tuple[list[Walked], int]:
     """Quantizes every site.
 
@@ -105,6 +126,7 @@ def walk(
             for a reference that is the float network throughout.
         refresh: takes the stream of the stop before to one over other batches, for each stop but the first.
         devices: over which the neurons of each site are split.
+        kept: has sites that need not be solved again, and takes those that are; left out, all are solved.
 
     Returns:
         What was found on each track, and the bytes of live activations, at most.
@@ -113,7 +135,8 @@ def walk(
     waiting = collections.Counter(site.path for stop in first.stops for site in stop)
     tracks = [_Track(number, making) for number, making in enumerate(makings)]
     for number, stop in enumerate(first.stops):
-        if refresh is not None and number:
+        known = [kept and kept.read(number, position) for position in range(len(stop))]
+        if refresh is not None and number and (None in known or number == len(first.stops) - 1):
             streams = [refresh(stream, number) for stream in streams]
         for stream in streams:
             stream.advance(number)
@@ -122,46 +145,68 @@ def walk(
             for stream in streams:
                 stream.rebase()
         for track in tracks:
-            _visit(streams, number, track, waiting, report, devices)
+            _visit(streams, number, track, waiting, report, devices, known, kept)
     errors = _output_error(streams, tracks)
     in_order = lambda inputs: {path: [uses[index] for index in sorted(uses)] for path, uses in inputs.items()}
     walked = [Walked(t.tensors, t.info, t.biases, in_order(t.inputs), e) for t, e in zip(tracks, errors, strict=True)]
     return walked, sum(stream.peak for stream in streams)
 
 
-def _visit(streams, number, track, waiting, report, devices):
-    """Solves the sites of one stop on one track."""
-    first, making = streams[0], track.making
-    rounded = _round_inputs(streams, number, track)
-    gather = Gather(streams, number, making.key, devices, track.number)
-    for position, site in enumerate(first.stops[number]):
-        recipe, done = making.recipes[site.path], track.parts.setdefault(site.path, [])
-        W = at_least_float32(site.layout.matrices(site.chain(first.value(first.program.params[site.leaf]))))
-        draw = None if making.key is None else fold_in(making.key, zlib.crc32(site.path.encode()))
-        draw = None if draw is None else fold_in(draw, len(done))
-        recipe.refuse(gather.count, W.shape[1], site.path)
-        gathered = gather(recipe, W.shape, centred=site.bias is not None)
-        coupled = making.coupled.get((number, position))
-        solve = functools.partial(_solve_lanes, data_laned=gather.laned) if track.laned else _solve
-        solution = solve(W, gathered.data, recipe, draw, coupled, devices)
-        _raise_on(solution.info, recipe, site.path, gathered.data, making.lanes, gather.laned)
-        operand = _operand(solution.q, site.layout, _casts(first, site), track.laned)
-        for stream in streams:
-            stream.replace(stream.stops[number][position].weight, operand, track.number)
-        if site.bias is not None:
-            means = gathered.mean_X, gathered.mean_Xq, gathered.rows
-            error, lost = _mean_error(means, W, solution.q, (gather.laned, track.laned))
-            solution = solution._replace(info=dataclasses.replace(solution.info, energy=solution.info.energy + lost))
-            _correct(streams, number, position, error, track)
-        if rounded is not None:
-            track.inputs.setdefault(site.path, {})[site.index] = rounded
-        done.append((site, solution._replace(q=None, codes=solution.codes.astype(code_dtype(recipe.grid)))))
-        if len(done) == waiting[site.path]:
-            leaf = first.program.params[site.leaf].aval
-            track.tensors[site.path] = _assemble(done, leaf.shape, leaf.dtype, recipe, track)
-            infos = [solution.info for _, solution in track.parts.pop(site.path)]
-            track.info[site.path] = track.lift(Info.join)(infos)
-        report(site.path, float(jnp.mean(solution.info.relative_error)))
+def _visit(streams, number, track, waiting, report, devices, known, kept):
+    """Quantizes the sites of one stop on one track, those that are not known."""
+    rounded = _round_inputs(streams, number, track, known[0])
+    gather = Gather(streams, number, track.making.key, devices, track.number)
+    for position, site in enumerate(streams[0].stops[number]):
+        solved = known[position]
+        if solved is None:
+            solved = _solved(streams[0], number, position, track, gather, devices)._replace(rounded=rounded)
+            if kept is not None:
+                kept.write(number, position, solved)
+        _take(streams, number, position, track, solved, waiting)
+        report(site.path, float(jnp.mean(solved.solution.info.relative_error)))
+
+
+def _solved(first, number, position, track, gather, devices) -> Solved:
+    """Solves a site."""
+    site, making = first.stops[number][position], track.making
+    recipe = making.recipes[site.path]
+    W = at_least_float32(site.layout.matrices(site.chain(first.value(first.program.params[site.leaf]))))
+    draw = None if making.key is None else fold_in(making.key, zlib.crc32(site.path.encode()))
+    draw = None if draw is None else fold_in(draw, len(track.parts.get(site.path, ())))
+    recipe.refuse(gather.count, W.shape[1], site.path)
+    gathered = gather(recipe, W.shape, centred=site.bias is not None)
+    coupled = making.coupled.get((number, position))
+    solve = functools.partial(_solve_lanes, data_laned=gather.laned) if track.laned else _solve
+    solution = solve(W, gathered.data, recipe, draw, coupled, devices)
+    _raise_on(solution.info, recipe, site.path, gathered.data, making.lanes, gather.laned)
+    solution = solution._replace(codes=solution.codes.astype(code_dtype(recipe.grid)))
+    if site.bias is None:
+        return Solved(solution, None, None)
+    means = gathered.mean_X, gathered.mean_Xq, gathered.rows
+    error, lost = _mean_error(means, W, solution.q, (gather.laned, track.laned))
+    info = dataclasses.replace(solution.info, energy=solution.info.energy + lost)
+    return Solved(solution._replace(info=info), error, None)
+
+
+def _take(streams, number, position, track, solved, waiting):
+    """Puts a quantized weight into the quantized network, and keeps what the result needs of it."""
+    first, solution = streams[0], solved.solution
+    site = first.stops[number][position]
+    operand = _operand(solution.q, site.layout, _casts(first, site), track.laned)
+    for stream in streams:
+        stream.replace(stream.stops[number][position].weight, operand, track.number)
+    if solved.error is not None:
+        _correct(streams, number, position, solved.error, track)
+    if solved.rounded is not None:
+        track.inputs.setdefault(site.path, {})[site.index] = solved.rounded
+    done = track.parts.setdefault(site.path, [])
+    done.append((site, solution._replace(q=None)))
+    if len(done) == waiting[site.path]:
+        leaf = first.program.params[site.leaf].aval
+        recipe = track.making.recipes[site.path]
+        track.tensors[site.path] = _assemble(done, leaf.shape, leaf.dtype, recipe, track)
+        infos = [solution.info for _, solution in track.parts.pop(site.path)]
+        track.info[site.path] = track.lift(Info.join)(infos)
 
 
 def _solve(W, data, recipe, key, coupled, devices) -> Solution:
@@ -189,8 +234,8 @@ def _raise_on(info, recipe, name, data, lanes, data_laned):
     return None
 
 
-def _round_inputs(streams, number, track) -> Rounded | None:
-    """Chooses the grid of a stop's input and rounds it, if it is to be."""
+def _round_inputs(streams, number, track, known) -> Rounded | None:
+    """Chooses the grid of a stop's input and rounds it, if it is to be; as is known where its first site is."""
     site = streams[0].stops[number][0]
     if site.activations is None:
         return None
@@ -205,7 +250,7 @@ def _round_inputs(streams, number, track) -> Rounded | None:
                 rows = x.shape[laned[1] : -1]
                 yield x, fit(weights, rows, site.path)
 
-    rounded = choose(settings, site.layout, batches, laned)
+    rounded = choose(settings, site.layout, batches, laned) if known is None else known.rounded
     for stream in streams:
         stream.round_inputs(stream.stops[number][0].data, track.number, functools.partial(_rounded, rounded, laned))
     return rounded

@@ -7,6 +7,7 @@ from .accumulator import EPInit as EPInit
 from .accumulator import Fit as Fit
 from .accumulator import Guard as Guard
 from .accumulator import Reach as Reach
+from .accumulator import Sums as Sums
 from .accumulator import datatype_bits as datatype_bits
 from .accumulator import input_codes as input_codes
 from .accumulator import width_of as width_of

@@ -244,7 +244,7 @@ def test_nothing_is_overwritten_unasked(small, saved, tmp_path):
 
 def test_interrupted_anywhere_the_old_result_or_the_new_one_loads_whole(small, tmp_path, monkeypatch):
     other = result(linear, {"a/kernel": tensor((12, 4), (3, 4), jpfq.Asymmetric(4), seed=5)}, params=small.params)
-    steps = [(checkpoint, "_to_disk"), (checkpoint, "_digest"), (pathlib.Path, "replace"), (pathlib.Path, "unlink")]
+    steps = [(checkpoint, "to_disk"), (checkpoint, "digest"), (pathlib.Path, "replace"), (pathlib.Path, "unlink")]
     steps += [(pathlib.Path, "write_text"), (pathlib.Path, "rename")]
     left = [0]
 
