@@ -8,6 +8,7 @@ python -m tests.network.many host CASES RANK PORT  one of two processes of two d
 import json
 import os
 import sys
+import tempfile
 
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=" + (
     "8" if sys.argv[1] == "eight" else "2"
@@ -62,9 +63,9 @@ def placed(mesh):
     return {k: put(x, SPECS[k]) for k, x in params.items()}, [tuple(put(x, P("data")) for x in b) for b in batches]
 
 
-def quantized(case, params, batches, rules=None):
+def quantized(case, params, batches, rules=None, checkpoint=None):
     """The model, quantized as a case says."""
-    how = {"offload": case == "offload", "reference": "block" if case == "block" else "float"}
+    how = {"checkpoint": checkpoint, "offload": case == "offload", "reference": "block" if case == "block" else "float"}
     return jpfq.quantize(
         model, batches, rules or RULES[case], params=params, key=jax.random.key(1), progress=False, **how
     )
@@ -110,6 +111,12 @@ def eight(which):
         outputs = model(jax.tree.map(whole, result.params), *map(whole, batches[0]))
         apart += [np.abs(whole(x) - y).max() for x, y in zip(result.apply(batches[0]), map(np.asarray, outputs))]
         yield "usable", [float(x) for x in apart]
+    params, batches = placed(auto)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("kept", "resumed"):
+            yield name, facts(quantized("plain", params, batches, checkpoint=f"{folder}/run"), params)
+            jax.clear_caches()
+    params, batches = placed(explicit)
     shard.WHOLE = 400  # so that the Gram of layer b is split
     jax.clear_caches()
     yield "split", facts(quantized("plain", params, batches), params)
@@ -133,6 +140,7 @@ def host(cases, rank, port):
         "number": (params, batches[: 1 + rank]),
         "values": (params, other),
         "parameters": (local, batches),
+        "checkpoint": (params, batches, None, "here"),
     }.items():
         try:
             quantized("plain", *arguments)

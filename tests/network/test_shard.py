@@ -60,10 +60,11 @@ def test_eight_devices_quantize_a_model_as_one_does():
 
 
 @pytest.mark.slow
-def test_eight_devices_under_a_mesh_set_and_with_a_gram_that_is_split():
+def test_eight_devices_under_a_mesh_set_with_a_gram_that_is_split_and_resumed():
     (found,) = run(("eight", "all"))
-    for mesh in ("set_mesh", "split"):
+    for mesh in ("set_mesh", "split", "kept", "resumed"):
         assert_as_one(found[mesh], found["one"])
+    assert found["resumed"] == found["kept"]
     assert max(found["usable"]) < 1e-9
     assert len(found["usable"]) == 6
 
@@ -77,6 +78,7 @@ def test_hosts_find_what_they_were_given_differently():
             "parameters": "values of parameters",
         }.items():
             assert f"Hosts [1] differ from host 0 in: {part}" in host[name]
+        assert "checkpoint keeps what one process computes" in host["checkpoint"]
 
 
 @pytest.mark.slow
