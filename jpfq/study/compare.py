@@ -7,7 +7,9 @@ from typing import Any
 
 from ..matrix import GPFQ, MSQ, OPTQ, Natural, Qronos
 from ..network import Quantized, Rule, quantize
+from ..network.functional import Functional
 from ..network.linen import is_linen
+from ..network.quantize import adapt
 from ..network.table import table
 from ..scalar import Grid, MinMSE
 
@@ -44,6 +46,11 @@ class Subject:
         if self.state is None:
             return {}
         return {"variables" if is_linen(self.model) else "params": self.state}
+
+    @property
+    def functional(self) -> Functional:
+        """The float model as a pure function."""
+        return adapt(self.model, self.given.get("variables"), self.given.get("params"), None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ from ..matrix.gram import at_least_float32
 from ..network import Quantized, Weighted
 from ..network.apply import run
 from ..network.mesh import automatic, context
-from ..network.quantize import adapt
 from .compare import Subject
 
 
@@ -25,8 +24,7 @@ def evaluate(subject: Subject, quantized: Quantized) -> dict[str, Any]:
         None where no output is of floating numbers.
     output_error: likewise with the inputs of layers rounded too, as `quantized.apply` does; the same where there are none.
     """
-    given: Any = {"variables": None, "params": None} | subject.given
-    functional = adapt(subject.model, given["variables"], given["params"], None)
+    functional = subject.functional
     outputs = jax.jit(functools.partial(run, dataclasses.replace(functional, leaves=())))
     weights, whole = 0.0, 0.0
     with context():

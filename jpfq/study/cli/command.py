@@ -67,7 +67,9 @@ class _Parser(argparse.ArgumentParser):
         if wrong:
             choices = re.findall(r"\w+", wrong[2])
             message = f"there is no command {wrong[1]!r}.{nearest(wrong[1], choices)} Commands: {', '.join(choices)}"
-        raise ValueError(f"{message}. See {self.prog} --help.")
+        if "required" in message and "MODULE:FACTORY" in message:
+            message += ". They go before options of many values, such as --bits"
+        raise ValueError(f"{message}{'' if message.endswith('?') else '.'} See {self.prog} --help.")
 
 
 def _parse(arguments):
@@ -108,7 +110,7 @@ def _parse(arguments):
     if unknown:
         own = known[options.command]
         hint = nearest(unknown[0].partition("=")[0], re.findall(r"--[a-z][a-z-]*", own.format_help()))
-        own.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}".rstrip("."))
+        own.error(f"unrecognized arguments: {' '.join(unknown)}{hint and f'.{hint}'}")
     return options
 
 

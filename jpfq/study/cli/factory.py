@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from ...network.batches import shapes_of
+from ...network.mesh import automatic, context
 from ..compare import Subject
 
 HELP = (
@@ -84,7 +86,24 @@ def subject_of(name: str) -> Subject:
         raise ValueError(f"{name} returns batches as its third value, such as a list of arrays; got {batches!r}.")
     with code_of(f"batches, which {name} returns,"):
         batches = list(batches)
-    return Subject(type(model).__name__, model, variables, batches, evaluate and Evaluate(evaluate, name))
+    subject = Subject(type(model).__name__, model, variables, batches, evaluate and Evaluate(evaluate, name))
+    _check_runs(subject, name)
+    return subject
+
+
+def _check_runs(subject, name):
+    """Raises where the model does not take the first batch, which is found without computing anything."""
+    if not subject.batches:
+        raise ValueError(f"{name} returns no batches, and quantization needs data.")
+    functional = subject.functional
+    with context():
+        leaves, batch = tuple(map(automatic, functional.leaves)), shapes_of(subject.batches[0])
+        try:
+            jax.eval_shape(functional.fn, leaves, batch)
+        except ValueError:  # of ours, as of a model that is in training
+            raise
+        except Exception as error:
+            raise ForeignError(f"the model, which {name} returns,") from error
 
 
 def _module(name, module):

@@ -11,7 +11,7 @@ from ..plot import score_against_bits
 from .answer import Answer, note, progress
 from .factory import HELP, add_factory, check_name, subject_of
 from .keep import add_saving, check_picture, check_saving, keep, kept_lines
-from .settings import add_settings, check_settings, grid_of, method_of, rules_of
+from .settings import add_settings, check_settings, choose, grid_of, method_of, rules_of
 
 
 def add(command) -> None:
@@ -64,6 +64,8 @@ def run_quantize(options) -> Answer:
     check_name(options.factory)
     grids, methods = [grid_of(bits) for bits in options.bits], [method_of(name) for name in options.method]
     check_settings(options)
+    if options.reference is not None:
+        choose("--reference", options.reference, ("float", "block"))
     settings = [(grid, method, rules_of(options, grid, method)) for grid in grids for method in methods]
     _check_single(options, len(settings))
     check_saving(options)

@@ -1,6 +1,7 @@
 """`jpfq evaluate`, `inspect`, `report` and `certify`: about a result that is saved."""
 
 from pathlib import Path
+from typing import Any
 
 from ...network import Quantized, certify, load
 from ...network.certify import MAX_BITS
@@ -87,7 +88,8 @@ def run_report(options) -> Answer:
     """The page."""
     check_result(options.folder)
     check_file(options.page, "report", (".html",), options.overwrite)
-    load(options.folder).report(options.page, title=options.title, overwrite=options.overwrite)
+    quantized: Any = load(options.folder)
+    quantized.report(options.page, title=options.title, overwrite=options.overwrite)
     return Answer(f"Report: {options.page.resolve()}", {"report": str(options.page.resolve())})
 
 
@@ -98,6 +100,11 @@ def run_certify(options) -> Answer:
     if options.tile is not None and options.tile < 1:
         raise ValueError(f"--tile is a positive number of inputs; got {options.tile}.")
     _, quantized = _loaded(options)
+    if not quantized.inputs:
+        raise ValueError(
+            f"{options.folder} has no quantized activations, so that there are no sums of integers: make it with "
+            "jpfq quantize --activation-bits 8, for example."
+        )
     certificate = certify(quantized, bits=options.bits, tile=options.tile)
     sites = [
         {"kernel": site.path, "inputs": list(site.inputs), "tile": site.tile}

@@ -79,7 +79,7 @@ def method_of(text: str) -> str:
     if text.lower() in known:
         return known[text.lower()]
     if text.lower() in ALIASES:
-        raise ValueError(f"--method {text}: it is called {ALIASES[text.lower()]} here.")
+        raise ValueError(f"What others call {text} is --method {ALIASES[text.lower()]} here.")
     return choose("--method", text, METHODS)
 
 

@@ -1,13 +1,13 @@
 """`jpfq sweep`: many settings of one model in one walk."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from ...network.mesh import context
-from ...network.quantize import adapt
 from ...scalar import AbsMax
 from ..compare import METHODS, Subject
 from ..sweep import FIGURES, Space, Sweep, sweep
@@ -73,10 +73,8 @@ def run(options) -> Answer:
 
 def check_compiles(subject: Subject, name: str) -> None:
     """Raises where `evaluate` cannot be compiled, which is known before the work."""
-    given: Any = {"variables": None, "params": None} | subject.given
-    functional = adapt(subject.model, given["variables"], given["params"], None)
-    key = next(iter(subject.given), "model")
-    score: Any = subject.evaluate
+    functional = subject.functional
+    key, score = next(iter(subject.given), "model"), cast(Callable, subject.evaluate)
     try:
         with context():
             found = jax.eval_shape(lambda leaves: score(functional.rebuild(leaves)[key]), functional.leaves)
@@ -99,9 +97,12 @@ def _space(options):
     """All settings, with the rules of each made once, so that what makes none is refused before the work."""
     if options.c is not None and options.scale not in (None, "absmax"):
         raise ValueError(f"--c is the factor of --scale absmax; it does not go with --scale {options.scale}.")
-    names = {"method": None if options.method is None else [method_of(name) for name in options.method]}
-    axes = names | {"bits": options.bits, "c": options.c, "seed": options.seed}
-    axes["bits"] = [int(bits) if bits.isdigit() else bits for bits in options.bits]
+    axes = {
+        "method": options.method and [method_of(name) for name in options.method],
+        "bits": [int(bits) if bits.isdigit() else bits for bits in options.bits],
+        "c": options.c,
+        "seed": options.seed,
+    }
 
     def rules(bits, method="best", c=None):
         return rules_of(options, grid_of(str(bits)), method, None if c is None else AbsMax(c))
