@@ -86,7 +86,8 @@ def subject_of(name: str) -> Subject:
         raise ValueError(f"{name} returns batches as its third value, such as a list of arrays; got {batches!r}.")
     with code_of(f"batches, which {name} returns,"):
         batches = list(batches)
-    subject = Subject(type(model).__name__, model, variables, batches, evaluate and Evaluate(evaluate, name))
+    score = None if evaluate is None else Evaluate(evaluate, name)
+    subject = Subject(type(model).__name__, model, variables, batches, score)
     _check_runs(subject, name)
     return subject
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ...network.checkpoint import MANIFEST
+from ..compare import Subject
+from ..sweep import Sweep
 from .settings import nearest
 
 PICTURES = (".png", ".pdf", ".svg")
@@ -26,8 +28,13 @@ def check_file(path: Path, what: str, suffixes: Sequence[str], overwrite: bool =
 def check_picture(path: Path) -> None:
     """Likewise for a picture."""
     check_file(path, "picture", PICTURES)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("Pictures need matplotlib: pip install 'jpfq[demo]'.")
+    _check_matplotlib("Pictures")
+
+
+def check_page(path: Path, overwrite: bool) -> None:
+    """Likewise for a report."""
+    check_file(path, "report", (".html",), overwrite)
+    _check_matplotlib("Reports")
 
 
 def check_result(folder: Path) -> None:
@@ -64,20 +71,21 @@ def check_saving(options) -> None:
             what = "a saved result: pass --overwrite to replace it" if saved else "something else: save elsewhere"
             raise ValueError(f"{folder} already holds {what}.")
     if options.report is not None:
-        check_file(options.report, "report", (".html",), options.overwrite)
+        check_page(options.report, options.overwrite)
     if options.picture is not None:
         check_picture(options.picture)
 
 
-def keep(options, quantized, sweep=None) -> dict[str, Any]:
+def keep(options, quantized, subject: Subject, sweep: Sweep | None = None) -> dict[str, Any]:
     """Saves a result and the page about it where the options ask for it; what there is now."""
     kept: dict[str, Any] = {}
     if options.save is not None:
         size = quantized.save(options.save, entropy_coded=options.entropy_coded, overwrite=options.overwrite)
         kept["saved"] = {"folder": str(options.save.resolve()), "bytes": size}
     if options.report is not None:
-        more = {} if sweep is None else {"sweep": sweep}
-        quantized.report(options.report, overwrite=options.overwrite, **more)
+        functional = subject.functional
+        params = functional.rebuild(functional.leaves)["params"]
+        quantized.report(options.report, params=params, sweep=sweep, overwrite=options.overwrite)
         kept["report"] = str(options.report.resolve())
     return kept
 
@@ -86,3 +94,8 @@ def kept_lines(kept: dict[str, Any]) -> list[str]:
     """The same as text."""
     lines = [f"Saved: {kept['saved']['folder']} ({kept['saved']['bytes']:,} bytes)"] if "saved" in kept else []
     return lines + [f"{name.capitalize()}: {kept[name]}" for name in ("report", "picture") if name in kept]
+
+
+def _check_matplotlib(what):
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f"{what} need matplotlib: pip install 'jpfq[demo]'.")

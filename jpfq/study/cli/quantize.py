@@ -103,7 +103,7 @@ def _study(jobs: Sequence, how: dict[str, Any], options, summary: bool) -> Answe
         trial, quantized = attempt(subject, grid, method, rules, **how)
         trials.append(trial)
         if len(jobs) == 1:
-            kept |= keep(options, quantized)
+            kept |= keep(options, quantized, subject)
     if options.picture:
         score_against_bits(trials, floats, options.picture)
         kept["picture"] = str(options.picture.resolve())

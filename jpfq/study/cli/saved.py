@@ -11,7 +11,7 @@ from ..evaluate import evaluate
 from ..inspect import inspect, inspected
 from .answer import NO, YES, Answer
 from .factory import HELP, add_factory, check_name, subject_of
-from .keep import check_file, check_result
+from .keep import check_page, check_result
 
 
 def add(command) -> None:
@@ -87,7 +87,7 @@ def run_inspect(options) -> Answer:
 def run_report(options) -> Answer:
     """The page."""
     check_result(options.folder)
-    check_file(options.page, "report", (".html",), options.overwrite)
+    check_page(options.page, options.overwrite)
     quantized: Any = load(options.folder)
     quantized.report(options.page, title=options.title, overwrite=options.overwrite)
     return Answer(f"Report: {options.page.resolve()}", {"report": str(options.page.resolve())})

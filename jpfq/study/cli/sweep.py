@@ -68,7 +68,7 @@ def run(options) -> Answer:
     evaluate = functools.partial(_loss, subject) if scored else None
     how = {"lanes": options.lanes, "offload": options.offload, "strict": options.strict}
     swept = sweep(subject.model, subject.batches, space, evaluate=evaluate, **subject.given, **how)
-    return _answer(options, swept, scored, wants)
+    return _answer(options, subject, swept, scored, wants)
 
 
 def check_compiles(subject: Subject, name: str) -> None:
@@ -113,7 +113,7 @@ def _space(options):
     return space
 
 
-def _answer(options, swept: Sweep, scored: bool, wants: bool) -> Answer:
+def _answer(options, subject: Subject, swept: Sweep, scored: bool, wants: bool) -> Answer:
     loss = "minus what evaluate returns" if scored else "the relative error of the outputs on the batches"
     records, front, limit = swept.records, swept.front, options.bits_per_weight
     within = [i for i in front if limit is None or records[i]["bits_per_weight"] <= limit]
@@ -121,7 +121,7 @@ def _answer(options, swept: Sweep, scored: bool, wants: bool) -> Answer:
     lines = [f"The loss is {loss}."]
     if wants and within:
         setting = {name: value for name, value in records[within[-1]].items() if name not in FIGURES}
-        kept = {"best": within[-1], **keep(options, swept.best(limit), swept)}
+        kept = {"best": within[-1], **keep(options, swept.best(limit), subject, swept)}
         lines.append("Least loss: " + ", ".join(f"{name}={value}" for name, value in setting.items()) + ".")
     elif wants:
         note(f"jpfq: nothing is kept: no setting of finite loss takes {limit} bits per weight or fewer.")
