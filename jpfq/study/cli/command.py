@@ -20,9 +20,10 @@ BROKEN, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
 STATUSES = """exit status:
   0    done
   1    the answer is no: jpfq certify does not hold, jpfq sweep finds nothing within --bits-per-weight
-  2    input that cannot be used, or an error in the code of the factory
-  70   an error in the code of the model, or in jpfq
+  2    input that cannot be used, or an error in the code of the factory, its model or its score
+  70   any other error
   130  interrupted (Ctrl-C)
+  141  nobody reads the output
   143  stopped by SIGTERM"""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from ...network.batches import shapes_of
 from ...network.mesh import automatic, context
@@ -41,14 +42,17 @@ def code_of(name: str) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """The user's score, whose errors are theirs."""
+    """The user's score, one number; its errors are theirs."""
 
     given: Callable[[Any], Any]
     name: str
 
     def __call__(self, state: Any) -> Any:
         with code_of(f"evaluate, which {self.name} returns,"):
-            return self.given(state)
+            found = self.given(state)
+        if np.shape(found) != ():
+            raise ValueError(f"evaluate of {self.name} returns one number; got an array of shape {np.shape(found)}.")
+        return found
 
 
 def add_factory(parser) -> None:
