@@ -1,6 +1,7 @@
 """The README is true: every block of code in it runs, in order, and every command is one that exists."""
 
 import re
+import shlex
 from pathlib import Path
 
 import jax
@@ -27,18 +28,21 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     assert "kernels quantized to" in capsys.readouterr().out
 
 
-def test_the_command_for_an_own_model_runs(tmp_path, monkeypatch, capsys):
+def test_the_commands_for_an_own_model_run_in_order(tmp_path, monkeypatch, capsys):
     (own,) = [block for block in blocks("python") if block.startswith("# mymodel.py")]
     (tmp_path / "mymodel.py").write_text(own)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    (command,) = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("jpfq quantize")]
-    assert main(command.split()[1:]) == 0
-    out = capsys.readouterr().out
-    bits = re.search(r"--bits ((?:\w+ ?)+)", command)
-    for name in bits[1].split() if bits else ("4",):
-        assert f" {'Ternary()' if name == 'ternary' else grid_of_bits(int(name))} " in out
-    assert ("kernels quantized to" in out) == ("--summary" in command)
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("jpfq ")]
+    assert commands[0].startswith("jpfq quantize")
+    for number, command in enumerate(commands):
+        assert main(shlex.split(command, comments=True)[1:]) == 0, command
+        out = capsys.readouterr().out
+        bits = re.search(r"--bits ((?:\w+ ?)+)", command)
+        if number == 0:
+            for name in bits[1].split() if bits else ("4",):
+                assert f" {'Ternary()' if name == 'ternary' else grid_of_bits(int(name))} " in out
+            assert ("kernels quantized to" in out) == ("--summary" in command)
 
 
 def test_the_first_commands_are_those_of_ci_and_cli():

@@ -2,14 +2,16 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..matrix import GPFQ, MSQ, OPTQ, Natural, Qronos
 from ..network import Quantized, Rule, quantize
+from ..network.functional import Functional
 from ..network.linen import is_linen
+from ..network.quantize import adapt
 from ..network.table import table
-from ..scalar import Grid, MinMSE, Scale
+from ..scalar import Grid, MinMSE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +22,11 @@ class Subject:
     model: Any
     state: Any  # variables of a Linen module, params of a function, None for NNX
     batches: Sequence
-    evaluate: Callable[[Any], float] | None  # of variables, params or an NNX model: larger is better
+    evaluate: Callable[[Any], Any] | None  # of variables, params or an NNX model: larger is better
 
-    def quantize(self, rules, progress: bool | None = None) -> Quantized:
-        """This model under the given rules."""
-        return quantize(self.model, self.batches, rules, progress=progress, **self._arguments())
+    def quantize(self, rules, **options: Any) -> Quantized:
+        """This model under the given rules; options are those of `jpfq.quantize`."""
+        return quantize(self.model, self.batches, rules, **self.given, **options)
 
     def score(self, quantized: Quantized | None = None) -> float | None:
         """What `evaluate` says of the float model, or of a quantized one."""
@@ -32,12 +34,23 @@ class Subject:
             return None
         if quantized is None:
             return float(self.evaluate(self.model if self.state is None else self.state))
-        return float(self.evaluate(getattr(quantized, next(iter(self._arguments()), "model"))))
+        return float(self.evaluate(self.state_of(quantized)))
 
-    def _arguments(self):
+    def state_of(self, quantized: Quantized) -> Any:
+        """What `evaluate` takes, of a quantized network."""
+        return getattr(quantized, next(iter(self.given), "model"))
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments that `jpfq.quantize` and `jpfq.load` take besides the model."""
         if self.state is None:
             return {}
         return {"variables" if is_linen(self.model) else "params": self.state}
+
+    @property
+    def functional(self) -> Functional:
+        """The float model as a pure function."""
+        return adapt(self.model, self.given.get("variables"), self.given.get("params"), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +66,14 @@ class Trial:
     float_nbytes: int
     output_error: float
     seconds: float
+    kernels: list[dict[str, Any]]
+    skipped: dict[str, str]
     summary: str  # of all its kernels
+
+    def figures(self, kernels: bool = False) -> dict[str, Any]:
+        """All of it that goes into a record, with or without its kernels."""
+        record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "summary"}
+        return record if kernels else {name: x for name, x in record.items() if name != "kernels"}
 
 
 _PLAIN = {"scale": MinMSE(), "order": Natural(), "finish": None, "shrinkage": None}
@@ -67,26 +87,29 @@ METHODS: dict[str, dict] = {  # what a rule says besides the grid
 SHOWN = ("MSQ", "GPFQ", "best")
 
 
-def compare(
-    subject: Subject,
-    grids: Iterable[Grid],
-    scale: Scale | None = None,
-    methods: Sequence[str] = SHOWN,
-    before: Sequence[Rule] = (),
-) -> list[Trial]:
-    """Quantizes a model with every grid and method of `METHODS`; `before` are rules that go first."""
-    trials = []
-    for grid in grids:
-        for name in methods:
-            start = time.perf_counter()
-            settings: Any = METHODS[name] if scale is None else METHODS[name] | {"scale": scale}
-            quantized = subject.quantize([*before, Rule(".*", grid=grid, **settings)])
-            seconds = time.perf_counter() - start
-            full = sum(tensor.codes.size * tensor.dtype.itemsize for tensor in quantized.tensors.values())
-            figures = (quantized.bits_per_weight, quantized.nbytes, full, quantized.output_error, seconds)
-            score, summary = subject.score(quantized), quantized.summary()
-            trials.append(Trial(subject.name, grid, name, score, *figures, summary))
-    return trials
+def attempt(
+    subject: Subject, grid: Grid, method: str, rules: Sequence[Rule] | None = None, **options: Any
+) -> tuple[Trial, Quantized]:
+    """Quantizes a model with a grid and a method of `METHODS`, or as the rules say that these mean."""
+    start = time.perf_counter()
+    quantized = subject.quantize(rules or [Rule(".*", grid=grid, **METHODS[method])], **options)
+    seconds = time.perf_counter() - start
+    full = sum(tensor.codes.size * tensor.dtype.itemsize for tensor in quantized.tensors.values())
+    figures = (quantized.bits_per_weight, quantized.nbytes, full, quantized.output_error, seconds)
+    about = ([_kernel(quantized, path) for path in quantized.tensors], quantized.skipped, quantized.summary())
+    return Trial(subject.name, grid, method, subject.score(quantized), *figures, *about), quantized
+
+
+def _kernel(quantized, path):
+    tensor = quantized.tensors[path]
+    return {
+        "kernel": path,
+        "shape": list(tensor.shape),
+        "grid": str(tensor.grid),
+        "bits": tensor.bits_per_weight,
+        "error": float(quantized.info[path].relative_error),
+        "bytes": tensor.nbytes,
+    }
 
 
 def trial_table(trials: Sequence[Trial], floats: dict[str, float | None]) -> str:

@@ -1,0 +1,48 @@
+"""What a command says: text for people, a document for programs, and the exit status."""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+YES, NO, UNUSABLE = 0, 1, 2  # exit statuses, of which the help of the command tells
+
+
+class Answer(NamedTuple):
+    """text goes to the standard output, or `document` in its place where the user asks for JSON."""
+
+    text: str
+    document: Any
+    status: int = YES
+
+
+def as_json(document: Any) -> str:
+    """The document as JSON, which knows no numbers that are not finite: these become null."""
+    return json.dumps(_plain(document), indent=2, allow_nan=False)
+
+
+def note(text: str) -> None:
+    """A word on the way, to the standard error: the standard output holds the answer only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def progress(text: str) -> None:
+    """Likewise, where somebody watches."""
+    if sys.stderr.isatty():
+        note(text)
+
+
+def _plain(x):
+    """In terms of JSON; whatever it does not know by its name."""
+    if isinstance(x, Mapping):
+        return {str(key): _plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_plain(value) for value in x]
+    if isinstance(x, np.generic):
+        x = x.item()
+    if isinstance(x, float):
+        return x if math.isfinite(x) else None
+    return x if x is None or isinstance(x, (bool, int)) else str(x)

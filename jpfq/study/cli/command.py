@@ -1,0 +1,154 @@
+"""The command itself: its parser, its exit status, and errors of one line."""
+
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+
+from . import quantize, saved, sweep
+from .answer import UNUSABLE, YES, Answer, as_json, note
+from .factory import ForeignError
+from .settings import nearest
+
+BROKEN, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
+STATUSES = """exit status:
+  0    done
+  1    the answer is no: jpfq certify does not hold, jpfq sweep finds nothing within --bits-per-weight
+  2    input that cannot be used, or an error in the code of the factory, its model or its score
+  70   any other error
+  130  interrupted (Ctrl-C)
+  141  nobody reads the output
+  143  stopped by SIGTERM"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status, of which its help tells."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = None
+    try:
+        try:
+            options = _parse(arguments)
+            answer = _run(options)
+            if answer is not None:
+                print(as_json(answer.document) if _json(options) else answer.text)
+            return YES if answer is None else answer.status
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        kept = getattr(options, "checkpoint", None)
+        note("jpfq: interrupted." + (f" The same command goes on from what is in {kept}." if kept else ""))
+        return INTERRUPTED
+    except ForeignError as error:
+        _explain(error.__cause__, f"{error} raised this error; the traceback is that of its code")
+        return UNUSABLE
+    except (ValueError, OSError) as error:
+        if "--debug" in arguments:
+            traceback.print_exception(error)
+        note(f"jpfq: {error}")
+        return UNUSABLE
+    except Exception as error:
+        _explain(error, "this error is one in the code of the model, or in jpfq")
+        return BROKEN
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are of one line, and name what may have been meant."""
+
+    def error(self, message):
+        wrong = re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if wrong:
+            choices = re.findall(r"\w+", wrong[2])
+            message = f"there is no command {wrong[1]!r}.{nearest(wrong[1], choices)} Commands: {', '.join(choices)}"
+        if "required" in message and "MODULE:FACTORY" in message:
+            message += ". They go before options of many values, such as --bits"
+        raise ValueError(f"{message}{'' if message.endswith('?') else '.'} See {self.prog} --help.")
+
+
+def _parse(arguments):
+    # each subcommand knows --debug too, so that it may stand on either side of its name
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    settings = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "parents": [common]}
+    parser = _Parser(
+        prog="jpfq",
+        description="Quantize trained JAX networks to a few bits per weight.",
+        epilog=f"example:\n  jpfq quantize mymodel:trained --bits 2 3 4\n\n{STATUSES}",
+        **settings,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    known = {}
+
+    def command(
+        name: str, run: Callable[..., Answer | None], help: str, *examples: str, about: str = "", statuses: str = ""
+    ) -> argparse.ArgumentParser:
+        """The parser of a subcommand that prints what `run` answers."""
+        lines = ["example:" if len(examples) == 1 else "examples:", *(f"  {line}" for line in examples)]
+        own = commands.add_parser(
+            name,
+            help=help,
+            description=_wrapped(f"{help[0].upper()}{help[1:]}. {about}"),
+            epilog="\n".join([*lines, *(["", statuses] if statuses else [])]),
+            **settings,
+        )
+        own.set_defaults(run=run)
+        known[name] = own
+        return own
+
+    quantize.add(command)
+    sweep.add(command)
+    saved.add(command)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        own = known[options.command]
+        hint = nearest(unknown[0].partition("=")[0], re.findall(r"--[a-z][a-z-]*", own.format_help()))
+        own.error(f"unrecognized arguments: {' '.join(unknown)}{hint and f'.{hint}'}")
+    return options
+
+
+def _run(options) -> Answer | None:
+    """The answer. Where it is JSON, what the user's code prints goes to the standard error."""
+    aside = contextlib.redirect_stdout(sys.stderr) if _json(options) else contextlib.nullcontext()
+    with aside:
+        return options.run(options)
+
+
+def _json(options):
+    return getattr(options, "json", False)
+
+
+def _version():
+    jpfq, jax, flax = map(importlib.metadata.version, ("jpfq", "jax", "flax"))
+    return f"jpfq {jpfq} (jax {jax}, flax {flax}, Python {platform.python_version()})"
+
+
+def _wrapped(text):
+    return textwrap.fill(text.strip(), 100)
+
+
+def _explain(error, what):
+    """A traceback without the calls of this command, and a line that says whose it is."""
+    at = error.__traceback__
+    while at is not None and _ours(at.tb_frame.f_code.co_filename):
+        at = at.tb_next
+    traceback.print_exception(error.with_traceback(at or error.__traceback__))
+    note(f"jpfq: {what}: {type(error).__name__}: {error}")
+
+
+def _ours(file):
+    return os.path.dirname(file) == os.path.dirname(__file__) or "importlib" in file
+
+
+def _drop_output():
+    """Lets the interpreter end in peace where nobody reads the output any more."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -1,0 +1,129 @@
+"""`jpfq evaluate`, `inspect`, `report` and `certify`: about a result that is saved."""
+
+from pathlib import Path
+from typing import Any
+
+from ...network import Quantized, certify, load
+from ...network.certify import MAX_BITS
+from ...network.table import table
+from ..compare import Subject
+from ..evaluate import evaluate
+from ..inspect import inspect, inspected
+from .answer import NO, YES, Answer
+from .factory import HELP, add_factory, check_name, subject_of
+from .keep import check_page, check_result
+
+
+def add(command) -> None:
+    """The subcommands."""
+    own = command(
+        "evaluate",
+        run_evaluate,
+        "score a saved result, beside the float model it was made of",
+        "jpfq evaluate mymodel-w4 mymodel:trained",
+        about=HELP,
+    )
+    _add_folder(own)
+    add_factory(own)
+    own.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+    own = command("inspect", run_inspect, "print what a saved result holds", "jpfq inspect mymodel-w4")
+    _add_folder(own)
+    own.add_argument("--json", action="store_true", help="print it as JSON")
+
+    own = command(
+        "report",
+        run_report,
+        "write a page about a saved result",
+        "jpfq report mymodel-w4 mymodel.html --title 'Four bits'",
+    )
+    _add_folder(own)
+    own.add_argument("page", type=Path, metavar="FILE.html", help="the page: one file that needs no network")
+    own.add_argument("--title", help="its heading")
+    own.add_argument("--overwrite", action="store_true", help="replace a page that is there already")
+
+    own = command(
+        "certify",
+        run_certify,
+        "find out whether sums of integers can overflow",
+        "jpfq certify mymodel-w4a8 mymodel:trained --bits 16 --tile 64",
+        about="The largest and the least sum that the stored codes can have, over all inputs there can be. The model says "
+        "which codes are summed. The result needs quantized activations, see jpfq quantize --activation-bits. " + HELP,
+        statuses="exit status: 0 where no input overflows, 1 where some may.",
+    )
+    _add_folder(own)
+    add_factory(own)
+    own.add_argument("--bits", type=int, required=True, metavar="P", help="of the accumulator, its sign included")
+    own.add_argument("--tile", type=int, metavar="T", help="how many inputs are summed in it; default: all of a layer")
+    own.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def run_evaluate(options) -> Answer:
+    """Scores and errors."""
+    subject, quantized = _loaded(options)
+    figures = evaluate(subject, quantized)
+    score = lambda x: "" if x is None else f"{x:.4g}"
+    share = lambda x: "" if x is None else f"{x:.2%}"
+    rows = [("float", score(figures["float_score"]), "")]
+    rows.append(("weights quantized", score(figures["score"]), share(figures["weights_error"])))
+    notes = []
+    if figures["inputs_rounded"]:
+        rows.append(("activations too", "", share(figures["output_error"])))
+        if subject.evaluate is not None:
+            notes.append("evaluate is given weights, so that its score does not see activations rounded.")
+    if subject.evaluate is None:
+        notes.append("The factory returns no evaluate, so that there are no scores.")
+    text = table(("network", "score", "error of the outputs"), rows)
+    return Answer("\n\n".join([text, *(["\n".join(notes)] if notes else [])]), figures)
+
+
+def run_inspect(options) -> Answer:
+    """What is in the folder."""
+    check_result(options.folder)
+    figures = inspect(options.folder)
+    return Answer(inspected(figures), figures)
+
+
+def run_report(options) -> Answer:
+    """The page."""
+    check_result(options.folder)
+    check_page(options.page, options.overwrite)
+    quantized: Any = load(options.folder)
+    quantized.report(options.page, title=options.title, overwrite=options.overwrite)
+    return Answer(f"Report: {options.page.resolve()}", {"report": str(options.page.resolve())})
+
+
+def run_certify(options) -> Answer:
+    """The certificate, and whether it holds."""
+    if not 2 <= options.bits <= MAX_BITS:
+        raise ValueError(f"--bits is the width of an accumulator, from 2 to {MAX_BITS}; got {options.bits}.")
+    if options.tile is not None and options.tile < 1:
+        raise ValueError(f"--tile is a positive number of inputs; got {options.tile}.")
+    _, quantized = _loaded(options)
+    if not quantized.inputs:
+        raise ValueError(
+            f"{options.folder} has no quantized activations, so that there are no sums of integers: make it with "
+            "jpfq quantize --activation-bits 8, for example."
+        )
+    certificate = certify(quantized, bits=options.bits, tile=options.tile)
+    sites = [
+        {"kernel": site.path, "inputs": list(site.inputs), "tile": site.tile}
+        | {"most": int(site.most.max(initial=0)), "least": int(site.least.min(initial=0))}
+        | {"bits": site.bits, "outer_bits": site.outer_bits, "overflowing": int((site.widths > options.bits).sum())}
+        for site in certificate.sites
+    ]
+    document = {"holds": certificate.holds, "bits": options.bits, "needed": certificate.needed}
+    document |= {"sites": sites, "left": list(certificate.left)}
+    return Answer(str(certificate), document, YES if certificate.holds else NO)
+
+
+def _add_folder(parser):
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a result, as --save or quantized.save wrote it")
+
+
+def _loaded(options) -> tuple[Subject, Quantized]:
+    """The factory's model, and the result with it."""
+    check_result(options.folder)
+    check_name(options.factory)
+    subject = subject_of(options.factory)
+    return subject, load(options.folder, subject.model, **subject.given)

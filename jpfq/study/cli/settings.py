@@ -1,0 +1,118 @@
+"""Options that say what is quantized how: checked, and made into rules, before any work."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ...network import Rule
+from ...scalar import AbsMax, Accumulator, Grid, MinError, MinMSE, PerGroup, Scale, Stochastic, Ternary, grid_of_bits
+from ..compare import METHODS
+
+SCALES: dict[str, Scale] = {"minmse": MinMSE(), "absmax": AbsMax(), "minerror": MinError()}
+ALIASES = {"gptq": "OPTQ", "rtn": "MSQ", "recommended": "best"}  # what others call a method
+
+
+def add_settings(parser) -> None:
+    """The options of a rule."""
+    rule = parser.add_argument_group("what is quantized how")
+    rule.add_argument("--scale", metavar="SCALE", help=f"how steps are chosen: {', '.join(SCALES)}; default: by method")
+    rule.add_argument("--group", type=int, metavar="N", help="a step for every N inputs of a neuron; default: for all")
+    rule.add_argument("--rounding", metavar="ROUNDING", help="nearest, the default, or stochastic, which takes --seed")
+    rule.add_argument("--activation-bits", type=int, metavar="B", help="quantize the inputs of layers too")
+    rule.add_argument("--accumulator-bits", type=int, metavar="P", help="sums of integers never overflow P bits")
+    rule.add_argument("--tile", type=int, metavar="T", help="over T inputs at a time; default: over all")
+    rule.add_argument(
+        "--skip", action="append", default=[], metavar="PATTERN", help="kernels to leave as they are; may be repeated"
+    )
+    rule.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        nargs=2,
+        metavar=("PATTERN", "BITS"),
+        help="kernels of other bits than the rest; may be repeated. Patterns are regular expressions on the whole path",
+    )
+
+
+def check_settings(options) -> None:
+    """Raises for options that contradict each other."""
+    for name, choices in (("scale", SCALES), ("rounding", ("nearest", "stochastic"))):
+        if getattr(options, name) is not None:
+            choose(f"--{name}", getattr(options, name), choices)
+    for name, needed in (("tile", "accumulator_bits"), ("accumulator_bits", "activation_bits")):
+        if getattr(options, name) is not None and getattr(options, needed) is None:
+            raise ValueError(f"{_option(name)} needs {_option(needed)}.")
+    stochastic, seeds = options.rounding == "stochastic", options.seed is not None
+    if stochastic and not seeds:
+        raise ValueError("--rounding stochastic draws random numbers: say from which --seed, such as --seed 0.")
+    if seeds and not stochastic:
+        raise ValueError("--seed is for what draws random numbers, and nothing here does: add --rounding stochastic.")
+
+
+def rules_of(options, grid: Grid, method: str, scale: Scale | None = None) -> list[Rule]:
+    """The rules that the options mean for a grid and a method of `METHODS`; `scale` goes before that of the options."""
+    settings: dict[str, Any] = METHODS[method] | _common(options)
+    scale = scale or SCALES.get(options.scale) or settings.get("scale")
+    if options.group is not None:
+        scale = _grouped(scale or MinError(), options.group)
+    if scale is not None:
+        settings["scale"] = scale
+    skips = [Rule(pattern, skip=True) for pattern in options.skip]
+    others = [Rule(pattern, grid=grid_of(bits, "--rule"), **settings) for pattern, bits in options.rule]
+    return [*skips, *others, Rule(".*", grid=grid, **settings)]
+
+
+def grid_of(text: str, option: str = "--bits") -> Grid:
+    """The grid of a number of bits, or of 'ternary'."""
+    if text == "ternary":
+        return Ternary()
+    if not text.isascii() or not text.isdigit():
+        hint = " MODULE:FACTORY goes before the options." if ":" in text else ""
+        raise ValueError(f"{option} takes numbers from 1 to 16, or 'ternary'; got {text!r}.{hint}")
+    return grid_of_bits(int(text))
+
+
+def method_of(text: str) -> str:
+    """The name of a method, whatever its case."""
+    known = {name.lower(): name for name in METHODS}
+    if text.lower() in known:
+        return known[text.lower()]
+    if text.lower() in ALIASES:
+        raise ValueError(f"What others call {text} is --method {ALIASES[text.lower()]} here.")
+    return choose("--method", text, METHODS)
+
+
+def choose(option: str, text: str, choices: Iterable[str]) -> str:
+    """The text if it is one of the choices, and else an error that names the nearest."""
+    choices = list(choices)
+    if text not in choices:
+        raise ValueError(f"{option} is {', '.join(choices)}; got {text!r}.{nearest(text, choices)}")
+    return text
+
+
+def nearest(text: str, choices: Sequence[str]) -> str:
+    """A question about the name that may have been meant."""
+    names = {name.lower(): name for name in choices}
+    near = difflib.get_close_matches(text.lower(), list(names), n=1)
+    return f" Did you mean {names[near[0]]}?" if near else ""
+
+
+def _common(options):
+    settings: dict[str, Any] = {"rounding": Stochastic()} if options.rounding == "stochastic" else {}
+    if options.activation_bits is not None:
+        settings["activation_bits"] = options.activation_bits
+    if options.accumulator_bits is not None:
+        settings["accumulator"] = Accumulator(options.accumulator_bits, options.tile)
+    return settings
+
+
+def _grouped(scale, size):
+    """The same scale with a step for each group."""
+    if isinstance(scale, MinError):
+        return dataclasses.replace(scale, base=_grouped(scale.base, size))
+    return dataclasses.replace(scale, per=PerGroup(size))
+
+
+def _option(name):
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,131 @@
+"""`jpfq sweep`: many settings of one model in one walk."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from ...network.mesh import context
+from ...scalar import AbsMax
+from ..compare import METHODS, Subject
+from ..sweep import FIGURES, Space, Sweep, sweep
+from .answer import NO, YES, Answer, note
+from .factory import HELP, TRACING, add_factory, check_name, subject_of
+from .keep import add_saving, check_saving, keep, kept_lines
+from .settings import add_settings, check_settings, grid_of, method_of, rules_of
+
+
+def add(command) -> None:
+    """The subcommand."""
+    own = command(
+        "sweep",
+        run,
+        "quantize a model under many settings at once",
+        "jpfq sweep mymodel:trained --bits 2 3 4 --c 0.7 0.85 1.0",
+        "jpfq sweep mymodel:trained --bits 3 4 --method GPFQ best --bits-per-weight 4.5 --save mymodel-best",
+        about=f"{HELP} A sweep compiles evaluate, so it is made of jax.numpy and returns an array. The loss of a setting is "
+        "minus its score, or the relative error of the outputs on the batches where the factory returns no evaluate. A star "
+        "marks the settings that no other beats in both loss and bits per weight.",
+        statuses="exit status: 1 where no setting is within --bits-per-weight.",
+    )
+    own.usage = "jpfq sweep MODULE:FACTORY [options]"
+    add_factory(own)
+    axes = own.add_argument_group("axes: all combinations of their values are tried")
+    axes.add_argument("--bits", nargs="+", default=["2", "3", "4"], help="as for jpfq quantize; default 2 3 4")
+    axes.add_argument("--c", nargs="+", type=float, help="steps put the level on top at c max |w|")
+    axes.add_argument("--method", nargs="+", help=f"of {', '.join(METHODS)}; default best")
+    axes.add_argument("--seed", nargs="+", type=int, help="of random numbers")
+    add_settings(own)
+    run_ = own.add_argument_group("how it runs")
+    run_.add_argument("--by-error", action="store_true", help="the loss is the error of the outputs in any case")
+    run_.add_argument("--lanes", type=int, metavar="N", help="so many settings at a time at most, to save memory")
+    run_.add_argument("--offload", action="store_true", help="leave waiting batches in the memory of the host")
+    run_.add_argument("--strict", action="store_true", help="refuse a model with kernels that cannot be quantized")
+    add_saving(own, "the setting of least loss")
+    own.add_argument(
+        "--bits-per-weight", type=float, metavar="B", help="the least loss of those of so many bits at most"
+    )
+    own.add_argument("--json", action="store_true", help="print the records as JSON")
+
+
+def run(options) -> Answer:
+    """The table of all settings, and the best of them where it is to be kept."""
+    check_name(options.factory)
+    check_settings(options)
+    space = _space(options)
+    if options.lanes is not None and options.lanes < 1:
+        raise ValueError(f"--lanes takes a positive number of settings; got {options.lanes}.")
+    wants = options.save is not None or options.report is not None
+    if options.bits_per_weight is not None and not wants:
+        raise ValueError("--bits-per-weight says which setting is kept: it needs --save DIR or --report FILE.html.")
+    check_saving(options)
+    subject = subject_of(options.factory)
+    scored = subject.evaluate is not None and not options.by_error
+    if scored:
+        check_compiles(subject, options.factory)
+    evaluate = functools.partial(_loss, subject) if scored else None
+    how = {"lanes": options.lanes, "offload": options.offload, "strict": options.strict}
+    swept = sweep(subject.model, subject.batches, space, evaluate=evaluate, **subject.given, **how)
+    return _answer(options, subject, swept, scored, wants)
+
+
+def check_compiles(subject: Subject, name: str) -> None:
+    """Raises where `evaluate` cannot be compiled, which is known before the work."""
+    functional = subject.functional
+    key, score = next(iter(subject.given), "model"), cast(Callable, subject.evaluate)
+    try:
+        with context():
+            jax.eval_shape(lambda leaves: score(functional.rebuild(leaves)[key]), functional.leaves)
+    except TRACING as error:
+        raise ValueError(
+            f"A sweep compiles the score, and evaluate of {name} turns arrays into Python numbers or NumPy arrays, with "
+            "float() or np.asarray() for example. Return the array itself, made by jax.numpy, which serves the other "
+            "commands too; or pass --by-error, which takes the error of the outputs as the loss."
+        ) from error
+
+
+def _loss(subject, quantized):
+    """Minus the score of a quantized network."""
+    return -jnp.asarray(subject.evaluate(subject.state_of(quantized)), float)
+
+
+def _space(options):
+    """All settings, with the rules of each made once, so that what makes none is refused before the work."""
+    if options.c is not None and options.scale not in (None, "absmax"):
+        raise ValueError(f"--c is the factor of --scale absmax; it does not go with --scale {options.scale}.")
+    axes = {
+        "method": options.method and [method_of(name) for name in options.method],
+        "bits": [int(bits) if bits.isdigit() else bits for bits in options.bits],
+        "c": options.c,
+        "seed": options.seed,
+    }
+
+    def rules(bits, method="best", c=None):
+        return rules_of(options, grid_of(str(bits)), method, None if c is None else AbsMax(c))
+
+    space = Space(rules, **{name: values for name, values in axes.items() if values is not None})
+    for point in space.points:
+        space.rules_of(point)
+    return space
+
+
+def _answer(options, subject: Subject, swept: Sweep, scored: bool, wants: bool) -> Answer:
+    loss = "minus what evaluate returns" if scored else "the relative error of the outputs on the batches"
+    records, front, limit = swept.records, swept.front, options.bits_per_weight
+    within = [i for i in front if limit is None or records[i]["bits_per_weight"] <= limit]
+    kept: dict[str, Any] = {}
+    lines = [f"The loss is {loss}."]
+    if wants and within:
+        setting = {name: value for name, value in records[within[-1]].items() if name not in FIGURES}
+        kept = {"best": within[-1], **keep(options, swept.best(limit), subject, swept)}
+        lines.append("Least loss: " + ", ".join(f"{name}={value}" for name, value in setting.items()) + ".")
+    elif wants:
+        note(f"jpfq: nothing is kept: no setting of finite loss takes {limit} bits per weight or fewer.")
+    if options.picture:
+        swept.picture(options.picture)
+        kept["picture"] = str(options.picture.resolve())
+    document = {"loss": "-score" if scored else "output_error", "records": records, "front": front, **kept}
+    text = "\n\n".join([str(swept), "\n".join([*lines, *kept_lines(kept)])])
+    return Answer(text, document, NO if wants and not within else YES)
