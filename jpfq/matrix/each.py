@@ -6,6 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
+
+LANES = "lanes of a sweep"  # the axis of the mesh in use that lanes are split over, where it has one of this name
 
 
 def each(f: Callable, *args):
@@ -21,12 +24,27 @@ def each(f: Callable, *args):
 def over_lanes(f: Callable, args: Sequence, laned: Sequence[bool]) -> Any:
     """`f(*args)` for each lane: entries of the leading axis of those `args` that are `laned`; the others serve all.
 
+    Whatever arrays it needs are among `args`: it closes over none.
+
     As a batch, where there is an accelerator to fill. On a CPU one lane after the other inside the program, which gives
     the very numbers that each lane gives alone: batches of convolutions take twenty times as long there, and batches of
-    solves as long as one after the other.
+    solves as long as one after the other. On a mesh with an axis LANES every device takes its share of them.
     """
     if not any(laned):
         return f(*args)
+    if LANES not in jax.sharding.get_abstract_mesh().axis_names:
+        return _over_lanes(f, args, laned)
+    share = jax.shard_map(
+        lambda *args: _over_lanes(f, args, laned),
+        in_specs=tuple(P(LANES) if axis else P() for axis in laned),
+        out_specs=P(LANES),
+        axis_names={LANES},
+        check_vma=False,
+    )
+    return share(*args)
+
+
+def _over_lanes(f, args, laned):
     if batches_lanes():
         return jax.vmap(f, in_axes=[0 if axis else None for axis in laned])(*args)
     stacked = [x for x, axis in zip(args, laned, strict=True) if axis]

@@ -116,12 +116,12 @@ def round_by(rounded: Rounded, x: jax.Array, laned: tuple[bool, bool]) -> jax.Ar
 
 @partial(jax.jit, static_argnames=("layout", "split", "laned"))
 def _ends(layout, split, x, weights, laned):
-    def one(x):
+    def one(x, weights):
         flat, share = _matrices(layout, split, x, weights)
         least, most = (flat, flat) if share is None else (jnp.where(share > 0, flat, v) for v in (jnp.inf, -jnp.inf))
         return least.min(1), most.max(1)
 
-    return over_lanes(one, (x,), (laned,))
+    return over_lanes(one, (x, weights), (laned, False))
 
 
 @partial(jax.jit, static_argnames="laned")
@@ -132,8 +132,8 @@ def _empty(low, high, laned):
 
 @partial(jax.jit, static_argnames=("layout", "split", "laned"))
 def _add(layout, split, histogram, x, weights, laned):
-    one = lambda histogram, x: jax.vmap(Histogram.add)(histogram, *_matrices(layout, split, x, weights))
-    return over_lanes(one, (histogram, x), (laned, laned))
+    one = lambda histogram, x, weights: jax.vmap(Histogram.add)(histogram, *_matrices(layout, split, x, weights))
+    return over_lanes(one, (histogram, x, weights), (laned, laned, False))
 
 
 @partial(jax.jit, static_argnames="laned")

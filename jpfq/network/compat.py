@@ -49,8 +49,9 @@ def scan_arity(eqn) -> tuple[int, int]:
 
 
 def bind(eqn, values: list) -> list:
-    """Evaluates one equation, eagerly or under a trace, in the context it was traced in."""
-    with eqn.ctx.manager:
+    """Evaluates one equation, eagerly or under a trace, in the context it was traced in, but on the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    with eqn.ctx.manager, jax.sharding.use_abstract_mesh(mesh):
         out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
 

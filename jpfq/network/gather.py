@@ -163,8 +163,8 @@ def _merges(x) -> bool:
 @functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "over", "laned"))
 def _gram(layout, x, xq, weights, picked, merges, at_once, over=None, laned=(False, False)):
     """The Gram of one batch; `laned` are xq and picked."""
-    one = lambda xq, picked: _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over)
-    return over_lanes(one, (xq, picked), laned)
+    one = lambda x, xq, weights, picked: _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over)
+    return over_lanes(one, (x, xq, weights, picked), (False, laned[0], False, laned[1]))
 
 
 def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over):
@@ -236,7 +236,7 @@ def _centred(gram, laned):
 def _flat_rows(layout, x, xq, weights, picked, laned):
     """Rows (B, rows, in), and their weights (1, rows); `laned` are xq and picked."""
 
-    def one(xq, picked):
+    def one(x, xq, weights, picked):
         def flat(x):
             X = at_least_float32(layout.rows(x) if picked is None else layout.picked(x, picked))
             return X.reshape(X.shape[0], math.prod(X.shape[1:-1]), X.shape[-1])
@@ -246,7 +246,7 @@ def _flat_rows(layout, x, xq, weights, picked, laned):
             flat_weights = (weights.ravel() if picked is None else weights.ravel()[picked])[None, :, None]
         return flat(x), None if xq is None else flat(xq), flat_weights
 
-    return over_lanes(one, (xq, picked), laned)
+    return over_lanes(one, (x, xq, weights, picked), (False, laned[0], False, laned[1]))
 
 
 @functools.partial(jax.jit, static_argnames=("centred", "laned"))

@@ -5,14 +5,18 @@ batches say, and the solves split their neurons over the same devices (matrix/sh
 """
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..matrix import Devices
+from ..matrix.each import LANES
 from ..matrix.gram import is_traced
 from .functional import Functional
 
@@ -50,6 +54,58 @@ def on_mesh_of(leaf: Any, tree: Any) -> Any:
     if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
         return tree
     return jax.device_put(tree, NamedSharding(leaf.sharding.mesh, P()))
+
+
+@dataclasses.dataclass(frozen=True)
+class LanesMesh:
+    """The mesh of a sweep whose settings are split over one of its axes."""
+
+    given: Mesh
+    axis: str
+
+    @classmethod
+    def of(cls, sharding: Any) -> "LanesMesh":
+        """From how the axis of settings is to lie."""
+        one = isinstance(sharding, NamedSharding) and len(sharding.spec) == 1 and isinstance(sharding.spec[0], str)
+        if not one or not isinstance(sharding.mesh, Mesh):
+            raise ValueError(
+                f"sharding is such as NamedSharding(mesh, PartitionSpec('sweep')), of one axis; got {sharding!r}."
+            )
+        return cls(sharding.mesh, sharding.spec[0])
+
+    @property
+    def size(self) -> int:
+        """How many shares there are."""
+        return self.given.shape[self.axis]
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The same devices, with the axis under the name by which `over_lanes` knows it, and Auto axes."""
+        return Mesh(self.given.devices, tuple(LANES if name == self.axis else name for name in self.given.axis_names))
+
+    def place(self, x: Any) -> Any:
+        """An array on the mesh: as it lies there, or whole on every device."""
+        if not isinstance(x, (jax.Array, np.ndarray)):
+            return x
+        sharding, spec = getattr(x, "sharding", None), P()
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            if _automatic(sharding.mesh) != _automatic(self.given):
+                raise ValueError(
+                    f"An array of shape {x.shape} lies on another mesh than the settings: {sharding.mesh}."
+                )
+            if self.axis in _axes(sharding.spec):
+                raise ValueError(
+                    f"An array of shape {x.shape} is split over {self.axis!r}, the axis of the settings: {sharding.spec}. "
+                    "Split it over another axis of the mesh, or not at all."
+                )
+            spec = sharding.spec
+        return jax.device_put(x, NamedSharding(self.mesh, spec))
+
+    def back(self, tree: Any, leaf: Any) -> Any:
+        """Arrays of the mesh, whole where `leaf` lies."""
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+            return on_mesh_of(leaf, tree)
+        return jax.device_put(tree, next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jax.devices()[0])
 
 
 def _is_explicit(mesh):

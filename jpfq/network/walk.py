@@ -220,8 +220,9 @@ def _solve(W, data, recipe, key, coupled, devices) -> Solution:
 @functools.partial(jax.jit, static_argnames=("devices", "data_laned"))
 def _solve_lanes(W, data, recipe, key, coupled, devices, data_laned) -> Solution:
     """The solutions of one site, by lane."""
-    one = lambda data, recipe, key, coupled: _solve(W, data, recipe, key, coupled, devices)
-    return over_lanes(one, (data, recipe, key, coupled), (data_laned, True, key is not None, coupled is not None))
+    one = lambda *args: _solve(*args, devices)
+    laned = False, data_laned, True, key is not None, coupled is not None
+    return over_lanes(one, (W, data, recipe, key, coupled), laned)
 
 
 def _raise_on(info, recipe, name, data, lanes, data_laned):
@@ -265,13 +266,13 @@ def _rounded(rounded, laned, x):
 def _mean_error(means, W, q, laned):
     """The mean error of each neuron (B, out), and the energy of its mean over all rows; `laned` are means and q."""
 
-    def one(means, q):
+    def one(W, means, q):
         mean_X, mean_Xq, rows = means
         mean = lambda x, W: matmul(x[:, None], W)[:, 0]
         exact = mean(mean_X, W)
         return mean(mean_Xq, q) - exact, jnp.sum(rows[:, None] * exact**2)
 
-    return over_lanes(one, (means, q), laned)
+    return over_lanes(one, (W, means, q), (False, *laned))
 
 
 def _correct(streams, number, position, error, track):
@@ -379,10 +380,10 @@ def _output_error(streams, tracks) -> list[np.ndarray]:
 def _square_error(a, b, laned):
     """Square error and energy, of all lanes of b."""
 
-    def one(b):
+    def one(a, b):
         if not jnp.issubdtype(a.dtype, jnp.floating):
             return jnp.zeros(2)
         x, y = at_least_float32(a), at_least_float32(b)
         return jnp.stack([jnp.sum((x - y) ** 2), jnp.sum(x**2)])
 
-    return over_lanes(one, (b,), (laned,))
+    return over_lanes(one, (a, b), (False, laned))

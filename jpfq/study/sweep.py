@@ -7,6 +7,7 @@ takes a walk of its own.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -18,13 +19,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from ..matrix import Devices, code_dtype
 from ..matrix.each import lane, over_lanes, stack
 from ..network import Quantized, Rule
 from ..network.batches import Shaped, shapes_of
 from ..network.functional import Functional
-from ..network.mesh import automatic, context
+from ..network.mesh import LanesMesh, automatic, context
 from ..network.plan import plan_of
 from ..network.progress import progress_bar
 from ..network.quantize import (
@@ -141,6 +143,7 @@ class Sweep:
     _functional: Functional
     _example: Any  # shapes of a batch
     _devices: Devices | None
+    _mesh: LanesMesh | None
 
     def __len__(self):
         return len(self.records)
@@ -151,6 +154,8 @@ class Sweep:
         chunk = next(chunk for chunk in self._chunks if number in chunk.numbers)
         own = self._settings[number].first.assignment
         walked = _lane_of(chunk.walked, chunk.numbers.index(number), own)
+        if self._mesh is not None:
+            walked = self._mesh.back(walked, self._functional.leaves[0])
         return assemble(self._functional, walked, own.skipped, chunk.peak, self._example, self._devices)
 
     @property
@@ -203,6 +208,7 @@ def sweep(
     *,
     evaluate: Callable[[Quantized], Any] | None = None,
     lanes: int | None = None,
+    sharding: NamedSharding | None = None,
     variables: Any = None,
     params: Any = None,
     kwargs: dict | None = None,
@@ -223,6 +229,9 @@ def sweep(
             a scalar array, the smaller the better. It is compiled, so it is made of JAX operations; and once for one model,
             as `jax.jit` does, so what it reads besides must not change.
         lanes: how many settings are computed as one program at most; None for as many as can be. Fewer take less memory.
+        sharding: how the settings are split over devices, such as `NamedSharding(mesh, PartitionSpec("sweep"))`. Model and
+            batches lie on other axes of that mesh, or on no mesh, and neurons are not split then; `lanes` is rounded up to
+            a multiple of the devices of that axis. Left out, all settings are computed where the model is.
         key: for roundings and patches that draw, the same for all settings; an axis `seed` of the space gives each its own.
         memory: bytes to stay within; None for what the device has.
 
@@ -244,21 +253,45 @@ def sweep(
         functional = adapt(model, variables, params, kwargs)
         compared = {"space": [tuple(map(str, point.items())) for point in space.points], "key": key, "lanes": lanes}
         placed, shaped, devices = place(functional, batches, compared, offload)
-        settings = _settings(placed, shaped, space, automatic(typed(key)), strict)
-        walks = _partition(settings, range(len(settings)), _walk_key)
-        _check_memory(settings, walks, shaped, lanes, offload, memory)
-        chunks = []
-        with progress_bar(sum(len(s.first.sites) for s in settings), progress) as report:
-            for numbers in walks:
-                chunks += _walk(placed, shaped, settings, numbers, lanes, offload, report, devices)
-        example = shapes_of(shaped[0].example)
-        losses = {} if evaluate is None else _losses(functional, settings, chunks, evaluate, example)
+        mesh = None if sharding is None else LanesMesh.of(sharding)
+        if mesh is not None:
+            placed, shaped = _on(mesh, placed, shaped)
+            devices, key = None, mesh.place(key)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh.mesh):
+            settings = _settings(placed, shaped, space, automatic(typed(key)), strict)
+            walks = _partition(settings, range(len(settings)), _walk_key)
+            _check_memory(settings, walks, shaped, lanes, offload, memory)
+            chunks, size = [], _Size(lanes, 1 if mesh is None else mesh.size)
+            with progress_bar(sum(len(s.first.sites) for s in settings), progress) as report:
+                for numbers in walks:
+                    chunks += _walk(placed, shaped, settings, numbers, size, offload, report, devices)
+            example = shapes_of(shaped[0].example)
+            leaves = functional.leaves if mesh is None else placed.leaves
+            losses = {} if evaluate is None else _losses(functional, leaves, settings, chunks, evaluate, example)
     records: list = [None] * len(settings)
     for chunk in chunks:
         shaped_tensors = jax.eval_shape(lambda tensors: lane(tensors, 0), chunk.walked.tensors)
         for where, number in enumerate(chunk.numbers):
             records[number] = _record(settings[number], chunk, where, shaped_tensors, losses.get(number))
-    return Sweep(records, settings, chunks, functional, example, devices)
+    return Sweep(records, settings, chunks, functional, example, devices, mesh)
+
+
+class _Size(NamedTuple):
+    """How many settings go as lanes of one program."""
+
+    most: int | None  # as asked for
+    multiple: int  # shares of devices, each of which has as many
+
+    def of(self, count: int) -> int:
+        """The lanes of one program, for so many settings."""
+        return -(-min(self.most or count, count) // self.multiple) * self.multiple
+
+
+def _on(mesh: LanesMesh, functional: Functional, shaped: Sequence[Shaped]) -> tuple[Functional, list[Shaped]]:
+    """Model and batches on the mesh of a sweep."""
+    place = lambda tree: jax.tree.map(mesh.place, tree)
+    functional = dataclasses.replace(functional, leaves=place(functional.leaves))
+    return functional, [Shaped(place(g.example), place(g.leaves), place(g.weights)) for g in shaped]
 
 
 def _settings(functional, shaped, space, key, strict) -> list[_Setting]:
@@ -277,13 +310,15 @@ def _settings(functional, shaped, space, key, strict) -> list[_Setting]:
     return settings
 
 
-def _walk(functional, shaped: Sequence[Shaped], settings, numbers, lanes, offload, report, devices) -> list[_Chunk]:
+def _walk(
+    functional, shaped: Sequence[Shaped], settings, numbers, lanes: _Size, offload, report, devices
+) -> list[_Chunk]:
     """One walk of the model for settings that stop at the same places."""
     first = settings[numbers[0]]
     groups = stops(first.first.sites)
     parts = []
     for alike in _partition(settings, numbers, _track_key):
-        size = min(lanes or len(alike), len(alike))
+        size = lanes.of(len(alike))
         for start in range(0, len(alike), size):
             part = alike[start : start + size]
             parts.append(part + part[-1:] * (size - len(part)))  # one size, one program
@@ -321,7 +356,7 @@ def _making(functional, shaped, settings, part, groups) -> Making:
     return Making(recipes, activations, keys, stack(couplings), tuple(_words(s.point) for s in mine))
 
 
-def _losses(functional, settings, chunks, evaluate, example) -> dict[int, float]:
+def _losses(functional, leaves, settings, chunks, evaluate, example) -> dict[int, float]:
     """By number of the setting, what `evaluate` says."""
     scores, losses = _scores(functional, evaluate), {}
     shapes, structure = jax.tree.flatten(example)
@@ -329,7 +364,7 @@ def _losses(functional, settings, chunks, evaluate, example) -> dict[int, float]
     for chunk in chunks:
         skipped = tuple(settings[chunk.numbers[0]].first.assignment.skipped.items())
         try:
-            found = scores(chunk.walked, functional.leaves, skipped, chunk.peak, static)
+            found = scores(chunk.walked, leaves, skipped, chunk.peak, static)
         except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
             raise ValueError(
                 "evaluate is compiled, but it turns arrays into Python numbers or NumPy arrays, with float() or np.asarray "
@@ -352,7 +387,7 @@ def _scores(functional, evaluate) -> Callable:
             structure, shapes = static
             example = structure.unflatten([jax.ShapeDtypeStruct(*x) for x in shapes])
 
-            def one(walked):
+            def one(walked, leaves):
                 own = dataclasses.replace(bare, leaves=leaves)
                 loss = jnp.asarray(evaluate(assemble(own, walked, dict(skipped), peak, example)))
                 if loss.ndim or not jnp.issubdtype(loss.dtype, jnp.number):
@@ -361,7 +396,7 @@ def _scores(functional, evaluate) -> Callable:
                     )
                 return loss.astype(float)
 
-            return over_lanes(one, (walked,), (True,))
+            return over_lanes(one, (walked, leaves), (True, False))
 
         compiled = jax.jit(scores, static_argnames=("skipped", "peak", "static"))
         if functional.identity is None:

@@ -1,6 +1,7 @@
 """A model on many devices: run by test_shard.py as programs of their own, which print one JSON object.
 
 python -m tests.network.many eight few|all         one process, data 2 x model 4
+python -m tests.network.many sweep             likewise, a sweep with its settings on one axis or nothing split but batches
 python -m tests.network.many alone CASES           one process without a mesh
 python -m tests.network.many host CASES RANK PORT  one of two processes of two devices each, data 2 x model 2
 """
@@ -11,7 +12,7 @@ import sys
 import tempfile
 
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=" + (
-    "8" if sys.argv[1] == "eight" else "2"
+    "8" if sys.argv[1] in ("eight", "sweep") else "2"
 )
 
 import jax
@@ -122,6 +123,41 @@ def eight(which):
     yield "split", facts(quantized("plain", params, batches), params)
 
 
+def sweep():
+    rule = lambda bits, c: zoo.plain(
+        bits=bits, scale=jpfq.AbsMax(c), correct_bias=True, activation_bits=8, rounding=jpfq.Stochastic()
+    )
+    space = jpfq.Space(rule, bits=[2, 3], c=[0.7, 0.8], seed=[0, 1])
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    params, batches = given()
+    on = lambda spec: lambda x: jax.device_put(x, NamedSharding(mesh, spec))
+    settings = {"sharding": NamedSharding(mesh, P("model"))}
+    for name, model_at, batches_at, how in (
+        ("one", None, None, {}),
+        ("settings", None, None, settings),
+        ("settings and batches", P(), P("data"), settings),
+        ("neurons and batches", P(None), P("data"), {}),
+    ):
+        own, data = params, batches
+        if model_at is not None:
+            own, data = jax.tree.map(on(model_at), params), jax.tree.map(on(batches_at), batches)
+        square = lambda q, data=data: sum(jnp.mean(x**2) for x in q.apply(data[0]))
+        found = jpfq.sweep(model, data, space, params=own, evaluate=square, progress=False, **how)
+        codes = [{k: whole(t.codes).tolist() for k, t in found[i].tensors.items()} for i in range(len(found))]
+        arrays = jax.tree.leaves((found[3].params, found[3].tensors, found[3].inputs))
+        places = {str(x.sharding) for x in arrays if isinstance(x, jax.Array)}
+        yield name, {"codes": codes, "loss": [r["loss"] for r in found.records], "places": sorted(places)}
+    for name, where, how in (
+        ("another mesh", jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), P("data")),
+        ("the same axis", mesh, P("model")),
+    ):
+        moved = [jax.tree.map(lambda x, w=where, h=how: jax.device_put(x, NamedSharding(w, h)), b) for b in batches]
+        try:
+            jpfq.sweep(model, moved, space, params=params, progress=False, **settings)
+        except ValueError as error:
+            yield name, str(error)
+
+
 def alone(cases):
     for case in cases.split(","):
         yield case, facts(quantized(case, *given()), {})
@@ -153,4 +189,4 @@ def host(cases, rank, port):
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     command, *rest = sys.argv[1:]
-    print(json.dumps(dict({"eight": eight, "alone": alone, "host": host}[command](*rest))))
+    print(json.dumps(dict({"eight": eight, "sweep": sweep, "alone": alone, "host": host}[command](*rest))))

@@ -69,6 +69,20 @@ def test_eight_devices_under_a_mesh_set_with_a_gram_that_is_split_and_resumed():
     assert len(found["usable"]) == 6
 
 
+@pytest.mark.slow
+def test_the_settings_of_a_sweep_on_an_axis_of_the_mesh():
+    (found,) = run(("sweep",))
+    one = found["one"]
+    assert one["codes"][0] != one["codes"][3]
+    for name in ("settings", "settings and batches", "neurons and batches"):
+        assert found[name]["codes"] == one["codes"], name
+        np.testing.assert_allclose(found[name]["loss"], one["loss"], rtol=1e-9)
+    assert found["settings"]["places"] == one["places"]
+    assert not any("lanes" in place for place in found["settings and batches"]["places"])
+    assert "lies on another mesh than the settings" in found["another mesh"]
+    assert "the axis of the settings" in found["the same axis"]
+
+
 def test_hosts_find_what_they_were_given_differently():
     for host in on_two_hosts():
         for name, part in {

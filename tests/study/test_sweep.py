@@ -230,6 +230,7 @@ def bad(space=SPACE, **given):
         (lambda: jpfq.Space.listed([{"bits": 3}, {"c": 3}]), "all settings need the same names"),
         (lambda: bad(jpfq.Space(widths=[3])), r"The setting \(widths=3\) makes no rules: .*unexpected keyword argument"),
         (lambda: bad(jpfq.Space(bits=[3, 99])), r"The setting \(bits=99\) makes no rules: .*from 1 to 16"),
+        (lambda: bad(sharding="sweep"), r"sharding is such as NamedSharding\(mesh, PartitionSpec\('sweep'\)\).*got 'sweep'"),
         (lambda: bad(lanes=0), "lanes is a positive number of settings, or None; got 0"),
         (
             lambda: bad(jpfq.Space(bits=[3], rounding=[jpfq.Stochastic()])),
