@@ -186,7 +186,7 @@ class Sweep:
 
     def picture(self, path: str | os.PathLike) -> None:
         """Saves loss against bits per weight, with the front, as .png, .pdf or .svg. Needs matplotlib."""
-        loss_against_bits(self.records, self.front, Path(path))
+        loss_against_bits(self, Path(path))
 
     def __str__(self) -> str:
         front = set(self.front)
