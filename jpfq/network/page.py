@@ -7,7 +7,6 @@ import base64
 import hashlib
 import html
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 
 class Markup(str):
@@ -58,12 +57,19 @@ def section(title: str, *inside: object, **attributes: object) -> Markup:
     return tag("section", tag("h2", title), *inside, **attributes)
 
 
+def breakable(name: str) -> Markup:
+    """A path of a parameter, which may go on in a new line after a slash."""
+    parts = name.split("/")
+    broken = joined(joined([part, Markup("/<wbr>")]) for part in parts[:-1])
+    return tag("span", broken, parts[-1], class_="path")
+
+
 def folded(title: str, *inside: object) -> Markup:
     """What is shown when asked for."""
     return tag("details", tag("summary", title), *inside)
 
 
-def page(title: str, *inside: object) -> str:
+def document(title: str, *inside: object) -> str:
     """A whole page."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -88,14 +94,14 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 sy
 main { max-width: 1160px; margin: 0 auto; padding: 24px 16px 48px; }
 h1 { font-size: 26px; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 19px; line-height: 1.3; margin: 40px 0 4px; }
-p { margin: 4px 0 12px; max-width: 76ch; }
+p { margin: 4px 0 12px; max-width: 100ch; }
 .lead, figcaption, footer, summary, .cards span { color: var(--soft); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 12px; margin: 20px 0 0; padding: 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 12px; margin: 20px 0 0; }
 .cards div { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 12px 16px; }
 .cards b { display: block; font-size: 26px; line-height: 1.3; font-weight: 600; }
 .cards span { display: block; font-size: 13.5px; overflow-wrap: anywhere; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 20px 28px; }
-.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr)); }
+.small { grid-template-columns: repeat(auto-fill, minmax(min(45%, 220px), 1fr)); gap: 16px 20px; }
 figure { margin: 12px 0 0; break-inside: avoid; min-width: 0; }
 figcaption { font-size: 13.5px; overflow-wrap: anywhere; }
 figcaption b { color: var(--ink); font-weight: 600; }
@@ -112,7 +118,7 @@ th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
 .n { text-align: right; white-space: nowrap; }
 td[style] { background: linear-gradient(to left, var(--shade) var(--share), transparent var(--share)); }
-.path { display: block; min-width: 120px; max-width: 400px; overflow-wrap: anywhere; }
+td > .path { display: block; min-width: 130px; max-width: 400px; overflow-wrap: anywhere; }
 summary { cursor: pointer; margin: 16px 0 8px; }
 footer { margin-top: 40px; border-top: 1px solid var(--rule); padding-top: 12px; font-size: 13.5px; }
 @media screen and (min-width: 700px) {
@@ -120,8 +126,8 @@ footer { margin-top: 40px; border-top: 1px solid var(--rule); padding-top: 12px;
   .long th { position: sticky; top: 0; } }
 @media print {
   body { font-size: 10pt; } main { max-width: none; padding: 0; }
-  .scroll { overflow: visible; } table { font-size: 7.5pt; } th, td { padding: 2px 4px; } thead { display: table-header-group; }
-  tr { break-inside: avoid; } h2 { break-after: avoid; } }
+  .scroll { overflow: visible; } table { font-size: 7.5pt; } th, td { padding: 2px 4px; }
+  thead { display: table-header-group; } tr { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 
 SCRIPT = """

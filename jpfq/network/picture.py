@@ -26,12 +26,12 @@ VARIABLES = {
     GREEN: "--green",
     GRAY: "--gray",
 }
-STYLE = {
+STYLE: dict[Any, Any] = {  # of matplotlib
     "svg.fonttype": "none",
     "svg.hashsalt": "jpfq",
-    "font.size": 8.5,
-    "axes.labelsize": 8.5,
-    "legend.fontsize": 8.5,
+    "font.size": 9,
+    "axes.labelsize": "medium",
+    "legend.fontsize": "medium",
     "text.color": INK,
     "axes.labelcolor": SOFT,
     "xtick.labelcolor": SOFT,
@@ -70,7 +70,7 @@ class Pictures:
         """What `draw` puts on axes, as SVG.
 
         Args:
-            size: in inches, in which letters are 8.5 points high; the page stretches the picture to its column.
+            size: in inches, in which letters are 9 points high; the page stretches the picture to its column.
             label: what is to be seen, for those who do not see it.
         """
         import matplotlib

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..matrix import Info, QTensor
+from ..scalar import Reach
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,21 +83,23 @@ def accumulators(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
     Raises:
         ValueError: for a result without bounded sums. A saved one does not keep how far they go: `jpfq.certify` finds it.
     """
-    reaches = [(i, path, info.reach) for i, (path, info) in enumerate(quantized.info.items(), 1) if info.reach]
-    if not reaches:
+    found = [
+        (i, quantized.tensors[p], x.reach) for i, (p, x) in enumerate(quantized.info.items(), 1) if x.reach is not None
+    ]
+    if not found:
         raise ValueError(
-            "No kernel is known to have bounded sums: quantize with jpfq.Rule(.., accumulator=jpfq.Accumulator(16)). How far "
-            "the sums of a loaded result go, jpfq.certify says."
+            "No kernel is known to have bounded sums: quantize with jpfq.Rule(.., accumulator=jpfq.Accumulator(16)). How "
+            "far the sums of a loaded result go, jpfq.certify says."
         )
     ax = given_or_new(ax)
-    numbers = [i for i, *_ in reaches]
-    asked, needed = [int(reach.sums.bits) for *_, reach in reaches], [reach.bits for *_, reach in reaches]
-    any_codes = [
-        reach.types_bits(quantized.tensors[path].grid, inputs_of(quantized, path)) for _, path, reach in reaches
-    ]
-    ax.plot(numbers, any_codes, "^", color=GRAY, label="of any codes", markersize=4)
-    ax.plot(numbers, asked, "_", color=ORANGE, label="asked for", markersize=9, markeredgewidth=2)
-    ax.plot(numbers, needed, "o", color=BLUE, label="needed", markersize=4)
+    numbers = [i for i, *_ in found]
+    marks = {
+        "of any codes": ([any_codes_bits(tensor, reach)[1] for _, tensor, reach in found], "^", GRAY, 4),
+        "asked for": ([int(reach.sums.bits) for *_, reach in found], "_", ORANGE, 9),
+        "needed": ([reach.bits for *_, reach in found], "o", BLUE, 4),
+    }
+    for label, (widths, mark, color, size) in marks.items():
+        ax.plot(numbers, widths, mark, color=color, label=label, markersize=size, markeredgewidth=1.5)
     return _finish(ax, "bits of the accumulator", len(quantized.info))
 
 
@@ -128,7 +131,8 @@ def histogram(tensor: QTensor, weights: Any = None, ax: "Axes | None" = None) ->
     _bars(ax, counts * share / run, lo + run * np.arange(bars) + (run - 1) / 2, run, color=BLUE, label="codes")
     if positions is not None:
         margin = max(1, levels // 4)
-        edges = np.linspace(lo - 0.5 - margin, hi + 0.5 + margin, FINE + 1)
+        beyond = min(margin, lo - 0.5 - positions.min(initial=lo)), min(margin, positions.max(initial=hi) - hi - 0.5)
+        edges = np.linspace(lo - 0.5 - max(0, beyond[0]), hi + 0.5 + max(0, beyond[1]), FINE + 1)
         counts, _ = np.histogram(np.clip(positions, edges[0], edges[-1]), edges)
         ax.stairs(counts * share / (edges[1] - edges[0]), edges, color=ORANGE, linewidth=1.2, label="float weights")
         ax.legend(**ABOVE)
@@ -157,10 +161,11 @@ def float_bytes(tensor: QTensor) -> int:
     return tensor.codes.size * np.dtype(tensor.dtype).itemsize
 
 
-def inputs_of(quantized: "Quantized", path: str) -> int:
-    """How many inputs a neuron of a kernel with bounded sums has."""
-    B, _, out, _ = quantized.info[path].reach.ends.shape
-    return quantized.tensors[path].codes.size // (B * out)
+def any_codes_bits(tensor: QTensor, reach: Reach) -> tuple[int, int]:
+    """Inputs in a tile of a kernel's sums, and the width that they take of any codes on its grid."""
+    B, _, out, _ = reach.ends.shape
+    n = tensor.codes.size // (B * out)
+    return reach.sums.size(n), reach.types_bits(tensor.grid, n)
 
 
 ABOVE: dict[str, Any] = {

@@ -183,7 +183,7 @@ class Quantized:
 
         Args:
             path: an .html file.
-            params: the float parameters in the structure of `quantized.params`, whose weights are then shown beside the codes.
+            params: the float parameters in the structure of `quantized.params`, to show their weights beside the codes.
             sweep: what `jpfq.sweep` returned, to show its settings and their front too.
             title: of the page.
             overwrite: whether to replace a file.
