@@ -94,36 +94,37 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 sy
 main { max-width: 1160px; margin: 0 auto; padding: 24px 16px 48px; }
 h1 { font-size: 26px; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 19px; line-height: 1.3; margin: 40px 0 4px; }
+h2 + .scroll { margin-top: 10px; }
+.pictures + .scroll { margin-top: 16px; }
 p { margin: 4px 0 12px; max-width: 100ch; }
 .lead, figcaption, footer, summary, .cards span { color: var(--soft); }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 12px; margin: 20px 0 0; }
 .cards div { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 12px 16px; }
 .cards b { display: block; font-size: 26px; line-height: 1.3; font-weight: 600; }
 .cards span { display: block; font-size: 13.5px; overflow-wrap: anywhere; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 20px 28px; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 20px 28px; }
 .small { grid-template-columns: repeat(auto-fill, minmax(min(45%, 220px), 1fr)); gap: 16px 20px; }
 figure { margin: 12px 0 0; break-inside: avoid; min-width: 0; }
 figcaption { font-size: 13.5px; overflow-wrap: anywhere; }
 figcaption b { color: var(--ink); font-weight: 600; }
-svg { display: block; width: 100%; height: auto; font-family: inherit; }
+svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: 8px; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 5px 10px; vertical-align: top; border-bottom: 1px solid var(--rule); }
+th, td { text-align: left; padding: 5px 9px; vertical-align: top; border-bottom: 1px solid var(--rule); }
 tr:last-child td { border-bottom: 0; }
-th { color: var(--soft); font-weight: 600; white-space: nowrap; background: var(--card); }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; background: var(--card); }
 th button { all: unset; cursor: pointer; }
 th button:focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
-.n { text-align: right; white-space: nowrap; }
+.n { text-align: right; }
+td.n { white-space: nowrap; }
 td[style] { background: linear-gradient(to left, var(--shade) var(--share), transparent var(--share)); }
 td > .path { display: block; min-width: 130px; max-width: 400px; overflow-wrap: anywhere; }
 summary { cursor: pointer; margin: 16px 0 8px; }
 footer { margin-top: 40px; border-top: 1px solid var(--rule); padding-top: 12px; font-size: 13.5px; }
-@media screen and (min-width: 700px) {
-  .long { max-height: 75vh; overflow: auto; }
-  .long th { position: sticky; top: 0; } }
+@media screen { .long { max-height: 75vh; overflow: auto; } .long th { position: sticky; top: 0; } }
 @media print {
   body { font-size: 10pt; } main { max-width: none; padding: 0; }
   .scroll { overflow: visible; } table { font-size: 7.5pt; } th, td { padding: 2px 4px; }

@@ -4,6 +4,7 @@ A colour is drawn as one that nothing else has, and then named: `var(--ink)` is 
 night. Nothing is kept that refers to anything outside the picture.
 """
 
+import dataclasses
 import importlib.util
 import io
 import itertools
@@ -60,27 +61,45 @@ def check_matplotlib() -> None:
         raise ValueError(NEEDED)
 
 
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A picture and what is left around its axes, in points; letters are 9 points high. A page stretches it to a column.
+
+    Margins are fixed, so that axes of pictures side by side are in line.
+    """
+
+    width: float
+    height: float
+    left: float
+    right: float
+    bottom: float
+    top: float
+
+    @property
+    def axes(self) -> tuple[float, float, float, float]:
+        """Left, bottom, width and height of the axes as shares of the picture."""
+        across, up = self.width - self.left - self.right, self.height - self.bottom - self.top
+        return self.left / self.width, self.bottom / self.height, across / self.width, up / self.height
+
+
 class Pictures:
     """Makes the pictures of one page, whose names must not meet."""
 
     def __init__(self):
         self._numbers = itertools.count(1)
 
-    def __call__(self, draw: "Callable[[Axes], Any]", size: tuple[float, float], label: str) -> Markup:
-        """What `draw` puts on axes, as SVG.
-
-        Args:
-            size: in inches, in which letters are 9 points high; the page stretches the picture to its column.
-            label: what is to be seen, for those who do not see it.
-        """
+    def __call__(self, draw: "Callable[[Axes], Any]", frame: Frame, label: str) -> Markup:
+        """What `draw` puts on axes, as SVG. `label` says what is to be seen to those who do not see it."""
         import matplotlib
         from matplotlib.figure import Figure
 
         with matplotlib.rc_context():
             matplotlib.rcdefaults()  # whatever style the reader works in
             matplotlib.rcParams.update(STYLE)
-            figure = Figure(figsize=size, layout="constrained")
-            draw(figure.subplots())
+            figure = Figure(figsize=(frame.width / 72, frame.height / 72))
+            ax = figure.add_axes(frame.axes)
+            draw(ax)
+            ax.yaxis.set_label_coords((12 - frame.left) / (frame.width - frame.left - frame.right), 0.5)  # at the rim
             out = io.StringIO()
             nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             figure.savefig(out, format="svg", transparent=True, metadata=nothing)

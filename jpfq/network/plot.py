@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
 NEEDED = "Pictures need matplotlib: pip install 'jpfq[demo]'."
 BARS = 64  # at most, in a histogram of codes
-FINE = 96  # bins of float weights
+FEW = 33  # levels, or fewer: each is marked, and its bar stands by itself
+DENSE = 60  # kernels; of more, lines and dots are finer
+FINE = 64  # bins of float weights
 
 
 class Swept(Protocol):
@@ -46,8 +48,9 @@ def errors(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
     """
     ax = given_or_new(ax)
     found, floors = (100 * _of(quantized, f) for f in (lambda i: i.relative_error, lambda i: i.relative_floor))
-    ax.plot(_numbers(found), found, "o-", color=BLUE, label="error", markersize=4)
-    ax.plot(_numbers(floors), floors, "-", color=GRAY, label="floor: what comes with the inputs")
+    line = {"linewidth": 1.4 if len(found) <= DENSE else 0.7}
+    ax.plot(_numbers(found), found, "o-", color=BLUE, label="error", markersize=_dot(found), **line)
+    ax.plot(_numbers(floors), floors, "-", color=GRAY, label="floor: what comes with the inputs", **line)
     return _finish(ax, "relative error, %", len(found))
 
 
@@ -56,17 +59,19 @@ def bits(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
     ax = given_or_new(ax)
     stored, entropy = [t.bits_per_weight for t in quantized.tensors.values()], _of(quantized, lambda i: i.entropy)
     _bars(ax, stored, color=BLUE, label="stored, steps included")
-    ax.plot(_numbers(entropy), entropy, "o", color=ORANGE, label="entropy of the codes", markersize=4)
+    ax.plot(_numbers(entropy), entropy, "o", color=ORANGE, label="entropy of the codes", markersize=_dot(entropy))
     return _finish(ax, "bits per weight", len(stored))
 
 
 def sizes(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
-    """Kilobytes of the kernels, packed, beside what they took before."""
+    """Sizes of the kernels, packed, beside those before; in kB, or in MB where one has more."""
     ax = given_or_new(ax)
     tensors = quantized.tensors.values()
-    _bars(ax, [float_bytes(t) / 1e3 for t in tensors], color=GRAY, alpha=0.4, label="as given")
-    _bars(ax, [t.nbytes / 1e3 for t in tensors], color=BLUE, label="quantized")
-    return _finish(ax, "kB", len(tensors))
+    before, after = (np.array([size(t) for t in tensors]) / 1e3 for size in (float_bytes, lambda t: t.nbytes))
+    unit, scale = ("kB", 1) if before.max(initial=0) < 1e3 else ("MB", 1e-3)
+    _bars(ax, before * scale, color=GRAY, alpha=0.4, label="as given")
+    _bars(ax, after * scale, color=BLUE, label="quantized")
+    return _finish(ax, unit, len(tensors))
 
 
 def saturation(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
@@ -100,7 +105,10 @@ def accumulators(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
     }
     for label, (widths, mark, color, size) in marks.items():
         ax.plot(numbers, widths, mark, color=color, label=label, markersize=size, markeredgewidth=1.5)
-    return _finish(ax, "bits of the accumulator", len(quantized.info))
+    _finish(ax, "bits of the accumulator", len(quantized.info)).locator_params("y", integer=True)
+    shown = [width for widths, *_ in marks.values() for width in widths]
+    ax.set_ylim(min(shown) - 1, max(shown) + 1)
+    return ax
 
 
 def histogram(tensor: QTensor, weights: Any = None, ax: "Axes | None" = None) -> "Axes":
@@ -128,7 +136,8 @@ def histogram(tensor: QTensor, weights: Any = None, ax: "Axes | None" = None) ->
     bars = -(-levels // run)
     counts = np.bincount(codes - lo, minlength=bars * run).reshape(bars, run).sum(1)
     share = 100 / max(1, codes.size)
-    _bars(ax, counts * share / run, lo + run * np.arange(bars) + (run - 1) / 2, run, color=BLUE, label="codes")
+    width = 0.8 if levels <= FEW else run
+    _bars(ax, counts * share / run, lo + run * np.arange(bars) + (run - 1) / 2, width, color=BLUE, label="codes")
     if positions is not None:
         margin = max(1, levels // 4)
         beyond = min(margin, lo - 0.5 - positions.min(initial=lo)), min(margin, positions.max(initial=hi) - hi - 0.5)
@@ -136,7 +145,7 @@ def histogram(tensor: QTensor, weights: Any = None, ax: "Axes | None" = None) ->
         counts, _ = np.histogram(np.clip(positions, edges[0], edges[-1]), edges)
         ax.stairs(counts * share / (edges[1] - edges[0]), edges, color=ORANGE, linewidth=1.2, label="float weights")
         ax.legend(**ABOVE)
-    if levels <= 33:
+    if levels <= FEW:
         ax.set_xticks(np.arange(lo, hi + 1), minor=True)
     ax.locator_params("x", integer=True, nbins=8)
     ax.set(xlabel="code", ylabel="% of weights", ylim=(0, None))
@@ -202,13 +211,17 @@ def _finish(ax, label, count):
     return ax
 
 
-def _bars(ax, heights: Sequence[float] | np.ndarray, centers=None, width=1.0, **style):
+def _bars(ax, heights: Sequence[float] | np.ndarray, centers=None, width=0.8, **style):
     """Bars as one shape, which keeps a picture of hundreds small."""
     centers = _numbers(heights) if centers is None else centers
-    half = 0.4 * width
-    edges = np.stack([centers - half, centers + half], 1).ravel() if len(heights) else np.zeros(1)
+    edges = np.stack([centers - width / 2, centers + width / 2], 1).ravel() if len(heights) else np.zeros(1)
     values = np.stack([heights, np.zeros(len(heights))], 1).ravel()[: max(0, len(edges) - 1)]
     ax.stairs(values, edges, fill=True, **style)
+
+
+def _dot(values) -> float:
+    """The size of a dot, smaller where there are many."""
+    return 4 if len(values) <= DENSE else 1.6
 
 
 def _of(quantized, figure: Callable[[Info], Any]) -> np.ndarray:

@@ -18,14 +18,15 @@ from . import plot
 from .activation import Rounded
 from .functional import flatten
 from .page import Cell, Markup, breakable, document, folded, section, table, tag
-from .picture import Pictures, check_matplotlib
+from .picture import Frame, Pictures, check_matplotlib
 
 if TYPE_CHECKING:
     from .quantize import Quantized
 
 SHOWN = 12  # histograms to be seen at once
 DRAWN = 200  # histograms at most
-WIDE, SMALL = (4.8, 2.5), (2.5, 1.5)  # inches
+WIDE = Frame(346, 180, left=45, right=10, bottom=34, top=24)
+SMALL = Frame(180, 108, left=28, right=6, bottom=18, top=6)
 
 
 def report(
@@ -96,10 +97,9 @@ def _cards(quantized):
             ("Bits per weight", f"{quantized.bits_per_weight:.2f}", f"steps included; entropy {entropy:.2f}"),
             ("Size of the kernels", _bytes(after), f"{after / before:.3f} of the {_bytes(before)} before; {whole}"),
         ]
-    of_outputs = (
-        ("unknown", "since training") if _unknown(error) else (f"{100 * error:.2f} %", "on the calibration data")
-    )
-    cards.append(("Error of the outputs", *of_outputs))
+    known = (f"{100 * error:.2f} %", "on the calibration data")
+    shown, words = ("unknown", "since training") if _unknown(error) else known
+    cards.append(("Error of the outputs", shown, words))
     return tag("div", *(tag("div", tag("span", a), tag("b", b), tag("span", c)) for a, b, c in cards), class_="cards")
 
 
@@ -141,9 +141,9 @@ def _kernels(quantized):
             _count(tensor.nbytes),
         ]
         if bounded:
-            row.append("" if info.reach is None else f"{info.reach.bits} of {int(info.reach.sums.bits)} bits")
+            row.append("" if info.reach is None else f"{info.reach.bits} of {int(info.reach.sums.bits)}")
         rows.append(row)
-    return section("Kernels", table([*head, "sums need"] if bounded else head, rows, words=4, class_="sorted"))
+    return section("Kernels", table([*head, "bits of sums"] if bounded else head, rows, words=4, class_="sorted"))
 
 
 def _histograms(quantized, weights, draw):
@@ -174,7 +174,8 @@ def _histograms(quantized, weights, draw):
 def _histogram(tensor, weights, ax):
     """Without words, which the page says once for all."""
     plot.histogram(tensor, weights, ax).set(xlabel="", ylabel="")
-    ax.locator_params(nbins=4)
+    ax.locator_params("x", nbins=6)
+    ax.locator_params("y", nbins=4)
     if ax.get_legend() is not None:
         ax.get_legend().remove()
 
