@@ -121,12 +121,14 @@ th[aria-sort=descending] button::after { content: " \\2193"; }
 .n { text-align: right; }
 td.n { white-space: nowrap; }
 td[style] { background: linear-gradient(to left, var(--shade) var(--share), transparent var(--share)); }
-td > .path { display: block; min-width: 130px; max-width: 400px; overflow-wrap: anywhere; }
+td > .path { display: block; min-width: min(220px, 34vw); max-width: 400px; overflow-wrap: anywhere; }
 summary { cursor: pointer; margin: 16px 0 8px; }
 footer { margin-top: 40px; border-top: 1px solid var(--rule); padding-top: 12px; font-size: 13.5px; }
 @media screen { .long { max-height: 75vh; overflow: auto; } .long th { position: sticky; top: 0; } }
 @media print {
   body { font-size: 10pt; } main { max-width: none; padding: 0; }
+  .cards { grid-template-columns: repeat(4, 1fr); } .pictures { grid-template-columns: 1fr 1fr; }
+  .small { grid-template-columns: repeat(4, 1fr); } .cards b { font-size: 16pt; } svg { max-height: 80mm; }
   .scroll { overflow: visible; } table { font-size: 7.5pt; } th, td { padding: 2px 4px; }
   thead { display: table-header-group; } tr { break-inside: avoid; } h2 { break-after: avoid; } }
 """

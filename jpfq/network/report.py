@@ -201,13 +201,15 @@ def _inputs(quantized):
     parts = []
     if quantized.inputs:
         rows = []
-        for path, uses in quantized.inputs.items():
-            for number, rounded in enumerate(uses, 1):
-                name = path if len(uses) == 1 else f"{path}, use {number}"
-                rows.append([breakable(name), rounded.settings.grid, rounded.settings.per, *_levels(rounded)])
-        head = ("inputs of", "grid", "a step per", "step", "from", "to")
+        for number, path in enumerate(quantized.tensors, 1):
+            uses = quantized.inputs.get(path, [])
+            for use, rounded in enumerate(uses, 1):
+                name = path if len(uses) == 1 else f"{path}, use {use}"
+                settings = rounded.settings
+                rows.append([Cell(number, number), breakable(name), settings.grid, settings.per, *_levels(rounded)])
+        head = ("#", "inputs of", "grid", "a step per", "step", "from", "to")
         parts.append(tag("p", "Inputs of these kernels are rounded while the network runs.", class_="lead"))
-        parts.append(table(head, rows, words=3, class_="sorted"))
+        parts.append(table(head, rows, words=4, class_="sorted"))
     if quantized.biases:
         title = f"{len(quantized.biases)} biases took the mean error of their layer"
         parts.append(folded(title, tag("p", ", ".join(quantized.biases))))
