@@ -5,6 +5,7 @@ the order of the network, numbered from 1. Text and frames take the colours of m
 colours that the colour-blind tell apart, and that can be seen on white and on black.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +26,7 @@ BARS = 64  # at most, in a histogram of codes
 FEW = 33  # levels, or fewer: each is marked, and its bar stands by itself
 DENSE = 60  # kernels; of more, lines and dots are finer
 FINE = 64  # bins of float weights
+PART = 2**24  # weights counted at a time
 
 
 class Swept(Protocol):
@@ -48,9 +50,9 @@ def errors(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
     """
     ax = given_or_new(ax)
     found, floors = (100 * _of(quantized, f) for f in (lambda i: i.relative_error, lambda i: i.relative_floor))
-    line = {"linewidth": 1.4 if len(found) <= DENSE else 0.7}
-    ax.plot(_numbers(found), found, "o-", color=BLUE, label="error", markersize=_dot(found), **line)
-    ax.plot(_numbers(floors), floors, "-", color=GRAY, label="floor: what comes with the inputs", **line)
+    width = 1.4 if len(found) <= DENSE else 0.7
+    ax.plot(_numbers(found), found, "o-", color=BLUE, label="error", markersize=_dot(found), linewidth=width)
+    ax.plot(_numbers(floors), floors, color=GRAY, label="floor: what comes with the inputs", linewidth=width)
     return _finish(ax, "relative error, %", len(found))
 
 
@@ -127,23 +129,25 @@ def histogram(tensor: QTensor, weights: Any = None, ax: "Axes | None" = None) ->
     """
     positions = None if weights is None else _positions(tensor, weights)
     ax = given_or_new(ax)
-    codes = np.asarray(tensor.codes).astype(np.int64).ravel()
+    codes = np.asarray(tensor.codes).ravel()
     lo, hi, *_ = (int(x) for x in tensor.grid.alphabet()[:2])
     if hi - lo >= 4 * BARS:
         lo, hi = int(codes.min(initial=hi)), int(codes.max(initial=lo))
     levels = max(1, hi - lo + 1)
     run = -(-levels // BARS)  # codes in a bar
     bars = -(-levels // run)
-    counts = np.bincount(codes - lo, minlength=bars * run).reshape(bars, run).sum(1)
+    counts = _counts(codes, bars, lambda part: (part.astype(np.int64) - lo) // run)
     share = 100 / max(1, codes.size)
     width = 0.8 if levels <= FEW else run
     _bars(ax, counts * share / run, lo + run * np.arange(bars) + (run - 1) / 2, width, color=BLUE, label="codes")
     if positions is not None:
         margin = max(1, levels // 4)
-        beyond = min(margin, lo - 0.5 - positions.min(initial=lo)), min(margin, positions.max(initial=hi) - hi - 0.5)
-        edges = np.linspace(lo - 0.5 - max(0, beyond[0]), hi + 0.5 + max(0, beyond[1]), FINE + 1)
-        counts, _ = np.histogram(np.clip(positions, edges[0], edges[-1]), edges)
-        ax.stairs(counts * share / (edges[1] - edges[0]), edges, color=ORANGE, linewidth=1.2, label="float weights")
+        left = max(lo - 0.5 - margin, min(lo - 0.5, float(positions.min(initial=lo))))
+        right = min(hi + 0.5 + margin, max(hi + 0.5, float(positions.max(initial=hi))))
+        fine = (right - left) / FINE
+        counts = _counts(positions, FINE, lambda part: np.clip((part - left) / fine, 0, FINE - 1).astype(np.int64))
+        edges = np.linspace(left, right, FINE + 1)
+        ax.stairs(counts * share / fine, edges, color=ORANGE, linewidth=1.2, label="float weights")
         ax.legend(**ABOVE)
     if levels <= FEW:
         ax.set_xticks(np.arange(lo, hi + 1), minor=True)
@@ -237,12 +241,19 @@ def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[f
     return [x for x, _ in found], [y for _, y in found]
 
 
+def _counts(values: np.ndarray, bins: int, number: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """How many values have each number below `bins`; a part at a time, since kernels may be large."""
+    parts = np.array_split(values, values.size // PART + 1)
+    return sum((np.bincount(number(part), minlength=bins) for part in parts), np.zeros(bins, np.int64))
+
+
 def _positions(tensor, weights) -> np.ndarray:
     """Float weights in units of the grid."""
-    weights = jnp.asarray(weights)
+    here = lambda x: jnp.asarray(np.asarray(x))  # on one device, wherever they lie
+    weights, tensor = here(weights), dataclasses.replace(tensor, step=here(tensor.step), zero=here(tensor.zero))
     if weights.shape != tensor.shape:
         raise ValueError(f"The weights are of the kernel's shape {tensor.shape}; got {weights.shape}.")
-    found = np.asarray(tensor.levels.position(tensor.turned(weights)), np.float64).ravel()
+    found = np.asarray(tensor.levels.position(tensor.turned(weights))).ravel()
     if not np.isfinite(found).all():
         raise ValueError("The weights hold NaN or infinity.")
     return found
