@@ -167,6 +167,8 @@ def test_what_a_sweep_reports(tmp_path):
     assert str(run).count("*") == len(run.front)
     run.picture(tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 5000
+    text = run.best().report(tmp_path / "report.html", sweep=run).read_text(encoding="utf-8")
+    assert all(f">{record['loss']:.5g}</td>" in text for record in run.records)
     frame = pytest.importorskip("pandas", reason="pandas is not installed") and run.frame()
     assert list(frame.columns) == ["bits", "c", *sweep_module.FIGURES]
 
