@@ -90,9 +90,8 @@ def accumulators(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
     Raises:
         ValueError: for a result without bounded sums. A saved one does not keep how far they go: `jpfq.certify` finds it.
     """
-    found = [
-        (i, quantized.tensors[p], x.reach) for i, (p, x) in enumerate(quantized.info.items(), 1) if x.reach is not None
-    ]
+    reaches = [(tensor, quantized.info[path].reach) for path, tensor in quantized.tensors.items()]
+    found = [(i, tensor, reach) for i, (tensor, reach) in enumerate(reaches, 1) if reach is not None]
     if not found:
         raise ValueError(
             "No kernel is known to have bounded sums: quantize with jpfq.Rule(.., accumulator=jpfq.Accumulator(16)). How "
@@ -107,7 +106,7 @@ def accumulators(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
     }
     for label, (widths, mark, color, size) in marks.items():
         ax.plot(numbers, widths, mark, color=color, label=label, markersize=size, markeredgewidth=1.5)
-    _finish(ax, "bits of the accumulator", len(quantized.info)).locator_params("y", integer=True)
+    _finish(ax, "bits of the accumulator", len(quantized.tensors)).locator_params("y", integer=True)
     shown = [width for widths, *_ in marks.values() for width in widths]
     ax.set_ylim(min(shown) - 1, max(shown) + 1)
     return ax
@@ -229,7 +228,7 @@ def _dot(values) -> float:
 
 
 def _of(quantized, figure: Callable[[Info], Any]) -> np.ndarray:
-    return np.array([float(figure(info)) for info in quantized.info.values()])
+    return np.array([float(figure(quantized.info[path])) for path in quantized.tensors])
 
 
 def _numbers(values) -> np.ndarray:

@@ -182,9 +182,9 @@ def _histogram(tensor, weights, ax):
 
 def _accumulators(quantized, draw):
     rows = []
-    for number, (path, info) in enumerate(quantized.info.items(), 1):
-        if (reach := info.reach) is not None:
-            tile, most = plot.any_codes_bits(quantized.tensors[path], reach)
+    for number, (path, tensor) in enumerate(quantized.tensors.items(), 1):
+        if (reach := quantized.info[path].reach) is not None:
+            tile, most = plot.any_codes_bits(tensor, reach)
             figures = (reach.sums.bits, tile, reach.bits, most, reach.outer_bits, reach.ends.max())
             rows.append([Cell(number, number), breakable(path), *map(_count, figures)])
     head = ("#", "sums of", "bits", "tile", "needed", "of any codes", "outer bits", "largest sum")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..network.plot import ABOVE, BLUE, GRAY, GREEN, NEEDED, ORANGE, Swept, given_or_new
+from ..network.plot import BLUE, GRAY, GREEN, NEEDED, ORANGE, Swept, given_or_new
 from ..network.plot import accumulators as accumulators
 from ..network.plot import bits as bits
 from ..network.plot import errors as errors
@@ -37,7 +37,7 @@ def scores(trials: Sequence[Trial], exact: float | None = None, ax: "Axes | None
     ax.set_xticks([x for x, _ in ticks], [label for _, label in ticks])
     ax.set(xlabel="bits per weight: log2(levels)", ylabel="accuracy, %")
     ax.grid(alpha=0.3)
-    ax.legend(**ABOVE)
+    ax.legend(loc="lower right", frameon=False)  # where more bits score less, which is rare
     return ax
 
 
@@ -46,7 +46,7 @@ def score_against_bits(trials: Sequence[Trial], floats: dict[str, float | None],
     names = list(dict.fromkeys(trial.subject for trial in trials))
     figure = _figure(5 * len(names))
     for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        scores([trial for trial in trials if trial.subject == name], floats[name], ax).set_title(name, pad=24)
+        scores([trial for trial in trials if trial.subject == name], floats[name], ax).set_title(name)
     figure.savefig(path, dpi=150)
 
 
