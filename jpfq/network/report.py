@@ -207,7 +207,7 @@ def _inputs(quantized):
                 name = path if len(uses) == 1 else f"{path}, use {use}"
                 settings = rounded.settings
                 rows.append([Cell(number, number), breakable(name), settings.grid, settings.per, *_levels(rounded)])
-        head = ("#", "inputs of", "grid", "a step per", "step", "from", "to")
+        head = ("#", "inputs of", "grid", "step per", "step", "from", "to")
         parts.append(tag("p", "Inputs of these kernels are rounded while the network runs.", class_="lead"))
         parts.append(table(head, rows, words=4, class_="sorted"))
     if quantized.biases:
