@@ -4,6 +4,7 @@ A page asks nothing of any network: style and script are in it, and its policy l
 """
 
 import base64
+import dataclasses
 import hashlib
 import html
 from collections.abc import Iterable, Sequence
@@ -13,11 +14,13 @@ class Markup(str):
     """Text that is HTML already."""
 
 
+@dataclasses.dataclass(frozen=True)
 class Cell:
     """A cell of a table: what it shows, and the number to sort it by. `share` of its width is shaded, 0 to 1."""
 
-    def __init__(self, shown: object, number: float | None = None, share: float | None = None):
-        self.shown, self.number, self.share = shown, number, share
+    shown: object
+    number: float | None = None
+    share: float | None = None
 
 
 def tag(name: str, *inside: object, **attributes: object) -> Markup:
