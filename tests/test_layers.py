@@ -16,7 +16,7 @@ ASIDE = {
 ONLY_IN = {
     "flax": {"network/linen.py", "network/nnx.py", "study/demo.py", "study/models.py"},
     "optax": {"study/demo.py", "study/models.py"},
-    "matplotlib": {"study/plot.py"},
+    "matplotlib": {"network/picture.py", "network/plot.py", "study/plot.py"},
     "safetensors": {"network/checkpoint.py", "network/export.py", "network/resume.py"},
     "constriction": {"network/entropy.py"},
     "qwix": {"network/qwix.py"},

@@ -5,6 +5,7 @@ import functools
 import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -166,6 +167,40 @@ class Quantized:
         from .checkpoint import save  # which knows this class
 
         return save(self, folder, entropy_coded=entropy_coded, overwrite=overwrite)
+
+    def report(
+        self,
+        path: str | os.PathLike,
+        *,
+        params: Any = None,
+        sweep: Any = None,
+        title: str | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Writes a page of HTML to look at: figures, errors along the depth, bits, sizes, histograms, reasons.
+
+        The file needs nothing besides itself, works by day and night, on paper and on a phone. It appears whole or not at
+        all. Takes the package matplotlib: pip install 'jpfq[demo]'.
+
+        Args:
+            path: an .html file.
+            params: the float parameters in the structure of `quantized.params`, to show their weights beside the codes.
+            sweep: what `jpfq.sweep` returned, to show its settings and their front too.
+            title: of the page.
+            overwrite: whether to replace a file.
+
+        Returns:
+            The file.
+
+        Raises:
+            ValueError: the file cannot be written there, or the parameters are those of another network.
+
+        Example:
+            >>> quantized.report("report.html", params=variables["params"], title="ResNet20, 4 bits")
+        """
+        from .report import report  # which knows this class
+
+        return report(self, path, params=params, sweep=sweep, title=title, overwrite=overwrite)
 
     def to_qwix(self, batch: Any, model: Any = None, kwargs: dict | None = None) -> Any:
         """The network for the runtime of qwix, with integer kernels: for serving where that is in use.

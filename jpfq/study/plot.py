@@ -1,46 +1,59 @@
-"""Pictures, on matplotlib."""
+"""Pictures on matplotlib axes: of a quantized network, of a sweep, of comparisons; and files of the latter two.
+
+`jpfq.plot` is this file. What is drawn goes on `ax`, or on the axes of a new figure where that is left out.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..network.plot import BLUE, GRAY, GREEN, NEEDED, ORANGE, Swept, given_or_new
+from ..network.plot import accumulators as accumulators
+from ..network.plot import bits as bits
+from ..network.plot import errors as errors
+from ..network.plot import front as front
+from ..network.plot import histogram as histogram
+from ..network.plot import saturation as saturation
+from ..network.plot import sizes as sizes
 from ..scalar import Grid
 from .compare import Trial
 
-COLORS = {"MSQ": "#b0562f", "GPFQ": "#1f5fa8", "best": "#2a7d46"}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = {"MSQ": ORANGE, "GPFQ": BLUE, "best": GREEN}
+
+
+def scores(trials: Sequence[Trial], exact: float | None = None, ax: "Axes | None" = None) -> "Axes":
+    """Scores of one model against log2 of the number of levels, a line for each method; the float score is dashed."""
+    ax = given_or_new(ax)
+    scored = [trial for trial in trials if trial.score is not None]
+    for method in dict.fromkeys(trial.method for trial in scored):
+        points = sorted((t.grid.log2_levels, t.score) for t in scored if t.method == method)
+        ax.plot(*zip(*points, strict=True), "o-", label=method, color=COLORS.get(method))
+    if exact is not None:
+        ax.axhline(exact, linestyle="--", color=GRAY, linewidth=1, label=f"float ({exact:.1f})")
+    ticks = sorted({(t.grid.log2_levels, _label(t.grid)) for t in scored})
+    ax.set_xticks([x for x, _ in ticks], [label for _, label in ticks])
+    ax.set(xlabel="bits per weight: log2(levels)", ylabel="accuracy, %")
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower right", frameon=False)  # where more bits score less, which is rare
+    return ax
 
 
 def score_against_bits(trials: Sequence[Trial], floats: dict[str, float | None], path: Path) -> None:
-    """Saves one panel per model: score against log2 of the number of levels, a line per method, the float score dashed."""
+    """Saves one panel for each model, as `scores` draws it."""
     names = list(dict.fromkeys(trial.subject for trial in trials))
     figure = _figure(5 * len(names))
-    axes = figure.subplots(1, len(names), squeeze=False)[0]
-    for axis, name in zip(axes, names, strict=True):
-        mine = [trial for trial in trials if trial.subject == name and trial.score is not None]
-        for method in dict.fromkeys(trial.method for trial in mine):
-            points = sorted((t.grid.log2_levels, t.score) for t in mine if t.method == method)
-            axis.plot(*zip(*points, strict=True), "o-", label=method, color=COLORS.get(method))
-        exact = floats[name]
-        if exact is not None:
-            axis.axhline(exact, linestyle="--", color="0.4", linewidth=1, label=f"float ({exact:.1f})")
-        ticks = sorted({(t.grid.log2_levels, _label(t.grid)) for t in mine})
-        axis.set_xticks([x for x, _ in ticks], [label for _, label in ticks])
-        axis.set(title=name, xlabel="bits per weight: log2(levels)", ylabel="accuracy, %")
-        axis.grid(alpha=0.25)
-        axis.legend(loc="lower right", frameon=False)
+    for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        scores([trial for trial in trials if trial.subject == name], floats[name], ax).set_title(name)
     figure.savefig(path, dpi=150)
 
 
-def loss_against_bits(records: Sequence[dict], front: Sequence[int], path: Path) -> None:
-    """Saves the loss of every setting of a sweep against its bits per weight, and the front of those that none beats."""
+def loss_against_bits(sweep: Swept, path: Path) -> None:
+    """Saves the loss of every setting of a sweep against its bits per weight, as `front` draws it."""
     figure = _figure(6)
-    axis = figure.subplots()
-    point = lambda record: (record["bits_per_weight"], record["loss"])
-    axis.plot(*zip(*map(point, records), strict=True), "o", color="0.6", label="settings")
-    if front:
-        axis.plot(*zip(*(point(records[i]) for i in front), strict=True), "o-", color=COLORS["GPFQ"], label="front")
-    axis.set(xlabel="bits per weight, as stored", ylabel="loss")
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False)
+    front(sweep, figure.subplots())
     figure.savefig(path, dpi=150)
 
 
@@ -48,7 +61,7 @@ def _figure(width):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("Pictures need matplotlib: pip install 'jpfq[demo]'.") from error
+        raise ValueError(NEEDED) from error
     return Figure(figsize=(width, 4), layout="constrained")
 
 

@@ -191,7 +191,7 @@ class Sweep:
 
     def picture(self, path: str | os.PathLike) -> None:
         """Saves loss against bits per weight, with the front, as .png, .pdf or .svg. Needs matplotlib."""
-        loss_against_bits(self.records, self.front, Path(path))
+        loss_against_bits(self, Path(path))
 
     def __str__(self) -> str:
         front = set(self.front)
@@ -413,15 +413,18 @@ def _lane_of(walked: Walked, i: int, assignment) -> Walked:
     own = lane(walked, i)
     grids = {path: recipe.grid for path, recipe in assignment.recipes.items()}
     tensors = {
-        path: dataclasses.replace(tensor, grid=grids[path], codes=tensor.codes.astype(code_dtype(grids[path])))
-        for path, tensor in own.tensors.items()
+        path: dataclasses.replace(
+            own.tensors[path], grid=grids[path], codes=own.tensors[path].codes.astype(code_dtype(grids[path]))
+        )
+        for path in walked.tensors  # in the order of the walk, where a pytree is in that of the names
     }
+    info = {path: own.info[path] for path in tensors}
     activations = activations_of(assignment)
     inputs = {
         path: [dataclasses.replace(rounded, settings=activations[path]) for rounded in uses]
         for path, uses in own.inputs.items()
     }
-    return own._replace(tensors=tensors, inputs=inputs)
+    return own._replace(tensors=tensors, info=info, inputs=inputs)
 
 
 def _record(setting: _Setting, chunk: _Chunk, where: int, shaped: dict, loss: float | None) -> dict[str, Any]:

@@ -265,7 +265,6 @@ def test_certify_says_by_its_status_whether_sums_fit(own, w4a8, capsys):
     assert "no input overflows" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not hasattr(jpfq.Quantized, "report"), reason="Quantized.report is on its way")
 def test_report_writes_a_page(own, w4a8, capsys):
     assert main(["report", "w4a8", "w4a8.html", "--title", "Four bits"]) == 0
     assert "w4a8.html" in capsys.readouterr().out

@@ -21,11 +21,11 @@ def network(params, x):
         x, params["first"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
     )
     x = jax.nn.relu(x + params["bias"])
-    return jnp.tanh(x.reshape(x.shape[0], -1) @ params["second"]) @ params["third"]
+    return jnp.tanh(x.reshape(x.shape[0], -1) @ params["deep"]) @ params["third"]
 
 
 def parameters():
-    shapes = {"first": (3, 3, 2, 8), "bias": (8,), "second": (72, 8), "third": (8, 4)}
+    shapes = {"first": (3, 3, 2, 8), "bias": (8,), "deep": (72, 8), "third": (8, 4)}
     return {name: 0.3 * zoo.normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
 
 
@@ -56,7 +56,7 @@ POINTS = [
 
 def assert_same(swept, single):
     """One quantized network is the other, to the bit."""
-    assert set(swept.tensors) == set(single.tensors)
+    assert list(swept.tensors) == list(single.tensors) == list(swept.info)  # in the order of the network
     assert swept.skipped == single.skipped
     for path, tensor in single.tensors.items():
         own = swept.tensors[path]
@@ -167,6 +167,8 @@ def test_what_a_sweep_reports(tmp_path):
     assert str(run).count("*") == len(run.front)
     run.picture(tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 5000
+    text = run.best().report(tmp_path / "report.html", sweep=run).read_text(encoding="utf-8")
+    assert all(f">{record['loss']:.5g}</td>" in text for record in run.records)
     frame = pytest.importorskip("pandas", reason="pandas is not installed") and run.frame()
     assert list(frame.columns) == ["bits", "c", *sweep_module.FIGURES]
 
