@@ -220,7 +220,7 @@ def _solve(W, data, recipe, key, coupled, devices) -> Solution:
 @functools.partial(jax.jit, static_argnames=("devices", "data_laned"))
 def _solve_lanes(W, data, recipe, key, coupled, devices, data_laned) -> Solution:
     """The solutions of one site, by lane."""
-    one = lambda *args: _solve(*args, devices)
+    one = lambda W, data, recipe, key, coupled: _solve(W, data, recipe, key, coupled, devices)
     laned = False, data_laned, True, key is not None, coupled is not None
     return over_lanes(one, (W, data, recipe, key, coupled), laned)
 
