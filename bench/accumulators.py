@@ -87,6 +87,7 @@ def losses(subject: Scored, args: argparse.Namespace) -> dict[tuple[str, str, in
     s = subject.s
     for tile in args.tiles:
         T = TILES[tile]
+        jax.clear_caches()  # of hundreds of programs, which would exhaust the memory maps of a process
         for P, method in ((P, m) for P in args.bits for m in args.methods):
             free = subject.needed(T) <= P
             known = next((v for (m, _, p), v in found.items() if m == method and p == WIDE), None)
