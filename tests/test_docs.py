@@ -1,4 +1,4 @@
-"""Every public name is documented: with an example that runs, and with all of its arguments.
+"""Every public name is documented: with an example that runs, and with all of its arguments. So is the theory.
 
 The examples take for granted the names that the docstring of `jpfq` makes; each starts from those, in a folder of its own.
 """
@@ -12,9 +12,13 @@ import types
 from functools import cached_property
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jpfq
+import jpfq.matrix
+from tests.helpers import assert_close, problem
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 SPACES = ("paper", "ranges", "patches", "embed")  # what `jpfq` offers one level down
@@ -44,7 +48,9 @@ def names_of(space):
     """The public names of `jpfq` or one of the modules it offers."""
     if space is jpfq or space is jpfq.embed:  # which list them
         return [name for name, x in vars(space).items() if name[0] != "_" and not isinstance(x, types.ModuleType)]
-    return [name for name, x in vars(space).items() if name[0] != "_" and getattr(x, "__module__", "") == space.__name__]
+    return [
+        name for name, x in vars(space).items() if name[0] != "_" and getattr(x, "__module__", "") == space.__name__
+    ]
 
 
 def methods_of(cls):
@@ -107,6 +113,65 @@ def test_its_example_runs(name, names, tmp_path, monkeypatch):
         assert_runs(name, own_doc(PUBLIC[name]), dict(names))
 
 
+def test_the_page_of_theory_runs(names):
+    """Its loop in a few lines makes the codes that `solve` makes."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert_runs("jpfq.matrix", jpfq.matrix.__doc__, dict(names))
+
+
+@pytest.mark.parametrize(
+    ("method", "A", "L"),
+    [
+        (jpfq.MSQ(), "W", "0"),
+        (jpfq.GPFQ(), "D^-1 tril(G) W", "D^-1 stril(H)"),
+        (jpfq.UNI(2.0), "W + (c D)^-1 stril(G) W", "(c D)^-1 stril(H)"),
+        (jpfq.OPTQ(), "T W", "T - I"),
+        (jpfq.QEP(0.5), "T (W + alpha (H + lam I)^-1 C W)", "T - I"),
+        (jpfq.Qronos(), "W* = (H + lam I)^-1 (G + lam I) W", "T - I"),
+        (jpfq.Qronos(exact=True), "w_1 + C_1 W / H_11", "T - I"),
+        (jpfq.GPTAQ(0.5), "M^-T W", "-(N M^-1)^T"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else str(type(x).__name__),
+)
+def test_the_table_of_methods_is_what_they_compute(method, A, L, x64):
+    """In NumPy, straight from the formulas of the page."""
+    doc = jpfq.matrix.__doc__ or ""
+    assert f"`{A}`" in doc
+    assert f"`{L}`" in doc
+    X, Xq, W = problem(m=100, n=12, out=3, drift=0.3)
+    H, C, stril, triu, inv = (
+        Xq.T @ Xq,
+        Xq.T @ (X - Xq),
+        lambda M: np.tril(M, -1),
+        lambda M: np.triu(M, 1),
+        np.linalg.inv,
+    )
+    G, D, I, c, alpha = H + C, np.diag(np.diag(H)), np.eye(12), 2.0, 0.5
+    lam = 0.01 * np.diag(H).mean()
+    V = np.linalg.cholesky((H + lam * I)[::-1, ::-1])[::-1, ::-1]
+    T, U, best = (V @ inv(np.diag(np.diag(V)))).T, inv(V), inv(H + lam * I) @ (G + lam * I) @ W
+    N = triu(inv(np.diag(np.diag(U))) @ U)
+    M = I + N - triu(alpha * triu(C.T @ U.T) @ U)
+    formulas = {
+        "W": lambda: W,
+        "0": lambda: 0 * H,
+        "D^-1 tril(G) W": lambda: inv(D) @ np.tril(G) @ W,
+        "D^-1 stril(H)": lambda: inv(D) @ stril(H),
+        "W + (c D)^-1 stril(G) W": lambda: W + inv(c * D) @ stril(G) @ W,
+        "(c D)^-1 stril(H)": lambda: inv(c * D) @ stril(H),
+        "T W": lambda: T @ W,
+        "T - I": lambda: T - I,
+        "T (W + alpha (H + lam I)^-1 C W)": lambda: T @ (W + alpha * inv(H + lam * I) @ C @ W),
+        "W* = (H + lam I)^-1 (G + lam I) W": lambda: T @ best,
+        "w_1 + C_1 W / H_11": lambda: np.vstack([W[0] + C[0] @ W / H[0, 0], (T @ best)[1:]]),
+        "M^-T W": lambda: inv(M).T @ W,
+        "-(N M^-1)^T": lambda: -(N @ inv(M)).T,
+    }
+    system = method(jnp.asarray(W), jpfq.Gram.from_data(jnp.asarray(X), jnp.asarray(Xq)))
+    assert_close(system.A, formulas[A]())
+    assert_close(jnp.zeros((12, 12)) if system.L is None else system.L, formulas[L]())
+
+
 @pytest.mark.parametrize("name", CALLED)
 def test_all_arguments_are_explained(name):
     taken = [p for p in inspect.signature(CALLED[name]).parameters if p not in ("self", "cls")]
@@ -118,7 +183,11 @@ def test_all_fields_are_named(name):
     """In the docstring, or in a comment beside the field."""
     cls = CLASSES[name]
     source = inspect.getsource(cls)
-    taken = [f.name for f in dataclasses.fields(cls) if f.init and f.name[0] != "_"] if dataclasses.is_dataclass(cls) else []
+    taken = (
+        [f.name for f in dataclasses.fields(cls) if f.init and f.name[0] != "_"]
+        if dataclasses.is_dataclass(cls)
+        else []
+    )
     named = lambda f: re.search(rf"\b{f}\b", own_doc(cls)) or re.search(rf"^    {f}:.*#", source, re.MULTILINE)
     assert [f for f in taken if not named(f)] == []
 
