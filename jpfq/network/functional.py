@@ -54,5 +54,13 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[tu
 def call(f: Callable, batch: Any, kwargs: dict) -> Any:
     """Calls `f` on a batch: a dict holds keyword arguments, a tuple or list positional ones, anything else is the input."""
     if isinstance(batch, dict):
-        return f(**batch, **kwargs)
+        try:
+            return f(**batch, **kwargs)
+        except TypeError as error:
+            if "argument" not in str(error):
+                raise
+            raise ValueError(
+                f"The batch is a dict, so it was given as keyword arguments {', '.join(map(str, batch))}, which failed: "
+                f"{error}. To a model that takes the dict itself give (batch,), a tuple."
+            ) from error
     return f(*(batch if isinstance(batch, (tuple, list)) else (batch,)), **kwargs)

@@ -53,6 +53,15 @@ def test_an_array_is_not_a_list_of_batches():
         jpfq.quantize(two_layers, X, 4, params=PARAMS)
 
 
+def test_a_dict_for_a_model_that_takes_a_dict_is_wrapped():
+    takes_a_dict = lambda params, seen: two_layers(params, seen["view/0"])
+    with pytest.raises(ValueError, match=r"keyword arguments view/0, which failed.*give \(batch,\)"):
+        quantize([{"view/0": X}], fn=takes_a_dict)
+    assert quantize([({"view/0": X},)], fn=takes_a_dict).tensors
+    with pytest.raises(TypeError, match="contracting dimensions"):  # not about arguments
+        quantize([{"x": X}], fn=lambda params, x: two_layers(params, x[:, :3]))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_named(bad):
     params = {**PARAMS, "layer_2": {"kernel": np.full((3, 2), bad, np.float32)}}
