@@ -53,12 +53,16 @@ def test_an_array_is_not_a_list_of_batches():
         jpfq.quantize(two_layers, X, 4, params=PARAMS)
 
 
-def test_a_dict_for_a_model_that_takes_a_dict_is_wrapped():
+def test_a_batch_that_the_model_does_not_take():
     takes_a_dict = lambda params, seen: two_layers(params, seen["view/0"])
-    with pytest.raises(ValueError, match=r"keyword arguments view/0, which failed.*give \(batch,\)"):
+    with pytest.raises(ValueError, match=r"keywords view/0: .*give \(batch,\), a tuple.*unexpected keyword argument"):
         quantize([{"view/0": X}], fn=takes_a_dict)
     assert quantize([({"view/0": X},)], fn=takes_a_dict).tensors
-    with pytest.raises(TypeError, match="contracting dimensions"):  # not about arguments
+    with pytest.raises(ValueError, match=r"2 positional: leave out .* labels.*takes 2 positional arguments but 3"):
+        quantize([(X, np.arange(10))])
+    with pytest.raises(ValueError, match=r"what is no data goes into kwargs.*missing 1 required"):
+        quantize(fn=lambda params, x, *, train: two_layers(params, x))
+    with pytest.raises(TypeError, match="contracting dimensions"):  # a mistake of another kind
         quantize([{"x": X}], fn=lambda params, x: two_layers(params, x[:, :3]))
 
 
