@@ -122,7 +122,7 @@ def spfq(bits: Number = 4, C: Number = 1.16, r: int = 1, p: Number = 1.0, *, pat
         pattern: of the kernels that are meant.
 
     Example:
-        >>> result = jpfq.quantize(model, batches, jpfq.paper.spfq(bits=3), variables=variables, key=key)
+        >>> rules = jpfq.paper.spfq(bits=3)  # jpfq.quantize(.., rules, key=key): it draws
     """
     how = {"scale": Quantile(p, C), "order": Natural(), "rounding": Stochastic()}
     steps = {"method": GPFQ()} if r == 1 else {"prepare": Align(r), "method": UNI()}  # order 1 before it is GPFQ itself
