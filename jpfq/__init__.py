@@ -1,4 +1,35 @@
-"""jpfq: post-training quantization of JAX networks by path following."""
+"""jpfq: post-training quantization of JAX networks by path following.
+
+`quantize` takes a model, calibration batches and `Rule`s, and returns a `Quantized`; a number of bits in place of rules
+means what `best` recommends. `solve` is the same for one matrix. The README is a guide by task; `jpfq.matrix` has the theory
+on one page; `jpfq.embed` random features and binary embeddings; `jpfq.paper` the published methods, `jpfq.ranges` the ranges
+of activations and `jpfq.patches` the windows of convolutions, which lie in `jpfq.network.paper`, `jpfq.scalar.ranges` and
+`jpfq.matrix.patches`.
+
+The examples below, and those of all classes and functions, run one by one. They take these names for granted:
+
+    >>> import flax.linen as nn
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import jpfq
+    >>> class Model(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         return nn.Dense(8, name="head")(nn.relu(nn.Dense(32, name="hidden")(x)))
+    >>> key = jax.random.key(0)
+    >>> model = Model()
+    >>> batches = [jax.random.normal(jax.random.key(i), (64, 32)) for i in (1, 2)]
+    >>> variables = model.init(key, batches[0])
+    >>> quantized = jpfq.quantize(model, batches, 4, variables=variables)
+    >>> X = batches[0]
+    >>> W = jax.random.normal(key, (32, 8))
+    >>> gram = jpfq.Gram.from_data(X)
+    >>> sweep = jpfq.sweep(model, batches, jpfq.Space(bits=[2, 3, 4]), variables=variables)
+    >>> shaped = jpfq.embed.SigmaDelta(order=1, width=15, K=2)
+    >>> features = jpfq.RandomFourierFeatures.sample(key, inputs=32, m=960, gamma=0.01, quantizer=shaped)
+    >>> map = jpfq.embed.FJLT.sample(key, inputs=32, m=64 * 9, density=0.3)
+    >>> embedding = jpfq.BinaryEmbedding(map, jpfq.embed.SigmaDelta(1, width=9), scale=1.5 * 8.0)
+"""
 
 from .embed import BinaryEmbedding as BinaryEmbedding
 from .embed import RandomFourierFeatures as RandomFourierFeatures

@@ -24,14 +24,17 @@ from .quantizers import Quantizer
 class BinaryEmbedding(Embedding):
     """A random map, the scale of the data, and a quantizer.
 
-        map = jpfq.embed.FJLT.sample(key, inputs, m, density=0.1)
-        embedding = jpfq.BinaryEmbedding(map, jpfq.embed.SigmaDelta(1, width=32), scale=1.5 * largest_norm)
-        codes, stability = embedding.transform(X)
-        distances = embedding.distance(embedding.condense(codes), embedding.condense(codes))
-
     Vectors are divided by `scale`, of which the papers take 1.5 times the largest norm; distances come in the units of the
     vectors. Measurements are all but Gaussian, so a few exceed the `reach` of the quantizer, and `Stability` says of which
     vectors the states grew too large. A larger scale makes them fewer, and the error of quantization larger.
+
+    Example:
+        >>> map = jpfq.embed.FJLT.sample(key, inputs=32, m=64 * 9, density=0.3)
+        >>> embedding = jpfq.BinaryEmbedding(map, jpfq.embed.SigmaDelta(1, width=9), scale=1.5 * 8.0)
+        >>> codes, stability = embedding.transform(X)
+        >>> vectors = embedding.condense(codes)
+        >>> vectors.shape, embedding.bytes_per_vector
+        ((64, 64), 32)
     """
 
     map: Map
@@ -63,7 +66,16 @@ class BinaryEmbedding(Embedding):
         return self.map(X.astype(dtype) / jnp.asarray(self.scale, dtype))
 
     def distance(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """Estimates of |x - y|_2 (rows, others) from condensed vectors a (rows, p) and b (others, p)."""
+        """Estimates of |x - y|_2 (rows, others) from condensed vectors a (rows, p) and b (others, p).
+
+        Args:
+            a, b: from `condense` or `load`.
+
+        Example:
+            >>> vectors = embedding.condense(embedding.transform(X)[0])
+            >>> embedding.distance(vectors[:5], vectors).shape
+            (5, 64)
+        """
         self._condensed(a, b)
         return _l1(a, b)
 

@@ -19,7 +19,14 @@ from .shaping import Stability
 
 
 class Embedding(abc.ABC):
-    """A map to real measurements and the quantizer that follows it."""
+    """A map to real measurements and the quantizer that follows it.
+
+    Example:
+        >>> codes, stability = features.transform(X)
+        >>> stored = features.store(codes)
+        >>> bool(jnp.allclose(features.load(stored), features.condense(codes)))
+        True
+    """
 
     quantizer: Quantizer
 
@@ -77,23 +84,63 @@ class Embedding(abc.ABC):
             X: vectors.
             key: for a rounding that draws. Two sides of a comparison need two keys.
             first: the number of the first vector, for data in chunks.
+
+        Example:
+            >>> codes, stability = features.transform(X)
+            >>> codes.dtype, bool(stability.stable.all())
+            (dtype('int8'), True)
         """
         return _transform(self, self._vectors(X), key, first)
 
     def features(self, X: jax.Array) -> jax.Array:
-        """What `condense` would return (.., p) if nothing were quantized."""
+        """What `condense` would return (.., p) if nothing were quantized.
+
+        Args:
+            X: vectors.
+
+        Example:
+            >>> exact = features.features(X)
+            >>> rounded = features.condense(features.transform(X)[0])
+            >>> bool(jnp.abs(rounded - exact).max() < 0.1 * jnp.abs(exact).max())
+            True
+        """
         return _features(self, self._vectors(X))
 
     def condense(self, codes: jax.Array) -> jax.Array:
-        """The condensed vectors (.., p) of codes (.., m), in the units of `features`."""
+        """The condensed vectors (.., p) of codes (.., m), in the units of `features`.
+
+        Args:
+            codes: from `transform`.
+
+        Example:
+            >>> features.condense(features.transform(X)[0]).shape
+            (64, 64)
+        """
         return _condense(self, self._codes(codes))
 
     def store(self, codes: jax.Array) -> jax.Array:
-        """What need be kept of codes (.., m), packed: uint8 (.., bytes_per_vector)."""
+        """What need be kept of codes (.., m), packed: uint8 (.., bytes_per_vector).
+
+        Args:
+            codes: from `transform`.
+
+        Example:
+            >>> stored = features.store(features.transform(X)[0])
+            >>> stored.shape == (64, features.bytes_per_vector)
+            True
+        """
         return _store(self, self._codes(codes))
 
     def load(self, stored: jax.Array) -> jax.Array:
-        """The condensed vectors (.., p) from what was stored."""
+        """The condensed vectors (.., p) from what was stored.
+
+        Args:
+            stored: from `store` or `stream`.
+
+        Example:
+            >>> features.load(features.store(features.transform(X)[0])).shape
+            (64, 64)
+        """
         if stored.dtype != jnp.uint8 or stored.shape[-1] != self.bytes_per_vector:
             raise ValueError(
                 f"Stored vectors are uint8 (.., {self.bytes_per_vector}); got {stored.dtype} of shape {stored.shape}."
@@ -103,7 +150,17 @@ class Embedding(abc.ABC):
     def stream(
         self, chunks: Iterable[jax.Array], key: jax.Array | None = None
     ) -> Iterator[tuple[jax.Array, Stability]]:
-        """Stored vectors of one chunk of rows (rows, n) after the other: those of all rows at once."""
+        """Stored vectors of one chunk of rows (rows, n) after the other: those of all rows at once.
+
+        Args:
+            chunks: vectors, some rows at a time.
+            key: for a rounding that draws.
+
+        Example:
+            >>> stored = jnp.concatenate([part for part, stability in features.stream(batches)])
+            >>> stored.shape[0]
+            128
+        """
         first = 0
         for X in chunks:
             codes, stability = self.transform(X, key, first)

@@ -24,11 +24,16 @@ from .quantizers import Quantizer
 class RandomFourierFeatures(Embedding):
     """Cosines of random projections and their quantizer. `sample` draws them.
 
-        features = jpfq.RandomFourierFeatures.sample(key, inputs, m, gamma, jpfq.embed.SigmaDelta(2, width=15, K=2))
-        codes, stability = features.transform(X)
-        kernel = features.kernel(features.condense(codes), features.condense(codes))
-
     Fields: frequencies (n, m), phases (m,).
+
+    `quantizer` says how they become codes.
+
+    Example:
+        >>> shaped = jpfq.embed.SigmaDelta(order=1, width=15, K=2)
+        >>> features = jpfq.RandomFourierFeatures.sample(key, inputs=32, m=960, gamma=0.01, quantizer=shaped)
+        >>> codes, stability = features.transform(X)
+        >>> codes.shape, features.condense(codes).shape
+        ((64, 960), (64, 64))
     """
 
     frequencies: jax.Array
@@ -44,7 +49,18 @@ class RandomFourierFeatures(Embedding):
 
     @classmethod
     def sample(cls, key: jax.Array, inputs: int, m: int, gamma: float, quantizer: Quantizer) -> "RandomFourierFeatures":
-        """m features for vectors of length `inputs` and the kernel exp(-gamma |x - y|^2)."""
+        """m features for vectors of length `inputs` and the kernel exp(-gamma |x - y|^2).
+
+        Args:
+            key: for the frequencies and phases.
+            inputs: length of the vectors.
+            m: how many features, a multiple of the quantizer's width.
+            gamma: of the kernel, positive.
+            quantizer: such as `jpfq.embed.SigmaDelta(order=1, width=15)`.
+
+        Example:
+            >>> plain = jpfq.RandomFourierFeatures.sample(key, 32, 240, 0.01, jpfq.embed.Memoryless(K=2))
+        """
         for name, x in (("inputs", inputs), ("m", m)):
             if not isinstance(x, int) or isinstance(x, bool) or x < 1:
                 raise ValueError(f"{name} is a whole number of at least 1; got {x!r}.")
@@ -76,6 +92,15 @@ class RandomFourierFeatures(Embedding):
         return jnp.cos(angles + jnp.broadcast_to(self.phases, angles.shape))
 
     def kernel(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """Estimates of exp(-gamma |x - y|^2) (rows, others) from condensed vectors a (rows, p) and b (others, p)."""
+        """Estimates of exp(-gamma |x - y|^2) (rows, others) from condensed vectors a (rows, p) and b (others, p).
+
+        Args:
+            a, b: from `condense`, `load` or `features`.
+
+        Example:
+            >>> vectors = features.condense(features.transform(X)[0])
+            >>> features.kernel(vectors, vectors).shape
+            (64, 64)
+        """
         self._condensed(a, b)
         return matmul(a, b.T)

@@ -18,7 +18,13 @@ from ..scalar import register_dataclass
 
 
 class Map(abc.ABC):
-    """A random linear map A whose entries have mean 0 and variance 1 or act like it: E <A_i, x>^2 = |x|^2."""
+    """A random linear map A whose entries have mean 0 and variance 1 or act like it: E <A_i, x>^2 = |x|^2.
+
+    Example:
+        >>> map = jpfq.embed.SparseGaussian.sample(key, inputs=32, m=64, density=0.5)
+        >>> map.inputs, map.m, map(X).shape
+        (32, 64, (64, 64))
+    """
 
     inputs: int
 
@@ -43,6 +49,12 @@ class SparseGaussian(Map):
     """Every entry is nonzero with probability `density`, and then Gaussian of variance 1 / density. For well-spread vectors.
 
     Row i of A has its nonzeros in columns[:, i], filled up with zeros in column 0 to the longest row (nonzeros, m).
+
+    Fields: `columns` and `entries` (nonzeros, m), `inputs` = n.
+
+    Example:
+        >>> map = jpfq.embed.SparseGaussian.sample(key, inputs=32, m=64, density=0.5)
+        >>> measurements = map(X)
     """
 
     columns: jax.Array
@@ -51,7 +63,17 @@ class SparseGaussian(Map):
 
     @classmethod
     def sample(cls, key: jax.Array, inputs: int, m: int, density: float) -> Self:
-        """Draws the map. The key must be known, not traced."""
+        """Draws the map. The key must be known, not traced.
+
+        Args:
+            key: for all draws.
+            inputs: length of the vectors.
+            m: how many numbers come out.
+            density: share of nonzero entries.
+
+        Example:
+            >>> map = jpfq.embed.SparseGaussian.sample(key, inputs=32, m=64, density=0.5)
+        """
         _check(key, inputs, m, density)
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
         counts = rng.binomial(inputs, density, m)
@@ -85,6 +107,13 @@ class FJLT(Map):
     """A H D: random signs D, the Hadamard transform H, which spreads a vector over all entries, and a sparse Gaussian A.
 
     Vectors are filled up with zeros to the next power of two. Source: Ailon, Chazelle (SICOMP 2009).
+
+    Fields: `signs` (n,), and `sparse`, the matrix A.
+
+    Example:
+        >>> map = jpfq.embed.FJLT.sample(key, inputs=30, m=64, density=0.3)
+        >>> map(X[:, :30]).shape
+        (64, 64)
     """
 
     signs: jax.Array
@@ -92,7 +121,17 @@ class FJLT(Map):
 
     @classmethod
     def sample(cls, key: jax.Array, inputs: int, m: int, density: float) -> Self:
-        """Draws the map. The key must be known, not traced."""
+        """Draws the map. The key must be known, not traced.
+
+        Args:
+            key: for all draws.
+            inputs: length of the vectors.
+            m: how many numbers come out.
+            density: share of nonzero entries of A.
+
+        Example:
+            >>> map = jpfq.embed.FJLT.sample(key, inputs=32, m=64, density=0.3)
+        """
         _check(key, inputs, m, density)
         first, second = jax.random.split(key)
         return cls(
@@ -121,7 +160,16 @@ class FJLT(Map):
 
 @jax.jit
 def hadamard(X: jax.Array) -> jax.Array:
-    """The orthonormal Walsh-Hadamard transform of every vector (.., n), n a power of two, in n log2(n) additions."""
+    """The orthonormal Walsh-Hadamard transform of every vector (.., n), n a power of two, in n log2(n) additions.
+
+    Args:
+        X: vectors.
+
+    Example:
+        >>> twice = jpfq.embed.hadamard(jpfq.embed.hadamard(X))
+        >>> bool(jnp.allclose(twice, X, atol=1e-5))
+        True
+    """
     n = X.shape[-1]
     if not n or n & (n - 1):
         raise ValueError(f"The Hadamard transform takes vectors whose length is a power of two; got {n}.")

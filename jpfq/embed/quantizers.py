@@ -28,7 +28,14 @@ DIFFERENCE = {1: {1: 1.0}, 2: {1: 2.0, 2: -1.0}}  # 1 - (1 - z)^r
 
 
 class Quantizer(abc.ABC):
-    """A filter, an alphabet, and the weights v that condense."""
+    """A filter, an alphabet, and the weights v that condense.
+
+    Example:
+        >>> quantizer = jpfq.embed.SigmaDelta(order=1, width=15, K=2)
+        >>> codes, stability = quantizer(jnp.cos(jnp.arange(30.0))[None])
+        >>> codes.shape, quantizer.fold(codes.astype(float)).shape
+        ((1, 30), (1, 2))
+    """
 
     K: int
     width: int
@@ -175,6 +182,11 @@ class SigmaDelta(Quantizer):
     and little condensing make the coarse stable step cost more than that: compare both.
 
     Source: Zhang, Kannan, Cloninger, Saab (arXiv 2106.02614); Zhang, Saab (arXiv 2010.00712).
+
+    Example:
+        >>> quantizer = jpfq.embed.SigmaDelta(order=2, width=5)
+        >>> quantizer.weights.tolist()
+        [1, 2, 3, 2, 1]
     """
 
     order: int = dataclasses.field(default=1, metadata={"static": True})
@@ -198,7 +210,15 @@ class SigmaDelta(Quantizer):
 
     @classmethod
     def published(cls, order: int, width: int, K: int = 1) -> "SigmaDelta":
-        """With the step of the papers, 2 / (2K - 1)."""
+        """With the step of the papers, 2 / (2K - 1).
+
+        Args:
+            order, width, K: as of the class.
+
+        Example:
+            >>> jpfq.embed.SigmaDelta.published(order=1, width=15, K=2).step == 2 / 3
+            True
+        """
         plain = cls(order, width, K)
         return dataclasses.replace(plain, step=plain.published_step)
 
@@ -227,6 +247,13 @@ class Beta(Quantizer):
     there are blocks of codes, hence the codes are stored.
 
     Source: Zhang, Kannan, Cloninger, Saab (arXiv 2106.02614).
+
+    `K` and `step` are as of `SigmaDelta`.
+
+    Example:
+        >>> quantizer = jpfq.embed.Beta(beta=1.9, width=12)
+        >>> quantizer.stored_levels  # codes are stored, not sums
+        2
     """
 
     beta: Number
@@ -256,6 +283,14 @@ class Memoryless(Quantizer):
     """Every entry by itself, to the nearest level: K = 1 is the sign. The outermost levels are +-1.
 
     `stochastic` and `semi_quantized` make the two baselines of the papers.
+
+    `rounding` and `step` are those of each entry; a step of None puts the outermost levels on +-1.
+
+    Example:
+        >>> signs = jpfq.embed.Memoryless()
+        >>> codes, stability = signs(jnp.array([[0.3, -0.2]]))
+        >>> codes.tolist()
+        [[1, 0]]
     """
 
     K: int = dataclasses.field(default=1, metadata={"static": True})

@@ -27,6 +27,13 @@ class Shaped(Rounding):
     """Rounds a + sum_j h_j u_{t-j} by `then`, where u_t is what that leaves. The carry is the states u and the largest |u|.
 
     `taps` holds the weights of the filter, `lags` the distances j they belong to, in ascending order.
+
+    `then` is the rounding inside.
+
+    Example:
+        >>> shaped = jpfq.embed.SigmaDelta(order=1).shaped()
+        >>> shaped.lags, shaped.taps.tolist()
+        ((1,), [1.0])
     """
 
     taps: jax.Array
@@ -59,6 +66,13 @@ class Stability:
     """How large the states became. Beyond the bound the errors of rounding no longer cancel as they should.
 
     The bound holds where no |y| exceeds the quantizer's `reach`. A vector with NaN counts as unstable.
+
+    Fields: `peak`, for each vector, and `bound`.
+
+    Example:
+        >>> codes, stability = features.transform(X)
+        >>> stability.peak.shape, bool(stability.stable.all())
+        ((64,), True)
     """
 
     peak: jax.Array  # largest |u| of each vector
@@ -103,6 +117,15 @@ def feedback(taps: jax.Array, lags: tuple[int, ...], m: int, run: int) -> jax.Ar
     """The matrix L (m, m) of the form q = Q(A + L (about - q)): L[t, j] = g_{t-j} within a run, with 1 + g = 1 / (1 - h).
 
     For comparison and for other roundings; `shape` needs no such matrix.
+
+    Args:
+        taps, lags: of the filter h.
+        m: length of the vectors.
+        run: after how many entries the states start from 0 again.
+
+    Example:
+        >>> jpfq.embed.feedback(jnp.array([1.0]), (1,), m=3, run=3).tolist()  # a plain sum of errors
+        [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
     """
 
     def visit(past, _):

@@ -37,7 +37,12 @@ class Damping(abc.ABC):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MeanDiagonal(Damping):
-    """lam = share times the mean of diag(H) over the coordinates that are alive (OPTQ: .01)."""
+    """lam = share times the mean of diag(H) over the coordinates that are alive (OPTQ: .01).
+
+    Example:
+        >>> float(jpfq.MeanDiagonal(share=0.25)(jnp.diag(jnp.array([1.0, 3.0, 0.0]))))
+        0.5
+    """
 
     share: Number = 0.01
 
@@ -49,7 +54,13 @@ class MeanDiagonal(Damping):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TopEigenvalue(Damping):
-    """lam = share times the largest eigenvalue of H, by 30 power iterations (Qronos: 1e-6, with activations 1e-3)."""
+    """lam = share times the largest eigenvalue of H, by 30 power iterations (Qronos: 1e-6, with activations 1e-3).
+
+    `share` is of that eigenvalue.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.Qronos(damping=jpfq.TopEigenvalue(1e-3)))
+    """
 
     share: Number = 1e-6
 

@@ -54,6 +54,9 @@ class Refit(Finish):
     """The steps that suit the codes best: times c* = <X w, Xq q> / ||Xq q||^2, one factor per neuron.
 
     Where one step serves the whole matrix, one factor for all its neurons. A neuron of c* <= 0 keeps its step.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.GPFQ(), finish=jpfq.Refit())
     """
 
     @property
@@ -67,7 +70,11 @@ class Refit(Finish):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Descend(Finish):
-    """Cyclic coordinate descent on the grid as it is (CDQuant, COMQ): with nearest rounding the error never grows."""
+    """Cyclic coordinate descent on the grid as it is (CDQuant, COMQ): with nearest rounding the error never grows.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, scale=jpfq.MinMSE(), finish=jpfq.Descend(passes=3))  # the steps stay
+    """
 
     passes: int = dataclasses.field(default=3, metadata={"static": True})
 
@@ -97,6 +104,11 @@ class CosineDescend(Finish):
     The inner loop of Beacon (arXiv 2508.20293), here from the codes of any method. Each code takes the level that maximises
     cos(X w, Xq q), and each neuron's steps are refit after every pass. Where one step serves the whole matrix it is held
     during a pass, which then is one of `Descend`.
+
+    `passes` over all coordinates.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=3, method=jpfq.GPFQ(), finish=jpfq.CosineDescend(passes=8))
     """
 
     passes: int = dataclasses.field(default=4, metadata={"static": True})

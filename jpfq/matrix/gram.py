@@ -26,6 +26,11 @@ class Gram:
 
     C holds `G - H` with G = Xq^T X: a small correction instead of the difference of two large sums. `C` and `drift` are
     None as long as the two networks agree (X is Xq), where both are exactly zero.
+
+    Example:
+        >>> gram = jpfq.Gram.from_data(batches[0]).update(batches[1])
+        >>> gram.H.shape, int(gram.count)
+        ((32, 32), 128)
     """
 
     H: jax.Array  # (in, in)  Xq^T Xq
@@ -43,6 +48,12 @@ class Gram:
             X: float inputs (*rows, in).
             Xq: inputs of the quantized network, same shape; None where the two agree.
             weights: one number per row (*rows,), broadcast over the leading axes of the rows; 0 leaves a row out.
+
+        Example:
+            >>> rounded = jnp.round(X * 4) / 4  # as the layers before would have it
+            >>> gram = jpfq.Gram.from_data(X, rounded, weights=jnp.ones(64))
+            >>> gram.C.shape
+            (32, 32)
         """
         if Xq is not None and X.shape != Xq.shape:
             raise ValueError(f"X and Xq must have one shape (*rows, in); got {X.shape} and {Xq.shape}.")
@@ -61,11 +72,28 @@ class Gram:
         return cls(square(left, right), inner(left, D), drift, _sum_rows(weight, X), sum_q, weight.sum())
 
     def update(self, X, Xq=None, weights=None) -> Self:
-        """This Gram and one more batch."""
+        """This Gram and one more batch.
+
+        Args:
+            X, Xq, weights: as for `from_data`.
+
+        Example:
+            >>> for batch in batches[1:]:
+            ...     gram = gram.update(batch)
+        """
         return self.merge(type(self).from_data(X, Xq, weights))
 
     def merge(self, other: Self) -> Self:
-        """The Gram of both sets of rows. Across devices the same is `jax.lax.psum(gram, axis)`."""
+        """The Gram of both sets of rows. Across devices the same is `jax.lax.psum(gram, axis)`.
+
+        Args:
+            other: of inputs of the same width.
+
+        Example:
+            >>> both = jpfq.Gram.from_data(batches[0]).merge(jpfq.Gram.from_data(batches[1]))
+            >>> int(both.count)
+            128
+        """
 
         def add(name: str) -> Any:
             a, b = getattr(self, name), getattr(other, name)
@@ -89,6 +117,10 @@ class Gram:
         """The Gram of the inputs less their means, which is that of a layer whose bias is free.
 
         An input that never changes is dead in it: what is left of its variance by rounding is taken for 0.
+
+        Example:
+            >>> bool(jnp.abs(gram.centred().mean_X).max() == 0)
+            True
         """
         count = jnp.maximum(self.count, 1)
         less = lambda M, a, b: M - jnp.outer(a, b) / count
@@ -124,7 +156,15 @@ class Gram:
         return self.sum_Xq / jnp.maximum(self.count, 1)
 
     def energy(self, W: jax.Array) -> jax.Array:
-        """||X w||^2 for each column w of W (in, out): the energy of the float outputs."""
+        """||X w||^2 for each column w of W (in, out): the energy of the float outputs.
+
+        Args:
+            W: weights (in, out).
+
+        Example:
+            >>> gram.energy(W).shape
+            (8,)
+        """
         return self.square_error(W, jnp.zeros_like(W))
 
     def square_error(self, W: jax.Array, q: jax.Array) -> jax.Array:
@@ -132,6 +172,16 @@ class Gram:
 
         With e = w - q this is e^T H e + 2 e^T C w + w^T drift w: nothing large cancels, unlike in algorithms that keep
         ||X w||^2 and subtract.
+
+        Args:
+            W: float weights (in, out).
+            q: what takes their place (in, out).
+
+        Example:
+            >>> tensor, info = jpfq.solve(W, gram, bits=4)
+            >>> relative = gram.square_error(W, tensor.dequantize()).sum() / gram.energy(W).sum()
+            >>> bool(jnp.isclose(relative, info.relative_error**2, rtol=1e-3))
+            True
         """
         total = self.excess(W, q)
         if self.drift is not None:
@@ -148,7 +198,11 @@ class Gram:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The calibration rows themselves, for the data form: X and Xq are (rows, in), Xq None where the networks agree."""
+    """The calibration rows themselves, for the data form: X and Xq are (rows, in), Xq None where the networks agree.
+
+    Example:
+        >>> tensor, info = jpfq.solve(W, jpfq.Rows(X), bits=4, form="data")
+    """
 
     X: jax.Array
     Xq: jax.Array | None = None

@@ -63,7 +63,11 @@ class Method(abc.ABC):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MSQ(Method):
-    """Memoryless scalar quantization: round each weight by itself (also called RTN)."""
+    """Memoryless scalar quantization: round each weight by itself (also called RTN).
+
+    Example:
+        >>> tensor, info = jpfq.solve(W, gram, bits=4, method=jpfq.MSQ(), finish=None)
+    """
 
     def __call__(self, W, gram):
         return System(W, None, None, _any_errors(gram.diagonal))
@@ -79,7 +83,14 @@ class MSQ(Method):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GPFQ(Method):
-    """Greedy path following: each code makes up, along its own input coordinate, for all errors before it."""
+    """Greedy path following: each code makes up, along its own input coordinate, for all errors before it.
+
+    Example:
+        >>> tensor, info = jpfq.solve(W, gram, bits=4, method=jpfq.GPFQ())
+        >>> system = jpfq.GPFQ()(W, gram)  # of q = Q(A - L q)
+        >>> system.A.shape, system.L.shape
+        ((32, 8), (32, 32))
+    """
 
     def __call__(self, W, gram):
         inverse = inverse_of(gram.diagonal)
@@ -102,6 +113,9 @@ class UNI(Method):
 
     q_t = Q( w_t + <Xq_t, u> / (scaling ||Xq_t||^2) ), from the unified framework of H. Zhang and Saab (2024). With
     `Stochastic` and scaling 1, on aligned weights (`Align`), this is SPFQ. A dead coordinate rounds its own weight.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", grid=jpfq.Binary(), method=jpfq.UNI(scaling=4.0), rounding=jpfq.Stochastic())
     """
 
     scaling: Number = 1.0

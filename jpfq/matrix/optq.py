@@ -27,7 +27,13 @@ from .methods import Method, System, inverse_of
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OPTQ(Method):
-    """Frantar et al. 2022 (also called GPTQ). It aims at Xq W, the float weights on the quantized network's inputs."""
+    """Frantar et al. 2022 (also called GPTQ). It aims at Xq W, the float weights on the quantized network's inputs.
+
+    `damping` is what is added to the diagonal of H before it is factored.
+
+    Example:
+        >>> tensor, info = jpfq.solve(W, gram, bits=4, method=jpfq.OPTQ(jpfq.MeanDiagonal(0.05)))
+    """
 
     damping: Damping = MeanDiagonal(0.01)
 
@@ -38,7 +44,13 @@ class OPTQ(Method):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QEP(Method):
-    """OPTQ on weights moved by `alpha` of the way to the least squares weights of X W (arXiv 2504.09629)."""
+    """OPTQ on weights moved by `alpha` of the way to the least squares weights of X W (arXiv 2504.09629).
+
+    `damping` is what is added to the diagonal of H before it is factored.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.QEP(alpha=0.5))
+    """
 
     alpha: Number = 0.5
     damping: Damping = MeanDiagonal(0.01)
@@ -57,6 +69,11 @@ class Qronos(Method):
 
     The default is its least squares form (arXiv 2508.04853, remark 5.2): OPTQ on W* = (H + lam)^-1 (G + lam) W. `exact` is
     the definition: the first coordinate is rounded greedily, w_1 + C_1 W / H_11, before the rest is corrected.
+
+    `damping` is what is added to the diagonal of H before it is factored.
+
+    Example:
+        >>> tensor, info = jpfq.solve(W, gram, bits=4, method=jpfq.Qronos())
     """
 
     exact: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -77,6 +94,12 @@ class GPTAQ(Method):
     """OPTQ with a first-order correction for X - Xq (arXiv 2504.02692, in the form of its code).
 
     With U = V^-1, N = striu(diag(U)^-1 U) and M = I + N - striu(P), P = alpha striu(C^T U^T) U.
+
+    `alpha` in [0, 1] is the share of the correction that is made, `damping` what is added to the diagonal of H before it is
+    factored.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.GPTAQ(alpha=1.0))
     """
 
     alpha: Number = 0.25

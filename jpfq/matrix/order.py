@@ -23,7 +23,12 @@ class Order(abc.ABC):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Natural(Order):
-    """As they come, as in the papers of GPFQ."""
+    """As they come, as in the papers of GPFQ.
+
+    Example:
+        >>> jpfq.Natural()(gram) is None  # nothing is moved
+        True
+    """
 
     def __call__(self, data):
         return None
@@ -32,7 +37,13 @@ class Natural(Order):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Descending(Order):
-    """Largest input first (called act-order elsewhere); ties by index."""
+    """Largest input first (called act-order elsewhere); ties by index.
+
+    Example:
+        >>> order = jpfq.Descending()(gram)
+        >>> int(order[0]) == int(gram.diagonal.argmax())
+        True
+    """
 
     def __call__(self, data):
         return jnp.argsort(-data.diagonal, stable=True)
@@ -46,6 +57,11 @@ class MinPivot(Order):
     That is the smallest diagonal entry of the Schur complement of H + lam I, from which it is then eliminated (Chen et al.,
     ICLR 2026). It keeps the sum of the pivots V_tt^2 small, and with it the bound on OPTQ's error. Takes n steps of n^2
     operations, one after the other: `Descending` is nearly as good and free. Ties by index.
+
+    `damping` is lam.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, order=jpfq.MinPivot(jpfq.MeanDiagonal(0.01)))
     """
 
     damping: Damping = MeanDiagonal(0.01)

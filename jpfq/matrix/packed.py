@@ -25,6 +25,13 @@ class Packed:
     words: codes of the grid, from 0, packed along `axis`, which comes last; the codes themselves where the grid has more
     than 2^16 levels. step: as in `QTensor`. zero: likewise, one number where it is everywhere the same, and in the
     smallest type that holds it.
+
+    Fields besides: `grid` of the codes, `shape` of the kernel and its `dtype`, `rotated` as in `QTensor`.
+
+    Example:
+        >>> packed = jpfq.Packed.of(quantized.tensors["head/kernel"])
+        >>> packed.words.shape, packed.words.dtype  # two codes of 4 bits to a byte
+        ((32, 4), dtype('uint8'))
     """
 
     words: jax.Array
@@ -38,7 +45,14 @@ class Packed:
 
     @classmethod
     def of(cls, tensor: QTensor) -> "Packed":
-        """Packs a tensor along the axis that wastes least, the last if all are alike."""
+        """Packs a tensor along the axis that wastes least, the last if all are alike.
+
+        Args:
+            tensor: not traced.
+
+        Example:
+            >>> packed = jpfq.Packed.of(quantized.tensors["head/kernel"])
+        """
         grid, zero = plain(tensor.grid), compact(tensor.zero)
         lo, levels = extent(grid)
         axis, words = len(tensor.shape) - 1, tensor.codes
@@ -49,7 +63,13 @@ class Packed:
         return cls(words, tensor.step, zero, grid, tensor.shape, axis, tensor.dtype, tensor.rotated)
 
     def unpack(self) -> QTensor:
-        """The tensor it was made of."""
+        """The tensor it was made of.
+
+        Example:
+            >>> tensor = quantized.tensors["head/kernel"]
+            >>> bool((jpfq.Packed.of(tensor).unpack().codes == tensor.codes).all())
+            True
+        """
         lo, levels = extent(self.grid)
         codes = self.words
         if levels <= MAX_LEVELS:
@@ -61,7 +81,12 @@ class Packed:
         return QTensor(codes, self.step, zero, self.grid, self.dtype, self.rotated)
 
     def dequantize(self) -> jax.Array:
-        """The kernel, in its own dtype."""
+        """The kernel, in its own dtype.
+
+        Example:
+            >>> jpfq.Packed.of(quantized.tensors["head/kernel"]).dequantize().shape
+            (32, 8)
+        """
         return self.unpack().dequantize()
 
     @property
@@ -73,8 +98,12 @@ class Packed:
 def dequantize(tree: Any) -> Any:
     """A pytree with kernels in place of what is packed or quantized. Inside `jit` the kernels live only while they are used.
 
+    Args:
+        tree: with `Packed` or `QTensor` in it, such as `quantized.serve().params`.
+
     Example:
-        >>> jax.jit(lambda packed, x: model.apply(jpfq.dequantize(packed), x))
+        >>> apply = jax.jit(lambda packed, x: model.apply({"params": jpfq.dequantize(packed)}, x))
+        >>> logits = apply(quantized.serve().params, X)
     """
     kinds = Packed, QTensor
     leaf = lambda x: isinstance(x, kinds)

@@ -12,7 +12,11 @@ from .layout import ConvLayout, Layout
 
 
 class Patches(abc.ABC):
-    """A choice among the windows. Layers that are no convolutions use all their rows."""
+    """A choice among the windows. Layers that are no convolutions use all their rows.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, patches=jpfq.patches.All())
+    """
 
     @property
     def random(self) -> bool:
@@ -32,7 +36,12 @@ class Patches(abc.ABC):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class All(Patches):
-    """Every window that the layer itself looks at."""
+    """Every window that the layer itself looks at.
+
+    Example:
+        >>> jpfq.patches.All().random
+        False
+    """
 
     def layout(self, layout):
         return layout
@@ -41,7 +50,11 @@ class All(Patches):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NonOverlapping(Patches):
-    """Windows side by side, the stride as large as the kernel (GPFQ22, SPFQ)."""
+    """Windows side by side, the stride as large as the kernel (GPFQ22, SPFQ).
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, patches=jpfq.patches.NonOverlapping())
+    """
 
     def layout(self, layout):
         if not isinstance(layout, ConvLayout):
@@ -53,7 +66,13 @@ class NonOverlapping(Patches):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Random(Patches):
-    """A share of the windows, drawn with replacement (GPFQ22 with .25), in each batch anew."""
+    """A share of the windows, drawn with replacement (GPFQ22 with .25), in each batch anew.
+
+    `stride` says which windows are drawn from: `All()` or `NonOverlapping()`.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, patches=jpfq.patches.Random(0.25, jpfq.patches.NonOverlapping()))  # takes a key
+    """
 
     share: Number = dataclasses.field(default=0.25, metadata={"static": True})
     stride: Patches = All()

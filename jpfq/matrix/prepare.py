@@ -46,6 +46,9 @@ class Align(Prepare):
     The first pass is w_t = <Xq_t, u> / ||Xq_t||^2 with u what X w has built up so far; each further pass one Gauss-Seidel
     sweep for Xq W = X W (SPFQ, phase I). Before GPFQ one pass changes nothing; many tend to least squares. Dead weights
     become 0.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, prepare=jpfq.Align(passes=4), method=jpfq.UNI(), rounding=jpfq.Stochastic())
     """
 
     passes: int = dataclasses.field(default=1, metadata={"static": True})
@@ -70,7 +73,13 @@ class Align(Prepare):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LeastSquares(Prepare):
-    """W + alpha (H + lam)^-1 C W: at alpha = 1 the (damped) minimiser of ||X W - Xq W*||."""
+    """W + alpha (H + lam)^-1 C W: at alpha = 1 the (damped) minimiser of ||X W - Xq W*||.
+
+    `damping` is lam.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, prepare=jpfq.LeastSquares(), method=jpfq.GPFQ())
+    """
 
     alpha: Number = 1.0
     damping: Damping = MeanDiagonal(0.01)
@@ -91,6 +100,11 @@ class MagR(Prepare):
 
     `alpha` is the threshold of one step, in units of the weights, times s / ||S||_1 (S = X^T X, s its largest eigenvalue,
     ||S||_1 its largest column sum), the convention of Brevitas. Source: MagR (arXiv 2406.00800).
+
+    `iterations` is the number of those steps.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=2, prepare=jpfq.MagR(0.01), scale=jpfq.AbsMax())
     """
 
     alpha: Number = 0.01

@@ -25,6 +25,13 @@ class QTensor:
 
     Where the inputs were rotated before quantizing, `rotated` names the rotation, and how the kernel is a matrix: the codes
     are those of the rotated kernel, which `dequantize` turns back.
+
+    Fields: `codes` are integers of `grid`; `dtype` is that of the kernel they stand for.
+
+    Example:
+        >>> tensor = quantized.tensors["head/kernel"]
+        >>> tensor.codes.dtype, tensor.step.shape, tensor.bits_per_weight  # 4, and 32 / 32 for a step
+        (dtype('int8'), (1, 8), 5.0)
     """
 
     codes: jax.Array
@@ -59,7 +66,13 @@ class QTensor:
         return Levels(_spread(self.step, self.shape), _spread(self.zero, self.shape), lo, hi)
 
     def dequantize(self) -> jax.Array:
-        """The kernel these codes stand for, in its own dtype."""
+        """The kernel these codes stand for, in its own dtype.
+
+        Example:
+            >>> kernel = quantized.tensors["head/kernel"].dequantize()
+            >>> bool((kernel == quantized.params["head"]["kernel"]).all())
+            True
+        """
         kernel = self.levels.decode(self.codes.astype(self.step.dtype))
         if self.rotated is not None:
             rotation, layout = self.rotated
@@ -67,7 +80,16 @@ class QTensor:
         return kernel.astype(self.dtype)
 
     def rounded(self, kernel: jax.Array) -> "QTensor":
-        """Another kernel of this shape at the nearest of the same levels. Undoes `dequantize` where no step is 0."""
+        """Another kernel of this shape at the nearest of the same levels. Undoes `dequantize` where no step is 0.
+
+        Args:
+            kernel: in the shape of the codes.
+
+        Example:
+            >>> tensor = quantized.tensors["head/kernel"]
+            >>> bool((tensor.rounded(tensor.dequantize()).codes == tensor.codes).all())
+            True
+        """
         return dataclasses.replace(self, codes=self.levels.encode(self.turned(kernel)).astype(self.codes.dtype))
 
     def turned(self, kernel: jax.Array) -> jax.Array:
@@ -82,7 +104,13 @@ class QTensor:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """What one kernel's quantization was like, on the calibration data."""
+    """What one kernel's quantization was like, on the calibration data.
+
+    Example:
+        >>> info = quantized.info["hidden/kernel"]
+        >>> 0 < float(info.relative_error) < 0.2, int(info.dead)
+        (True, 0)
+    """
 
     square_error: jax.Array  # ||X W - Xq q||_F^2
     energy: jax.Array  # ||X W||_F^2

@@ -20,6 +20,9 @@ class Hadamard:
     """R = diag(random signs) times Hadamard blocks, of the largest power of two that divides the number of inputs.
 
     Incoherence processing as in QuIP# and QuaRot. `seed` picks the signs, which need not be stored.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, rotation=jpfq.Hadamard(seed=1))
     """
 
     seed: int = dataclasses.field(default=0, metadata={"static": True})

@@ -22,6 +22,9 @@ class Shrinkage:
     With k = share n / m: H + k diag(H), in which correlations are worth m / (m + share n) of what they were. Those of X - Xq
     with Xq lose what sampling alone would make of them, sum (1 - c^2)^2 / m of their sum of squares sum c^2. A large number
     of rows leaves both as they are. Figures in `Info` are always those of the data themselves.
+
+    Example:
+        >>> tensor, info = jpfq.solve(W, gram, bits=4, shrinkage=jpfq.Shrinkage(1.0))  # twice what is recommended
     """
 
     share: Number = 0.5

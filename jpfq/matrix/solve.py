@@ -45,10 +45,10 @@ def solve(
             not zero.
 
     Example:
-        >>> X, W = jax.random.normal(jax.random.key(0), (256, 64)), jax.random.normal(jax.random.key(1), (64, 8))
+        >>> X, W = jax.random.normal(jax.random.key(1), (64, 32)), jax.random.normal(jax.random.key(2), (32, 8))
         >>> tensor, info = jpfq.solve(W, jpfq.Gram.from_data(X), bits=4)
         >>> tensor.codes.shape, tensor.step.shape
-        ((64, 8), (1, 8))
+        ((32, 8), (1, 8))
     """
     recipe = recipe_of(bits, grid, **settings)
     W = jnp.asarray(W)

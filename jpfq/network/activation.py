@@ -33,6 +33,11 @@ class Activations:
         per: "tensor", one step for the whole input, fixed by calibration; "channel", one for each channel of a depthwise
             convolution, group of a grouped one or expert, which folds into the steps of its weights; "row", a step taken
             from each row while the network runs (each sample, for a convolution).
+
+    Example:
+        >>> signed = jpfq.Activations(jpfq.Integer(8), jpfq.ranges.Percentile(0.999))
+        >>> dynamic = jpfq.Activations(jpfq.Integer(8), per="row")
+        >>> rules = [jpfq.Rule("head/.*", bits=8, activations=dynamic), jpfq.Rule(".*", bits=4, activations=signed)]
     """
 
     grid: Grid = dataclasses.field(default_factory=lambda: Asymmetric(8))

@@ -18,6 +18,12 @@ class Weighted:
     weights: (batch,), (batch, position) or whatever the leading axes of the layers' inputs are; 0 leaves a row out.
     Where a layer merges these axes with later ones, the batch is taken to come first; where it keeps one row per sample, a
     sample counts if any of its positions does.
+
+    `batch` is a batch as without weights.
+
+    Example:
+        >>> mask = jnp.ones(64).at[50:].set(0)
+        >>> padded = jpfq.Weighted(batches[0], mask)  # to be given in place of batches[0]
     """
 
     batch: Any

@@ -16,5 +16,11 @@ def best(bits: Number | None = None, *, grid: Grid | None = None, pattern: str =
         bits: width of the codes, 4 if neither this nor `grid` is given.
         grid: the alphabet, such as `jpfq.Ternary()`, in place of `bits`.
         pattern: of the kernels that are meant.
+
+    Returns:
+        A list of one rule.
+
+    Example:
+        >>> rules = [jpfq.Rule("head/.*", bits=8), *jpfq.best(3)]
     """
     return [Rule(pattern, bits=4 if bits is None and grid is None else bits, grid=grid)]

@@ -63,7 +63,15 @@ class SiteCertificate:
 class Certificate:
     """The sums of a quantized network, site by site. Print it.
 
+    sites: one for each use of a kernel with quantized inputs. bits: the width that was asked about, or None.
     left: quantized kernels whose inputs are not, for which nothing can be said.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=16))
+        >>> integer = jpfq.quantize(model, batches, rule, variables=variables)
+        >>> certificate = jpfq.certify(integer, bits=16, tile=16)
+        >>> certificate.holds, certificate.needed <= 16, certificate.failing
+        (True, True, [])
     """
 
     sites: list[SiteCertificate]
@@ -122,8 +130,10 @@ def certify(quantized: "Quantized", *, bits: int | None = None, tile: int | None
         ValueError: for a model without quantized activations, or weights with a zero point.
 
     Example:
-        >>> certificate = jpfq.certify(quantized, bits=16, tile=64)
-        >>> assert certificate.holds, str(certificate)
+        >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=16))
+        >>> integer = jpfq.quantize(model, batches, rule, variables=variables)
+        >>> jpfq.certify(integer, bits=16, tile=16).holds
+        True
     """
     if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 1 < bits <= MAX_BITS):
         raise ValueError(f"bits is an integer from 2 to {MAX_BITS}, or None; got {bits!r}.")

@@ -122,7 +122,8 @@ def load(
         ValueError: there is no result, it is damaged or of another format, or the model is another one.
 
     Example:
-        >>> quantized = jpfq.load("resnet-w4", model)
+        >>> size = quantized.save("model-w4")  # in bytes
+        >>> quantized = jpfq.load("model-w4", model)
     """
     document, arrays = read(folder)
     try:

@@ -33,6 +33,9 @@ class Coupling:
         block: neurons at a time. Fewer give better codes and take longer.
         samples: random draws for each batch.
         damping: share of the mean of the curvature's diagonal that is added to it.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, coupling=jpfq.Coupling(of="logits"))
     """
 
     of: Literal["logits", "outputs"] = dataclasses.field(default="outputs", metadata={"static": True})

@@ -32,6 +32,10 @@ def fold_batchnorm(
 
     Raises:
         ValueError: if there is nothing to fold.
+
+    Example:
+        >>> net = nn.Sequential([nn.Dense(8), nn.BatchNorm(use_running_average=True)])
+        >>> folded = jpfq.fold_batchnorm(net, X, variables=net.init(key, X))
     """
     functional = adapt(model, variables, params, kwargs)
     group = read_batches([batch])[0]

@@ -53,6 +53,16 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[tu
 
 def call(f: Callable, batch: Any, kwargs: dict) -> Any:
     """Calls `f` on a batch: a dict holds keyword arguments, a tuple or list positional ones, anything else is the input."""
-    if isinstance(batch, dict):
-        return f(**batch, **kwargs)
-    return f(*(batch if isinstance(batch, (tuple, list)) else (batch,)), **kwargs)
+    named = batch if isinstance(batch, dict) else {}
+    given = () if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else (batch,)
+    try:
+        return f(*given, **named, **kwargs)
+    except TypeError as error:
+        if not any(words in str(error) for words in ("positional argument", "keyword", "multiple values for argument")):
+            raise
+        how = f"{len(given)} positional: leave out what it does not take, such as labels; what is no data goes into kwargs"
+        if named:
+            how = (
+                f"keywords {', '.join(map(str, named))}: where the model takes the dict itself, give (batch,), a tuple"
+            )
+        raise ValueError(f"The model was called with the arguments of a batch, {how}. It said: {error}") from error

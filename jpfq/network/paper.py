@@ -53,12 +53,29 @@ from .rules import Rule
 
 
 def rtn(bits: Number = 4, *, pattern: str = ".*") -> list[Rule]:
-    """Plain rounding to nearest, the largest weight of each neuron on the top level: what every method is compared with."""
+    """Plain rounding to nearest, the largest weight of each neuron on the top level: what every method is compared with.
+
+    Args:
+        bits: width of the codes.
+        pattern: of the kernels that are meant.
+
+    Example:
+        >>> rules = jpfq.paper.rtn(bits=4)
+    """
     return _plain(pattern, grid=Integer(bits), scale=AbsMax(), method=MSQ(), order=Natural())
 
 
 def gpfq20(levels: Number = 3, C: Number = 2.0, *, pattern: str = ".*") -> list[Rule]:
-    """GPFQ (Lybrand, Saab 2020): `levels` equispaced levels of radius C median|W|, one radius per layer."""
+    """GPFQ (Lybrand, Saab 2020): `levels` equispaced levels of radius C median|W|, one radius per layer.
+
+    Args:
+        levels: how many.
+        C: multiple of the median, which the paper searches from 1 to 10.
+        pattern: of the kernels that are meant.
+
+    Example:
+        >>> rules = jpfq.paper.gpfq20(levels=3, C=3.0)
+    """
     return _plain(pattern, grid=Equispaced(levels), scale=Median(C), method=GPFQ(), order=Natural())
 
 
@@ -75,6 +92,17 @@ def gpfq22(
 
     `soft` or `hard` is the threshold of its sparse variants, in units of the weights. The hard one keeps the uniform levels
     here, so that its codes can be stored.
+
+    Args:
+        bits: b.
+        C, p: of the radius.
+        soft, hard: thresholds, of which one may be given.
+        pattern: of the kernels that are meant.
+
+    Example:
+        >>> rules = jpfq.paper.gpfq22(bits=3, C=1.16)
+        >>> rules[0].grid
+        Symmetric(K=4)
     """
     if soft is not None and hard is not None:
         raise ValueError(f"gpfq22 takes soft or hard, not both; got {soft!r} and {hard!r}.")
@@ -85,7 +113,17 @@ def gpfq22(
 
 
 def spfq(bits: Number = 4, C: Number = 1.16, r: int = 1, p: Number = 1.0, *, pattern: str = ".*") -> list[Rule]:
-    """SPFQ (Zhang, Saab 2023): alignment of order r, then path following with stochastic rounding. Takes a key."""
+    """SPFQ (Zhang, Saab 2023): alignment of order r, then path following with stochastic rounding. Takes a key.
+
+    Args:
+        bits: b, of 2^b + 1 levels.
+        C, p: of the radius, C times the mean over neurons of the p-quantile of |w|.
+        r: order of the alignment.
+        pattern: of the kernels that are meant.
+
+    Example:
+        >>> rules = jpfq.paper.spfq(bits=3)  # jpfq.quantize(.., rules, key=key): it draws
+    """
     how = {"scale": Quantile(p, C), "order": Natural(), "rounding": Stochastic()}
     steps = {"method": GPFQ()} if r == 1 else {"prepare": Align(r), "method": UNI()}  # order 1 before it is GPFQ itself
     return _plain(pattern, grid=Symmetric(2 ** (bits - 1)), **how, **steps)
@@ -97,6 +135,16 @@ def uni(
     """The unified stochastic framework (H. Zhang, Saab 2024): quantization, pruning, both, and one bit. Takes a key.
 
     `scaling` divides the feedback; weights below `prune` steps are pruned at random first; bits=1 is its 1-bit operator.
+
+    Args:
+        bits: b, of 2^b + 1 levels, or 1.
+        C: of the radius, C times the mean over neurons of max |w|.
+        scaling: the framework's C, at least 1.
+        prune: threshold in steps; 0 prunes nothing.
+        pattern: of the kernels that are meant.
+
+    Example:
+        >>> rules = jpfq.paper.uni(bits=4, prune=2)
     """
     grid: Grid = Binary() if bits == 1 else Symmetric(2 ** (bits - 1))
     rounding = Prune(prune, unit="step") if prune else Stochastic()
@@ -105,7 +153,14 @@ def uni(
 
 
 def maly_saab(*, pattern: str = ".*") -> list[Rule]:
-    """Maly, Saab (2022): one bit, +-max|w| of each neuron, by a walk in the kernel of fewer calibration rows than inputs."""
+    """Maly, Saab (2022): one bit, +-max|w| of each neuron, by a walk in the kernel of fewer calibration rows than inputs.
+
+    Args:
+        pattern: of the kernels that are meant.
+
+    Example:
+        >>> rules = jpfq.paper.maly_saab(pattern="hidden/.*")
+    """
     return _plain(pattern, grid=Binary(), scale=AbsMax(), prepare=MalySaab(), method=MSQ(), order=Natural())
 
 
@@ -121,6 +176,17 @@ def optq(
     """OPTQ, also called GPTQ (Frantar et al. 2022): min-max grids per neuron, or per `group` inputs refit on the way.
 
     With `act_order` the largest inputs go first, and groups take their steps beforehand.
+
+    Args:
+        bits: width of the codes.
+        group: inputs that share a step; None for all of a neuron.
+        symmetric: whether the grid is centred at 0, without a zero point.
+        damping: share of the mean of diag(H).
+        act_order: see above.
+        pattern: of the kernels that are meant.
+
+    Example:
+        >>> rules = jpfq.paper.optq(bits=3, group=16)
     """
     per = PerChannel() if group is None else PerGroup(group, refit=not act_order)
     top = 2 ** (bits - 1)
@@ -137,6 +203,16 @@ def qronos(
     """Qronos (Zhang, Zhang, Colbert, Saab 2025): asymmetric grids over beta [min, max] per neuron, largest inputs first.
 
     The paper's 2-bit runs have beta=.8 and magr=.01 (and rotate the inputs: add rotation=jpfq.Hadamard() to the rule).
+
+    Args:
+        bits: width of the codes.
+        beta: share of [min, max] that the grid covers.
+        magr: alpha of `MagR`; None for without.
+        damping: share of the largest eigenvalue of H; 1e-3 where activations are quantized.
+        pattern: of the kernels that are meant.
+
+    Example:
+        >>> rules = jpfq.paper.qronos(bits=2, beta=0.8, magr=0.01)
     """
     how = {} if magr is None else {"prepare": MagR(magr)}
     method = Qronos(exact=True, damping=TopEigenvalue(damping))
@@ -156,6 +232,17 @@ def axe(
 
     The largest weight of each neuron on the top level, largest inputs first. A rule of bits, activation_bits and accumulator
     alone is what we recommend: it chooses steps with the accumulator in view.
+
+    Args:
+        bits: width of the weights.
+        activation_bits: width of the inputs.
+        P: bits of the accumulator.
+        tile: inputs that it sums; None for all.
+        method: of the weights, `GPFQ()` if left out.
+        pattern: of the kernels that are meant.
+
+    Example:
+        >>> rules = jpfq.paper.axe(bits=4, P=16, tile=16, method=jpfq.OPTQ())
     """
     grid = Integer(bits, narrow=True)
     how = {"activation_bits": activation_bits, "accumulator": Accumulator(P, tile), "method": method or GPFQ()}
@@ -165,7 +252,18 @@ def axe(
 def ep_init(
     bits: Number = 4, activation_bits: Number = 8, P: Number = 16, tile: int | None = 128, *, pattern: str = ".*"
 ) -> list[Rule]:
-    """Weights of each neuron projected on the l1 ball that fits the accumulator, then rounded towards zero (A2Q+)."""
+    """Weights of each neuron projected on the l1 ball that fits the accumulator, then rounded towards zero (A2Q+).
+
+    Args:
+        bits: width of the weights.
+        activation_bits: width of the inputs.
+        P: bits of the accumulator.
+        tile: inputs that it sums; None for all.
+        pattern: of the kernels that are meant.
+
+    Example:
+        >>> rules = jpfq.paper.ep_init(P=14, tile=16)
+    """
     how = {"activation_bits": activation_bits, "accumulator": EPInit(P, tile), "method": MSQ(), "order": Natural()}
     return _plain(pattern, grid=Integer(bits, narrow=True), scale=AbsMax(), **how)
 
@@ -182,6 +280,11 @@ def fewer_bits(
         P, tile: bits of the accumulator, and how many inputs it sums (None for all).
         bits, activation_bits: at most.
         **settings: of the rules besides.
+
+    Example:
+        >>> rules = jpfq.paper.fewer_bits({"hidden/kernel": 32, "head/kernel": 32}, P=14)
+        >>> rules[0].grid.levels, rules[0].activation_bits
+        (3, 8)
     """
     rules = []
     for path, n in sizes.items():

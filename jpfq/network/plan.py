@@ -32,7 +32,15 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The plan of a run. Print it."""
+    """The plan of a run. Print it.
+
+    lines: one for each use of a kernel that will be quantized. skipped: by path of every other kernel, the reason.
+
+    Example:
+        >>> plan = jpfq.plan(model, batches[0], 4, variables=variables, batches=2)
+        >>> [(line.path, line.rows) for line in plan.lines]
+        [('hidden/kernel', 128), ('head/kernel', 128)]
+    """
 
     lines: list[Line]
     skipped: dict[str, str]
@@ -84,6 +92,8 @@ def plan(
 
     Example:
         >>> print(jpfq.plan(model, batches[0], 4, variables=variables, batches=len(batches)))
+        kernel ...
+        2 kernels with 1,280 weights to quantize, 0 left as they are. Peak memory ...
     """
     return plan_of(analyse(adapt(model, variables, params, kwargs), as_rules(rules), shapes_of(batch)), batches)
 

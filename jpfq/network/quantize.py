@@ -46,6 +46,12 @@ class Quantized:
     tensors, info: by path of the quantized kernel. skipped: by path of every other kernel, the reason.
     inputs: by path, how the inputs of a kernel are rounded, once for each use of it. biases: paths of those corrected.
     output_error: relative error of the model's outputs on the calibration data, the largest over its output arrays.
+
+    Example:
+        >>> quantized = jpfq.quantize(model, batches, 4, variables=variables)
+        >>> logits = model.apply(quantized.variables, X)
+        >>> list(quantized.tensors), quantized.skipped
+        (['hidden/kernel', 'head/kernel'], {})
     """
 
     params: Any
@@ -80,6 +86,13 @@ class Quantized:
         """The network's outputs with weights and activations as quantized, for a batch of the form calibrated on.
 
         Where no activations are quantized, the model itself with the quantized parameters does the same.
+
+        Args:
+            batch: one batch, of any number of samples.
+
+        Example:
+            >>> quantized.apply(X).shape
+            (64, 8)
         """
         inputs, batch = jax.tree.map(automatic, (self.inputs, batch))
         with context():
@@ -98,6 +111,13 @@ class Quantized:
                 need not be what the weights were made for; left out, 32 bits over all inputs.
             overflow: what becomes of a sum that does not fit: "wrap", or "saturate" at every sum on the way, inputs in the
                 order of the kernel.
+
+        Example:
+            >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=16))
+            >>> integer = jpfq.quantize(model, batches, rule, variables=variables)
+            >>> logits = integer.apply_integer(X, accumulator=jpfq.Accumulator(16, tile=16), overflow="saturate")
+            >>> bool(jnp.allclose(logits, integer.apply(X), atol=1e-4))
+            True
         """
         if accumulator is not None and not isinstance(accumulator, Guard):
             raise ValueError(f"accumulator is such as jpfq.Accumulator(16, tile=64); got {accumulator!r}.")
@@ -118,6 +138,14 @@ class Quantized:
 
         Kernels given as arrays go to their nearest codes. `info` stays that of the quantization, the state of the model
         (such as BatchNorm's statistics) what it was; the error of the outputs is unknown, nan.
+
+        Args:
+            params: in the structure of `tunable` or of `params`.
+
+        Example:
+            >>> tuned = quantized.tuned(quantized.tunable)  # nothing trained in between
+            >>> bool((tuned.params["head"]["kernel"] == quantized.params["head"]["kernel"]).all())
+            True
         """
         tensors, functional = on_grid(params, self.tensors), self._functional
         paths, values, _ = flatten(fake_quant(params, self.tensors))
@@ -145,7 +173,7 @@ class Quantized:
 
         Example:
             >>> served = quantized.serve()
-            >>> logits = served(batch)
+            >>> logits = served(X)
         """
         return Served.of(self._functional, self.tensors, self.inputs)
 
@@ -163,6 +191,10 @@ class Quantized:
 
         Returns:
             The bytes on disk.
+
+        Example:
+            >>> size = quantized.save("model-w4")
+            >>> again = jpfq.load("model-w4", model)
         """
         from .checkpoint import save  # which knows this class
 
@@ -218,6 +250,11 @@ class Quantized:
 
         Raises:
             ValueError: kernels that qwix cannot hold, all of them listed with the reason.
+
+        Example:
+            >>> module, held = quantized.to_qwix(X, model)
+            >>> bool(jnp.allclose(module.apply(held, X), quantized.apply(X), atol=1e-5))
+            True
         """
         from .qwix import to_qwix
 
@@ -226,8 +263,17 @@ class Quantized:
     def export(self, kind: Literal["compressed-tensors"], folder: str | os.PathLike, **options: Any) -> dict[str, str]:
         """Writes the result in a format of others. "compressed-tensors" is what vLLM loads: see `jpfq.network.export`.
 
+        Args:
+            kind: "compressed-tensors".
+            folder: a new folder.
+            **options: of that format.
+
         Returns:
             By path, the reason for each quantized kernel that the format cannot hold and that is written dequantized.
+
+        Example:
+            >>> quantized.export("compressed-tensors", "model-vllm")  # nothing is left out
+            {}
         """
         from .export import FORMATS
 
@@ -245,7 +291,14 @@ class Quantized:
         return 8 * self.nbytes / sum(tensor.codes.size for tensor in self.tensors.values())
 
     def summary(self) -> str:
-        """A table of all kernels: what became of each, and at what error."""
+        """A table of all kernels: what became of each, and at what error.
+
+        Example:
+            >>> print(quantized.summary())
+            kernel ...
+            hidden/kernel ...
+            2 kernels quantized to 5.00 bits per weight ...
+        """
         rows = []
         for path, tensor in self.tensors.items():
             info = self.info[path]
@@ -336,7 +389,10 @@ def quantize(
         ValueError: input that cannot be used, with what to do about it.
 
     Example:
-        >>> quantized = jpfq.quantize(model, batches, [jpfq.Rule("head/.*", skip=True), jpfq.Rule(".*", bits=4)])
+        >>> rules = [jpfq.Rule("head/.*", skip=True), jpfq.Rule(".*", bits=4)]
+        >>> quantized = jpfq.quantize(model, batches, rules, variables=variables)
+        >>> list(quantized.tensors), list(quantized.skipped)
+        (['hidden/kernel'], ['head/kernel'])
     """
     with context():
         rules = as_rules(rules)

@@ -42,6 +42,12 @@ class Rule:
         unsupported: what to do about matched kernels that cannot be quantized (tied, computed, inside a loop ..).
             "skip" lists them with their reason, "error" refuses. Left out, they are listed if the rule matches others
             that can be quantized, and refused if it matches none: such a rule names what it cannot have.
+
+    Example:
+        >>> rules = [
+        ...     jpfq.Rule("head/.*", skip=True),
+        ...     jpfq.Rule(".*kernel", bits=4, scale=jpfq.AbsMax(per=jpfq.PerGroup(16))),
+        ... ]
     """
 
     pattern: str = dataclasses.field(metadata=_static)

@@ -17,6 +17,11 @@ class Served:
     """A quantized network that keeps its kernels packed; call it with a batch.
 
     leaves: all arrays of the model, `Packed` in place of quantized kernels. inputs: as in `Quantized`.
+
+    Example:
+        >>> served = quantized.serve()
+        >>> served(X).shape, served.nbytes < quantized.nbytes + 100
+        ((64, 8), True)
     """
 
     leaves: tuple

@@ -31,6 +31,11 @@ class Steps:
 
     multiple: of each of its steps, in the shape of `QTensor.step`. It starts at 1, so that one learning rate serves kernels
     of every size and width.
+
+    Example:
+        >>> trained = quantized.tunable
+        >>> trained["head"]["kernel"].multiple.shape
+        (1, 8)
     """
 
     multiple: jax.Array
@@ -58,8 +63,11 @@ def fake_quant(params: Any, quantized: "Quantized | Mapping[str, QTensor]") -> A
         Arrays in the structure of the parameters.
 
     Example:
-        >>> loss = lambda params, x, y: error(model.apply({"params": jpfq.fake_quant(params, quantized)}, x), y)
-        >>> gradient = jax.grad(loss)(quantized.tunable, x, y)
+        >>> goal = model.apply(variables, X)  # of the float network; labels would do as well
+        >>> made = lambda params: model.apply({"params": jpfq.fake_quant(params, quantized)}, X)
+        >>> gradient = jax.grad(lambda params: ((made(params) - goal) ** 2).mean())(quantized.tunable)
+        >>> gradient["head"]["kernel"].multiple.shape
+        (1, 8)
     """
     tensors = quantized if isinstance(quantized, Mapping) else quantized.tensors
     return _replaced(params, tensors, lambda leaf, tensor: _straight(leaf, tensor).dequantize())

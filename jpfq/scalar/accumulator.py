@@ -330,6 +330,12 @@ class Accumulator(Guard):
         soft: whether arguments are shrunk before they are rounded, so that later ones find room.
         feedback: what later codes make up for: all that rounding did to the "argument", or only what it did to the
             "shrunk" and clipped one, as in Brevitas (OPTQ and its relatives).
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=16))
+        >>> tensor, info = jpfq.solve(W, gram, bits=4, accumulator=jpfq.Accumulator(12), inputs=jpfq.Asymmetric(8))
+        >>> info.reach.bits <= 12  # what the sums need
+        True
     """
 
     bits: Number
@@ -349,7 +355,15 @@ class Accumulator(Guard):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EPInit(Guard):
-    """The bound kept by projecting weights on an l1 ball and rounding towards zero (A2Q+): what AXE is compared with."""
+    """The bound kept by projecting weights on an l1 ball and rounding towards zero (A2Q+): what AXE is compared with.
+
+    `bits` and `tile` are as for `Accumulator`.
+
+    Example:
+        >>> rules = jpfq.paper.ep_init(bits=4, activation_bits=8, P=16, tile=16)
+        >>> rules[0].accumulator
+        EPInit(bits=16, tile=16)
+    """
 
     bits: Number
     tile: int | None = dataclasses.field(default=None, metadata=_static)
@@ -419,6 +433,15 @@ def datatype_bits(n: int, grid: Grid, inputs: Any) -> int:
 
     The bound in terms of widths, ceil(a + log2(1 + 2^-a) + 1) with a = log2 n + N + M - 1 - [inputs signed], takes both
     ranges for powers of two and may be one more.
+
+    Args:
+        n: how many products are summed.
+        grid: of the weights; its zero is not to be fitted.
+        inputs: the grid of the inputs, such as `Asymmetric(8)`, or their least and largest code (mu, nu).
+
+    Example:
+        >>> jpfq.datatype_bits(128, jpfq.Integer(4), jpfq.Asymmetric(4))
+        15
     """
     (lo, hi, zero, _), (mu, nu) = grid.alphabet(), input_codes(inputs)
     if zero is None:

@@ -68,6 +68,10 @@ class Integer(Grid):
     """Signed integers -2^(b-1) .. 2^(b-1) - 1; `narrow` leaves out the lowest, which makes the grid symmetric.
 
     The radius goes on the top level 2^(b-1) - 1. Two bits at least: for one bit take `Binary`.
+
+    Example:
+        >>> jpfq.Integer(4).levels, jpfq.Integer(4, narrow=True).levels
+        (16, 15)
     """
 
     bits: Number
@@ -84,7 +88,13 @@ class Integer(Grid):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Asymmetric(Grid):
-    """Unsigned integers 0 .. 2^b - 1 with an integer zero point fitted to the weights (OPTQ's default)."""
+    """Unsigned integers 0 .. 2^b - 1 with an integer zero point fitted to the weights (OPTQ's default).
+
+    Example:
+        >>> levels = jpfq.AbsMax()(W, jpfq.Asymmetric(bits=4))
+        >>> levels.step.shape, levels.zero.shape  # a zero point of its own for each neuron
+        ((1, 8), (1, 8))
+    """
 
     bits: Number
 
@@ -99,7 +109,12 @@ class Asymmetric(Grid):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Symmetric(Grid):
-    """The 2K + 1 levels {0, +-step, .., +-K step} of GPFQ22, where K = 2^(b-1): one level more than b bits can store."""
+    """The 2K + 1 levels {0, +-step, .., +-K step} of GPFQ22, where K = 2^(b-1): one level more than b bits can store.
+
+    Example:
+        >>> jpfq.Symmetric(K=8).levels  # "four bits" in the papers of GPFQ
+        17
+    """
 
     K: Number
 
@@ -113,7 +128,12 @@ class Symmetric(Grid):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Equispaced(Grid):
-    """The M levels radius * linspace(-1, 1, M) of GPFQ20. Zero is among them only when M is odd."""
+    """The M levels radius * linspace(-1, 1, M) of GPFQ20. Zero is among them only when M is odd.
+
+    Example:
+        >>> jpfq.Equispaced(M=4).alphabet()  # codes 0 .. 3; the value 0 lies between two of them
+        Alphabet(lo=0, hi=3, zero=1.5, reach=1.5)
+    """
 
     M: Number
 
@@ -128,7 +148,13 @@ class Equispaced(Grid):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ternary(Grid):
-    """{-radius, 0, radius}: 1.58 bits, stored in two."""
+    """{-radius, 0, radius}: 1.58 bits, stored in two.
+
+    Example:
+        >>> tensor, info = jpfq.solve(W, gram, grid=jpfq.Ternary())
+        >>> sorted(set(tensor.codes.ravel().tolist()))
+        [-1, 0, 1]
+    """
 
     def alphabet(self):
         return Alphabet(lo=-1, hi=1, zero=0, reach=1)
@@ -137,7 +163,13 @@ class Ternary(Grid):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Binary(Grid):
-    """{-radius, radius}. There is no zero: a weight of exactly 0 is a tie and goes up, to +radius."""
+    """{-radius, radius}. There is no zero: a weight of exactly 0 is a tie and goes up, to +radius.
+
+    Example:
+        >>> tensor, info = jpfq.solve(W, gram, grid=jpfq.Binary())
+        >>> tensor.bits_per_weight  # one for the code, and 32 / 32 for the step of a neuron with 32 inputs
+        2.0
+    """
 
     def alphabet(self):
         return Alphabet(lo=0, hi=1, zero=0.5, reach=0.5)
@@ -149,6 +181,11 @@ class Infinite(Grid):
     """All multiples of the step, as in the theory of GPFQ22 and SPFQ. It has no radius: give the step with `Fixed`.
 
     Codes stay within +-2^24, the integers that float32 holds; nothing else saturates.
+
+    Example:
+        >>> tensor, info = jpfq.solve(W, gram, grid=jpfq.Infinite(), scale=jpfq.Fixed(0.1))
+        >>> float(info.saturation)
+        0.0
     """
 
     def alphabet(self):

@@ -23,7 +23,15 @@ BINS = 2048
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-    """How many numbers fall into each of equal bins over [low, high]; histograms over one interval add."""
+    """How many numbers fall into each of equal bins over [low, high]; histograms over one interval add.
+
+    Fields: `counts` (bins,) over equal bins from `low` to `high`, the least and the largest number.
+
+    Example:
+        >>> histogram = jpfq.ranges.Histogram.over(X.min(), X.max()).add(X)
+        >>> int(histogram.counts.sum()) == X.size
+        True
+    """
 
     counts: jax.Array  # (bins,)
     low: jax.Array  # ()  the least number
@@ -50,7 +58,12 @@ class Histogram:
 
 
 class Range(abc.ABC):
-    """A rule that lays a grid over the inputs of a layer."""
+    """A rule that lays a grid over the inputs of a layer.
+
+    Example:
+        >>> isinstance(jpfq.ranges.Max(), jpfq.ranges.Range)
+        True
+    """
 
     @property
     def needs_counts(self) -> bool:
@@ -65,7 +78,11 @@ class Range(abc.ABC):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Max(Range):
-    """All inputs seen, from the least to the largest: nothing is clipped."""
+    """All inputs seen, from the least to the largest: nothing is clipped.
+
+    Example:
+        >>> inputs = jpfq.Activations(jpfq.Integer(8), jpfq.ranges.Max())
+    """
 
     @property
     def needs_counts(self):
@@ -81,6 +98,9 @@ class Percentile(Range):
     """The interval that leaves a share of (1 - p) / 2 of the inputs outside at each end.
 
     A grid of fixed zero reaches to the p-quantile of |x| instead.
+
+    Example:
+        >>> inputs = jpfq.Activations(jpfq.Integer(8), jpfq.ranges.Percentile(p=0.999))
     """
 
     p: Number = 0.9999
@@ -105,7 +125,13 @@ class Percentile(Range):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MinMSE(Range):
-    """The interval of least mean square error; where the zero point is fitted, both ends are moved."""
+    """The interval of least mean square error; where the zero point is fitted, both ends are moved.
+
+    `candidates` is the number of shrunk copies that are tried.
+
+    Example:
+        >>> inputs = jpfq.Activations(jpfq.Asymmetric(4), jpfq.ranges.MinMSE(candidates=64))
+    """
 
     candidates: int = dataclasses.field(default=32, metadata={"static": True})
 
@@ -128,6 +154,11 @@ class KL(Range):
 
     What lies outside counts at the ends; each level spreads its share evenly over the bins it rounds that are not empty.
     Bins in which the inputs are exactly 0, as after ReLU, do not count.
+
+    `candidates` is the number of shrunk copies that are tried.
+
+    Example:
+        >>> inputs = jpfq.Activations(jpfq.Integer(8), jpfq.ranges.KL())
     """
 
     candidates: int = dataclasses.field(default=100, metadata={"static": True})

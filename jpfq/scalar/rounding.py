@@ -79,7 +79,11 @@ class Rounding(abc.ABC):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Nearest(Rounding):
-    """The level p that minimises (a - p)^2; of two at equal distance the upper one."""
+    """The level p that minimises (a - p)^2; of two at equal distance the upper one.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, rounding=jpfq.Nearest())  # as it is without being named
+    """
 
     def __call__(self, carry, a, here):
         return carry, here.levels.encode(a)
@@ -95,6 +99,9 @@ class Stochastic(Rounding):
 
     Beyond the grid it saturates. On `Binary()` this is the unbiased 1-bit operator: +-K with P(+K) = (1 + a / K) / 2.
     Source: SPFQ (Zhang, Saab 2023) section 2; the unified framework (H. Zhang, Saab 2024) for one bit.
+
+    Example:
+        >>> tensor, info = jpfq.solve(W, gram, bits=4, rounding=jpfq.Stochastic(), key=key)
     """
 
     random = True
@@ -130,6 +137,13 @@ class SoftThreshold(_Threshold):
     """Shrink by `lam`, then round to the nearest level.
 
     On a uniform grid that is the level p which minimises (a - p)^2 / 2 + lam |p| (GPFQ22 with an l1 penalty).
+
+    `unit` is what `lam` is measured in: "weight", "step", or "radius", the largest level.
+
+    Example:
+        >>> tensor, info = jpfq.solve(W, gram, bits=4, rounding=jpfq.SoftThreshold(0.1, unit="radius"))
+        >>> float(info.sparsity) == float((tensor.codes == 0).mean())
+        True
     """
 
     lam: Number
@@ -152,6 +166,11 @@ class HardThreshold(_Threshold):
     """0 where |a| <= lam, else the nearest level.
 
     GPFQ22's l0 variant on a grid that can be stored: there the levels are +-(lam + k step), which is not uniform.
+
+    `unit` is what `lam` is measured in: "weight", "step", or "radius", the largest level.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, rounding=jpfq.HardThreshold(1.0, unit="step"))
     """
 
     lam: Number
@@ -175,6 +194,11 @@ class Prune(_Threshold):
 
     With `Stochastic` after it the whole is unbiased, and |a - q| <= c + step; with c a multiple of the step the second
     rounding leaves what was pruned or raised as it is (H. Zhang, Saab 2024). `prune` is the first part alone.
+
+    `unit` is what `c` is measured in: "weight", "step", or "radius", the largest level.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.UNI(), rounding=jpfq.Prune(2.0, unit="step"))  # takes a key
     """
 
     random = True

@@ -36,7 +36,12 @@ class Per(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class PerTensor(Per):
-    """One step for the whole matrix, as in the papers."""
+    """One step for the whole matrix, as in the papers.
+
+    Example:
+        >>> jpfq.AbsMax(per=jpfq.PerTensor())(W, jpfq.Integer(4)).step.shape
+        (1, 1)
+    """
 
     def split(self, W):
         return W.reshape(1, -1, 1)
@@ -44,7 +49,12 @@ class PerTensor(Per):
 
 @dataclasses.dataclass(frozen=True)
 class PerChannel(Per):
-    """One step per neuron."""
+    """One step per neuron.
+
+    Example:
+        >>> jpfq.AbsMax(per=jpfq.PerChannel())(W, jpfq.Integer(4)).step.shape
+        (1, 8)
+    """
 
     def split(self, W):
         return W[None]
@@ -56,6 +66,10 @@ class PerGroup(Per):
 
     The steps are chosen before the recursion; with `refit`, each group's when the recursion reaches it, from what its
     weights have become by then (the default of OPTQ's code; it needs order=Natural()).
+
+    Example:
+        >>> jpfq.AbsMax(per=jpfq.PerGroup(16))(W, jpfq.Integer(4)).step.shape
+        (2, 8)
     """
 
     size: int
@@ -113,7 +127,13 @@ class Scale(abc.ABC):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AbsMax(Scale):
-    """radius = c max |w|: nothing is clipped at c = 1."""
+    """radius = c max |w|: nothing is clipped at c = 1.
+
+    `per` says which weights share a step: `PerTensor()`, `PerChannel()` or `PerGroup(size)`.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, scale=jpfq.AbsMax(0.9, per=jpfq.PerGroup(16)))
+    """
 
     c: Number = 1.0
     per: Per = _static(PerChannel())
@@ -128,7 +148,13 @@ class AbsMax(Scale):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantile(Scale):
-    """radius = c times the p-quantile of |w|; per tensor, its mean over the neurons (GPFQ22, SPFQ)."""
+    """radius = c times the p-quantile of |w|; per tensor, its mean over the neurons (GPFQ22, SPFQ).
+
+    `per` says which weights share a step.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", grid=jpfq.Symmetric(8), scale=jpfq.Quantile(p=0.99, c=1.1))
+    """
 
     p: Number = 1.0
     c: Number = 1.0
@@ -156,7 +182,14 @@ class Quantile(Scale):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Median(Scale):
-    """radius = c median |w| (GPFQ20, with c = 1 .. 10 searched). For symmetric grids."""
+    """radius = c median |w| (GPFQ20, with c = 1 .. 10 searched). For symmetric grids.
+
+    `per` says which weights share a step.
+
+    Example:
+        >>> jpfq.Median(3.0)(W, jpfq.Ternary()).step.shape  # one for the whole matrix
+        (1, 1)
+    """
 
     c: Number = 3.0
     per: Per = _static(PerTensor())
@@ -179,6 +212,13 @@ class MinMSE(Scale):
     The copies are p [min, max] for `candidates` values of p, evenly spaced from 1 down to `least`. OPTQ's `mse` option is
     the same with norm 2.4 and eighty candidates down to .2. `weighted` multiplies each term by the energy of its input
     coordinate, diag(H).
+
+    `per` says which weights share a step.
+
+    Example:
+        >>> levels = jpfq.MinMSE()(W, jpfq.Integer(3))
+        >>> bool((levels.step <= jpfq.AbsMax()(W, jpfq.Integer(3)).step).all())  # never wider than [min, max]
+        True
     """
 
     norm: float = _static(2)
@@ -220,6 +260,13 @@ class MinError(Scale):
     `candidates` multiples, evenly spaced from `least` to `most`, are tried by method and rounding themselves; each neuron
     takes its own best one (all together where one step serves the whole matrix). Then as many between its neighbours, and
     so on, `rounds` times in all.
+
+    `base` is the scale whose steps are multiplied.
+
+    Example:
+        >>> tensor, info = jpfq.solve(W, gram, bits=3, scale=jpfq.MinError(jpfq.AbsMax(), least=0.4))
+        >>> jpfq.MinError(candidates=8, rounds=2).runs  # of the recursion
+        16
     """
 
     base: Scale = AbsMax()
@@ -269,7 +316,13 @@ class MinError(Scale):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fixed(Scale):
-    """The step itself, in units of the weights: a number, or an array that broadcasts to (groups, out)."""
+    """The step itself, in units of the weights: a number, or an array that broadcasts to (groups, out).
+
+    Example:
+        >>> tensor, info = jpfq.solve(W, gram, bits=4, scale=jpfq.Fixed(0.25))
+        >>> tensor.step.shape, bool((tensor.step == 0.25).all())
+        ((1, 1), True)
+    """
 
     step: Any
     per = PerChannel()  # not a setting: the shape of the step says it

@@ -61,9 +61,13 @@ class Space:
         **axes: a name and its values, as many as you like. An axis `seed` gives every setting a random key of its own,
             `jax.random.key(seed)`, and is not passed to `rules`.
 
+    `points` lists the settings.
+
     Example:
-        >>> jpfq.Space(bits=[2, 3, 4], method=[jpfq.GPFQ(), jpfq.Qronos()])
-        >>> jpfq.Space(lambda bits, c: jpfq.Rule(".*", bits=bits, scale=jpfq.AbsMax(c)), bits=[2, 3], c=[0.6, 0.8, 1.0])
+        >>> space = jpfq.Space(bits=[2, 3, 4], method=[jpfq.GPFQ(), jpfq.Qronos()])
+        >>> rules = lambda bits, c: jpfq.Rule(".*", bits=bits, scale=jpfq.AbsMax(c))
+        >>> len(space), len(jpfq.Space(rules, bits=[2, 3], c=[0.6, 0.8, 1.0]))
+        (6, 6)
     """
 
     rules: Callable[..., Any]
@@ -79,7 +83,17 @@ class Space:
 
     @classmethod
     def listed(cls, points: Iterable[Mapping[str, Any]], rules: Callable[..., Any] | None = None) -> "Space":
-        """The settings as they are listed, each by the values of its names."""
+        """The settings as they are listed, each by the values of its names.
+
+        Args:
+            points: settings, each a dict of values by name.
+            rules: as for `Space`.
+
+        Example:
+            >>> space = jpfq.Space.listed([{"bits": 2, "scale": jpfq.MinError()}, {"bits": 4, "scale": jpfq.AbsMax()}])
+            >>> len(space)
+            2
+        """
         space = object.__new__(cls)
         space._set(rules, [{name: _plain(value) for name, value in point.items()} for point in points])
         return space
@@ -100,7 +114,16 @@ class Space:
         return len(self.points)
 
     def rules_of(self, point: Mapping[str, Any]) -> tuple[Rule, ...]:
-        """The rules of one setting."""
+        """The rules of one setting.
+
+        Args:
+            point: its values by name.
+
+        Example:
+            >>> space = jpfq.Space(bits=[2, 3, 4])
+            >>> space.rules_of(space.points[0])[0].bits
+            2
+        """
         try:
             return as_rules(self.rules(**{name: value for name, value in point.items() if name != "seed"}))
         except (ValueError, TypeError) as error:
@@ -135,6 +158,12 @@ class Sweep:
         loss: what `evaluate` says, or the relative error of the outputs on the calibration data where nothing evaluates.
         output_error: that error in any case.
         bits_per_weight, nbytes: as of `Quantized`.
+
+    Example:
+        >>> sweep = jpfq.sweep(model, batches, jpfq.Space(bits=[2, 3, 4]), variables=variables)
+        >>> [(record["bits"], record["bits_per_weight"]) for record in sweep.records]
+        [(2, 3.0), (3, 4.0), (4, 5.0)]
+        >>> quantized = sweep[1]  # as if it had been quantized to 3 bits alone
     """
 
     records: list[dict[str, Any]]
@@ -170,7 +199,15 @@ class Sweep:
         return front
 
     def best(self, bits_per_weight: float | None = None) -> Quantized:
-        """The quantized network of least loss, among those of so many bits per weight at most."""
+        """The quantized network of least loss, among those of so many bits per weight at most.
+
+        Args:
+            bits_per_weight: at most, as in `records`; None for any.
+
+        Example:
+            >>> sweep.best(bits_per_weight=4.5).bits_per_weight
+            4.0
+        """
         within = [
             i for i in self.front if bits_per_weight is None or self.records[i]["bits_per_weight"] <= bits_per_weight
         ]
@@ -182,7 +219,12 @@ class Sweep:
         return self[within[-1]]
 
     def frame(self) -> Any:
-        """The records as a `pandas.DataFrame`."""
+        """The records as a `pandas.DataFrame`.
+
+        Example:
+            >>> list(sweep.frame().columns)
+            ['bits', 'loss', 'output_error', 'bits_per_weight', 'nbytes']
+        """
         try:
             import pandas  # pyright: ignore[reportMissingImports]
         except ImportError as error:
@@ -190,7 +232,14 @@ class Sweep:
         return pandas.DataFrame(self.records)
 
     def picture(self, path: str | os.PathLike) -> None:
-        """Saves loss against bits per weight, with the front, as .png, .pdf or .svg. Needs matplotlib."""
+        """Saves loss against bits per weight, with the front, as .png, .pdf or .svg. Needs matplotlib.
+
+        Args:
+            path: of a file, its ending says of which kind.
+
+        Example:
+            >>> sweep.picture("sweep.png")
+        """
         loss_against_bits(self, Path(path))
 
     def __str__(self) -> str:
@@ -239,9 +288,10 @@ def sweep(
         ValueError: for settings that `quantize` would refuse, and where the memory does not suffice for so many at once.
 
     Example:
-        >>> space = jpfq.Space(bits=[2, 3, 4], scale=[jpfq.AbsMax(c) for c in (0.6, 0.8, 1.0)])
-        >>> sweep = jpfq.sweep(model, batches, space, variables=variables)
+        >>> sweep = jpfq.sweep(model, batches, jpfq.Space(bits=[2, 3, 4]), variables=variables)
         >>> quantized = sweep.best(bits_per_weight=3.5)
+        >>> quantized.bits_per_weight
+        3.0
     """
     if not isinstance(space, Space):
         raise ValueError(f"space is a jpfq.Space, such as jpfq.Space(bits=[2, 3, 4]); got {space!r}.")

@@ -53,6 +53,19 @@ def test_an_array_is_not_a_list_of_batches():
         jpfq.quantize(two_layers, X, 4, params=PARAMS)
 
 
+def test_a_batch_that_the_model_does_not_take():
+    takes_a_dict = lambda params, seen: two_layers(params, seen["view/0"])
+    with pytest.raises(ValueError, match=r"keywords view/0: .*give \(batch,\), a tuple.*unexpected keyword argument"):
+        quantize([{"view/0": X}], fn=takes_a_dict)
+    assert quantize([({"view/0": X},)], fn=takes_a_dict).tensors
+    with pytest.raises(ValueError, match=r"2 positional: leave out .* labels.*takes 2 positional arguments but 3"):
+        quantize([(X, np.arange(10))])
+    with pytest.raises(ValueError, match=r"what is no data goes into kwargs.*missing 1 required"):
+        quantize(fn=lambda params, x, *, train: two_layers(params, x))
+    with pytest.raises(TypeError, match="contracting dimensions"):  # a mistake of another kind
+        quantize([{"x": X}], fn=lambda params, x: two_layers(params, x[:, :3]))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_named(bad):
     params = {**PARAMS, "layer_2": {"kernel": np.full((3, 2), bad, np.float32)}}
