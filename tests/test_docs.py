@@ -21,7 +21,7 @@ import jpfq.matrix
 from tests.helpers import assert_close, problem
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-SPACES = ("paper", "ranges", "patches", "embed")  # what `jpfq` offers one level down
+SPACES = ("paper", "ranges", "patches", "embed", "plot")  # what `jpfq` offers one level down
 SHOWN = (  # classes whose methods are examples of their own
     jpfq.Gram,
     jpfq.QTensor,
@@ -41,17 +41,22 @@ INNER = {  # public to the rest of the package, or an override of what is docume
     *("RandomFourierFeatures.measure", "BinaryEmbedding.measure", "Embedding.measure"),
     *("SigmaDelta.filter", "SigmaDelta.run"),
 }
+HELP = {"plot.given_or_new", "plot.Swept"}  # what jpfq.plot needs itself
 SLOW = {"budget", "fake_quant", "MalySaab"}  # programs of their own, which the README or other tests run as well
-NEEDS = {"Sweep.frame": "pandas", "Sweep.picture": "matplotlib", "Quantized.to_qwix": "qwix"}
+NEEDS = {
+    "Sweep.frame": "pandas",
+    "Sweep.picture": "matplotlib",
+    "Quantized.report": "matplotlib",
+    "Quantized.to_qwix": "qwix",
+}
 
 
 def names_of(space):
     """The public names of `jpfq` or one of the modules it offers."""
     if space is jpfq or space is jpfq.embed:  # which list them
         return [name for name, x in vars(space).items() if name[0] != "_" and not isinstance(x, types.ModuleType)]
-    return [
-        name for name, x in vars(space).items() if name[0] != "_" and getattr(x, "__module__", "") == space.__name__
-    ]
+    home = "jpfq.network.plot" if space is jpfq.plot else space.__name__
+    return [name for name, x in vars(space).items() if name[0] != "_" and getattr(x, "__module__", "") == home]
 
 
 def methods_of(cls):
@@ -67,7 +72,9 @@ def public():
     found = {name: getattr(jpfq, name) for name in names_of(jpfq)}
     for space in SPACES:
         module = getattr(jpfq, space)
-        found |= {f"{space}.{name}": getattr(module, name) for name in names_of(module)}
+        found |= {
+            f"{space}.{name}": getattr(module, name) for name in names_of(module) if f"{space}.{name}" not in HELP
+        }
     for cls in SHOWN:
         found |= dict(methods_of(cls))
     return found
@@ -211,6 +218,7 @@ def test_what_is_meant_for_others_exists():
     """A name in INNER, SLOW or NEEDS that nobody has any more would hide nothing."""
     methods = {f"{cls.__name__}.{name}" for cls in SHOWN for name in vars(cls)}
     assert set(INNER) <= methods
+    assert all(hasattr(jpfq.plot, name.removeprefix("plot.")) for name in HELP)
     assert set(NEEDS) | SLOW <= set(PUBLIC)
     assert {"quantize", "GPFQ", "paper.rtn", "ranges.Max", "patches.All", "embed.pack", "Gram.update"} <= set(PUBLIC)
     assert not {"Any", "paper.AbsMax", "ranges.Grid", "matrix"} & set(PUBLIC)

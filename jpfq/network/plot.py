@@ -45,8 +45,12 @@ def errors(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
     Beside them their floors: what would be left on an infinitely fine grid, because the inputs come from kernels that are
     quantized themselves.
 
+    Args:
+        quantized: the result.
+        ax: what to draw on; the axes of a new figure where it is left out.
+
     Example:
-        >>> jpfq.plot.errors(quantized)
+        >>> ax = jpfq.plot.errors(quantized)
     """
     ax = given_or_new(ax)
     found, floors = (100 * _of(quantized, f) for f in (lambda i: i.relative_error, lambda i: i.relative_floor))
@@ -57,7 +61,15 @@ def errors(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
 
 
 def bits(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
-    """Bits per weight of the kernels as they are stored, steps included, and the entropy of their codes."""
+    """Bits per weight of the kernels as they are stored, steps included, and the entropy of their codes.
+
+    Args:
+        quantized: the result.
+        ax: what to draw on; the axes of a new figure where it is left out.
+
+    Example:
+        >>> ax = jpfq.plot.bits(quantized)
+    """
     ax = given_or_new(ax)
     stored, entropy = [t.bits_per_weight for t in quantized.tensors.values()], _of(quantized, lambda i: i.entropy)
     _bars(ax, stored, color=BLUE, label="stored, steps included")
@@ -66,7 +78,15 @@ def bits(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
 
 
 def sizes(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
-    """Sizes of the kernels, packed, beside those before; in kB, or in MB where one has more."""
+    """Sizes of the kernels, packed, beside those before; in kB, or in MB where one has more.
+
+    Args:
+        quantized: the result.
+        ax: what to draw on; the axes of a new figure where it is left out.
+
+    Example:
+        >>> ax = jpfq.plot.sizes(quantized)
+    """
     ax = given_or_new(ax)
     tensors = quantized.tensors.values()
     before, after = (np.array([size(t) for t in tensors]) / 1e3 for size in (float_bytes, lambda t: t.nbytes))
@@ -77,7 +97,15 @@ def sizes(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
 
 
 def saturation(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
-    """Shares of each kernel's weights that wanted to go more than half a step beyond the grid, in per cent."""
+    """Shares of each kernel's weights that wanted to go more than half a step beyond the grid, in per cent.
+
+    Args:
+        quantized: the result.
+        ax: what to draw on; the axes of a new figure where it is left out.
+
+    Example:
+        >>> ax = jpfq.plot.saturation(quantized)
+    """
     ax = given_or_new(ax)
     shares = 100 * _of(quantized, lambda i: i.saturation)
     _bars(ax, shares, color=ORANGE)
@@ -87,8 +115,16 @@ def saturation(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
 def accumulators(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
     """Bits of the accumulators of the kernels whose sums are bounded: asked for, needed, and what any codes might need.
 
+    Args:
+        quantized: the result.
+        ax: what to draw on; the axes of a new figure where it is left out.
+
     Raises:
         ValueError: for a result without bounded sums. A saved one does not keep how far they go: `jpfq.certify` finds it.
+
+    Example:
+        >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=64))
+        >>> ax = jpfq.plot.accumulators(jpfq.quantize(model, batches, rule, variables=variables))
     """
     reaches = [(tensor, quantized.info[path].reach) for path, tensor in quantized.tensors.items()]
     found = [(i, tensor, reach) for i, (tensor, reach) in enumerate(reaches, 1) if reach is not None]
@@ -121,10 +157,10 @@ def histogram(tensor: QTensor, weights: Any = None, ax: "Axes | None" = None) ->
     Args:
         tensor: such as `quantized.tensors["head/kernel"]`, or from `jpfq.solve`.
         weights: the kernel before it was quantized.
-        ax: what to draw on.
+        ax: what to draw on; the axes of a new figure where it is left out.
 
     Example:
-        >>> jpfq.plot.histogram(quantized.tensors["head/kernel"], variables["params"]["head"]["kernel"])
+        >>> ax = jpfq.plot.histogram(quantized.tensors["head/kernel"], variables["params"]["head"]["kernel"])
     """
     positions = None if weights is None else _positions(tensor, weights)
     ax = given_or_new(ax)
@@ -156,7 +192,15 @@ def histogram(tensor: QTensor, weights: Any = None, ax: "Axes | None" = None) ->
 
 
 def front(sweep: Swept, ax: "Axes | None" = None) -> "Axes":
-    """Losses of the settings of a sweep against bits per weight, and the front of those that none beats in both."""
+    """Losses of the settings of a sweep against bits per weight, and the front of those that none beats in both.
+
+    Args:
+        sweep: what `jpfq.sweep` returned.
+        ax: what to draw on; the axes of a new figure where it is left out.
+
+    Example:
+        >>> ax = jpfq.plot.front(sweep)
+    """
     ax = given_or_new(ax)
     point = lambda record: (record["bits_per_weight"], record["loss"])
     ax.plot(*_columns(map(point, sweep.records)), "o", color=GRAY, label="settings", markersize=4)

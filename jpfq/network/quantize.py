@@ -228,7 +228,7 @@ class Quantized:
             ValueError: the file cannot be written there, or the parameters are those of another network.
 
         Example:
-            >>> quantized.report("report.html", params=variables["params"], title="ResNet20, 4 bits")
+            >>> page = quantized.report("report.html", params=variables["params"], title="ResNet20, 4 bits")
         """
         from .report import report  # which knows this class
 
@@ -288,7 +288,7 @@ class Quantized:
     @property
     def bits_per_weight(self) -> float:
         """Mean packed bits of the quantized weights, steps included."""
-        return 8 * self.nbytes / sum(tensor.codes.size for tensor in self.tensors.values())
+        return 8 * self.nbytes / max(1, sum(tensor.codes.size for tensor in self.tensors.values()))
 
     def summary(self) -> str:
         """A table of all kernels: what became of each, and at what error.
