@@ -7,9 +7,22 @@ import jax
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+BRIEF = ("1_one_matrix.ipynb", "2_a_network.ipynb", "embeddings.ipynb")  # the others run with -m slow
+NAMES = (
+    *BRIEF[:2],
+    "3_sweeps.ipynb",
+    "4_error_decays_with_width.ipynb",
+    "5_accumulators.ipynb",
+    "6_from_training_code.ipynb",
+    BRIEF[2],
+)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def marked(path):
+    return pytest.param(path, id=path.name, marks=() if path.name in BRIEF else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("path", [marked(path) for path in NOTEBOOKS])
 def test_a_notebook_runs(path, capsys):
     """Cell by cell, in order. What is printed has the words, if not the digits, of what is kept in the file."""
     matplotlib = pytest.importorskip("matplotlib")
@@ -32,4 +45,21 @@ def test_a_notebook_runs(path, capsys):
 
 def test_there_are_notebooks():
     assert [path.name for path in NOTEBOOKS if path.stat().st_size > 150_000] == []
-    assert "embeddings.ipynb" in [path.name for path in NOTEBOOKS]
+    assert [path.name for path in NOTEBOOKS] == list(NAMES)
+
+
+def test_notebooks_are_kept_as_they_ran_from_top_to_bottom():
+    """And say nothing of the machine they ran on."""
+    for path in NOTEBOOKS:
+        notebook = json.loads(path.read_text())
+        assert notebook["metadata"] == {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+        cells = notebook["cells"]
+        assert len({cell["id"] for cell in cells}) == len(cells)
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1)), path.name
+        kinds = {(output["output_type"], output.get("name")) for cell in code for output in cell["outputs"]}
+        assert kinds <= {("stream", "stdout"), ("display_data", None)}, path.name
+        assert all(cell["metadata"] == {} for cell in cells), path.name

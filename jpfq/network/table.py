@@ -17,7 +17,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         drawn.add_row(*row)
     out = io.StringIO()
-    Console(file=out, width=1000, markup=False, emoji=False).print(drawn)
+    # text, also where rich would show the table itself (notebooks) or colour it
+    Console(file=out, width=1000, markup=False, emoji=False, force_jupyter=False, force_terminal=False).print(drawn)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
 
 

@@ -1,5 +1,7 @@
 """Tables show every cell as it is."""
 
+import builtins
+
 from jpfq.network.table import table
 
 
@@ -13,3 +15,13 @@ def test_numbers_stand_to_the_right():
     lines = table(("name", "share"), [("a", "5.25%"), ("b", "15.00%")]).splitlines()
     assert lines[2].endswith(" 5.25%")
     assert len(lines[2]) == len(lines[3])
+
+
+def test_a_table_is_text_in_a_notebook_too(monkeypatch):
+    """Where rich would show it by itself and write nothing, or write codes for colours."""
+    rows = [("a", "1"), ("b", "2")]
+    wanted = table(("name", "count"), rows)
+    shell = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert table(("name", "count"), rows) == wanted
