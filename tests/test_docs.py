@@ -42,7 +42,12 @@ INNER = {  # public to the rest of the package, or an override of what is docume
     *("SigmaDelta.filter", "SigmaDelta.run"),
 }
 HELP = {"plot.given_or_new", "plot.Swept"}  # what jpfq.plot needs itself
-SLOW = {"budget", "fake_quant", "MalySaab"}  # programs of their own, which the README or other tests run as well
+SLOW = {
+    "budget",
+    "fake_quant",
+    "Certificate",
+    "MalySaab",
+}  # programs of their own, which the README or other tests run as well
 NEEDS = {
     "Sweep.frame": "pandas",
     "Sweep.picture": "matplotlib",

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-BRIEF = ("1_one_matrix.ipynb", "2_a_network.ipynb", "embeddings.ipynb")  # the others run with -m slow
+BRIEF = ("1_one_matrix.ipynb", "2_a_network.ipynb")  # the others run with -m slow
 NAMES = (
     *BRIEF[:2],
     "3_sweeps.ipynb",

@@ -56,7 +56,7 @@ def saved(small, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("entropy_coded", [False, True])
+@pytest.mark.parametrize("entropy_coded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_grid_comes_back_to_the_bit(tmp_path, entropy_coded):
     if entropy_coded:
         pytest.importorskip("constriction", reason="entropy coding takes constriction: pip install 'jpfq[entropy]'")

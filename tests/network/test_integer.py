@@ -38,10 +38,10 @@ def at_sites(quantized, batch, tile, overflow):
     return jax.jit(run)(quantized._functional.leaves, jax.tree.leaves(batch))
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("experts", "scanned", "mlp")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("cnn", "experts", "scanned", "mlp")]
 
 
-@pytest.mark.parametrize("name", ["cnn", "lm", *SLOW])
+@pytest.mark.parametrize("name", ["lm", *SLOW])
 def test_products_are_those_of_floats(name):
     """Strides, dilation, groups, padding, batched kernels, stacks, attention: with tiles, wrapped and saturated alike."""
     case = zoo.CASES[name]()

@@ -50,6 +50,7 @@ def assert_as_one(found, one):
     assert len(found["kept"]) == 5
 
 
+@pytest.mark.slow
 def test_eight_devices_quantize_a_model_as_one_does():
     (found,) = run(("eight", "few"))
     assert set(found["one"]["codes"]) == {"a", "b", "d", "e"}

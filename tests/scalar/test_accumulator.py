@@ -179,7 +179,7 @@ def test_the_threshold_is_that_of_the_projection(x64):
         assert (found == 0).all() == (P == 20)
 
 
-@pytest.mark.parametrize("T", [16, None])
+@pytest.mark.parametrize("T", [16, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("inputs", "P"), [((0, 255), 13), ((-128, 127), 14), ((0, 15), 8), ((0, 255), 32)])
 def test_codes_are_those_of_brevitas(x64, inputs, P, T):
     """GPFQ, OPTQ with its own feedback and with ours: natural and in descending order, the last tile not full."""

@@ -148,6 +148,7 @@ def test_a_model_of_ones_own(own, capsys):
     assert (own / "own.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_model_without_a_score_by_methods_of_ones_choice(own, capsys):
     assert main(["quantize", "own:plain", "--bits", "4", "--method", "MSQ", "OPTQ", "--scale", "absmax"]) == 0
     assert re.search(r"size +MSQ error +OPTQ error +seconds", capsys.readouterr().out)
