@@ -14,7 +14,7 @@ NAMES = (
     "4_error_decays_with_width.ipynb",
     "5_accumulators.ipynb",
     "6_from_training_code.ipynb",
-    BRIEF[2],
+    "embeddings.ipynb",
 )
 
 
