@@ -9,7 +9,7 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 BRIEF = ("1_one_matrix.ipynb", "2_a_network.ipynb")  # the others run with -m slow
 NAMES = (
-    *BRIEF[:2],
+    *BRIEF,
     "3_sweeps.ipynb",
     "4_error_decays_with_width.ipynb",
     "5_accumulators.ipynb",
