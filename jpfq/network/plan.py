@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..matrix import Natural, Recipe
+from ..scalar import Bounded
 from .batches import shapes_of
 from .compat import is_literal
 from .gather import at_once, rows_shape
@@ -51,15 +52,17 @@ class Plan:
         by_path: dict[str, list[Line]] = {}
         for line in self.lines:
             by_path.setdefault(line.path, []).append(line)
-        rows = []
+        rows, bounded = [], any(isinstance(line.recipe.rounding, Bounded) for line in self.lines)
         for path, lines in by_path.items():
             first = lines[0]
             B, n, out = first.dims
             shape = f"{n:,} x {out:,}" + (f", {B * len(lines)} times" if B * len(lines) > 1 else "")
             recipe = first.recipe
             how = (str(recipe.grid), type(recipe.scale).__name__, type(recipe.method).__name__, first.form)
-            rows.append((path, shape, f"{first.rows:,}", *how, _size(max(line.workspace for line in lines))))
-        text = [table(("kernel", "inputs x neurons", "rows", "grid", "scale", "method", "form", "workspace"), rows)]
+            how = (*how, _size(max(line.workspace for line in lines)), *((_sums(recipe.rounding),) if bounded else ()))
+            rows.append((path, shape, f"{first.rows:,}", *how))
+        head = ("kernel", "inputs x neurons", "rows", "grid", "scale", "method", "form", "workspace")
+        text = [table((*head, *(("sums",) if bounded else ())), rows)]
         if self.skipped:
             text.append(table(("left as it is", "because"), list(self.skipped.items())))
         weights = sum(math.prod(line.dims) for line in self.lines)
@@ -68,6 +71,14 @@ class Plan:
             f"Peak memory about {_size(self.memory)}; arithmetic about {self.flops:.3g} operations."
         )
         return "\n\n".join(text)
+
+
+def _sums(rounding):
+    """Which sums of integers a rounding keeps within bounds."""
+    if not isinstance(rounding, Bounded):
+        return "of any size"
+    sums = rounding.sums
+    return f"{int(sums.bits)} bits, {'all inputs' if sums.tile is None else f'tiles of {sums.tile}'}"
 
 
 def plan(

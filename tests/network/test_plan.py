@@ -25,6 +25,19 @@ def test_a_plan_says_what_quantize_does(name):
         assert path in str(plan)
 
 
+def test_a_plan_says_which_sums_are_bounded():
+    params = {"a": jax.ShapeDtypeStruct((32, 8), jnp.float32), "b": jax.ShapeDtypeStruct((8, 4), jnp.float32)}
+    x, tiled = jax.ShapeDtypeStruct((16, 32), jnp.float32), jpfq.Accumulator(16, tile=8)
+    rules = [jpfq.Rule("a", bits=4, activation_bits=8, accumulator=tiled), jpfq.Rule("b", bits=4)]
+    planned = lambda rules: str(jpfq.plan(lambda params, x: x @ params["a"] @ params["b"], x, rules, params=params))
+    first, second = [line for line in planned(rules).splitlines() if line.split()[:1] in (["a"], ["b"])]
+    assert first.endswith("16 bits, tiles of 8")
+    assert second.endswith("of any size")
+    whole = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(20))
+    assert planned(whole).count("20 bits, all inputs") == 2
+    assert "sums" not in planned(jpfq.Rule(".*", bits=4))
+
+
 def test_a_plan_refuses_what_quantize_refuses():
     case = zoo.cnn()
     with pytest.raises(ValueError, match="Did you mean 'Dense_0/kernel'"):
