@@ -40,6 +40,7 @@ import matplotlib.pyplot as plt
 GRID, INPUTS = jpfq.Integer(4, narrow=True), jpfq.Asymmetric(8)
 TILES = {"one stage": None, "T = 64": 64, "T = 128": 128}
 WIDE = 32
+LEAST = 1e-3  # of what is lost, in the picture
 PLAIN = {"scale": jpfq.MinMSE(), "order": jpfq.Descending(), "finish": None, "shrinkage": None}
 AXE = {"AXE-GPFQ": jpfq.GPFQ(), "AXE-OPTQ": jpfq.OPTQ(), "AXE-Qronos": jpfq.Qronos()}
 BASELINES = ("EP-init", "fewer bits")
@@ -176,19 +177,25 @@ def overhead(n: int, repeats: int) -> list[tuple[str, float]]:
 def draw(found: dict[str, dict], subjects: dict[str, Scored], args: argparse.Namespace) -> None:
     """Loss against P, a row for each model and a column for each tile."""
     figure, axes = plt.subplots(
-        len(found), len(args.tiles), figsize=(12, 3.4 * len(found)), squeeze=False, sharey="row"
+        len(found),
+        len(args.tiles),
+        figsize=(12, 3.4 * len(found) + 0.6),
+        squeeze=False,
+        sharey="row",
+        layout="constrained",
     )
     for row, (name, losses) in zip(axes, found.items(), strict=True):
         for ax, tile in zip(row, args.tiles, strict=True):
             for method in args.methods:
-                ax.plot(
-                    args.bits, [max(losses[method, tile, P], 1e-3) for P in args.bits], "o-", ms=3, lw=1.2, label=method
-                )
+                lost = [max(losses[method, tile, P], LEAST) for P in args.bits]
+                marks = "s--" if method in BASELINES else "o-"
+                ax.plot(range(len(args.bits)), lost, marks, ms=3, lw=1.2, label=method)
             ax.set(title=f"{name}, {tile}", xlabel="bits of the accumulator", yscale="log")
+            ax.set_xticks(range(len(args.bits)), list(map(str, args.bits)))
             ax.grid(alpha=0.3)
-        row[0].set_ylabel(f"{subjects[name].s.unit} lost")
-    axes[0, 0].legend(fontsize=7)
-    figure.tight_layout()
+        row[0].set_ylabel(f"{subjects[name].s.unit} lost; {LEAST:g} is none")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     (HERE / "results").mkdir(exist_ok=True)
     figure.savefig(HERE / "results" / "accumulators.png", dpi=110)
 
