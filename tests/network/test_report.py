@@ -430,7 +430,7 @@ def test_the_front_and_scores():
     assert [tuple(p) for p in ax.lines[0].get_xydata()] == points
     assert [tuple(p) for p in ax.lines[1].get_xydata()] == [points[0], points[2]]
     trials = [
-        Trial("m", jpfq.Integer(b), method, score, b, 1, 1, 0.1, 1.0, "")
+        Trial("m", jpfq.Integer(b), method, score, b, 1, 1, 0.1, 1.0, [], {}, "")
         for b, method, score in ((4, "GPFQ", 90.0), (2, "GPFQ", 70.0), (2, "MSQ", 50.0), (3, "MSQ", None))
     ]
     ax = jpfq.plot.scores(trials, 91.5, axes())
