@@ -13,7 +13,10 @@ import os
 import re
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = (  # on a machine of few cores devices wait for each other
+    "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600 "
+    "--xla_force_host_platform_device_count=8"
+)
 
 import jax
 import jax.numpy as jnp

@@ -11,9 +11,11 @@ import os
 import sys
 import tempfile
 
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=" + (
-    "8" if sys.argv[1] in ("eight", "sweep") else "2"
+os.environ["XLA_FLAGS"] = (  # on a machine of few cores devices wait for each other
+    "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600 "
+    f"--xla_force_host_platform_device_count={'8' if sys.argv[1] in ('eight', 'sweep') else '2'}"
 )
+os.environ["NPROC"] = "64"  # threads, so that programs in which devices wait never want for one
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +129,8 @@ def sweep():
     rule = lambda bits, c: zoo.plain(
         bits=bits, scale=jpfq.AbsMax(c), correct_bias=True, activation_bits=8, rounding=jpfq.Stochastic()
     )
-    space = jpfq.Space(rule, bits=[2, 3], c=[0.7, 0.8], seed=[0, 1])
+    points = [{"bits": bits, "c": c, "seed": seed} for bits, c, seed in ((2, 0.7, 0), (3, 0.8, 0), (3, 0.8, 1))]
+    space = jpfq.Space.listed(points, rule)  # fewer than devices of the axis
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     params, batches = given()
     on = lambda spec: lambda x: jax.device_put(x, NamedSharding(mesh, spec))
@@ -144,7 +147,7 @@ def sweep():
         square = lambda q, data=data: sum(jnp.mean(x**2) for x in q.apply(data[0]))
         found = jpfq.sweep(model, data, space, params=own, evaluate=square, progress=False, **how)
         codes = [{k: whole(t.codes).tolist() for k, t in found[i].tensors.items()} for i in range(len(found))]
-        arrays = jax.tree.leaves((found[3].params, found[3].tensors, found[3].inputs))
+        arrays = jax.tree.leaves((found[2].params, found[2].tensors, found[2].inputs))
         places = {str(x.sharding) for x in arrays if isinstance(x, jax.Array)}
         yield name, {"codes": codes, "loss": [r["loss"] for r in found.records], "places": sorted(places)}
     for name, where, how in (
@@ -188,5 +191,6 @@ def host(cases, rank, port):
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     command, *rest = sys.argv[1:]
     print(json.dumps(dict({"eight": eight, "sweep": sweep, "alone": alone, "host": host}[command](*rest))))
