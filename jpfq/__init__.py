@@ -106,6 +106,6 @@ from .scalar import Ternary as Ternary
 from .scalar import datatype_bits as datatype_bits
 from .scalar import ranges as ranges
 from .study import plot as plot
-from .study.sweep import Space as Space
+from .study.space import Space as Space
 from .study.sweep import Sweep as Sweep
 from .study.sweep import sweep as sweep

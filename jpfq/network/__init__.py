@@ -12,8 +12,8 @@ from .curvature import Coupling as Coupling
 from .fold import fold_batchnorm as fold_batchnorm
 from .plan import Plan as Plan
 from .plan import plan as plan
-from .quantize import Quantized as Quantized
 from .quantize import quantize as quantize
+from .quantized import Quantized as Quantized
 from .rules import Rule as Rule
 from .serve import Served as Served
 from .tune import Steps as Steps

@@ -15,7 +15,7 @@ from .integer import integer_sites
 from .table import table
 
 if TYPE_CHECKING:
-    from .quantize import Quantized
+    from .quantized import Quantized
 
 MAX_BITS = 63
 

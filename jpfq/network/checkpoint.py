@@ -29,7 +29,8 @@ from .disk import digest, to_disk
 from .functional import Functional
 from .linen import is_linen
 from .nnx import is_nnx
-from .quantize import Quantized, adapt
+from .quantize import adapt
+from .quantized import Quantized
 from .record import DTYPES, NOT_FINITE, column, decode, encode, uncolumn
 from .structure import describe, nested, rebuild
 

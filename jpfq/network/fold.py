@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from ..matrix.gram import at_least_float32
 from .affine import Affine, value
 from .batches import read_batches
+from .mesh import like
 from .program import trace
-from .quantize import adapt, like
+from .quantize import adapt
 from .sites import find_sites
 from .stream import Stream
 

@@ -56,6 +56,12 @@ def on_mesh_of(leaf: Any, tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(leaf.sharding.mesh, P()))
 
 
+def like(new: jax.Array, old: Any) -> Any:
+    """A new leaf placed as the old one was."""
+    placed = isinstance(old, jax.Array) and not is_traced(old)
+    return jax.device_put(new, old.sharding) if placed else new
+
+
 @dataclasses.dataclass(frozen=True)
 class LanesMesh:
     """The mesh of a sweep whose settings are split over one of its axes."""

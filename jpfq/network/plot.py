@@ -18,7 +18,7 @@ from ..scalar import Reach
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .quantize import Quantized
+    from .quantized import Quantized
 
 BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
 NEEDED = "Pictures need matplotlib: pip install 'jpfq[demo]'."

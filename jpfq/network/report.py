@@ -21,7 +21,7 @@ from .page import Cell, Markup, breakable, document, folded, section, table, tag
 from .picture import Frame, Pictures, check_matplotlib
 
 if TYPE_CHECKING:
-    from .quantize import Quantized
+    from .quantized import Quantized
 
 SHOWN = 12  # histograms to be seen at once
 DRAWN = 200  # histograms at most

@@ -21,7 +21,7 @@ from ..scalar import register_dataclass
 from .functional import flatten
 
 if TYPE_CHECKING:
-    from .quantize import Quantized
+    from .quantized import Quantized
 
 
 @register_dataclass

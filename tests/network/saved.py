@@ -8,7 +8,8 @@ import numpy as np
 
 import jpfq
 from jpfq.matrix import code_dtype
-from jpfq.network.quantize import adapt, like
+from jpfq.network.mesh import like
+from jpfq.network.quantize import adapt
 
 
 def tensor(shape, step_shape, grid, dtype=jnp.float32, seed=0, **rest):

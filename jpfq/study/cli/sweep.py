@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from ...network.mesh import context
 from ...scalar import AbsMax
 from ..compare import METHODS, Subject
-from ..sweep import FIGURES, Space, Sweep, sweep
+from ..space import FIGURES, Space
+from ..sweep import Sweep, sweep
 from .answer import NO, YES, Answer, note
 from .factory import HELP, TRACING, add_factory, check_name, subject_of
 from .keep import add_saving, check_saving, keep, kept_lines

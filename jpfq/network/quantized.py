@@ -1,0 +1,328 @@
+"""`Quantized`: what `quantize` returns, and all that one can do with it."""
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from ..matrix import Info, QTensor
+from ..scalar import Guard
+from .activation import Rounded
+from .apply import run
+from .functional import Functional, flatten
+from .integer import Integers, Overflow
+from .mesh import automatic, context, like
+from .serve import Served
+from .table import table
+from .tune import fake_quant, on_grid, tunable
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """The result of `quantize`.
+
+    params: the parameters, structure, types and sharding as given, with dequantized weights in place of the quantized.
+    variables: likewise all variables, for a Linen module. model: likewise a new model, for NNX.
+    tensors, info: by path of the quantized kernel. skipped: by path of every other kernel, the reason.
+    inputs: by path, how the inputs of a kernel are rounded, once for each use of it. biases: paths of those corrected.
+    output_error: relative error of the model's outputs on the calibration data, the largest over its output arrays.
+
+    Example:
+        >>> quantized = jpfq.quantize(model, batches, 4, variables=variables)
+        >>> logits = model.apply(quantized.variables, X)
+        >>> list(quantized.tensors), quantized.skipped
+        (['hidden/kernel', 'head/kernel'], {})
+    """
+
+    params: Any
+    tensors: dict[str, QTensor]
+    info: dict[str, Info]
+    skipped: dict[str, str]
+    inputs: dict[str, list[Rounded]]
+    biases: tuple[str, ...]
+    output_error: float
+    peak_bytes: int  # of live activations of both networks while calibrating, on the device
+    _functional: Functional  # with the quantized leaves
+    _model: Any = None
+    _variables: Any = None
+    _shapes: Any = None  # of a batch
+
+    @property
+    def model(self) -> Any:
+        """The quantized NNX model."""
+        return self._given(self._model, "model", "an NNX model")
+
+    @property
+    def variables(self) -> Any:
+        """The quantized variables of a Linen module."""
+        return self._given(self._variables, "variables", "a Linen module")
+
+    def _given(self, value, name, kind):
+        if value is None:
+            raise AttributeError(f"quantized.{name} exists after quantizing {kind}; here take quantized.params.")
+        return value
+
+    def apply(self, batch: Any) -> Any:
+        """The network's outputs with weights and activations as quantized, for a batch of the form calibrated on.
+
+        Where no activations are quantized, the model itself with the quantized parameters does the same.
+
+        Args:
+            batch: one batch, of any number of samples.
+
+        Example:
+            >>> quantized.apply(X).shape
+            (64, 8)
+        """
+        inputs, batch = jax.tree.map(automatic, (self.inputs, batch))
+        with context():
+            return self._run(self._functional.leaves, inputs, batch)
+
+    @functools.cached_property
+    def _run(self):
+        return jax.jit(functools.partial(run, dataclasses.replace(self._functional, leaves=())))
+
+    def apply_integer(self, batch: Any, *, accumulator: Guard | None = None, overflow: Overflow = "wrap") -> Any:
+        """`apply` with the products of kernels whose inputs are quantized made of integers, scales applied afterwards.
+
+        Args:
+            batch: as for `apply`.
+            accumulator: bits and tile of the signed integers that hold sums, such as `jpfq.Accumulator(16, tile=64)`, which
+                need not be what the weights were made for; left out, 32 bits over all inputs.
+            overflow: what becomes of a sum that does not fit: "wrap", or "saturate" at every sum on the way, inputs in the
+                order of the kernel.
+
+        Example:
+            >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=16))
+            >>> integer = jpfq.quantize(model, batches, rule, variables=variables)
+            >>> logits = integer.apply_integer(X, accumulator=jpfq.Accumulator(16, tile=16), overflow="saturate")
+            >>> bool(jnp.allclose(logits, integer.apply(X), atol=1e-4))
+            True
+        """
+        if accumulator is not None and not isinstance(accumulator, Guard):
+            raise ValueError(f"accumulator is such as jpfq.Accumulator(16, tile=64); got {accumulator!r}.")
+        bits, tile = (32, None) if accumulator is None else (accumulator.bits, accumulator.tile)
+        return self._integers(batch, bits, tile, overflow)
+
+    @functools.cached_property
+    def _integers(self):
+        return Integers(self._functional, self.tensors, self.inputs)
+
+    @property
+    def tunable(self) -> Any:
+        """The parameters to train with codes fixed: `params`, with a `Steps` in place of each quantized kernel."""
+        return tunable(self.params, self.tensors)
+
+    def tuned(self, params: Any) -> "Quantized":
+        """This with trained parameters, given as `fake_quant` takes them: the network that was trained, on its grids.
+
+        Kernels given as arrays go to their nearest codes. `info` stays that of the quantization, the state of the model
+        (such as BatchNorm's statistics) what it was; the error of the outputs is unknown, nan.
+
+        Args:
+            params: in the structure of `tunable` or of `params`.
+
+        Example:
+            >>> tuned = quantized.tuned(quantized.tunable)  # nothing trained in between
+            >>> bool((tuned.params["head"]["kernel"] == quantized.params["head"]["kernel"]).all())
+            True
+        """
+        tensors, functional = on_grid(params, self.tensors), self._functional
+        paths, values, _ = flatten(fake_quant(params, self.tensors))
+        wanted = {path for path, trainable in zip(functional.paths, functional.trainable, strict=True) if trainable}
+        if set(paths) != wanted:
+            raise ValueError(f"The trained parameters differ from the model's in {sorted(set(paths) ^ wanted)}.")
+        new = dict(zip(paths, values, strict=True))
+        old = zip(functional.paths, functional.leaves, functional.trainable, strict=True)
+        leaves = tuple(like(new[path], leaf) if trainable else leaf for path, leaf, trainable in old)
+        rebuilt = functional.rebuild(leaves)
+        return dataclasses.replace(
+            self,
+            params=rebuilt["params"],
+            tensors=tensors,
+            output_error=float("nan"),
+            _functional=dataclasses.replace(functional, leaves=leaves),
+            _model=rebuilt.get("model"),
+            _variables=rebuilt.get("variables"),
+        )
+
+    def serve(self) -> Served:
+        """The network with its kernels packed in memory, for inference: a function of a batch.
+
+        It holds nothing of this result's dequantized weights, so these can be let go. Outputs are those of `apply`.
+
+        Example:
+            >>> served = quantized.serve()
+            >>> logits = served(X)
+        """
+        return Served.of(self._functional, self.tensors, self.inputs)
+
+    def save(self, folder: str | os.PathLike, *, entropy_coded: bool = False, overwrite: bool = False) -> int:
+        """Writes all of this result, but the model's own code, into a folder that `jpfq.load` reads.
+
+        Codes are packed at their storage bits, five ternary ones to a byte; everything else is kept as it is. The folder
+        appears whole or not at all, whatever happens meanwhile.
+
+        Args:
+            folder: a new folder, or one of a saved result if `overwrite` says so.
+            entropy_coded: whether to code the codes near their entropy where that is shorter. Takes the package
+                constriction: pip install 'jpfq[entropy]'.
+            overwrite: whether to replace a saved result. Until the new one is whole, the old one stays.
+
+        Returns:
+            The bytes on disk.
+
+        Example:
+            >>> size = quantized.save("model-w4")
+            >>> again = jpfq.load("model-w4", model)
+        """
+        from .checkpoint import save  # which knows this class
+
+        return save(self, folder, entropy_coded=entropy_coded, overwrite=overwrite)
+
+    def report(
+        self,
+        path: str | os.PathLike,
+        *,
+        params: Any = None,
+        sweep: Any = None,
+        title: str | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Writes a page of HTML to look at: figures, errors along the depth, bits, sizes, histograms, reasons.
+
+        The file needs nothing besides itself, works by day and night, on paper and on a phone. It appears whole or not at
+        all. Takes the package matplotlib: pip install 'jpfq[demo]'.
+
+        Args:
+            path: an .html file.
+            params: the float parameters in the structure of `quantized.params`, to show their weights beside the codes.
+            sweep: what `jpfq.sweep` returned, to show its settings and their front too.
+            title: of the page.
+            overwrite: whether to replace a file.
+
+        Returns:
+            The file.
+
+        Raises:
+            ValueError: the file cannot be written there, or the parameters are those of another network.
+
+        Example:
+            >>> page = quantized.report("report.html", params=variables["params"], title="ResNet20, 4 bits")
+        """
+        from .report import report  # which knows this class
+
+        return report(self, path, params=params, sweep=sweep, title=title, overwrite=overwrite)
+
+    def to_qwix(self, batch: Any, model: Any = None, kwargs: dict | None = None) -> Any:
+        """The network for the runtime of qwix, with integer kernels: for serving where that is in use.
+
+        Takes the package qwix. It holds kernels of up to 8 bits with a sign, and convolutions where inputs are quantized to
+        4 or 8 bits like their weights. Outputs are those of `apply` up to the rounding of sums.
+
+        Args:
+            batch: an input, of the form calibrated on.
+            model: the Linen module; for NNX the model is known.
+            kwargs: arguments of the model that are no data, as for `quantize`.
+
+        Returns:
+            For NNX a model; for Linen (module, variables), to be run by `module.apply(variables, batch)`.
+
+        Raises:
+            ValueError: kernels that qwix cannot hold, all of them listed with the reason.
+
+        Example:
+            >>> module, held = quantized.to_qwix(X, model)
+            >>> bool(jnp.allclose(module.apply(held, X), quantized.apply(X), atol=1e-5))
+            True
+        """
+        from .qwix import to_qwix
+
+        return to_qwix(self, batch, model, kwargs)
+
+    def export(self, kind: Literal["compressed-tensors"], folder: str | os.PathLike, **options: Any) -> dict[str, str]:
+        """Writes the result in a format of others. "compressed-tensors" is what vLLM loads: see `jpfq.network.export`.
+
+        Args:
+            kind: "compressed-tensors".
+            folder: a new folder.
+            **options: of that format.
+
+        Returns:
+            By path, the reason for each quantized kernel that the format cannot hold and that is written dequantized.
+
+        Example:
+            >>> quantized.export("compressed-tensors", "model-vllm")  # nothing is left out
+            {}
+        """
+        from .export import FORMATS
+
+        check_choice("kind", kind, tuple(FORMATS))
+        return FORMATS[kind](self, folder, **options)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the quantized kernels, packed."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean packed bits of the quantized weights, steps included."""
+        return 8 * self.nbytes / max(1, sum(tensor.codes.size for tensor in self.tensors.values()))
+
+    def summary(self) -> str:
+        """A table of all kernels: what became of each, and at what error.
+
+        Example:
+            >>> print(quantized.summary())
+            kernel ...
+            hidden/kernel ...
+            2 kernels quantized to 5.00 bits per weight ...
+        """
+        rows = []
+        for path, tensor in self.tensors.items():
+            info = self.info[path]
+            figures = (info.relative_error, info.saturation, info.sparsity)
+            shares = [f"{float(x):.2%}" for x in figures]
+            shape = "x".join(map(str, tensor.shape))
+            bits = (f"{tensor.bits_per_weight:.2f}", f"{float(info.entropy):.2f}")
+            rows.append((path, shape, str(tensor.grid), *bits, *shares, str(int(info.dead))))
+        head = ("kernel", "shape", "grid", "bits", "entropy", "error", "saturated", "zeros", "dead inputs")
+        lines = [table(head, rows)]
+        if any(info.reach is not None for info in self.info.values()):
+            lines.append(self._accumulators())
+        if self.skipped:
+            lines.append(table(("left as it is", "because"), list(self.skipped.items())))
+        if self.inputs or self.biases:
+            lines.append(
+                f"Inputs of {len(self.inputs)} kernels are rounded while the network runs; {len(self.biases)} biases took "
+                "the mean error of their layer."
+            )
+        error = "unknown since training" if self.output_error != self.output_error else f"{self.output_error:.2%}"
+        lines.append(
+            f"{len(self.tensors)} kernels quantized to {self.bits_per_weight:.2f} bits per weight ({self.nbytes:,} bytes); "
+            f"{len(self.skipped)} left as they are. Relative error of the outputs: {error}. "
+            f"Peak of live activations: {self.peak_bytes:,} bytes."
+        )
+        return "\n\n".join(lines)
+
+    def _accumulators(self):
+        """A table of the kernels whose sums are bounded: asked for, needed, and what their types alone would need."""
+        rows = []
+        for path, info in self.info.items():
+            if info.reach is not None:
+                reach, tensor, (B, _, out, _) = info.reach, self.tensors[path], info.reach.ends.shape
+                n = tensor.codes.size // (B * out)
+                widths = (int(reach.sums.bits), reach.sums.size(n), reach.bits, reach.types_bits(tensor.grid, n))
+                widths = (*widths, reach.outer_bits)
+                rows.append((path, *map(str, widths), f"{int(info.reach.ends.max()):,}"))
+        return table(("sums of", "bits", "tile", "needed", "of any codes", "outer bits", "largest sum"), rows)
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    """Raises for a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {' or '.join(map(repr, choices))}; got {value!r}.")
