@@ -26,7 +26,7 @@ from ..matrix import Info
 from . import leaves as one
 from .activation import Rounded
 from .disk import digest, to_disk
-from .functional import Functional
+from .functional import Functional, numbered
 from .linen import is_linen
 from .nnx import is_nnx
 from .quantize import adapt
@@ -189,14 +189,10 @@ def arrays_name(document: dict) -> str:
 
 def names(paths: Sequence[str]) -> list[str]:
     """A name for the arrays of each leaf: its path, numbered where two leaves have one path."""
-    seen: dict[str, int] = {}
-    found = []
     for path in paths:
         if ".." in path.split("/") or path.startswith(("/", "__metadata__")) or "\0" in path or "\\" in path:
             raise ValueError(f"A parameter cannot be saved or loaded under the name {path[:80]!r}.")
-        number = seen[path] = seen.get(path, 0) + 1
-        found.append(path if number == 1 else f"{path}#{number}")
-    return found
+    return numbered(paths)
 
 
 def _document(quantized, entropy_coded):

@@ -51,6 +51,16 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[tu
     return tuple("/".join(n for n in name if n) for name in names), tuple(leaf for _, leaf in flat), structure
 
 
+def numbered(paths: Sequence[str]) -> list[str]:
+    """A name for each leaf: its path, with a number where another before it has the same."""
+    seen: dict[str, int] = {}
+    found = []
+    for path in paths:
+        number = seen[path] = seen.get(path, 0) + 1
+        found.append(path if number == 1 else f"{path}#{number}")
+    return found
+
+
 def call(f: Callable, batch: Any, kwargs: dict) -> Any:
     """Calls `f` on a batch: a dict holds keyword arguments, a tuple or list positional ones, anything else is the input."""
     named = batch if isinstance(batch, dict) else {}

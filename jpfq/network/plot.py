@@ -13,12 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..matrix import Info, QTensor
-from ..scalar import Reach
+from .quantized import Quantized, any_codes_bits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from .quantized import Quantized
 
 BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
 NEEDED = "Pictures need matplotlib: pip install 'jpfq[demo]'."
@@ -39,7 +37,7 @@ class Swept(Protocol):
     def front(self) -> Sequence[int]: ...
 
 
-def errors(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
+def errors(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     """Relative errors of the kernels' outputs on the calibration data, in per cent.
 
     Beside them their floors: what would be left on an infinitely fine grid, because the inputs come from kernels that are
@@ -60,7 +58,7 @@ def errors(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
     return _finish(ax, "relative error, %", len(found))
 
 
-def bits(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
+def bits(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     """Bits per weight of the kernels as they are stored, steps included, and the entropy of their codes.
 
     Args:
@@ -77,7 +75,7 @@ def bits(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
     return _finish(ax, "bits per weight", len(stored))
 
 
-def sizes(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
+def sizes(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     """Sizes of the kernels, packed, beside those before; in kB, or in MB where one has more.
 
     Args:
@@ -96,7 +94,7 @@ def sizes(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
     return _finish(ax, unit, len(tensors))
 
 
-def saturation(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
+def saturation(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     """Shares of each kernel's weights that wanted to go more than half a step beyond the grid, in per cent.
 
     Args:
@@ -112,7 +110,7 @@ def saturation(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
     return _finish(ax, "saturated, %", len(shares))
 
 
-def accumulators(quantized: "Quantized", ax: "Axes | None" = None) -> "Axes":
+def accumulators(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     """Bits of the accumulators of the kernels whose sums are bounded: asked for, needed, and what any codes might need.
 
     Args:
@@ -215,13 +213,6 @@ def front(sweep: Swept, ax: "Axes | None" = None) -> "Axes":
 def float_bytes(tensor: QTensor) -> int:
     """Bytes of the kernel that a tensor stands for, in its own type."""
     return tensor.codes.size * np.dtype(tensor.dtype).itemsize
-
-
-def any_codes_bits(tensor: QTensor, reach: Reach) -> tuple[int, int]:
-    """Inputs in a tile of a kernel's sums, and the width that they take of any codes on its grid."""
-    B, _, out, _ = reach.ends.shape
-    n = tensor.codes.size // (B * out)
-    return reach.sums.size(n), reach.types_bits(tensor.grid, n)
 
 
 ABOVE: dict[str, Any] = {

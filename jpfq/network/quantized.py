@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 
 from ..matrix import Info, QTensor
-from ..scalar import Guard
+from ..scalar import Guard, Reach
 from .activation import Rounded
 from .apply import run
 from .functional import Functional, flatten
@@ -313,13 +313,18 @@ class Quantized:
         """A table of the kernels whose sums are bounded: asked for, needed, and what their types alone would need."""
         rows = []
         for path, info in self.info.items():
-            if info.reach is not None:
-                reach, tensor, (B, _, out, _) = info.reach, self.tensors[path], info.reach.ends.shape
-                n = tensor.codes.size // (B * out)
-                widths = (int(reach.sums.bits), reach.sums.size(n), reach.bits, reach.types_bits(tensor.grid, n))
-                widths = (*widths, reach.outer_bits)
-                rows.append((path, *map(str, widths), f"{int(info.reach.ends.max()):,}"))
+            if (reach := info.reach) is not None:
+                tile, most = any_codes_bits(self.tensors[path], reach)
+                widths = (int(reach.sums.bits), tile, reach.bits, most, reach.outer_bits)
+                rows.append((path, *map(str, widths), f"{int(reach.ends.max()):,}"))
         return table(("sums of", "bits", "tile", "needed", "of any codes", "outer bits", "largest sum"), rows)
+
+
+def any_codes_bits(tensor: QTensor, reach: Reach) -> tuple[int, int]:
+    """Inputs in a tile of a kernel's sums, and the width that they take of any codes on its grid."""
+    B, _, out, _ = reach.ends.shape
+    n = tensor.codes.size // (B * out)
+    return reach.sums.size(n), reach.types_bits(tensor.grid, n)
 
 
 def check_choice(name: str, value: Any, choices: tuple) -> None:

@@ -9,7 +9,7 @@ import os
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,9 +19,7 @@ from .activation import Rounded
 from .functional import flatten
 from .page import Cell, Markup, breakable, document, folded, section, table, tag
 from .picture import Frame, Pictures, check_matplotlib
-
-if TYPE_CHECKING:
-    from .quantized import Quantized
+from .quantized import Quantized, any_codes_bits
 
 SHOWN = 12  # histograms to be seen at once
 DRAWN = 200  # histograms at most
@@ -30,7 +28,7 @@ SMALL = Frame(180, 108, left=28, right=6, bottom=18, top=6)
 
 
 def report(
-    quantized: "Quantized",
+    quantized: Quantized,
     path: str | os.PathLike,
     *,
     params: Any = None,
@@ -58,7 +56,7 @@ def report(
     return path.absolute()
 
 
-def html(quantized: "Quantized", weights: dict[str, Any], sweep: plot.Swept | None, title: str) -> str:
+def html(quantized: Quantized, weights: dict[str, Any], sweep: plot.Swept | None, title: str) -> str:
     """The page as text. `weights` are those before quantization, by path, where they are known."""
     draw = Pictures()
     parts = [tag("h1", title), _lead(quantized), _cards(quantized)]
@@ -184,7 +182,7 @@ def _accumulators(quantized, draw):
     rows = []
     for number, (path, tensor) in enumerate(quantized.tensors.items(), 1):
         if (reach := quantized.info[path].reach) is not None:
-            tile, most = plot.any_codes_bits(tensor, reach)
+            tile, most = any_codes_bits(tensor, reach)
             figures = (reach.sums.bits, tile, reach.bits, most, reach.outer_bits, reach.ends.max())
             rows.append([Cell(number, number), breakable(path), *map(_count, figures)])
     head = ("#", "sums of", "bits", "tile", "needed", "of any codes", "outer bits", "largest sum")

@@ -33,7 +33,7 @@ from .activation import Rounded
 from .batches import Shaped
 from .disk import digest, to_disk
 from .fingerprint import checksum, differences, setting, shape_of, steady, versions
-from .functional import Functional
+from .functional import Functional, numbered
 from .hosts import spans_hosts
 from .program import Program, form
 from .record import decode, encode
@@ -43,6 +43,7 @@ from .walk import Solved
 FORMAT = 1
 MANIFEST = "run.json"
 SITE = re.compile(r"site-(\d{4,})-(\d{3,})-([0-9a-f]{16})\.safetensors")
+HALF = re.compile(r"jpfq-\w+\.tmp")  # a file that is being written
 TERMINATED = 128 + 15  # the exit status of what SIGTERM ended
 
 
@@ -57,7 +58,7 @@ def fingerprint(
     """What the codes depend on, in terms of JSON; of arrays a checksum each."""
     array = lambda x: [*shape_of(x), checksum(x)]
     leaves = [x for group in shaped for x in jax.tree.leaves((group.leaves, group.weights))]
-    named = zip(_unique(functional.paths), functional.leaves, strict=True)
+    named = zip(numbered(functional.paths), functional.leaves, strict=True)
     return {
         "versions": versions(),
         "where it is computed": {
@@ -77,11 +78,6 @@ def fingerprint(
     }
 
 
-def _unique(paths):
-    """Paths, numbered where they are not the only ones of their name."""
-    return [path if paths.count(path) == 1 else f"{path}#{number}" for number, path in enumerate(paths)]
-
-
 class Kept:
     """The sites of a run in a folder."""
 
@@ -98,7 +94,7 @@ class Kept:
         if self.folder.is_file() or not parent.is_dir():
             raise ValueError(f"checkpoint is a folder, new or of a run, in one that exists; got {folder}.")
         files = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        for file in [file for file in files if file.suffix == ".tmp"]:  # what a killed process has left
+        for file in [file for file in files if HALF.fullmatch(file.name)]:  # what a killed process of ours has left
             file.unlink()
             files.remove(file)
         if self.folder / MANIFEST in files:
@@ -176,7 +172,7 @@ class Kept:
         self.leave()
 
     def _write(self, name, content):
-        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="jpfq-", suffix=".tmp", delete=False) as file:
             file.write(content)
         to_disk(file.name)
         os.replace(file.name, self.folder / name)

@@ -97,7 +97,7 @@ def interrupt():
 def test_a_run_goes_on_and_solves_only_what_is_missing(count, expected, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         stopped_after(count, interrupt, monkeypatch, tmp_path / "run")
-    (tmp_path / "run" / "half.tmp").write_bytes(b"of a killed process")
+    (tmp_path / "run" / "jpfq-half.tmp").write_bytes(b"of a killed process")
     solved, solve = [], walk_module._solved
     monkeypatch.setattr(walk_module, "_solved", lambda *args: solved.append(1) or solve(*args))
     assert_same(run(tmp_path / "run"), expected)
@@ -179,7 +179,8 @@ def test_nothing_else_goes_on_with_a_run(tmp_path, monkeypatch):
 
 def test_what_is_no_run_or_damaged_is_refused(expected, tmp_path):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "notes.tmp"):
+        (tmp_path / "mine" / name).write_text("mine")
     for folder, message in (
         (tmp_path / "mine", "holds something else than a run"),
         (tmp_path / "mine" / "notes.txt", "is a folder, new or of a run"),
@@ -187,6 +188,10 @@ def test_what_is_no_run_or_damaged_is_refused(expected, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run(folder)
+    assert {file.name: file.read_text() for file in (tmp_path / "mine").iterdir()} == {
+        "notes.txt": "mine",
+        "notes.tmp": "mine",
+    }
     folder = tmp_path / "run"
     run(folder)
     file = next(folder.glob("site-0002-000-*"))

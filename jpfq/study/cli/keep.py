@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...network.checkpoint import MANIFEST
+from ...network.picture import check_matplotlib
 from ..compare import Subject
 from ..sweep import Sweep
 from .settings import nearest
@@ -28,13 +29,13 @@ def check_file(path: Path, what: str, suffixes: Sequence[str], overwrite: bool =
 def check_picture(path: Path) -> None:
     """Likewise for a picture."""
     check_file(path, "picture", PICTURES)
-    _check_matplotlib("Pictures")
+    check_matplotlib()
 
 
 def check_page(path: Path, overwrite: bool) -> None:
     """Likewise for a report."""
     check_file(path, "report", (".html",), overwrite)
-    _check_matplotlib("Reports")
+    check_matplotlib()
 
 
 def check_result(folder: Path) -> None:
@@ -94,8 +95,3 @@ def kept_lines(kept: dict[str, Any]) -> list[str]:
     """The same as text."""
     lines = [f"Saved: {kept['saved']['folder']} ({kept['saved']['bytes']:,} bytes)"] if "saved" in kept else []
     return lines + [f"{name.capitalize()}: {kept[name]}" for name in ("report", "picture") if name in kept]
-
-
-def _check_matplotlib(what):
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"{what} need matplotlib: pip install 'jpfq[demo]'.")
