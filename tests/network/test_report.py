@@ -126,12 +126,6 @@ def written(quantized, tmp_path_factory):
     return path.read_text(encoding="utf-8")
 
 
-@pytest.fixture(autouse=True)
-def _closed():
-    yield
-    plt.close("all")
-
-
 def test_the_page_is_whole_and_asks_for_nothing(written):
     page = Page(written)
     assert written.startswith("<!doctype html>")
