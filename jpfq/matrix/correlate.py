@@ -3,8 +3,9 @@
 A patch is the input at p + d - lo for every offset d of the window. The entry of two offsets d and d' is a sum over
 positions q = p + d - lo of x(q) x(q + d' - d): it depends on the offsets only by their difference, and by which positions q
 lie at an output for d. So one product of the input with its copies at all differences serves every pair of offsets; a kernel
-of 3 x 3 has 25 differences for its 81 pairs, 13 where the product is symmetric. Positions near an edge are summed apart, one
-region for each, because not every offset sees them.
+of 3 x 3 has 25 differences for its 81 pairs, of which 13 tell the others. Positions near an edge are summed apart, one region
+for each, because not every offset sees them. Where the two networks differ, Xq and X - Xq are channels of one input: H, C and
+drift are blocks of one symmetric matrix.
 """
 
 import dataclasses
@@ -43,14 +44,15 @@ def correlates(layout: Layout, shape: tuple[int, ...]) -> bool:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Correlations:
-    """Sums over rows, as of `Gram`, by region of the image and difference of offsets; c are channels of one group."""
+    """Sums over rows, as of `Gram`, by region of the image and difference of offsets.
 
-    H: jax.Array  # (B, regions, c, differences that are not below 0, c)
-    C: jax.Array | None  # (B, regions, c, differences, c)
-    drift: jax.Array | None
-    sum_X: jax.Array  # (B, regions, c)
-    sum_Xq: jax.Array
+    k are the channels of one group: c of Xq, then, where the networks differ, c of X - Xq.
+    """
+
+    products: jax.Array  # (B, regions, k, differences that are not below 0, k)
+    sums: jax.Array  # (B, regions, k)
     count: jax.Array  # ()
+    networks: int = dataclasses.field(metadata=_static)  # 2 where they differ
     window: tuple[int, ...] = dataclasses.field(metadata=_static)
     padding: Padding = dataclasses.field(metadata=_static)
 
@@ -58,21 +60,15 @@ class Correlations:
     def of(cls, layout: ConvLayout, x: jax.Array, xq: jax.Array | None = None) -> Self:
         """Those of one batch."""
         window, padding = layout.window, layout.padding
-        X, Xq = (None if v is None else _grouped(layout, at_least_float32(v)) for v in (x, xq))
-        assert X is not None
-        quantized = X if Xq is None else Xq
+        X = Z = _grouped(layout, at_least_float32(x))
+        if xq is not None:
+            Xq = _grouped(layout, at_least_float32(xq))
+            Z = jnp.concatenate([Xq, X - Xq], -1)
         samples, space = X.shape[1], X.shape[2:-1]
         rows = math.prod(n + low + high - k + 1 for n, (low, high), k in zip(space, padding, window, strict=True))
-        ahead, around = _differences(window, ahead=True), _differences(window)
-
-        def one(X, D, Xq):
-            parts = lambda x, y, differences: _correlate(x, y, differences, window, padding)
-            H = parts(Xq, Xq, ahead)
-            sums = [_region_sums(x, window, padding) for x in (X, Xq)]
-            return (H, None, None, *sums) if D is None else (H, parts(Xq, D, around), parts(D, D, ahead), *sums)
-
-        H, C, drift, sum_X, sum_Xq = each(one, X, None if Xq is None else X - Xq, quantized)
-        return cls(H, C, drift, sum_X, sum_Xq, jnp.asarray(samples * rows, X.dtype), window, padding)
+        products, sums = each(lambda z: _correlate(z, window, padding), Z)
+        networks = 1 if xq is None else 2
+        return cls(products, sums, jnp.asarray(samples * rows, X.dtype), networks, window, padding)
 
     def merge(self, other: Self) -> Self:
         """Those of both sets of rows."""
@@ -80,18 +76,40 @@ class Correlations:
 
     def gram(self) -> Gram:
         """The Gram of the patches, with a leading axis of matrices."""
-        seen = jnp.asarray(_seen(self.window, self.padding), self.H.dtype)  # (offsets, regions)
-        spread = lambda sums: jnp.einsum("dr,brc->bdc", seen, sums, precision="highest").reshape(sums.shape[0], -1)
-        square: Any = lambda M: None if M is None else _square(seen, M, self.window)
-        whole = None if self.C is None else _whole(seen, self.C, self.window)
-        count = jnp.broadcast_to(self.count, self.H.shape[:1])
-        return Gram(square(self.H), whole, square(self.drift), spread(self.sum_X), spread(self.sum_Xq), count)
+        seen = jnp.asarray(_seen(self.window, self.padding), self.sums.dtype)  # (offsets, regions)
+        sums = jnp.einsum("dr,brk->bdk", seen, self.sums, precision="highest")
+        count = jnp.broadcast_to(self.count, sums.shape[:1])
+        c = sums.shape[-1] // self.networks
+        quantized, less = slice(0, c), slice(c, None)
+        block = lambda left, right: self._block(seen, left, right)
+        sum_q = sums[..., quantized]
+        flat = lambda sums: sums.reshape(len(sums), -1)
+        if self.networks == 1:
+            return Gram(block(quantized, quantized), None, None, flat(sum_q), flat(sum_q), count)
+        H, C, drift = block(quantized, quantized), block(quantized, less), block(less, less)
+        return Gram(H, C, drift, flat(sum_q + sums[..., less]), flat(sum_q), count)
+
+    def _block(self, seen, left, right):
+        """The matrices (B, in, in) of two runs of channels."""
+        ahead = {d: i for i, d in enumerate(_differences(self.window))}
+        offsets = list(itertools.product(*map(range, self.window)))
+        pairs = np.array([[ahead.get(tuple(np.subtract(b, a)), -1) for b in offsets] for a in offsets])
+
+        def by_offsets(first, second):  # (B, d, d', first, second), right for d' not before d
+            products = self.products[:, :, first, :, second]
+            # (B, offsets, differences, ..): what each offset sees of the regions
+            sums = jnp.einsum("dr,brcsk->bdsck", seen, products, precision="highest")
+            return sums[:, np.arange(len(offsets))[:, None], pairs]
+
+        below = by_offsets(right, left).transpose(0, 2, 1, 4, 3)
+        blocks = jnp.where((pairs >= 0)[:, :, None, None], by_offsets(left, right), below)
+        B, count, _, c, k = blocks.shape
+        return blocks.transpose(0, 1, 3, 2, 4).reshape(B, count * c, count * k)
 
 
 def copies(layout: ConvLayout, networks: int) -> int:
     """How many copies of the input are made on the way."""
-    around = len(_differences(layout.window))
-    return around // 2 + 1 + (networks - 1) * around
+    return networks * len(_differences(layout.window))
 
 
 def _grouped(layout, x):
@@ -126,64 +144,27 @@ def _seen(window, padding):
     return seen
 
 
-def _differences(window, ahead=False):
-    """All differences of two offsets, in order; those not below 0 if `ahead`."""
+def _differences(window):
+    """The differences of two offsets that are not below 0, in order: 0 and half of the others."""
     found = list(itertools.product(*(range(1 - k, k) for k in window)))
-    return found[len(found) // 2 :] if ahead else found
+    return found[len(found) // 2 :]
 
 
-def _correlate(x, y, differences, window, padding):
-    """(regions, c, differences, c): sums over the samples and positions q of x(q) y(q + difference)."""
-    space, c = x.shape[1:-1], x.shape[-1]
-    y = jnp.pad(y, [(0, 0), *((k - 1, k - 1) for k in window), (0, 0)])
-    parts = []
-    for region in itertools.product(*(_runs(n, k, pad) for n, k, pad in zip(space, window, padding, strict=True))):
-        sizes = [size for _, size in region]
-        at = lambda z, shift: lax.slice(
-            z, (0, *shift, 0), (z.shape[0], *(s + n for s, n in zip(shift, sizes, strict=True)), c)
-        )
-        own = at(x, [first for first, _ in region]).reshape(-1, c)
-        shifts = [[f + s + k - 1 for (f, _), s, k in zip(region, d, window, strict=True)] for d in differences]
-        copies = jnp.stack([at(y, shift) for shift in shifts], -2).reshape(own.shape[0], -1)
-        parts.append(jnp.matmul(own.T, copies, precision="highest").reshape(c, len(differences), c))
-    return jnp.stack(parts)
+def _correlate(z, window, padding):
+    """Sums over the samples and the positions q of each region.
 
-
-def _region_sums(x, window, padding):
-    """(regions, c)"""
-    space = x.shape[1:-1]
-    parts = []
-    for region in itertools.product(*(_runs(n, k, pad) for n, k, pad in zip(space, window, padding, strict=True))):
-        cut = x[(slice(None), *(slice(first, first + size) for first, size in region))]
-        parts.append(cut.sum(range(x.ndim - 1)))
-    return jnp.stack(parts)
-
-
-def _whole(seen, M, window):
-    """The matrices (B, in, in) of correlations with all differences."""
-    place = {d: i for i, d in enumerate(_differences(window))}
-    offsets = list(itertools.product(*map(range, window)))
-    between = np.array([[place[tuple(np.subtract(b, a))] for b in offsets] for a in offsets])
-    return _laid(_by_offset(seen, M)[:, np.arange(len(offsets))[:, None], between])
-
-
-def _square(seen, M, window):
-    """The symmetric matrices (B, in, in) of correlations with differences that are not below 0."""
-    ahead = {d: i for i, d in enumerate(_differences(window, ahead=True))}
-    offsets = list(itertools.product(*map(range, window)))
-    count = len(offsets)
-    between = np.array([[ahead.get(tuple(np.subtract(b, a)), 0) for b in offsets] for a in offsets])
-    blocks = _by_offset(seen, M)[:, np.arange(count)[:, None], between]  # (B, d, d', c, c), right for d' not before d
-    upper = np.triu(np.ones((count, count), bool))[:, :, None, None]
-    return _laid(jnp.where(upper, blocks, blocks.transpose(0, 2, 1, 4, 3)))
-
-
-def _by_offset(seen, M):
-    """(B, offsets, differences, c, c): what each offset sees of the regions."""
-    return jnp.einsum("dr,brcsk->bdsck", seen, M, precision="highest")
-
-
-def _laid(blocks):
-    """(B, d, d', c, c) as matrices over (offset, channel)."""
-    B, count, _, c, _ = blocks.shape
-    return blocks.transpose(0, 1, 3, 2, 4).reshape(B, count * c, count * c)
+    z(q) z(q + difference), (regions, k, differences, k), and z(q), (regions, k), for z (sample, *space, k).
+    """
+    space, k = z.shape[1:-1], z.shape[-1]
+    differences = _differences(window)
+    around = jnp.pad(z, [(0, 0), *((n - 1, n - 1) for n in window), (0, 0)])
+    products, sums = [], []
+    for region in itertools.product(*(_runs(n, size, pad) for n, size, pad in zip(space, window, padding, strict=True))):
+        first, sizes = zip(*region, strict=True)
+        at = lambda x, start: lax.slice(x, (0, *start, 0), (len(x), *np.add(start, sizes), k))
+        own = at(z, first).reshape(-1, k)
+        shifted = [at(around, np.add(first, d) + np.subtract(window, 1)) for d in differences]
+        copies = jnp.stack(shifted, -2).reshape(len(own), -1)
+        products.append(jnp.matmul(own.T, copies, precision="highest").reshape(k, len(differences), k))
+        sums.append(own.sum(0))
+    return jnp.stack(products), jnp.stack(sums)

@@ -208,12 +208,18 @@ def _slice(x, first, size, axis) -> Any:
 
 
 def _in_parts(part, total, size):
-    """The sum of the Grams, or correlations, of runs of `size`, one after the other."""
+    """The sum of the Grams, or correlations, of runs of at most `size`, one after the other; where it can be, of one size.
+
+    A part is compiled once then: it may be a large program.
+    """
     if size >= total:
         return part(0, total)
-    whole = total // size
-    gram, _ = lax.scan(lambda gram, i: (gram.merge(part(i * size, size)), None), part(0, size), jnp.arange(1, whole))
-    return gram.merge(part(whole * size, total - whole * size)) if total % size else gram
+    least = -(-total // size)
+    even = next((count for count in range(least, 2 * least) if total % count == 0), None)
+    count, size = (total // size, size) if even is None else (even, total // even)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: part(0, size)))
+    gram, _ = lax.scan(lambda gram, i: (gram.merge(part(i * size, size)), None), zero, jnp.arange(count))
+    return gram.merge(part(count * size, total - count * size)) if count * size < total else gram
 
 
 @functools.partial(jax.jit, donate_argnums=0)  # the sum goes where the sum so far was
