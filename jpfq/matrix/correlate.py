@@ -2,16 +2,16 @@
 
 A patch is the input at p + d - lo for every offset d of the window. The entry of two offsets d and d' is a sum over
 positions q = p + d - lo of x(q) x(q + d' - d): it depends on the offsets only by their difference, and by which positions q
-lie at an output for d. So one product of the input with its copies at all differences serves every pair of offsets; a kernel
-of 3 x 3 has 25 differences for its 81 pairs, of which 13 tell the others. Positions near an edge are summed apart, one region
-for each, because not every offset sees them. Where the two networks differ, Xq and X - Xq are channels of one input: H, C and
-drift are blocks of one symmetric matrix.
+lie at an output for d. So one product of the input with its copies at all differences serves every pair of offsets; a
+kernel of 3 x 3 has 25 differences for its 81 pairs, of which 13 tell the others. Positions near an edge are summed apart,
+one region for each, because not every offset sees them. Where the two networks differ, Xq and X - Xq are channels of one
+input: H, C and drift are blocks of one symmetric matrix.
 """
 
 import dataclasses
 import itertools
 import math
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -159,7 +159,9 @@ def _correlate(z, window, padding):
     differences = _differences(window)
     around = jnp.pad(z, [(0, 0), *((n - 1, n - 1) for n in window), (0, 0)])
     products, sums = [], []
-    for region in itertools.product(*(_runs(n, size, pad) for n, size, pad in zip(space, window, padding, strict=True))):
+    for region in itertools.product(
+        *(_runs(n, size, pad) for n, size, pad in zip(space, window, padding, strict=True))
+    ):
         first, sizes = zip(*region, strict=True)
         at = lambda x, start: lax.slice(x, (0, *start, 0), (len(x), *np.add(start, sizes), k))
         own = at(z, first).reshape(-1, k)

@@ -261,6 +261,16 @@ def is_traced(x) -> bool:
     return isinstance(x, Tracer)
 
 
+def is_finite(x) -> bool:
+    """Whether no entry is infinite or NaN."""
+    return bool(_all_finite(x))
+
+
+@jax.jit
+def _all_finite(x):
+    return jnp.isfinite(x).all()
+
+
 def inner(X, Y):
     """X^T Y over all row axes, without merging them (a sharded axis must not be reshaped)."""
     rows = tuple(range(X.ndim - 1))

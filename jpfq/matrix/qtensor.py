@@ -73,11 +73,7 @@ class QTensor:
             >>> bool((kernel == quantized.params["head"]["kernel"]).all())
             True
         """
-        kernel = self.levels.decode(self.codes.astype(self.step.dtype))
-        if self.rotated is not None:
-            rotation, layout = self.rotated
-            kernel = layout.operand(jax.vmap(rotation.back)(layout.matrices(kernel)))
-        return kernel.astype(self.dtype)
+        return _dequantize(self)
 
     def rounded(self, kernel: jax.Array) -> "QTensor":
         """Another kernel of this shape at the nearest of the same levels. Undoes `dequantize` where no step is 0.
@@ -151,6 +147,15 @@ class Info:
         means = ("saturation", "sparsity", "entropy")
         fields = {f.name: getattr(stacked, f.name) for f in dataclasses.fields(cls) if f.name != "reach"}
         return cls(**{name: x.mean() if name in means else x.sum() for name, x in fields.items()}, reach=reach)
+
+
+@jax.jit
+def _dequantize(tensor):
+    kernel = tensor.levels.decode(tensor.codes.astype(tensor.step.dtype))
+    if tensor.rotated is not None:
+        rotation, layout = tensor.rotated
+        kernel = layout.operand(jax.vmap(rotation.back)(layout.matrices(kernel)))
+    return kernel.astype(tensor.dtype)
 
 
 def code_dtype(grid: Grid) -> np.dtype:

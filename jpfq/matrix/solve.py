@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..scalar import Grid
-from .gram import Gram, Rows, at_least_float32, is_traced
+from .gram import Gram, Rows, at_least_float32, is_finite, is_traced
 from .layout import DotLayout
 from .qtensor import Info, QTensor, code_dtype
 from .recipe import Recipe, recipe_of
@@ -69,7 +69,7 @@ def raise_on(info: Info, recipe: Recipe, name: str, data: Gram | Rows) -> None:
     """Raises what went wrong inside a compiled solve; a no-op while traced. `data` have a leading axis."""
     if is_traced(info.zero_steps) or bool(all_well(info, data)):
         return
-    if not bool(jnp.isfinite(data.diagonal).all()):
+    if not is_finite(data.diagonal):
         raise ValueError(f"The calibration data of {name} overflow: its Gram is not finite. Scale the inputs down.")
     if int(info.failed):
         raise ValueError(
@@ -128,5 +128,5 @@ def _check(W, data, recipe, key):
         raise ValueError(f"{recipe.rounding} draws random numbers: pass key=jax.random.key(...).")
     moments = (data.sum_X, data.sum_Xq) if isinstance(data, Gram) else (data.X, data.quantized)
     for name, values in (("W", (W,)), (f"The {type(data).__name__}", (*moments, data.diagonal))):
-        if any(not is_traced(x) and not bool(jnp.isfinite(x).all()) for x in values):
+        if any(not is_traced(x) and not is_finite(x) for x in values):
             raise ValueError(f"{name} holds NaN or infinity.")

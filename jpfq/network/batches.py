@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..matrix.gram import is_finite
 from .mesh import automatic
 
 
@@ -86,7 +87,7 @@ def _array(x, number):
             f"Batch {number} holds {x!r}, which is no array. Arguments that do not change, such as train=False, go "
             "into kwargs={'train': False}."
         ) from error
-    if jnp.issubdtype(x.dtype, jnp.inexact) and not bool(jnp.isfinite(x).all()):
+    if jnp.issubdtype(x.dtype, jnp.inexact) and not is_finite(x):
         raise ValueError(f"Batch {number} holds NaN or infinity.")
     return x
 

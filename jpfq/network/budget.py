@@ -17,7 +17,6 @@ import numpy as np
 
 from ..matrix import Gram, solve_all
 from ..matrix.each import each
-from ..matrix.gram import at_least_float32
 from ..scalar import Codes, MinMSE, Nearest, grid_of_bits
 from .batches import read_batches
 from .curvature import derivatives, signs
@@ -88,7 +87,7 @@ def budget(
         gather = Gather([stream], number, typed(key))
         for i in group:
             site, recipe = sites[i], analysis.assignment.recipes[sites[i].path]
-            W = at_least_float32(site.layout.matrices(site.chain(stream.value(program.params[site.leaf]))))
+            W = site.matrices(stream.value(program.params[site.leaf]))
             plain = dataclasses.replace(recipe, scale=MinMSE(), finish=None, rounding=Nearest(), form="gram")
             gram = gather(plain, site.layout.dims).data
             sizes[site.path] += W.size

@@ -13,7 +13,7 @@ from jax import lax
 from ..matrix import Devices, Gram, Recipe, Rows
 from ..matrix.correlate import Correlations, copies, correlates
 from ..matrix.each import each, over_lanes
-from ..matrix.gram import at_least_float32
+from ..matrix.gram import at_least_float32, is_finite
 from ..matrix.layout import Layout
 from ..matrix.patches import All
 from .stream import Stream
@@ -110,7 +110,7 @@ class Gather:
 
     def _check_finite(self, gathered):
         for x, network in ((gathered.mean_X, "float"), (gathered.mean_Xq, "quantized")):
-            if not bool(jnp.isfinite(x).all()):
+            if not is_finite(x):
                 raise ValueError(
                     f"The inputs of {self.path} are infinite or NaN in the {network} network: the model overflows on the "
                     "calibration data. Calibrate in float32, or scale the model's inputs down."

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ..matrix import Devices
-from ..matrix.gram import is_traced
+from ..matrix.gram import is_finite, is_traced
 from .activation import Activations
 from .batches import Shaped, read_batches, shapes_of
 from .bias import find_biases
@@ -354,7 +354,7 @@ def activations_of(assignment: Assignment) -> dict[str, Activations | None]:
 def check_finite(functional: Functional, assignment: Assignment) -> None:
     """Raises where a kernel to be quantized is not finite."""
     for path, leaf in zip(functional.paths, functional.leaves, strict=True):
-        if path in assignment.recipes and not bool(jnp.isfinite(leaf).all()):
+        if path in assignment.recipes and not is_finite(leaf):
             raise ValueError(f"The kernel {path} holds NaN or infinity.")
 
 

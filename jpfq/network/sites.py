@@ -6,6 +6,7 @@ chain.
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..matrix.gram import at_least_float32
 from ..matrix.layout import ConvLayout, DotLayout, Layout
 from .canonical import canonical
 from .compat import bind, inner_jaxprs, is_literal
@@ -29,7 +31,7 @@ FACTORS = {"mul", "div"}  # by one positive constant, such as the gain of an equ
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chain:
-    """The structural steps from a parameter to the operand of a product."""
+    """The structural steps from a parameter to the operand of a product. Equal where the same entries are read alike."""
 
     steps: tuple = ()  # (equation, which of its outputs)
 
@@ -63,9 +65,15 @@ class Chain:
     def _step(eqn, leaf):
         return bind(eqn, [v.val if is_literal(v) else leaf for v in eqn.invars])
 
-    def key(self) -> Any:
-        """A hashable value, equal for chains that read the same entries."""
+    @functools.cached_property
+    def _key(self):
         return tuple((canonical(e), tuple(str(v) for v in e.invars if is_literal(v)), i) for e, i in self.steps)
+
+    def __eq__(self, other):
+        return isinstance(other, Chain) and self._key == other._key
+
+    def __hash__(self):
+        return hash(self._key)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,6 +95,15 @@ class Site:
     def reads(self) -> tuple:
         """What sites with one Gram have in common: the data, and how they become rows."""
         return self.data, self.layout.rows_key, self.activations, self.patches
+
+    def matrices(self, leaf: jax.Array) -> jax.Array:
+        """The weight that is read from a parameter, as matrices (B, in, out) in float32 at least."""
+        return _matrices(leaf, self.chain, self.layout)
+
+
+@functools.partial(jax.jit, static_argnames=("chain", "layout"))
+def _matrices(leaf, chain, layout):
+    return at_least_float32(layout.matrices(chain(leaf)))
 
 
 class Tap:

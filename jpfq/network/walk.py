@@ -170,7 +170,7 @@ def _solved(first, number, position, track, gather, devices) -> Solved:
     """Solves a site."""
     site, making = first.stops[number][position], track.making
     recipe = making.recipes[site.path]
-    W = at_least_float32(site.layout.matrices(site.chain(first.value(first.program.params[site.leaf]))))
+    W = site.matrices(first.value(first.program.params[site.leaf]))
     draw = None if making.key is None else fold_in(making.key, zlib.crc32(site.path.encode()))
     draw = None if draw is None else fold_in(draw, len(track.parts.get(site.path, ())))
     recipe.refuse(gather.count, W.shape[1], site.path)
@@ -309,24 +309,34 @@ def _operand(q, layout, casts, laned):
 
 def _assemble(done, shape, dtype, recipe, track) -> QTensor:
     """The tensor of a parameter from the solutions of its sites."""
-    sites, solutions = [site for site, _ in done], [(s.codes, s.step, s.zero) for _, s in done]
-    runs = _runs(sites, [step.shape[track.laned :] for _, step, _ in solutions], shape)
-
-    def whole(solutions):
-        full = lambda name, scaled=False: _full(sites, [arrays[name] for arrays in solutions], shape, scaled)
-        step, zero = full(1, scaled=True)[runs], full(2)[runs]
-        return full(0), step, zero
-
-    as_floats = [(codes.astype(step.dtype), step, zero) for codes, step, zero in solutions]  # only these are scattered
-    codes, step, zero = track.lift(whole)(as_floats)
-    rotated = None if recipe.rotation is None else (recipe.rotation, sites[0].layout)
-    return QTensor(codes.astype(code_dtype(recipe.grid)), step, zero, recipe.grid, np.dtype(dtype), rotated)
+    places = tuple((site.chain, site.layout) for site, _ in done)
+    solutions = [(s.codes, s.step, s.zero) for _, s in done]
+    runs = _runs(places, tuple(step.shape[track.laned :] for _, step, _ in solutions), shape)
+    codes, step, zero = _whole(solutions, places, shape, runs, code_dtype(recipe.grid), track.laned)
+    rotated = None if recipe.rotation is None else (recipe.rotation, done[0][0].layout)
+    return QTensor(codes, step, zero, recipe.grid, np.dtype(dtype), rotated)
 
 
-def _full(sites, arrays, shape, scaled=False):
+@functools.partial(jax.jit, static_argnames=("places", "shape", "runs", "dtype", "laned"))
+def _whole(solutions, places, shape, runs, dtype, laned):
+    """Codes, steps and zero points of a parameter; `places` are chain and layout of each of its sites."""
+
+    def one(solutions):
+        as_floats = [(codes.astype(step.dtype), step, zero) for codes, step, zero in solutions]  # only these scatter
+        codes, steps, zeros = zip(*as_floats, strict=True)
+        first = tuple(slice(None, None, run) for run in runs)
+        step, zero = _full(places, steps, shape, scaled=True)[first], _full(places, zeros, shape)[first]
+        return _full(places, codes, shape).astype(dtype), step, zero
+
+    return jax.vmap(one)(solutions) if laned else one(solutions)
+
+
+def _full(places, arrays, shape, scaled=False):
     """One array of the parameter's shape from arrays (B, groups or in, out or 1) of its sites."""
-    matrices = ((site, _to_matrices(x, site.layout.dims)) for site, x in zip(sites, arrays, strict=True))
-    parts = (site.chain.scatter(site.layout.operand(M), shape, scaled) for site, M in matrices)
+    parts = (
+        chain.scatter(layout.operand(_to_matrices(x, layout.dims)), shape, scaled)
+        for (chain, layout), x in zip(places, arrays, strict=True)
+    )
     return functools.reduce(operator.add, parts)
 
 
@@ -335,26 +345,18 @@ def _to_matrices(x, dims):
     return jnp.broadcast_to(jnp.repeat(x, n // x.shape[1], 1), (B, n, out))
 
 
-_known_runs: dict = {}
-
-
-def _runs(sites, step_shapes, shape) -> tuple[slice, ...]:
-    """Along each axis of a parameter, one entry of every run that shares one step.
+@functools.lru_cache(maxsize=4096)
+def _runs(places, step_shapes, shape) -> tuple[int, ...]:
+    """Along each axis of a parameter, the length of the runs that share one step.
 
     Found by sending a number for each step down the same way as the steps; the answer depends on structure alone.
     """
-    key = (shape, *((site.chain.key(), site.layout, step) for site, step in zip(sites, step_shapes, strict=True)))
-    if key not in _known_runs:
-        offset, numbered = 0, []
-        for step in step_shapes:
-            size = math.prod(step)
-            numbered.append(jnp.arange(offset, offset + size, dtype=jnp.float32).reshape(step))
-            offset += size
-        labels = np.asarray(_full(sites, numbered, shape))
-        changes = (np.flatnonzero(np.diff(labels, axis=a).any(axis=_others(labels, a))) + 1 for a in range(labels.ndim))
-        runs = (int(np.gcd.reduce([*c, labels.shape[a]])) for a, c in enumerate(changes))
-        _known_runs[key] = tuple(slice(None, None, run) for run in runs)
-    return _known_runs[key]
+    ends = np.cumsum([math.prod(step) for step in step_shapes])
+    numbers = np.split(np.arange(ends[-1], dtype=np.float32), ends[:-1])
+    numbered = [x.reshape(step) for x, step in zip(numbers, step_shapes, strict=True)]
+    labels = np.asarray(jax.jit(lambda numbered: _full(places, numbered, shape))(numbered))
+    changes = (np.flatnonzero(np.diff(labels, axis=a).any(axis=_others(labels, a))) + 1 for a in range(labels.ndim))
+    return tuple(int(np.gcd.reduce([*c, labels.shape[a]])) for a, c in enumerate(changes))
 
 
 def _others(x, axis):

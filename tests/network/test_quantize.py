@@ -311,7 +311,7 @@ def test_compilations_do_not_grow_with_depth(compilations):
         model = Deep(depth)
         variables = zoo.initial(model, batches[0])
         jax.clear_caches()
-        walk_module._known_runs.clear()
+        walk_module._runs.cache_clear()
         compilations.clear()
         jpfq.quantize(model, batches, zoo.plain(bits=4), variables=variables)
         counts.append(len(compilations))
