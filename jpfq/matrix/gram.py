@@ -262,8 +262,9 @@ def is_traced(x) -> bool:
 
 
 def is_finite(x) -> bool:
-    """Whether no entry is infinite or NaN."""
-    return bool(_all_finite(x))
+    """Whether no entry of an array is infinite or NaN; also while something else is traced."""
+    with jax.ensure_compile_time_eval():
+        return bool(_all_finite(x))
 
 
 @jax.jit

@@ -191,7 +191,8 @@ def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over):
         samples = x.shape[(axis := layout.data_spec[0])]
         numbers = copies(layout, 1 if xq is None else 2) * x.size // samples
         part = lambda first, size: Correlations.of(layout, _slice(x, first, size, axis), _slice(xq, first, size, axis))
-        gram = _in_parts(part, samples, max(1, at_once // numbers)).gram()
+        sums = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: part(0, 1))))  # which each part adds to
+        gram = _in_parts(part, samples, max(1, max(at_once, 2 * sums) // numbers)).gram()
         return gram if over is None else gram.split(over)
     cut = layout.split(x, at_once) if merges else None
     if cut is None:

@@ -1,5 +1,6 @@
 """What `solve` refuses, and that the message names what was given and what to do."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -200,3 +201,12 @@ def test_a_factorisation_that_fails(settings):
     settings = PLAIN | {"scale": jpfq.AbsMax()} | settings
     with pytest.raises(ValueError, match=message):
         jpfq.solve(W, jpfq.Gram.from_data(X, 2 * X), bits=4, **settings)
+
+
+def test_what_is_known_while_tracing_is_checked():
+    """Weights that a traced function closes over have values; its arguments have none."""
+    W, rows = problem32(70)
+    of = lambda W: jax.jit(lambda gram: jpfq.solve(W, gram, bits=3, **PLAIN)[0].codes)
+    np.testing.assert_array_equal(of(W)(rows.gram()), jpfq.solve(W, rows.gram(), bits=3, **PLAIN)[0].codes)
+    with pytest.raises(ValueError, match="W holds NaN or infinity"):
+        of(W.at[0, 0].set(NAN))(rows.gram())
