@@ -1,5 +1,6 @@
 """`quantize(checkpoint=..)`: stopped anywhere, a run goes on and ends as it would have; nothing else goes on with it."""
 
+import importlib
 import json
 import os
 import re
@@ -145,6 +146,57 @@ def test_fresh_batches_are_asked_for_what_is_missing_only(tmp_path, monkeypatch)
     asked.clear()
     assert_same(run(tmp_path / "run", batches=fresh), exact)
     assert asked == [0, 3, 4]
+
+
+def test_fresh_batches_that_are_read_again_must_be_the_same(tmp_path, monkeypatch):
+    folder, solve = tmp_path / "run", walk_module._solved
+
+    def fresh(number, other=()):
+        return given(number + 5 + 100 * (number in other))[1]
+
+    def killed(*args):
+        if args[1] == 2:  # when the batches for the third stop are read
+            raise KeyboardInterrupt
+        return solve(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(walk_module, "_solved", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, batches=fresh)
+    with pytest.raises(ValueError, match="the batches for stop 2 are not those that the run in"):
+        run(folder, batches=lambda number: fresh(number, other=(2, 3)))
+    with pytest.raises(ValueError, match=r"calibration data: array 0, array 1\."):
+        run(folder, batches=lambda number: fresh(number, other=(0,)))
+    with pytest.raises(ValueError, match=r"fresh batches \(True, now False\)"):
+        run(folder, batches=fresh(0))
+    done = run(folder, batches=fresh)
+    with pytest.raises(ValueError, match="the batches for stop 4"):
+        run(folder, batches=lambda number: fresh(number, other=(4,)))
+    assert_same(run(folder, batches=lambda number: fresh(number, other=(1, 2, 3))), done)  # which are not read again
+    (folder / "data-0004.json").write_text("{")
+    with pytest.raises(ValueError, match=r"data-0004\.json is damaged"):
+        run(folder, batches=fresh)
+
+
+def test_curvature_is_measured_for_what_is_missing_only(tmp_path, monkeypatch):
+    """That of sites which go together is measured for all of them, and so the same to the bit."""
+    coupled = lambda path, samples: zoo.plain(path, bits=3, coupling=jpfq.Coupling(block=4, samples=samples))
+    rules = [coupled("a", 1), coupled("b", 2), coupled("d", 2), jpfq.Rule(".*", skip=True)]
+    exact = run(rules=rules, key=None)
+    module, measured = importlib.import_module("jpfq.network.quantize"), []
+    measure = module.curvatures
+
+    def counted(program, leaves, batches, weights, sites, *rest):
+        measured.append([site.path for site in sites.values()])
+        return measure(program, leaves, batches, weights, sites, *rest)
+
+    monkeypatch.setattr(module, "curvatures", counted)
+    with pytest.raises(KeyboardInterrupt):
+        stopped_after(2, interrupt, monkeypatch, tmp_path / "run", rules=rules, key=None)
+    for paths in (["b", "d"], []):  # "a" and "b" are known, then all
+        measured.clear()
+        assert_same(run(tmp_path / "run", rules=rules, key=None), exact)
+        assert measured == ([paths] if paths else [])
 
 
 CHANGES = {
