@@ -69,9 +69,10 @@ def quantize(
         strict: whether to refuse a model that has kernels which cannot be quantized, rather than list them.
         checkpoint: a folder in which each layer is kept as soon as it is done, for a long run. The same call goes on from
             there, whenever it was stopped, and ends with the same codes; a call with another model, other data, settings or
-            versions is refused and told what differs. SIGTERM, as of a machine that is taken away, lets the layer at work
-            end and then exits with status 143. Of data, all batches are compared; of fresh ones the first, and those of each
-            further stop wherever they are read again. Delete the folder when done.
+            versions is refused and told what differs. All batches are compared, by checksums; of fresh ones those of the
+            first stop and of the one at which the run was stopped, as those of layers that are done are not read again.
+            SIGTERM, as of a machine that is taken away, lets the layer at work end and then exits with status 143. Delete
+            the folder when done.
         progress: whether to show a progress bar; None shows it on a terminal only.
 
     Returns:

@@ -18,6 +18,7 @@ import pytest
 import jpfq
 from jpfq.network import fingerprint, resume
 from jpfq.network import walk as walk_module
+from jpfq.network.record import DTYPES
 from tests.network import long_run, zoo
 
 SITES = 5
@@ -179,24 +180,22 @@ def test_fresh_batches_that_are_read_again_must_be_the_same(tmp_path, monkeypatc
 
 
 def test_curvature_is_measured_for_what_is_missing_only(tmp_path, monkeypatch):
-    """That of sites which go together is measured for all of them, and so the same to the bit."""
+    """Of sites that are measured together for all of them, so that it is the same to the bit."""
     coupled = lambda path, samples: zoo.plain(path, bits=3, coupling=jpfq.Coupling(block=4, samples=samples))
-    rules = [coupled("a", 1), coupled("b", 2), coupled("d", 2), jpfq.Rule(".*", skip=True)]
-    exact = run(rules=rules, key=None)
-    module, measured = importlib.import_module("jpfq.network.quantize"), []
-    measure = module.curvatures
+    rules = [coupled("a", 1), coupled("c", 2), coupled("d", 2), jpfq.Rule(".*", skip=True)]
+    measured = []
 
-    def counted(program, leaves, batches, weights, sites, *rest):
+    def curvatures(program, leaves, batches, weights, sites, *rest):
         measured.append([site.path for site in sites.values()])
-        return measure(program, leaves, batches, weights, sites, *rest)
+        return {i: jnp.eye(site.layout.dims[2])[None] + 0.1 * (i + 1) for i, site in sites.items()}
 
-    monkeypatch.setattr(module, "curvatures", counted)
+    monkeypatch.setattr(importlib.import_module("jpfq.network.quantize"), "curvatures", curvatures)
+    exact = run(rules=rules, key=None)
     with pytest.raises(KeyboardInterrupt):
         stopped_after(2, interrupt, monkeypatch, tmp_path / "run", rules=rules, key=None)
-    for paths in (["b", "d"], []):  # "a" and "b" are known, then all
-        measured.clear()
+    for _ in range(2):
         assert_same(run(tmp_path / "run", rules=rules, key=None), exact)
-        assert measured == ([paths] if paths else [])
+    assert measured == [["a", "c", "d"], ["a", "c", "d"], ["c", "d"]]  # "a" and "c" are known, then all
 
 
 CHANGES = {
@@ -210,6 +209,18 @@ CHANGES = {
     r"reference \(float, now block\)": {"reference": "block"},
     "the model as a program": {"model": doubled},
 }
+
+
+def test_checksums_tell_values_of_every_type_apart():
+    one, other = np.random.default_rng(0).integers(0, 2, (2, 40))
+    flipped = np.concatenate([1 - one[:1], one[1:]])
+    for dtype in DTYPES.values():
+        if jax.dtypes.canonicalize_dtype(dtype) == dtype:
+            sums = [fingerprint.checksum(jnp.asarray(x, dtype)) for x in (one, other, flipped, one[::-1])]
+            assert len(set(sums)) == 4, dtype
+            assert fingerprint.checksum(jnp.asarray(one, dtype)) == sums[0]
+    z = jnp.asarray([1 + 2j, 3], jnp.complex64)
+    assert fingerprint.checksum(z) != fingerprint.checksum(z.conj())
 
 
 def test_nothing_else_goes_on_with_a_run(tmp_path, monkeypatch):
