@@ -158,6 +158,20 @@ def test_made_for_few_bits_nothing_overflows():
         assert np.abs(run(free, guard) - run(free, jpfq.Accumulator(32, tile))).max() > 1
 
 
+@pytest.mark.slow
+def test_meshes_of_explicit_axes_are_taken():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    put = lambda x, *spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+    x = put(zoo.normal(2, 40, 12), "data")
+    rule = zoo.plain(bits=4, activation_bits=8, accumulator=jpfq.Accumulator(13))
+    quantized = jpfq.quantize(layer, [x], rule, params={"a": put(PARAMS["a"])})
+    alone = lambda x: np.asarray(quantized.apply(x))
+    np.testing.assert_allclose(quantized.apply_integer(x), alone(x), rtol=1e-5, atol=1e-5)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(quantized.apply_integer(x), alone(x), rtol=1e-5, atol=1e-5)
+        assert jpfq.certify(quantized, bits=13).holds
+
+
 def test_refused():
     quantized, x, *_ = one()
     with pytest.raises(ValueError, match="'wrap' or 'saturate'"):
