@@ -163,7 +163,7 @@ def histogram(tensor: QTensor, weights: Any = None, ax: "Axes | None" = None) ->
     positions = None if weights is None else _positions(tensor, weights)
     ax = given_or_new(ax)
     codes = np.asarray(tensor.codes).ravel()
-    lo, hi, *_ = (int(x) for x in tensor.grid.alphabet()[:2])
+    lo, hi = (int(x) for x in tensor.grid.alphabet()[:2])
     if hi - lo >= 4 * BARS:
         lo, hi = int(codes.min(initial=hi)), int(codes.max(initial=lo))
     levels = max(1, hi - lo + 1)

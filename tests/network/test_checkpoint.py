@@ -19,6 +19,7 @@ from flax import nnx
 
 import jpfq
 import jpfq.network.checkpoint as checkpoint
+import jpfq.network.infos as infos
 from jpfq.matrix.layout import DotLayout
 from jpfq.network.activation import Rounded
 from tests.network import zoo
@@ -497,6 +498,49 @@ def test_a_record_with_any_value_replaced_and_resealed_loads_as_such_or_is_refus
             refused += 1
     assert tracemalloc.get_traced_memory()[1] < 50_000_000
     tracemalloc.stop()
+    assert refused > 200
+
+
+def test_sums_that_are_not_those_of_their_kernel_are_refused(copied, small):
+    """One by one; and whatever else stands in their place makes sums that an accumulator could hold, or is refused."""
+    folder, document, _ = copied
+    reach, kernel = document["info"]["reach"], small.tensors["b/c/0"]
+    words = np.asarray(checkpoint.read(folder)[1]["b/c/0.reach"])
+    wrong = [
+        ({"kernels": [2]}, "numbers of 2 kernels"),
+        ({"kernels": [0]}, "a/kernel.reach is missing"),
+        ({"shape": [[1, 2, 3]]}, "has no sums of shape"),
+        ({"shape": [[1, 1, 2]]}, "has no sums of shape"),
+        ({"tile": [1]}, "has no sums of shape"),
+        ({"width": [reach["width"][0] + 1]}, "has 8 sums of .* in .* bytes of uint8"),
+        ({"unit": [2**31 - 1]}, "that no accumulator holds"),
+        ({"bits": [33]}, "sums of 2 to 32 bits"),
+        ({"lo": [1]}, "inputs from 1 to 255"),
+        ({"hi": [2**31]}, "sums of 2 to 32 bits"),
+    ]
+    for change, message in wrong:
+        _reseal(folder, document | {"info": document["info"] | {"reach": reach | change}})
+        with pytest.raises(ValueError, match=f"cannot be loaded: .*{message}"):
+            jpfq.load(folder)
+    pointed = dataclasses.replace(kernel, grid=jpfq.Asymmetric(4))
+    noted = infos.read_noted({"reach": reach}, 2)[1]
+    with pytest.raises(ValueError, match="has no sums"):
+        infos.read_reach(noted, words, pointed, "b/c/0")
+    refused = 0
+    for at in [at for at in places(reach) if at]:
+        for value in NASTY:
+            changed = json.loads(json.dumps(reach))
+            inner = changed
+            for key in at[:-1]:
+                inner = inner[key]
+            inner[at[-1]] = value
+            try:
+                for other in infos.read_noted({"reach": changed}, 2).values():
+                    made = infos.read_reach(other, words, kernel, "b/c/0")
+                    assert made.ends.shape == (1, 2, 2, 2)
+                    assert 0 <= int(made.ends.min()) <= int(made.ends.max()) < 2**31
+            except ValueError:
+                refused += 1
     assert refused > 200
 
 

@@ -154,10 +154,9 @@ def test_names_are_never_markup(written):
     assert label == [f"Codes of {NASTY} over its levels"]
 
 
-def test_everything_is_on_the_page_once(quantized, written):
+def test_everything_is_on_the_page(quantized, written):
     page = Page(written)
     for path in quantized.tensors:
-        assert [row[1] for row in page.rows].count(path) >= 1
         assert page.text.count(path) >= 2  # in the table and beside its histogram
     for path, reason in quantized.skipped.items():
         assert [path, reason] in page.rows
