@@ -20,7 +20,7 @@ from tests.network import zoo
 plan_module = importlib.import_module("jpfq.network.plan")
 
 
-@pytest.mark.parametrize("name", ["mlp", "scanned"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("scanned", marks=pytest.mark.slow)])
 def test_a_plan_says_what_quantize_does(name):
     case = zoo.CASES[name]()
     rule = zoo.plain(bits=4)
