@@ -28,6 +28,15 @@ def x64():
         yield
 
 
+@pytest.fixture
+def compilations():
+    """Counts XLA compilations: a list that grows by one with each."""
+    seen = []
+    listener = lambda event, duration, **_: seen.append(event) if event.endswith("backend_compile_duration") else None
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    return seen
+
+
 @pytest.fixture(autouse=True)
 def close_figures():
     """No test finds the figures of another."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .integer import integer_sites
+from .mesh import context
 from .table import table
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def certify(quantized: "Quantized", *, bits: int | None = None, tile: int | None
         attain them.
 
     Raises:
-        ValueError: for a model without quantized activations, or weights with a zero point.
+        ValueError: for a model without quantized activations, weights with a zero point, a result loaded without its model.
 
     Example:
         >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=16))
@@ -143,7 +144,13 @@ def certify(quantized: "Quantized", *, bits: int | None = None, tile: int | None
         raise ValueError(
             "No kernel has quantized inputs, so sums of integers there are none: give a rule activation_bits=8."
         )
-    _, sites = integer_sites(quantized._functional, quantized.tensors, quantized.inputs, quantized._shapes)
+    if quantized._shapes is None:
+        raise ValueError(
+            "What was saved of this result does not say of which shapes a batch is, so its products are not known: certify "
+            "what jpfq.quantize returns."
+        )
+    with context():
+        _, sites = integer_sites(quantized._functional, quantized.tensors, quantized.inputs, quantized._shapes)
     found = [_certified(at.path, np.asarray(at.weights.codes, np.int64), at.inputs, tile) for at in sites]
     return Certificate(found, tuple(path for path in quantized.tensors if path not in quantized.inputs), bits)
 

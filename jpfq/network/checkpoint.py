@@ -22,19 +22,19 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ..matrix import Info
 from . import leaves as one
 from .activation import Rounded
 from .disk import digest, to_disk
 from .functional import Functional, numbered
+from .infos import SUFFIX, read_infos, read_noted, read_reach, write_infos
 from .linen import is_linen
 from .nnx import is_nnx
 from .quantize import adapt
 from .quantized import Quantized
-from .record import DTYPES, NOT_FINITE, column, decode, encode, uncolumn
+from .record import DTYPES, NOT_FINITE, decode, encode
 from .structure import describe, nested, rebuild
 
-FORMAT = 1
+FORMATS = 1, 2  # the second keeps how far sums go, and is written where there are such
 MANIFEST = "quantized.json"
 FIELDS = {  # of the record, besides its own checksum
     "format": int,
@@ -45,7 +45,7 @@ FIELDS = {  # of the record, besides its own checksum
     "order": (list, type(None)),  # of all leaves: [path, whether it is a parameter]; None where the names tell it
     "collections": list,  # of the variables of a Linen module, besides params
     "structure": (list, int, type(None)),  # None where the paths tell it
-    "info": dict,  # by field, of all kernels
+    "info": dict,  # by field, of all kernels; how far sums go, of those whose sums are bounded
     "skipped": dict,
     "inputs": dict,
     "biases": list,
@@ -167,9 +167,10 @@ def unseal(text: bytes) -> dict:
         raise ValueError(f"{MANIFEST} is no JSON: {error}") from error
     if not isinstance(document, dict) or type(document.get("format")) is not int:
         raise ValueError(f"{MANIFEST} is no record of jpfq.")
-    if document["format"] != FORMAT:
+    if document["format"] not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
         raise ValueError(
-            f"It is of format {document['format']}, and this jpfq reads {FORMAT}: use the jpfq that wrote it."
+            f"It is of format {document['format']}, and this jpfq reads {known}: use the jpfq that wrote it."
         )
     if seal(document).encode() != text:
         raise ValueError(f"{MANIFEST} is damaged: its checksum differs.")
@@ -197,14 +198,17 @@ def names(paths: Sequence[str]) -> list[str]:
 
 def _document(quantized, entropy_coded):
     """The record, but for the checksums, and the arrays by name."""
-    functional, infos = quantized._functional, quantized.info
+    functional = quantized._functional
     kind = "nnx" if quantized._model is not None else "linen" if quantized._variables is not None else "function"
     paths, trainable, unique = functional.paths, functional.trainable, names(functional.paths)
     arrays, kernels, others = {}, {}, []
+    figures, sums = write_infos([quantized.info[path] for path in quantized.tensors])
+    sums = {path: sums[i] for i, path in enumerate(quantized.tensors) if i in sums}
     for name, path, leaf, ours in zip(unique, paths, functional.leaves, trainable, strict=True):
         if ours and path in quantized.tensors:
             record, parts = one.write_tensor(quantized.tensors[path], entropy_coded)
             kernels[path] = {"path": name} | record
+            parts |= {SUFFIX: sums[path]} if path in sums else {}
         else:
             record, parts = one.write_plain(leaf)
             others += [{"path": name} | record] if record else []
@@ -216,14 +220,14 @@ def _document(quantized, entropy_coded):
     implied = _order(unique, collections, kind) == (paths, trainable)
     structure = describe(quantized.variables if kind == "linen" else quantized.params)
     document = {
-        "format": FORMAT,
+        "format": 2 if "reach" in figures else 1,
         "versions": {name: importlib.metadata.version(name) for name in ("jpfq", "jax", "flax", "numpy")},
         "model": kind,
         "leaves": [*(kernels[path] for path in quantized.tensors), *others],
         "order": None if implied else [[path, ours] for path, ours in zip(paths, trainable, strict=True)],
         "collections": collections,
         "structure": None if structure == nested(_full(paths, trainable, kind)) else structure,
-        "info": {name: column([getattr(infos[p], name) for p in quantized.tensors]) for name in _figures()},
+        "info": figures,
         "skipped": quantized.skipped,
         "inputs": {path: encode(rounded) for path, rounded in quantized.inputs.items()},
         "biases": list(quantized.biases),
@@ -262,17 +266,22 @@ def _quantized(document, arrays, model, variables, params, kwargs, shardings):
     if len(records) != len(document["leaves"]):
         raise ValueError("Two parameters have one name.")
     described = set().union(*(one.belongs(name, record) for name, record in records.items()))
+    kernels = [name for name, record in records.items() if "grid" in record]
+    bounded = {kernels[i]: noted for i, noted in read_noted(document["info"], len(kernels)).items()}
+    described |= {name + SUFFIX for name in bounded}
     unique, paths, trainable = _ordered(document, [*records, *(arrays.keys() - described)])
-    found, leaves = {}, []
+    found, leaves, reaches = {}, [], {}
     for name, path in zip(unique, paths, strict=True):
         if "grid" in records.get(name, {}):
             found[name] = path, one.read_tensor(records[name], arrays, name)
             leaves.append(found[name][1].dequantize())
+            if name in bounded:
+                reaches[path] = read_reach(bounded[name], one.take(arrays, name + SUFFIX), found[name][1], name)
         else:
             leaves.append(one.read_plain(records.get(name, {}), arrays, name))
     if arrays:
         raise ValueError(f"Nothing says what the arrays {', '.join(sorted(arrays)[:3])} are.")
-    tensors = dict(found[name] for name in records if name in found)
+    tensors = dict(found[name] for name in kernels)
 
     functional = _unbound(document, paths, trainable, leaves)
     if model is not None:
@@ -298,7 +307,7 @@ def _quantized(document, arrays, model, variables, params, kwargs, shardings):
     return Quantized(
         params=rebuilt["params"],
         tensors=tensors,
-        info=_infos(document["info"], list(tensors)),
+        info=read_infos(document["info"], list(tensors), reaches),
         skipped={path: _text(reason) for path, reason in document["skipped"].items()},
         inputs={path: [_rounded(x) for x in _list(uses)] for path, uses in document["inputs"].items()},
         biases=tuple(map(_text, document["biases"])),
@@ -333,11 +342,6 @@ def _batch(record):
             raise ValueError(f"Expected the shapes of a batch; got {str(entry)[:80]!r}.")
         shapes.append(jax.ShapeDtypeStruct(tuple(shape), DTYPES[name]))
     return rebuild(record[0], shapes)
-
-
-def _figures():
-    """The fields of `Info` that are kept; how far sums go, `jpfq.certify` finds again from the codes."""
-    return [f.name for f in dataclasses.fields(Info) if f.name != "reach"]
 
 
 def _unbound(document, paths, trainable, leaves):
@@ -382,16 +386,6 @@ def _check_model(functional, paths, leaves):
 
 def _placed(leaf, sharding):
     return jax.device_put(leaf, sharding) if sharding is not None and isinstance(leaf, jax.Array) else leaf
-
-
-def _infos(columns, paths):
-    fields = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(Info) if f.name in _figures()}
-    wrong = [name for name, needed in fields.items() if needed and paths and not isinstance(columns.get(name), dict)]
-    wrong += sorted(columns.keys() - fields)
-    if wrong:
-        raise ValueError(f"It has other figures of a kernel than this jpfq knows: {', '.join(wrong)}.")
-    values = {name: uncolumn(x, len(paths)) for name, x in columns.items()}
-    return {path: Info(**{name: x[i] for name, x in values.items()}) for i, path in enumerate(paths)}
 
 
 def _rounded(value):

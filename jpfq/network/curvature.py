@@ -43,6 +43,11 @@ class Coupling:
     samples: int = dataclasses.field(default=4, metadata={"static": True})
     damping: Number = 0.003
 
+    @property
+    def measured(self) -> tuple[str, int]:
+        """What is drawn, and how often. Sites with the same are measured together."""
+        return self.of, self.samples
+
     def __post_init__(self):
         if self.of not in ("logits", "outputs"):
             raise ValueError(f"Coupling is of 'logits' or 'outputs'; got {self.of!r}.")
@@ -110,8 +115,8 @@ def curvatures(
         couplings: by the same numbers.
     """
     total: dict = {}
-    for of, samples in sorted({(c.of, c.samples) for c in couplings.values()}):
-        chosen = {i: sites[i] for i, c in couplings.items() if (c.of, c.samples) == (of, samples)}
+    for of, samples in sorted({c.measured for c in couplings.values()}):
+        chosen = {i: sites[i] for i, c in couplings.items() if c.measured == (of, samples)}
         draw = labels if of == "logits" else signs
 
         @jax.jit

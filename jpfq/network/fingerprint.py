@@ -80,7 +80,18 @@ def _version(name):
 @jax.jit
 def _bits(x):
     """A number that changes with the bits of an array and with their places."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag])
+    elif jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8:
+        x = x.astype(jnp.int8)
     kind = f"uint{8 * min(x.dtype.itemsize, 4)}"  # 64 bits become two numbers
     bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, kind)
     bits = bits.ravel().astype(jnp.uint32)
-    return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1))
+    return jnp.sum(_mixed(bits + _mixed(jnp.arange(bits.size, dtype=jnp.uint32))))
+
+
+def _mixed(x):
+    """Another uint32 for each, of which every bit depends on all of x: the last steps of MurmurHash3."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)

@@ -12,6 +12,7 @@ last: its sum z sum_i k_i is known beforehand. Everything between sites is as in
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -25,10 +26,11 @@ from ..matrix.gram import at_least_float32
 from .activation import Rounded
 from .compat import bind
 from .functional import Functional
-from .program import Program, evaluate, trace
+from .program import Program, evaluate, form, trace
 from .sites import Site, find_sites
 
 Overflow = Literal["wrap", "saturate"]
+KEPT = 16  # compiled networks; the least recently used goes first
 
 
 class Weights(NamedTuple):
@@ -83,11 +85,27 @@ def _weights(site: Site, tensor: QTensor) -> Weights:
     return Weights(matrices(codes), step[:, :1] if bool(jnp.all(step == step[:, :1])) else step)
 
 
-def compiled(program: Program, sites: Sequence[IntegerSite], tile: int | None, overflow: Overflow) -> Callable:
-    """The network as a compiled function of the parameters, the sites' inputs and weights, P and the leaves of a batch."""
-    for at in sites:
-        _refuse(at, tile)
-    known = {at.site.index: (number, at.site) for number, at in enumerate(sites)}
+class Network:
+    """A program, and its sites that are to run in integers. Equal to any other that computes the same."""
+
+    def __init__(self, program: Program, sites: Sequence[Site]):
+        self.program, self.sites = program, tuple(sites)
+        self._key = form(program), tuple((site.index, site.layout) for site in self.sites)
+
+    def __hash__(self):
+        return hash(self._key)
+
+    def __eq__(self, other):
+        return isinstance(other, Network) and self._key == other._key
+
+
+@functools.lru_cache(maxsize=KEPT)
+def compiled(network: Network, tile: int | None, overflow: Overflow) -> Callable:
+    """The network as a compiled function of the parameters, the sites' inputs and weights, P and the leaves of a batch.
+
+    It gives the leaves of the outputs. Results that differ in numbers alone, such as those of a sweep, share it.
+    """
+    program, known = network.program, {site.index: (number, site) for number, site in enumerate(network.sites)}
 
     def run(leaves, rounded, weights, bits, batch):
         def visit(index, eqn, values):
@@ -98,7 +116,7 @@ def compiled(program: Program, sites: Sequence[IntegerSite], tile: int | None, o
             y = _product(site, rounded[number], weights[number], at_least_float32(x), bits, tile, overflow)
             return [y.astype(eqn.outvars[0].aval.dtype)]
 
-        return program.tree.unflatten(evaluate(program, leaves, batch, visit))
+        return evaluate(program, leaves, batch, visit)
 
     return jax.jit(run)
 
@@ -180,7 +198,7 @@ def _saturated(x, k, bits):
 
 @dataclasses.dataclass
 class Integers:
-    """The integer networks of one quantized model, compiled once for each shape of batch, tile and kind of overflow."""
+    """The integer networks of one quantized model: one for each shape of batch, tile and kind of overflow."""
 
     functional: Functional
     tensors: dict[str, QTensor]
@@ -202,7 +220,9 @@ class Integers:
         key = structure, tuple((x.shape, x.dtype) for x in shapes), tile, overflow
         if key not in self.known:
             program, sites = integer_sites(self.functional, self.tensors, self.inputs, structure.unflatten(shapes))
-            run = compiled(program, sites, tile, overflow)
-            self.known[key] = run, [at.rounded for at in sites], [at.weights for at in sites]
-        run, rounded, weights = self.known[key]
-        return run(self.functional.leaves, rounded, weights, jnp.asarray(bits, jnp.int32), leaves)
+            for at in sites:
+                _refuse(at, tile)
+            run = compiled(Network(program, [at.site for at in sites]), tile, overflow)
+            self.known[key] = run, program.tree, [at.rounded for at in sites], [at.weights for at in sites]
+        run, tree, rounded, weights = self.known[key]
+        return tree.unflatten(run(self.functional.leaves, rounded, weights, jnp.asarray(bits, jnp.int32), leaves))

@@ -55,13 +55,13 @@ def read_tensor(record: dict, arrays: Arrays, name: str) -> QTensor:
     grid, shape = decode(record["grid"], Grid), record.get("shape")
     if not isinstance(shape, list) or not shape or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
         raise ValueError(f"Expected the shape of {name}; got {str(shape)[:80]!r}.")
-    codes = _codes(grid, _take(arrays, f"{name}.codes"), tuple(shape), name)
-    step = _take(arrays, f"{name}.step")
+    codes = _codes(grid, take(arrays, f"{name}.codes"), tuple(shape), name)
+    step = take(arrays, f"{name}.step")
     dtype = DTYPES.get(record.get("dtype", step.dtype.name))
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"Expected the type of {name}; got {record.get('dtype')!r}.")
     if f"{name}.zero" in arrays:
-        zero = _take(arrays, f"{name}.zero")
+        zero = take(arrays, f"{name}.zero")
     else:
         zero = np.full((1,) * step.ndim, record.get("zero", grid.alphabet().zero), float)
     for part in (step, zero):
@@ -101,7 +101,7 @@ def read_plain(record: dict, arrays: Arrays, name: str) -> Any:
         if type(number) not in NUMBERS:
             raise ValueError(f"Expected a number for {name}; got {str(number)[:80]!r}.")
         return number
-    value = _take(arrays, name)
+    value = take(arrays, name)
     if "key" in record:
         kind = record["key"]
         if kind not in KEYS or value.dtype != np.uint32 or value.shape[-1:] != KEYS[kind]:
@@ -171,7 +171,8 @@ def _rotated(value, shape, name):
     return rotation, layout
 
 
-def _take(arrays, name):
+def take(arrays: Arrays, name: str) -> np.ndarray:
+    """An array, which then is no longer among those that are left."""
     if name not in arrays:
         raise ValueError(f"The array {name} is missing.")
     return arrays.pop(name)

@@ -5,7 +5,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from ..matrix import Natural, Recipe
+from ..matrix.correlate import copies, correlates
+from ..matrix.gram import HALVES
+from ..matrix.layout import ConvLayout, Layout
+from ..matrix.patches import All
 from ..scalar import Bounded
 from .batches import shapes_of
 from .compat import is_literal
@@ -113,7 +119,8 @@ def plan_of(analysis: Analysis, batches: int) -> Plan:
     """The plan of a model that is analysed already."""
     variables, equations = forks(analysis.program, analysis.sites)
     lines = [_line(site, site.data in variables, analysis, batches) for site in analysis.sites]
-    forward = sum(4.0 * line.rows * math.prod(line.dims) for line in lines)
+    of_batch = lambda site: math.prod(rows_shape(site.layout, site.data.aval.shape))
+    forward = sum(4.0 * batches * of_batch(site) * math.prod(site.layout.dims) for site in analysis.sites)
     memory = max(_peak(analysis, equations, lines, batches) + _curvature(analysis), _backward(analysis))
     return Plan(lines, analysis.assignment.skipped, memory, forward + sum(line.flops for line in lines))
 
@@ -121,13 +128,13 @@ def plan_of(analysis: Analysis, batches: int) -> Plan:
 def _line(site: Site, forked: bool, analysis: Analysis, batches: int) -> Line:
     """Sizes and operations of one site. Counts of temporaries are what XLA reports for the compiled functions."""
     dims = B, n, out = site.layout.dims
-    per_batch = math.prod(rows_shape(site.layout, site.data.aval.shape))
+    layout, shape = (site.patches or All()).layout(site.layout), site.data.aval.shape
+    picked = _picked(site, layout)
+    per_batch = math.prod(rows_shape(layout, shape)) if picked is None else picked
     rows = per_batch * batches
     recipe = analysis.assignment.recipes[site.path]
     recipe.refuse(rows, n, site.path)
     networks = 2 if forked else 1
-    patches = 3 if B * per_batch * n > site.data.aval.size else 0  # copies made of the inputs of a convolution
-    together = min(per_batch * n, at_once() // B) if patches else per_batch * n
     if recipe.prefers_rows(rows, n, out):
         work = B * (2 * networks * rows * n + 3 * rows * out + 6 * n * out)
         return Line(site.path, dims, rows, recipe, "data", 4 * work, 6.0 * B * rows * n * (out + (recipe.block or n)))
@@ -135,12 +142,42 @@ def _line(site: Site, forked: bool, analysis: Analysis, batches: int) -> Line:
     passes = getattr(recipe.finish, "passes", 0)
     bare = recipe.method.local and isinstance(recipe.order, Natural) and networks == 1
     copies, columns = (7, 16) if passes else (2 if bare else 4, 12)
-    gather = together * (patches * networks + networks - 1) + 2 * matrices * n * n
+    multiplied, held = _gram(layout, shape, per_batch, picked is None, networks)
+    gather = held + 2 * matrices * n * n
     solve = (matrices + copies) * n * n + columns * n * out
     runs = recipe.scale.runs
     products = (2 if runs > 1 else 1) * runs + 4 * passes + 4  # a search measures each of its runs
-    flops = B * (2.0 * matrices * rows * n * n + 2.0 * products * n * n * out)
+    flops = 2.0 * B * (multiplied * batches + products * n * n * out)
     return Line(site.path, dims, rows, recipe, "gram", 4 * B * max(gather, solve), flops)
+
+
+def _picked(site: Site, layout: Layout) -> int | None:
+    """How many rows of a batch are drawn; None where all are taken."""
+    if not (site.patches and site.patches.random):
+        return None
+    windows = rows_shape(layout, site.data.aval.shape)
+    drawn = jax.eval_shape(lambda: site.patches.pick(layout, windows, jax.random.key(0)))
+    return None if drawn is None else drawn.size
+
+
+def _gram(layout: Layout, shape: tuple[int, ...], rows: int, whole: bool, networks: int) -> tuple[float, int]:
+    """Of the Gram of one batch and one matrix: products of two numbers, and the numbers that exist at a time.
+
+    whole: whether all rows are taken, which allows for correlations. That rows have weights, or lie on several devices, is
+    not known here; correlations are not made then.
+    """
+    B, n, _ = layout.dims
+    if whole and isinstance(layout, ConvLayout) and correlates(layout, shape):
+        channels, samples = n // math.prod(layout.window), shape[layout.data_spec[0]]
+        size = math.prod(shape) // B
+        made = copies(layout, networks) * size // samples  # of one sample; there once as pieces and once joined
+        multiplied = networks**2 * copies(layout, 1) * channels * size
+        return multiplied, 2 * made * min(samples, max(1, at_once() // (B * made)))
+    patches = 3 if B * rows * n > math.prod(shape) else 0  # copies made of the inputs of a convolution
+    together = min(rows * n, at_once() // B) if patches else rows * n
+    symmetric = 0.75 if n >= HALVES else 1
+    matrices = 2 * symmetric + 1 if networks == 2 else symmetric
+    return matrices * rows * n * n, together * (patches * networks + networks - 1)
 
 
 def _peak(analysis: Analysis, forked_equations: set[int], lines: Sequence[Line], batches: int) -> int:

@@ -118,7 +118,7 @@ def accumulators(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
         ax: what to draw on; the axes of a new figure where it is left out.
 
     Raises:
-        ValueError: for a result without bounded sums. A saved one does not keep how far they go: `jpfq.certify` finds it.
+        ValueError: for a result without bounded sums.
 
     Example:
         >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=64))
@@ -128,8 +128,8 @@ def accumulators(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     found = [(i, tensor, reach) for i, (tensor, reach) in enumerate(reaches, 1) if reach is not None]
     if not found:
         raise ValueError(
-            "No kernel is known to have bounded sums: quantize with jpfq.Rule(.., accumulator=jpfq.Accumulator(16)). How "
-            "far the sums of a loaded result go, jpfq.certify says."
+            "No kernel has bounded sums: quantize with jpfq.Rule(.., accumulator=jpfq.Accumulator(16)). How far the sums of "
+            "any other go, jpfq.certify says."
         )
     ax = given_or_new(ax)
     numbers = [i for i, *_ in found]
@@ -163,7 +163,7 @@ def histogram(tensor: QTensor, weights: Any = None, ax: "Axes | None" = None) ->
     positions = None if weights is None else _positions(tensor, weights)
     ax = given_or_new(ax)
     codes = np.asarray(tensor.codes).ravel()
-    lo, hi, *_ = (int(x) for x in tensor.grid.alphabet()[:2])
+    lo, hi = (int(x) for x in tensor.grid.alphabet()[:2])
     if hi - lo >= 4 * BARS:
         lo, hi = int(codes.min(initial=hi)), int(codes.max(initial=lo))
     levels = max(1, hi - lo + 1)

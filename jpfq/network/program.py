@@ -117,7 +117,8 @@ def form(program: Program) -> Any:
     """A hashable value: equal for programs that compute the same."""
     inputs = [*program.constants, *program.params, *program.inputs]
     outputs = [v for v in program.outputs if not is_literal(v)]
-    return segment(list(program.equations), inputs, outputs), canonical(list(program.constants.values()))
+    written = [np.asarray(v.val) if is_literal(v) else None for v in program.outputs]
+    return segment(list(program.equations), inputs, outputs), canonical([*program.constants.values(), written])
 
 
 def evaluate(program: Program, leaves: Sequence, inputs: Sequence, visit: Callable | None = None) -> list:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -69,8 +69,10 @@ def quantize(
         strict: whether to refuse a model that has kernels which cannot be quantized, rather than list them.
         checkpoint: a folder in which each layer is kept as soon as it is done, for a long run. The same call goes on from
             there, whenever it was stopped, and ends with the same codes; a call with another model, other data, settings or
-            versions is refused and told what differs. SIGTERM, as of a machine that is taken away, lets the layer at work
-            end and then exits with status 143. Of fresh batches, the first ones are compared. Delete the folder when done.
+            versions is refused and told what differs. All batches are compared, by checksums; of fresh ones those of the
+            first stop and of the one at which the run was stopped, as those of layers that are done are not read again.
+            SIGTERM, as of a machine that is taken away, lets the layer at work end and then exits with status 143. Delete
+            the folder when done.
         progress: whether to show a progress bar; None shows it on a terminal only.
 
     Returns:
@@ -101,9 +103,10 @@ def quantize(
         kept = None
         if checkpoint is not None:
             programs = [one.program for one in traced]
-            kept = Kept.of(checkpoint, placed, programs, shaped, devices, rules, key=key, reference=reference)
+            own = {"key": key, "reference": reference, "fresh batches": fresh is not None}
+            kept = Kept.of(checkpoint, placed, programs, shaped, devices, rules, **own)
         groups, rebases = stops(first.sites), reference == "block"
-        coupled = couple(placed, analyses, shaped, groups, key)
+        coupled = couple(placed, analyses, shaped, groups, key, kept.sites if kept else ())
         making = Making(first.assignment.recipes, activations_of(first.assignment), key, coupled)
         streams = streams_of(
             placed, analyses, shaped, groups, offload=offload, rebases=rebases, keeps=fresh is not None
@@ -111,7 +114,7 @@ def quantize(
         shapes, example = [x.shape for x in shaped[0].leaves[0]], shapes_of(shaped[0].example)
         del shaped  # the streams let inputs go once they are used
         with progress_bar(len(first.sites), progress) as report, stoppable(kept):
-            block, refresh = block_of if rebases else None, _refresh(fresh, shapes, offload) if fresh else None
+            block, refresh = block_of if rebases else None, _refresh(fresh, shapes, offload, kept) if fresh else None
             (walked,), peak = walk(streams, [making], report, block, refresh, devices, kept)
         return assemble(functional, walked, first.assignment.skipped, peak, example, devices)
 
@@ -213,11 +216,20 @@ def typed(key: jax.Array | None) -> jax.Array | None:
     return jax.random.wrap_key_data(key)
 
 
-def couple(functional: Functional, analyses, shaped: Sequence[Shaped], groups, key: jax.Array | None) -> dict:
-    """By stop and position, how the neurons of a site are coupled, and its curvature over all batches."""
+def couple(
+    functional: Functional, analyses, shaped: Sequence[Shaped], groups, key: jax.Array | None, solved: Container = ()
+) -> dict:
+    """By stop and position, how the neurons of a site are coupled, and its curvature over all batches.
+
+    Sites that are measured together are left out where all of them are solved; where one is not, what is compiled for them
+    stays the same, and so its curvature, to the bit.
+    """
     first = analyses[0]
     how = {i: first.assignment.rules[site.path].coupling for i, site in enumerate(first.sites)}
     how = {i: coupling for i, coupling in how.items() if coupling is not None}
+    places = {i: (stop, position) for stop, group in enumerate(groups) for position, i in enumerate(group)}
+    needed = {coupling.measured for i, coupling in how.items() if places[i] not in solved}
+    how = {i: coupling for i, coupling in how.items() if coupling.measured in needed}
     if not how:
         return {}
     key = jax.random.fold_in(jax.random.key(0) if key is None else key, zlib.crc32(b"coupling"))
@@ -233,11 +245,10 @@ def couple(functional: Functional, analyses, shaped: Sequence[Shaped], groups, k
                 f"coupling: by derivatives of the float network, its outputs do not depend on {first.sites[i].path}, or "
                 "more than numbers can hold. Return logits, not labels; calibrate in float32; or couple other kernels only."
             )
-    places = {i: (stop, position) for stop, group in enumerate(groups) for position, i in enumerate(group)}
     return {places[i]: (coupling, total[i]) for i, coupling in how.items()}
 
 
-def _refresh(fresh, shapes, offload):
+def _refresh(fresh, shapes, offload, kept):
     """Gives a stream other batches."""
 
     def refresh(stream, number):
@@ -245,6 +256,8 @@ def _refresh(fresh, shapes, offload):
         for group in groups:
             if len(groups) > 1 or [x.shape for x in group.leaves[0]] != shapes:
                 raise ValueError(f"The batches for stop {number} are not all of the first one's shapes {shapes}.")
+        if kept is not None:
+            kept.meet(number, groups[0])
         return stream.anew(groups[0].leaves, groups[0].weights, number)
 
     return refresh

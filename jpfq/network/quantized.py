@@ -105,11 +105,12 @@ class Quantized:
         if accumulator is not None and not isinstance(accumulator, Guard):
             raise ValueError(f"accumulator is such as jpfq.Accumulator(16, tile=64); got {accumulator!r}.")
         bits, tile = (32, None) if accumulator is None else (accumulator.bits, accumulator.tile)
-        return self._integers(batch, bits, tile, overflow)
+        with context():
+            return self._integers(jax.tree.map(automatic, batch), bits, tile, overflow)
 
     @functools.cached_property
     def _integers(self):
-        return Integers(self._functional, self.tensors, self.inputs)
+        return Integers(self._functional, self.tensors, jax.tree.map(automatic, self.inputs))
 
     @property
     def tunable(self) -> Any:

@@ -1,8 +1,9 @@
 """Resume: a run of `quantize` kept on disk, site by site, which goes on where it was stopped.
 
-A folder holds run.json, the fingerprint of all that the codes depend on, and a safetensors file for each site that is done.
-A file appears whole or not at all, by renaming, and its name has the checksum of its content. Reading runs nothing. A
-resumed run goes once more through the float and the quantized network, and solves only what is missing.
+A folder holds run.json, the fingerprint of all that the codes depend on, and a safetensors file for each site that is
+done; of batches that are fresh at each stop, a file of their checksums too. A file appears whole or not at all, by renaming,
+and the name of a site's has the checksum of its content. Reading runs nothing. A resumed run goes once more through the
+float and the quantized network, and solves only what is missing.
 """
 
 import contextlib
@@ -56,8 +57,6 @@ def fingerprint(
     **settings: Any,
 ) -> dict[str, Any]:
     """What the codes depend on, in terms of JSON; of arrays a checksum each."""
-    array = lambda x: [*shape_of(x), checksum(x)]
-    leaves = [x for group in shaped for x in jax.tree.leaves((group.leaves, group.weights))]
     named = zip(numbered(functional.paths), functional.leaves, strict=True)
     return {
         "versions": versions(),
@@ -67,8 +66,8 @@ def fingerprint(
             "mesh": str(devices and dict(devices.mesh.shape)),
         },
         "the model as a program": zlib.crc32(steady([form(program) for program in programs]).encode()),
-        "parameters": {path: array(leaf) for path, leaf in named},
-        "calibration data": {f"array {number}": array(x) for number, x in enumerate(leaves)},
+        "parameters": {path: _array(leaf) for path, leaf in named},
+        "calibration data": _data(shaped),
         "rules": {
             f"{field.name} of rule {number}": setting(getattr(rule, field.name))
             for number, rule in enumerate(rules)
@@ -144,6 +143,21 @@ class Kept:
             logging.getLogger("jpfq").warning("Stopped by SIGTERM; %s. The same call goes on from there.", done)
             raise SystemExit(TERMINATED)
 
+    def meet(self, stop: int, fresh: Shaped) -> None:
+        """Notes the fresh batches of a stop; a run before that read them must have met the same."""
+        file, own = self.folder / f"data-{stop:04}.json", _data([fresh])
+        if not file.is_file():
+            self._write(file.name, json.dumps(own).encode())
+        try:
+            found = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"checkpoint: {file} is damaged: {error}. Give a new folder.") from error
+        if found != own:
+            raise ValueError(
+                f"checkpoint: the batches for stop {stop} are not those that the run in {self.folder} read for it. Make the "
+                "function give the same for the same number, or give a new folder."
+            )
+
     def read(self, stop: int, position: int) -> Solved | None:
         """A site that was solved before, with its arrays where they were."""
         self.leave()
@@ -197,6 +211,16 @@ def stoppable(kept: Kept | None) -> Iterator[None]:
         here.leave()
     finally:
         signal.signal(signal.SIGTERM, old)
+
+
+def _array(x) -> list:
+    return [*shape_of(x), checksum(x)]
+
+
+def _data(shaped: Sequence[Shaped]) -> dict[str, list]:
+    """Shapes and checksums of all batches, and of the weights of their rows."""
+    leaves = [x for group in shaped for x in jax.tree.leaves((group.leaves, group.weights))]
+    return {f"array {number}": _array(x) for number, x in enumerate(leaves)}
 
 
 def _record(solved: Solved) -> tuple[dict, dict[str, np.ndarray]]:

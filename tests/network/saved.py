@@ -10,6 +10,7 @@ import jpfq
 from jpfq.matrix import code_dtype
 from jpfq.network.mesh import like
 from jpfq.network.quantize import adapt
+from jpfq.scalar import Reach, Sums
 
 
 def tensor(shape, step_shape, grid, dtype=jnp.float32, seed=0, **rest):
@@ -28,6 +29,15 @@ def info(seed=0):
     numbers = [f.name for f in dataclasses.fields(jpfq.Info) if f.name != "reach"]
     fields = {name: jnp.asarray(values[i]) for i, name in enumerate(numbers)}
     return jpfq.Info(**fields | {"square_bound": jnp.asarray(np.nan, jnp.float32), "dead": jnp.asarray(3)})
+
+
+def reached(bits, tile, shape, inputs=(0, 255), seed=0):
+    """How far sums of random codes could go, in tiles of (matrices, tiles, out)."""
+    lo, hi = inputs
+    most = (2 ** (bits - 1) - 1) // (hi - lo)
+    up, down = np.random.default_rng(seed).integers(0, most + 1, (2, *shape))
+    ends = np.stack([hi * up - lo * down, hi * down - lo * up], -1).astype(np.int32)
+    return Reach(Sums(*map(jnp.asarray, (bits, lo, hi)), tile), jnp.asarray(ends))
 
 
 def result(model, tensors, *, variables=None, params=None, kwargs=None, inputs=None):

@@ -19,10 +19,11 @@ from flax import nnx
 
 import jpfq
 import jpfq.network.checkpoint as checkpoint
+import jpfq.network.infos as infos
 from jpfq.matrix.layout import DotLayout
 from jpfq.network.activation import Rounded
 from tests.network import zoo
-from tests.network.saved import assert_same, plain, result, tensor
+from tests.network.saved import assert_same, plain, reached, result, tensor
 
 GRIDS = [
     *(jpfq.Integer(b) for b in (2, 3, 4, 7, 8, 12, 16)),
@@ -42,11 +43,21 @@ def rotation(shape):
     return jpfq.Hadamard(3), DotLayout(shape, (0,), (), (1,), (), False)
 
 
+def bounded(quantized, reaches):
+    """A result whose sums are known to go so far."""
+    known = {path: dataclasses.replace(quantized.info[path], reach=reach) for path, reach in reaches.items()}
+    return dataclasses.replace(quantized, info=quantized.info | known)
+
+
 @pytest.fixture(scope="module")
 def small():
-    """One quantized kernel and a bias."""
+    """Two quantized kernels, of which one has bounded sums, and a bias."""
     params = {"a": {"kernel": jnp.ones((12, 4)), "bias": jnp.arange(4.0)}, "b/c": [jnp.ones((3, 2))]}
-    return result(linear, {"a/kernel": tensor((12, 4), (3, 4), jpfq.Asymmetric(4))}, params=params)
+    tensors = {
+        "a/kernel": tensor((12, 4), (3, 4), jpfq.Asymmetric(4)),
+        "b/c/0": tensor((3, 2), (1, 2), jpfq.Integer(4)),
+    }
+    return bounded(result(linear, tensors, params=params), {"b/c/0": reached(14, 2, (1, 2, 2))})
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +194,42 @@ def test_quantized_inputs_come_back_and_run(tmp_path):
     x = zoo.normal(0, 5, 12)
     np.testing.assert_array_equal(loaded.apply(x), quantized.apply(x))
     np.testing.assert_array_equal(loaded.serve()(x), quantized.apply(x))
+
+
+REACHES = {  # by name, the shape of its kernel and how far its sums go
+    "tiles": ((20, 6), reached(16, 8, (1, 3, 6))),
+    "whole": ((20, 6), reached(32, None, (1, 1, 6), (-128, 127))),
+    "signs": ((20, 6), reached(12, 5, (1, 4, 6), (-7, 7))),
+    "stack": ((3, 20, 6), reached(16, 64, (3, 1, 6))),
+    "zeros": (
+        (20, 6),
+        jpfq.scalar.Reach(jpfq.scalar.Sums(*map(jnp.asarray, (9, 0, 255)), 4), jnp.zeros((1, 5, 6, 2), int)),
+    ),
+}
+
+
+def test_how_far_sums_go_comes_back_to_the_bit_in_few_bits(tmp_path):
+    tensors = {name: tensor(shape, (1,) * len(shape), jpfq.Integer(4)) for name, (shape, _) in REACHES.items()}
+    tensors["free"] = tensor((20, 6), (1, 6), jpfq.Integer(4))
+    free = result(linear, tensors, params={name: jnp.ones(t.shape) for name, t in tensors.items()})
+    quantized = bounded(free, {name: reach for name, (_, reach) in reversed(REACHES.items())})
+    sizes = free.save(tmp_path / "free"), quantized.save(tmp_path / "r")
+    loaded = jpfq.load(tmp_path / "r")
+    assert_same(loaded.info, quantized.info)
+    assert loaded.summary() == quantized.summary()
+    document, arrays = checkpoint.read(tmp_path / "r")
+    held = {name.removesuffix(".reach"): x.nbytes for name, x in arrays.items() if name.endswith(".reach")}
+    for name, (_, reach) in REACHES.items():
+        unit = 1 if int(reach.sums.lo) == -128 else int(reach.sums.hi)
+        most = (2 ** (int(reach.sums.bits) - 1) - 1) // unit
+        assert held.pop(name) <= -(-reach.ends.size * most.bit_length() // 8)
+    assert not held
+    before, others = checkpoint.read(tmp_path / "free")  # without accumulators: nothing of it, in the format of before
+    assert (before["format"], document["format"]) == (1, 2)
+    assert document["info"].keys() - before["info"].keys() == {"reach"}
+    assert not [name for name in others if name.endswith(".reach")]
+    assert_same(jpfq.load(tmp_path / "free").info, free.info)
+    assert sizes[0] < sizes[1]
 
 
 def test_sharded_parameters_are_saved_whole_and_loaded_where_one_says(small, tmp_path):
@@ -359,8 +406,8 @@ def test_what_is_no_record_is_refused(copied, text):
 
 def test_another_format_is_refused(copied):
     folder, document, _ = copied
-    _reseal(folder, document | {"format": 2})
-    with pytest.raises(ValueError, match="of format 2, and this jpfq reads 1"):
+    _reseal(folder, document | {"format": 3})
+    with pytest.raises(ValueError, match="of format 3, and this jpfq reads 1 and 2"):
         jpfq.load(folder)
 
 
@@ -454,10 +501,53 @@ def test_a_record_with_any_value_replaced_and_resealed_loads_as_such_or_is_refus
     assert refused > 200
 
 
+def test_sums_that_are_not_those_of_their_kernel_are_refused(copied, small):
+    """One by one; and whatever else stands in their place makes sums that an accumulator could hold, or is refused."""
+    folder, document, _ = copied
+    reach, kernel = document["info"]["reach"], small.tensors["b/c/0"]
+    words = np.asarray(checkpoint.read(folder)[1]["b/c/0.reach"])
+    wrong = [
+        ({"kernels": [2]}, "numbers of 2 kernels"),
+        ({"kernels": [0]}, "a/kernel.reach is missing"),
+        ({"shape": [[1, 2, 3]]}, "has no sums of shape"),
+        ({"shape": [[1, 1, 2]]}, "has no sums of shape"),
+        ({"tile": [1]}, "has no sums of shape"),
+        ({"width": [reach["width"][0] + 1]}, "has 8 sums of .* in .* bytes of uint8"),
+        ({"unit": [2**31 - 1]}, "that no accumulator holds"),
+        ({"bits": [33]}, "sums of 2 to 32 bits"),
+        ({"lo": [1]}, "inputs from 1 to 255"),
+        ({"hi": [2**31]}, "sums of 2 to 32 bits"),
+    ]
+    for change, message in wrong:
+        _reseal(folder, document | {"info": document["info"] | {"reach": reach | change}})
+        with pytest.raises(ValueError, match=f"cannot be loaded: .*{message}"):
+            jpfq.load(folder)
+    pointed = dataclasses.replace(kernel, grid=jpfq.Asymmetric(4))
+    noted = infos.read_noted({"reach": reach}, 2)[1]
+    with pytest.raises(ValueError, match="has no sums"):
+        infos.read_reach(noted, words, pointed, "b/c/0")
+    refused = 0
+    for at in [at for at in places(reach) if at]:
+        for value in NASTY:
+            changed = json.loads(json.dumps(reach))
+            inner = changed
+            for key in at[:-1]:
+                inner = inner[key]
+            inner[at[-1]] = value
+            try:
+                for other in infos.read_noted({"reach": changed}, 2).values():
+                    made = infos.read_reach(other, words, kernel, "b/c/0")
+                    assert made.ends.shape == (1, 2, 2, 2)
+                    assert 0 <= int(made.ends.min()) <= int(made.ends.max()) < 2**31
+            except ValueError:
+                refused += 1
+    assert refused > 200
+
+
 def test_reading_can_run_nothing():
     """No name of what could: in the files that read, nothing unpickles, evaluates, imports by name or starts a process."""
     runs = {"eval", "exec", "compile", "pickle", "marshal", "subprocess", "import_module", "__import__"}
-    for file in ("checkpoint.py", "leaves.py", "record.py", "structure.py", "entropy.py"):
+    for file in ("checkpoint.py", "infos.py", "leaves.py", "record.py", "structure.py", "entropy.py"):
         tree = ast.parse((pathlib.Path(checkpoint.__file__).parent / file).read_text())
         names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
         names |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}

@@ -116,6 +116,22 @@ def test_overflow_is_that_of_a_register(overflow):
     assert max(apart[3], apart[7]) < 1e-5  # 32 do not
 
 
+def test_results_that_differ_in_numbers_share_one_program(compilations):
+    """Bits, steps and zero points, codes, the accumulator; and another result is another all the same."""
+    (first, x, *_), (second, *_) = one(), one(bits=3, activation_bits=6, scale=jpfq.AbsMax(0.8))
+    guard, other = jpfq.Accumulator(20, T), jpfq.Accumulator(24, T)
+    outputs = [first.apply_integer(x, accumulator=guard)]
+    compilations.clear()
+    outputs.append(second.apply_integer(x, accumulator=other))
+    assert not compilations
+    for quantized, found in zip((first, second), outputs, strict=True):
+        np.testing.assert_allclose(found, quantized.apply(x), rtol=1e-5, atol=1e-5)
+    assert float(jnp.abs(outputs[0] - outputs[1]).max()) > 0.1
+    compilations.clear()
+    first.apply_integer(x, accumulator=jpfq.Accumulator(20, T + 1))
+    assert compilations
+
+
 def test_groups_are_scaled_tile_by_tile():
     quantized, x, *_ = one(scale=jpfq.AbsMax(per=jpfq.PerGroup(4)))
     for tile in (4, 2):
@@ -140,6 +156,20 @@ def test_made_for_few_bits_nothing_overflows():
         run = lambda q, guard: np.asarray(q.apply_integer(x, accumulator=guard, overflow=overflow))
         np.testing.assert_array_equal(run(made, guard), run(made, jpfq.Accumulator(32, tile)))
         assert np.abs(run(free, guard) - run(free, jpfq.Accumulator(32, tile))).max() > 1
+
+
+@pytest.mark.slow
+def test_meshes_of_explicit_axes_are_taken():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    put = lambda x, *spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+    x = put(zoo.normal(2, 40, 12), "data")
+    rule = zoo.plain(bits=4, activation_bits=8, accumulator=jpfq.Accumulator(13))
+    quantized = jpfq.quantize(layer, [x], rule, params={"a": put(PARAMS["a"])})
+    alone = lambda x: np.asarray(quantized.apply(x))
+    np.testing.assert_allclose(quantized.apply_integer(x), alone(x), rtol=1e-5, atol=1e-5)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(quantized.apply_integer(x), alone(x), rtol=1e-5, atol=1e-5)
+        assert jpfq.certify(quantized, bits=13).holds
 
 
 def test_refused():

@@ -1,6 +1,8 @@
 """`plan`: what quantize will do, from shapes alone."""
 
+import importlib
 import itertools
+import math
 import threading
 import time
 
@@ -10,10 +12,15 @@ import numpy as np
 import pytest
 
 import jpfq
+from jpfq.matrix.layout import ConvLayout, DotLayout
+from jpfq.network import gather
+from jpfq.network.compat import inner_jaxprs, opened
 from tests.network import zoo
 
+plan_module = importlib.import_module("jpfq.network.plan")
 
-@pytest.mark.parametrize("name", ["mlp", "scanned"])
+
+@pytest.mark.parametrize("name", ["mlp", pytest.param("scanned", marks=pytest.mark.slow)])
 def test_a_plan_says_what_quantize_does(name):
     case = zoo.CASES[name]()
     rule = zoo.plain(bits=4)
@@ -36,6 +43,65 @@ def test_a_plan_says_which_sums_are_bounded():
     whole = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(20))
     assert planned(whole).count("20 bits, all inputs") == 2
     assert "sums" not in planned(jpfq.Rule(".*", bits=4))
+
+
+def multiplied(jaxpr):
+    """Products of two numbers in the matrix products of a jaxpr, loops included."""
+    total = 0
+    for eqn in opened(jaxpr)[0].eqns:
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            total += eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+        total += eqn.params.get("length", 1) * sum(map(multiplied, inner_jaxprs(eqn)))
+    return total
+
+
+def conv(window, channels, out, stride=1, groups=1):
+    shape = (*window, channels // groups, out)
+    return ConvLayout(
+        shape, (stride,) * 2, ((1, 1),) * 2, (1, 1), (1, 1), (0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2), groups
+    )
+
+
+GRAMS = {  # how the product becomes matrices, the shape of its data, how many rows are drawn
+    "dense": (DotLayout((24, 8), (0,), (), (1,), (), False), (300, 24), None),
+    "wide": (DotLayout((300, 8), (0,), (), (1,), (), False), (200, 300), None),
+    "experts": (DotLayout((3, 24, 8), (1,), (0,), (2,), (0,), False), (3, 100, 24), None),
+    "correlations": (conv((3, 3), 16, 8), (40, 16, 16, 16), None),
+    "in parts": (conv((3, 3), 16, 8), (300, 16, 16, 16), None),
+    "depthwise": (conv((3, 3), 8, 8, groups=8), (40, 16, 16, 8), None),
+    "strides": (conv((3, 3), 16, 8, stride=2), (40, 16, 16, 16), None),
+    "drawn": (conv((3, 3), 16, 8), (40, 16, 16, 16), 500),
+}
+
+
+@pytest.mark.parametrize("networks", [1, 2])
+def test_a_plan_counts_the_products_of_a_gram_as_they_are_made(networks):
+    for name, (layout, shape, drawn) in GRAMS.items():
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
+        picked = None if drawn is None else jax.ShapeDtypeStruct((drawn,), jnp.int32)
+        made = lambda x, xq, picked, layout=layout: gather._gram(layout, x, xq, None, picked, True, gather.at_once())
+        done = multiplied(jax.make_jaxpr(made)(x, x if networks == 2 else None, picked))
+        rows = drawn or math.prod(gather.rows_shape(layout, shape))
+        foretold, _ = plan_module._gram(layout, shape, rows, drawn is None, networks)
+        assert 0.95 < layout.dims[0] * foretold / done < 1.05, name
+
+
+def test_a_plan_counts_the_windows_that_are_calibrated_on():
+    params = {"w": jax.ShapeDtypeStruct((3, 3, 2, 4), jnp.float32)}
+    specs = ("NHWC", "HWIO", "NHWC")
+    fn = lambda params, x: jax.lax.conv_general_dilated(x, params["w"], (1, 1), "VALID", dimension_numbers=specs)
+    aside = jpfq.patches.NonOverlapping()
+    lines = []
+    for patches in (None, aside, jpfq.patches.Random(0.5), jpfq.patches.Random(0.25, aside)):
+        rule = zoo.plain(bits=4, patches=patches) if patches else zoo.plain(bits=4)
+        plan = jpfq.plan(fn, jax.ShapeDtypeStruct((10, 9, 9, 2), jnp.float32), rule, params=params, batches=3)
+        lines.append(plan.lines[0])
+        assert plan.flops - plan.lines[0].flops == 4 * 3 * 10 * 49 * (9 * 2 * 4)  # the layer runs on all of them
+    assert [line.rows for line in lines] == [3 * 10 * 49, 3 * 10 * 9, 3 * 245, 3 * 22]
+    flops = [line.flops for line in lines]
+    assert flops[1] > flops[3]
+    assert flops[2] > flops[3]
 
 
 def test_a_plan_refuses_what_quantize_refuses():

@@ -1,5 +1,6 @@
 """`quantize(checkpoint=..)`: stopped anywhere, a run goes on and ends as it would have; nothing else goes on with it."""
 
+import importlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 import jpfq
 from jpfq.network import fingerprint, resume
 from jpfq.network import walk as walk_module
+from jpfq.network.record import DTYPES
 from tests.network import long_run, zoo
 
 SITES = 5
@@ -147,6 +149,55 @@ def test_fresh_batches_are_asked_for_what_is_missing_only(tmp_path, monkeypatch)
     assert asked == [0, 3, 4]
 
 
+def test_fresh_batches_that_are_read_again_must_be_the_same(tmp_path, monkeypatch):
+    folder, solve = tmp_path / "run", walk_module._solved
+
+    def fresh(number, other=()):
+        return given(number + 5 + 100 * (number in other))[1]
+
+    def killed(*args):
+        if args[1] == 2:  # when the batches for the third stop are read
+            raise KeyboardInterrupt
+        return solve(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(walk_module, "_solved", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, batches=fresh)
+    with pytest.raises(ValueError, match="the batches for stop 2 are not those that the run in"):
+        run(folder, batches=lambda number: fresh(number, other=(2, 3)))
+    with pytest.raises(ValueError, match=r"calibration data: array 0, array 1\."):
+        run(folder, batches=lambda number: fresh(number, other=(0,)))
+    with pytest.raises(ValueError, match=r"fresh batches \(True, now False\)"):
+        run(folder, batches=fresh(0))
+    done = run(folder, batches=fresh)
+    with pytest.raises(ValueError, match="the batches for stop 4"):
+        run(folder, batches=lambda number: fresh(number, other=(4,)))
+    assert_same(run(folder, batches=lambda number: fresh(number, other=(1, 2, 3))), done)  # which are not read again
+    (folder / "data-0004.json").write_text("{")
+    with pytest.raises(ValueError, match=r"data-0004\.json is damaged"):
+        run(folder, batches=fresh)
+
+
+def test_curvature_is_measured_for_what_is_missing_only(tmp_path, monkeypatch):
+    """Of sites that are measured together for all of them, so that it is the same to the bit."""
+    coupled = lambda path, samples: zoo.plain(path, bits=3, coupling=jpfq.Coupling(block=4, samples=samples))
+    rules = [coupled("a", 1), coupled("c", 2), coupled("d", 2), jpfq.Rule(".*", skip=True)]
+    measured = []
+
+    def curvatures(program, leaves, batches, weights, sites, *rest):
+        measured.append([site.path for site in sites.values()])
+        return {i: jnp.eye(site.layout.dims[2])[None] + 0.1 * (i + 1) for i, site in sites.items()}
+
+    monkeypatch.setattr(importlib.import_module("jpfq.network.quantize"), "curvatures", curvatures)
+    exact = run(rules=rules, key=None)
+    with pytest.raises(KeyboardInterrupt):
+        stopped_after(2, interrupt, monkeypatch, tmp_path / "run", rules=rules, key=None)
+    for _ in range(2):
+        assert_same(run(tmp_path / "run", rules=rules, key=None), exact)
+    assert measured == [["a", "c", "d"], ["a", "c", "d"], ["c", "d"]]  # "a" and "c" are known, then all
+
+
 CHANGES = {
     "parameters: d$": {"params": PARAMS | {"d": PARAMS["d"].at[0, 0].add(1e-6)}},
     r"parameters: e$": {"params": PARAMS | {"e": jnp.ones((8, 5))}},
@@ -158,6 +209,18 @@ CHANGES = {
     r"reference \(float, now block\)": {"reference": "block"},
     "the model as a program": {"model": doubled},
 }
+
+
+def test_checksums_tell_values_of_every_type_apart():
+    one, other = np.random.default_rng(0).integers(0, 2, (2, 40))
+    flipped = np.concatenate([1 - one[:1], one[1:]])
+    for dtype in DTYPES.values():
+        if jax.dtypes.canonicalize_dtype(dtype) == dtype:
+            sums = [fingerprint.checksum(jnp.asarray(x, dtype)) for x in (one, other, flipped, one[::-1])]
+            assert len(set(sums)) == 4, dtype
+            assert fingerprint.checksum(jnp.asarray(one, dtype)) == sums[0]
+    z = jnp.asarray([1 + 2j, 3], jnp.complex64)
+    assert fingerprint.checksum(z) != fingerprint.checksum(z.conj())
 
 
 def test_nothing_else_goes_on_with_a_run(tmp_path, monkeypatch):

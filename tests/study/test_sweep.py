@@ -101,10 +101,16 @@ def check_rows(points):
     return run
 
 
-def test_each_row_is_the_single_run(x64):
+def test_each_row_is_the_single_run(x64, compilations):
     """Scales, activations, corrected biases, draws and patches, in lanes of their own tracks."""
     run = check_rows([point for point in POINTS if point["kind"] in ("plain", "drawn")])
     assert [chunk.numbers for chunk in run._chunks] == [[0, 1], [2, 3]]
+    members, x = (run[0], run[1]), data()[0]
+    members[0].apply_integer(x)
+    compilations.clear()
+    found = members[1].apply_integer(x)
+    assert not compilations  # members share a program
+    np.testing.assert_allclose(found, members[1].apply(x), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow
