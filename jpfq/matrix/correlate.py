@@ -34,9 +34,8 @@ def correlates(layout: Layout, shape: tuple[int, ...]) -> bool:
     if any(n != 1 for n in (*layout.strides, *layout.dilation, *layout.data_dilation)):
         return False
     space = [shape[i] for i in layout.data_spec[2:]]
-    edges = [_edges(k, pad) for k, pad in zip(layout.window, layout.padding, strict=True)]
-    regions = math.prod(a + 1 + b for a, b in edges)
-    return all(low >= 0 and high >= 0 for low, high in layout.padding) and regions <= 25 and all(
+    edges = _all_edges(layout)
+    return all(low >= 0 and high >= 0 for low, high in layout.padding) and _regions(layout) <= 25 and all(
         n > a + b for n, (a, b) in zip(space, edges, strict=True)
     )  # fmt: skip
 
@@ -110,6 +109,21 @@ class Correlations:
 def copies(layout: ConvLayout, networks: int) -> int:
     """How many copies of the input are made on the way."""
     return networks * len(_differences(layout.window))
+
+
+def at_a_time(layout: ConvLayout, size: int, networks: int, numbers: int) -> int:
+    """How many samples of `size` numbers to sum together: their copies come to so many `numbers`, or to twice the sums."""
+    k = networks * layout.shape[layout.spec[1]]
+    sums = layout.groups * _regions(layout) * k * (k * copies(layout, 1) + 1)
+    return max(1, max(numbers, 2 * sums) // (copies(layout, networks) * size))
+
+
+def _regions(layout):
+    return math.prod(a + 1 + b for a, b in _all_edges(layout))
+
+
+def _all_edges(layout):
+    return [_edges(k, pad) for k, pad in zip(layout.window, layout.padding, strict=True)]
 
 
 def _grouped(layout, x):

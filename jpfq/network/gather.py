@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..matrix import Devices, Gram, Recipe, Rows
-from ..matrix.correlate import Correlations, copies, correlates
+from ..matrix.correlate import Correlations, at_a_time, correlates
 from ..matrix.each import each, over_lanes
 from ..matrix.gram import at_least_float32, is_finite
 from ..matrix.layout import Layout
@@ -189,10 +189,9 @@ def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over):
         return _in_parts(part, picked.size, max(1, at_once // n))
     if merges and weights is None and correlates(layout, x.shape):
         samples = x.shape[(axis := layout.data_spec[0])]
-        numbers = copies(layout, 1 if xq is None else 2) * x.size // samples
+        together = at_a_time(layout, x.size // samples, 1 if xq is None else 2, at_once)
         part = lambda first, size: Correlations.of(layout, _slice(x, first, size, axis), _slice(xq, first, size, axis))
-        sums = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: part(0, 1))))  # which each part adds to
-        gram = _in_parts(part, samples, max(1, max(at_once, 2 * sums) // numbers)).gram()
+        gram = _in_parts(part, samples, together).gram()
         return gram if over is None else gram.split(over)
     cut = layout.split(x, at_once) if merges else None
     if cut is None:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from ..matrix import Natural, Recipe
-from ..matrix.correlate import copies, correlates
+from ..matrix.correlate import at_a_time, copies, correlates
 from ..matrix.gram import HALVES
 from ..matrix.layout import ConvLayout, Layout
 from ..matrix.patches import All
@@ -169,10 +169,10 @@ def _gram(layout: Layout, shape: tuple[int, ...], rows: int, whole: bool, networ
     B, n, _ = layout.dims
     if whole and isinstance(layout, ConvLayout) and correlates(layout, shape):
         channels, samples = n // math.prod(layout.window), shape[layout.data_spec[0]]
-        size = math.prod(shape) // B
-        made = copies(layout, networks) * size // samples  # of one sample; there once as pieces and once joined
-        multiplied = networks**2 * copies(layout, 1) * channels * size
-        return multiplied, 2 * made * min(samples, max(1, at_once() // (B * made)))
+        size = math.prod(shape) // samples
+        together = min(samples, at_a_time(layout, size, networks, at_once()))
+        made = copies(layout, networks) * size // B  # of one sample; there once as pieces and once joined
+        return networks**2 * copies(layout, 1) * channels * size * samples // B, 2 * made * together
     patches = 3 if B * rows * n > math.prod(shape) else 0  # copies made of the inputs of a convolution
     together = min(rows * n, at_once() // B) if patches else rows * n
     symmetric = 0.75 if n >= HALVES else 1
