@@ -3,6 +3,7 @@
     X (.., n)  -- measure -->  (.., m)  -- quantizer -->  codes (.., m)  -- condense -->  (.., p),  m = p width
 
 Rows are independent, so any leading axes will do, and they may be sharded; all methods are pure and run under jit and vmap.
+Many rows are worked on in blocks (rows.py): measurements (.., m) of all rows never exist at once.
 """
 
 import abc
@@ -82,9 +83,9 @@ class Embedding(abc.ABC):
         """Integer codes 0 .. 2K - 1 (.., m) of vectors X (.., n), and how large the states of noise shaping became.
 
         Args:
-            X: vectors.
-            key: for a rounding that draws. Two sides of a comparison need two keys.
-            first: the number of the first vector, for data in chunks.
+            X: vectors, real floating.
+            key: for a rounding that draws, which raises a ValueError without. Two sides of a comparison need two keys.
+            first: the number of the first vector, for data in chunks: it picks what the vectors draw.
 
         Example:
             >>> codes, stability = features.transform(X)
