@@ -3,6 +3,8 @@
 Builds on the recursion of `matrix` and the alphabets of `scalar`; knows no framework.
 """
 
+from ..scalar.bits import pack_bits as pack  # noqa: F401
+from ..scalar.bits import unpack_bits as unpack  # noqa: F401
 from .binary import BinaryEmbedding as BinaryEmbedding
 from .embedding import Embedding as Embedding
 from .fourier import RandomFourierFeatures as RandomFourierFeatures
@@ -10,8 +12,6 @@ from .maps import FJLT as FJLT
 from .maps import Map as Map
 from .maps import SparseGaussian as SparseGaussian
 from .maps import hadamard as hadamard
-from .packing import pack as pack
-from .packing import unpack as unpack
 from .quantizers import Beta as Beta
 from .quantizers import Memoryless as Memoryless
 from .quantizers import Quantizer as Quantizer

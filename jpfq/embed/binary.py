@@ -63,7 +63,8 @@ class BinaryEmbedding(Embedding):
 
     def measure(self, X):
         dtype = self.map.dtype
-        return self.map(X.astype(dtype) / jnp.asarray(self.scale, dtype))
+        # Not X / scale, which XLA turns into this product in some programs and not in others.
+        return self.map(X.astype(dtype) * (1 / jnp.asarray(self.scale, dtype)))
 
     def distance(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Estimates of |x - y|_2 (rows, others) from condensed vectors a (rows, p) and b (others, p).

@@ -3,6 +3,7 @@
     X (.., n)  -- measure -->  (.., m)  -- quantizer -->  codes (.., m)  -- condense -->  (.., p),  m = p width
 
 Rows are independent, so any leading axes will do, and they may be sharded; all methods are pure and run under jit and vmap.
+Many rows are worked on in blocks (rows.py): measurements (.., m) of all rows never exist at once.
 """
 
 import abc
@@ -13,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from ..matrix.gram import at_least_float32
-from .packing import pack, unpack
+from ..scalar.bits import pack_bits, unpack_bits
 from .quantizers import Quantizer
-from .shaping import Stability
+from .rows import by_rows
+from .shaping import Stability, numbered
 
 
 class Embedding(abc.ABC):
@@ -81,9 +83,9 @@ class Embedding(abc.ABC):
         """Integer codes 0 .. 2K - 1 (.., m) of vectors X (.., n), and how large the states of noise shaping became.
 
         Args:
-            X: vectors.
-            key: for a rounding that draws. Two sides of a comparison need two keys.
-            first: the number of the first vector, for data in chunks.
+            X: vectors, real floating.
+            key: for a rounding that draws, which raises a ValueError without. Two sides of a comparison need two keys.
+            first: the number of the first vector, for data in chunks: it picks what the vectors draw.
 
         Example:
             >>> codes, stability = features.transform(X)
@@ -192,27 +194,33 @@ class Embedding(abc.ABC):
 
 @jax.jit
 def _transform(embedding, X, key, first):
-    return embedding.quantizer(embedding.measure(X), key, first)
+    quantizer = embedding.quantizer
+    some = lambda X, numbers: quantizer.shape(embedding.measure(X), key, numbers)
+    codes, peak = by_rows(some, embedding.m, X, numbered(X.shape[:-1], first))
+    return codes, quantizer.stability(peak)
 
 
 @jax.jit
 def _features(embedding, X):
-    return embedding.norm * embedding.quantizer.fold(embedding.measure(X))
+    some = lambda X: embedding.norm * embedding.quantizer.fold(embedding.measure(X))
+    return by_rows(some, embedding.m, X)
 
 
 @jax.jit
 def _condense(embedding, codes):
-    return _scaled(embedding, embedding.quantizer.to_store(codes))
+    some = lambda codes: _scaled(embedding, embedding.quantizer.to_store(codes))
+    return by_rows(some, embedding.m, codes)
 
 
 @jax.jit
 def _store(embedding, codes):
-    return pack(embedding.quantizer.to_store(codes), embedding._bits)
+    some = lambda codes: pack_bits(embedding.quantizer.to_store(codes), embedding._bits)
+    return by_rows(some, embedding.m, codes)
 
 
 @jax.jit
 def _load(embedding, stored):
-    return _scaled(embedding, unpack(stored, embedding._bits, embedding._numbers))
+    return _scaled(embedding, unpack_bits(stored, embedding._bits, embedding._numbers))
 
 
 def _scaled(embedding, stored):

@@ -20,7 +20,7 @@ import numpy as np
 from ..matrix import System, code_dtype
 from ..scalar import Equispaced, Levels, Nearest, Rounding, Stochastic, register_dataclass
 from ..scalar.grid import Number, is_number
-from .shaping import Shaped, Stability, feedback, shape
+from .shaping import Shaped, Stability, feedback, numbered, shape
 
 # Filters h = delta_0 - (something with r vanishing moments) of small l1 norm, which one bit needs (Zhang, Saab, ICLR 2021).
 ONE_BIT = {1: {1: 1.0}, 2: {1: 7 / 6, 7: -1 / 6}, 3: {1: 175 / 144, 7: -25 / 108, 25: 7 / 432}}
@@ -106,12 +106,21 @@ class Quantizer(abc.ABC):
             key: for a rounding that draws; every vector uses its own part of it.
             first: the number of the first vector, for data that come in chunks.
         """
+        codes, peak = self.shape(Y, key, numbered(Y.shape[:-1], first))
+        return codes, self.stability(peak)
+
+    def shape(self, Y: jax.Array, key: jax.Array | None, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The codes of vectors Y (.., m) of these numbers (..), and the largest |u| of each (..)."""
         if self.rounding.random and key is None:
             raise ValueError(f"{type(self.rounding).__name__} draws random numbers: pass key=jax.random.key(seed).")
-        self.blocks(Y.shape[-1])
+        m = Y.shape[-1]
+        self.blocks(m)
         levels, rounding = self.levels(Y.dtype), self.shaped(Y.dtype)
-        codes, peak = shape(Y, levels, rounding, self.run(Y.shape[-1]), code_dtype(self.grid), key, first)
-        return codes, Stability(peak, self.rounding.error(levels)[0, 0])
+        return shape(Y, levels, rounding, self.run(m), code_dtype(self.grid), key, numbers)
+
+    def stability(self, peak: jax.Array) -> Stability:
+        """The largest |u| of each vector, with the bound that it is to be within."""
+        return Stability(peak, self.rounding.error(self.levels(peak.dtype))[0, 0])
 
     def system(self, Y: jax.Array) -> System:
         """The same as the matrices of q = Q(base + L (about - q)), for `matrix.substitute`: vectors (rows, m) as columns.

@@ -11,6 +11,7 @@ carry of the rounding, and the same loop then runs with L = 0 and costs O(m) rat
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax import lax
 
 from ..matrix import Recursion
 from ..scalar import Here, Levels, Rounding, register_dataclass
+from .rows import by_rows
 
 
 @register_dataclass
@@ -91,13 +93,13 @@ def shape(
     rounding: Shaped,
     run: int,
     dtype: np.dtype,
-    key: jax.Array | None = None,
-    first: jax.Array | int = 0,
+    key: jax.Array | None,
+    numbers: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Codes (.., m) of vectors Y (.., m), as integers of this type, and the largest |u| of each (..).
 
     States start from 0 again every `run` entries. Such runs know nothing of each other: they are the neurons of the
-    recursion. Vector number i, counted from `first`, draws from its own key.
+    recursion. Every vector draws from a key of its own, which its number (..) picks.
     """
 
     def one(y, number):
@@ -107,10 +109,18 @@ def shape(
         (_, peak, _), path = recursion.scan(A, None, recursion.order, recursion.start())
         return path.codes.astype(dtype).T.reshape(-1), peak.max()
 
-    lead = Y.shape[:-1]
-    for _ in lead:
-        one = jax.vmap(one)
-    return one(Y, jnp.asarray(first) + jnp.arange(int(np.prod(lead))).reshape(lead))
+    def some(Y, numbers):
+        shaped = one
+        for _ in numbers.shape:
+            shaped = jax.vmap(shaped)
+        return shaped(Y, numbers)
+
+    return by_rows(some, Y.shape[-1], Y, numbers)
+
+
+def numbered(rows: tuple[int, ...], first: jax.Array | int) -> jax.Array:
+    """The numbers of vectors with these leading axes, counted from `first`."""
+    return jnp.asarray(first) + jnp.arange(math.prod(rows)).reshape(rows)
 
 
 def feedback(taps: jax.Array, lags: tuple[int, ...], m: int, run: int) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jpfq
-from jpfq.embed import FJLT, Beta, Memoryless, SigmaDelta, SparseGaussian, hadamard, pack
+from jpfq.embed import FJLT, Beta, Memoryless, SigmaDelta, SparseGaussian, hadamard, pack, unpack
 
 KEY = jax.random.key(0)
 
@@ -81,6 +81,7 @@ def codes():
         ),
         (lambda: hadamard(jnp.ones((2, 12))), "power of two; got 12"),
         (lambda: pack(codes(), 0), "whole number of bits from 1 to 31; got 0"),
+        (lambda: unpack(jnp.zeros((2, 4), jnp.uint8), 3, 8), r"8 codes of 3 bits.*uint8 \(\.\., 3\).*shape \(2, 4\)"),
     ],
 )
 def test_mistakes_are_named(make, message):

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import jpfq
 from jpfq.embed import FJLT, Memoryless, SigmaDelta, SparseGaussian, hadamard
+from jpfq.embed.rows import LEAST, at_once, by_rows
 from tests.helpers import assert_close
 from tests.reference import noise_shaping as reference
 
@@ -73,14 +74,36 @@ def test_distances_are_preserved(order, width, map, loss):
 
 
 def test_rows_on_two_devices_have_the_same_codes():
-    """Through the transform and the sparse map too, under jit."""
-    some = jpfq.BinaryEmbedding(FJLT.sample(jax.random.key(4), 24, 60, 0.3), SigmaDelta(1, 12), scale=20.0)
-    X = jnp.asarray(np.random.default_rng(5).standard_normal((6, 24)), jnp.float32)
+    """Through the transform and the sparse map too, in blocks of rows as one by one, and no device needs another's rows."""
+    some = jpfq.BinaryEmbedding(FJLT.sample(jax.random.key(4), 24, 2040, 0.3), SigmaDelta(1, 12), scale=20.0)
+    X = jnp.asarray(np.random.default_rng(5).standard_normal((130, 24)), jnp.float32)
+    assert X.shape[0] * some.m > at_once()
     placed = jax.device_put(X, NamedSharding(Mesh(jax.devices()[:2], ("rows",)), P("rows")))
-    codes, sharded = some.transform(X)[0], some.transform(placed)[0]
+    codes, (sharded, stability) = some.transform(X)[0], some.transform(placed)
     np.testing.assert_array_equal(sharded, codes)
-    assert len(sharded.sharding.device_set) == 2
+    assert sharded.sharding.is_equivalent_to(placed.sharding, 2)
+    assert stability.peak.sharding.is_equivalent_to(NamedSharding(placed.sharding.mesh, P("rows")), 1)
     np.testing.assert_array_equal(jax.vmap(lambda x: some.transform(x)[0])(X), codes)
+    program = str(jax.jit(lambda X: some.transform(X)).lower(placed).compile().as_text())
+    assert "while" in program
+    assert not {word for word in ("all-gather", "all-to-all", "collective-permute") if word in program}
+
+
+@pytest.mark.parametrize("lead", [(150,), (2, 75), (75, 2), (5, 131, 1)])
+def test_blocks_of_rows_are_all_rows(lead):
+    """Every row once in its place, with what belongs to it, whatever their number, in blocks much smaller than all."""
+    X = np.arange(3.0 * np.prod(lead)).reshape(*lead, 3)
+    numbers, seen = np.arange(np.prod(lead)).reshape(lead), []
+
+    def f(X, numbers):
+        seen.append(numbers.shape)
+        return {"sum": X.sum(-1), "both": X * numbers[..., None].astype(X.dtype)}
+
+    found = by_rows(f, 3, jnp.asarray(X, jnp.float32), jnp.asarray(numbers), most=1)
+    np.testing.assert_array_equal(found["sum"], X.sum(-1))
+    np.testing.assert_array_equal(found["both"], np.float32(X) * np.float32(numbers[..., None]))
+    assert max(map(np.prod, seen)) < LEAST + 2 * np.prod(lead) / max(lead)
+    assert by_rows(lambda x: x.shape, 3, jnp.asarray(X), most=X.size) == X.shape
 
 
 def test_vectors_too_large_for_the_alphabet_are_named():
