@@ -8,12 +8,3 @@ import pytest
 def _lenient():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
-
-
-@pytest.fixture
-def compilations():
-    """Counts XLA compilations: a list that grows by one with each."""
-    seen = []
-    listener = lambda event, duration, **_: seen.append(event) if event.endswith("backend_compile_duration") else None
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    return seen
