@@ -107,6 +107,12 @@ def problem(seed=0, *, m=64, n=40, out=6, dead=(), drift=0.1):
     return X, Xq, rng.standard_normal((n, out))
 
 
+def problem32(seed=30, *, n=40, out=6, **settings):
+    """Weights and the Gram of a problem, in float32."""
+    X, Xq, W = (jnp.asarray(x, jnp.float32) for x in problem(seed, n=n, out=out, **settings))
+    return W, jpfq.Gram.from_data(X, Xq)
+
+
 def recursed(system, levels, order=None, rounding=None, key=None, block=None):
     """The path of a system; methods of one shape share a program."""
     order = jnp.arange(system.base.shape[0]) if order is None else order

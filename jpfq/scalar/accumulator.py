@@ -24,7 +24,7 @@ import numpy as np
 from .grid import Grid, Levels, Number, is_number
 from .pytree import register_dataclass
 from .rounding import Rounding, _Threshold
-from .scale import Per, Scale
+from .scale import Based, Scale
 
 MAX_WIDTH = 32
 Feedback = Literal["argument", "shrunk"]
@@ -257,7 +257,7 @@ class ToZero(Bounded):
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Fit(Scale):
+class Fit(Based):
     """The steps of `base`, enlarged where weights rounded to nearest would not fit the sums.
 
     No further than to the largest weight of a neuron, whose code is then 1: where that does not fit, AXE leaves codes out.
@@ -265,18 +265,6 @@ class Fit(Scale):
 
     base: Scale
     sums: Sums
-
-    @property
-    def per(self) -> Per:  # type: ignore[override]
-        return self.base.per
-
-    @property
-    def shared(self):
-        return self.base.shared
-
-    @property
-    def local(self):
-        return self.base.local
 
     def __call__(self, W, grid, importance=None):
         levels = self.base(W, grid, importance)

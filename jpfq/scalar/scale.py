@@ -124,6 +124,24 @@ class Scale(abc.ABC):
         return None
 
 
+class Based(Scale):
+    """A rule that starts from another, and lets the same weights share a step."""
+
+    base: Scale
+
+    @property
+    def per(self) -> Per:  # type: ignore[override]
+        return self.base.per
+
+    @property
+    def shared(self):
+        return self.base.shared
+
+    @property
+    def local(self):
+        return self.base.local
+
+
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AbsMax(Scale):
@@ -254,7 +272,7 @@ class MinMSE(Scale):
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class MinError(Scale):
+class MinError(Based):
     """The multiple of another scale that leaves the least output error ||X w - Xq q||, found by running the recursion.
 
     `candidates` multiples, evenly spaced from `least` to `most`, are tried by method and rounding themselves; each neuron
@@ -286,18 +304,6 @@ class MinError(Scale):
             raise ValueError(f"MinError takes one round or more; got {self.rounds!r}.")
         if isinstance(self.base, MinError):
             raise ValueError("MinError searches among multiples of a plain scale, not of another search.")
-
-    @property
-    def per(self) -> Per:  # type: ignore[override]
-        return self.base.per
-
-    @property
-    def shared(self):
-        return self.base.shared
-
-    @property
-    def local(self):
-        return self.base.local
 
     @property
     def runs(self):

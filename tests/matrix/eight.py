@@ -43,7 +43,6 @@ GPFQ = PLAIN | {"method": jpfq.GPFQ(), "block": 8}
 # name: settings, neurons, matrices, devices, form of the data
 FEW = {
     "recommended": ({}, 10, 1, BOTH, "gram"),
-    "one neuron each": ({"scale": jpfq.MinError(candidates=3)}, 8, 1, BOTH, "gram"),
     "shared steps, drawn": (
         {
             "scale": jpfq.MinError(jpfq.Quantile(0.9), candidates=3),
@@ -68,6 +67,7 @@ FEW = {
 }
 FIXED = np.linspace(0.3, 0.5, 10)
 ALL = FEW | {
+    "one neuron each": ({"scale": jpfq.MinError(candidates=3)}, 8, 1, BOTH, "gram"),
     "refit groups": (
         PLAIN | {"scale": jpfq.AbsMax(per=jpfq.PerGroup(8, refit=True)), "method": jpfq.OPTQ()},
         10,

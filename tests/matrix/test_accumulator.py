@@ -7,7 +7,7 @@ import pytest
 
 import jpfq
 from jpfq.scalar import AXE, Fit
-from tests.helpers import PLAIN, problem
+from tests.helpers import PLAIN, problem, problem32
 from tests.scalar.test_accumulator import assert_fits, reached
 
 N, OUT = 48, 5
@@ -15,8 +15,7 @@ U8, S8 = jpfq.Asymmetric(8), jpfq.Integer(8)
 
 
 def gram(seed=0):
-    X, Xq, W = (jnp.asarray(x, jnp.float32) for x in problem(seed, m=120, n=N, out=OUT, dead=(4,)))
-    return W, jpfq.Gram.from_data(X, Xq)
+    return problem32(seed, m=120, n=N, out=OUT, dead=(4,))
 
 
 def solve(P, T, inputs=U8, bits=4, seed=0, **settings):

@@ -17,6 +17,7 @@ from tests.helpers import (
     assert_codes_equal,
     assert_codes_equal_but_for_ties,
     problem,
+    problem32,
 )
 from tests.reference import gpfq as reference
 
@@ -183,11 +184,6 @@ def test_low_precision_data_are_widened_first(form):
 
 
 # What path following is for
-
-
-def problem32(seed=30, **kwargs):
-    X, Xq, W = (jnp.asarray(x, jnp.float32) for x in problem(seed, n=N, out=OUT, **kwargs))
-    return W, jpfq.Gram.from_data(X, Xq)
 
 
 @pytest.mark.parametrize("seed", range(4))

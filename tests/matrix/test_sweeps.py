@@ -8,16 +8,11 @@ import numpy as np
 
 import jpfq
 from jpfq.matrix import recipe_of, solve_all
-from tests.helpers import PLAIN, assert_close, assert_codes_equal, problem
+from tests.helpers import PLAIN, assert_close, assert_codes_equal, problem32
 from tests.reference import gpfq as reference
 
 N, OUT = 40, 6
 GPFQ = PLAIN | {"method": jpfq.GPFQ()}
-
-
-def problem32(seed=30, **kwargs):
-    X, Xq, W = (jnp.asarray(x, jnp.float32) for x in problem(seed, n=N, out=OUT, **kwargs))
-    return W, jpfq.Gram.from_data(X, Xq)
 
 
 def test_vmap_over_numbers_is_the_loop():

@@ -82,7 +82,9 @@ def test_a_static_step_by_hand():
     np.testing.assert_allclose(steps, [step, hidden_step], rtol=1e-5)
     assert float(quantized.inputs["Dense_1/kernel"][0].levels.zero[0]) == 0  # unsigned behind ReLU
     for batch, a in zip(batches, second):
-        np.testing.assert_allclose(quantized.apply(batch), a @ kernels[1], atol=hidden_step * 0.3)
+        error = np.abs(quantized.apply(batch) - a @ kernels[1])
+        assert np.median(error) < 1e-5
+        assert error.max() <= hidden_step * np.abs(kernels[1]).max() + 1e-5  # a tie moves one input by one level
 
 
 def test_a_step_per_row_follows_each_row():

@@ -18,9 +18,7 @@ def convolution(groups):
     """The layout of a convolution, and its inputs in both networks."""
     kernel = jax.ShapeDtypeStruct((3, 3, 8 // groups, 8), jnp.float32)
     x = zoo.normal(0, 7, 10, 9, 8)
-    fn = lambda leaves, x: jax.lax.conv_general_dilated(
-        x, *leaves, (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
-    )
+    fn = lambda leaves, x: zoo.convolve(x, *leaves, (2, 1), groups)
     (site,), _ = find_sites(trace(fn, ["kernel"], [kernel], x))
     return site.layout, x, x + 0.1 * zoo.normal(1, *x.shape)
 
@@ -50,10 +48,7 @@ def test_few_patches_exist_at_a_time():
     """XLA's own account of temporary memory, of one large convolution."""
     x = jax.ShapeDtypeStruct((256, 64, 64, 16), jnp.float32)
     kernel = jax.ShapeDtypeStruct((3, 3, 16, 16), jnp.float32)
-    fn = lambda params, x: jax.lax.conv_general_dilated(
-        x, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    program = trace(lambda leaves, x: fn({"kernel": leaves[0]}, x), ["kernel"], [kernel], x)
+    program = trace(lambda leaves, x: zoo.convolve(x, *leaves), ["kernel"], [kernel], x)
     (site,), _ = find_sites(program)
     compiled = gather._gram.lower(site.layout, x, x, None, None, True, 2**21).compile()
     patches = 256 * 64 * 64 * 9 * 16 * 4
@@ -61,12 +56,11 @@ def test_few_patches_exist_at_a_time():
 
 
 def two_convolutions(params, x):
-    """A small network without a framework, so that little is compiled."""
-    conv = lambda x, W: jax.lax.conv_general_dilated(x, W, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return conv(jax.nn.relu(conv(x, params["first"]) + params["bias"]), params["second"])
+    """A small network without a framework, and with kernels of one shape, so that little is compiled."""
+    return zoo.convolve(jax.nn.relu(zoo.convolve(x, params["first"]) + params["bias"]), params["second"])
 
 
-PARAMS = {"first": zoo.normal(0, 3, 3, 4, 8), "bias": zoo.normal(1, 8), "second": zoo.normal(2, 3, 3, 8, 4)}
+PARAMS = {"first": zoo.normal(0, 3, 3, 4, 4), "bias": zoo.normal(1, 4), "second": zoo.normal(2, 3, 3, 4, 4)}
 
 
 def test_choices_of_patches_in_a_network():

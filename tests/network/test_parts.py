@@ -64,9 +64,7 @@ def test_a_kernel_walk_with_too_many_rows_names_the_kernel():
 
 
 def image(params, x):
-    x = jax.lax.conv_general_dilated(
-        x, params["conv"], (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
-    )
+    x = zoo.convolve(x, params["conv"], (2, 1), groups=2)
     return jnp.tanh(x).reshape(x.shape[0], -1) @ params["dense"]
 
 

@@ -43,7 +43,7 @@ def test_every_model_comes_back_whole(name, monkeypatch):
             yield pair
 
     monkeypatch.setattr(Stream, "finish", recording)
-    rules = 8 if name == "mlp" else zoo.plain(bits=8)
+    rules = 8 if name == "stack" else zoo.plain(bits=8)
     quantized = jpfq.quantize(case.model, case.batches, rules, **case.given)
 
     assert set(quantized.tensors) == set(quantized.info) == case.kernels
@@ -90,13 +90,7 @@ def test_convolutions_follow_their_true_patches(x64):
     """Stride, padding, dilation and feature groups: codes equal the reference on im2col rows."""
     generator = np.random.default_rng(1)
     W, x = generator.normal(size=(3, 2, 4, 6)), generator.normal(size=(5, 9, 8, 8))
-
-    def fn(params, x):
-        return jax.lax.conv_general_dilated(
-            x, params["w"], (2, 1), ((1, 2), (0, 1)), rhs_dilation=(2, 1), dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=2,
-        )  # fmt: skip
-
+    fn = lambda params, x: zoo.convolve(x, params["w"], (2, 1), 2, ((1, 2), (0, 1)), (2, 1))
     quantized = jpfq.quantize(fn, [x], SYMMETRIC, params={"w": jnp.asarray(W)})
     patches = reference.im2col(x, (3, 2), (2, 1), ((1, 2), (0, 1)), (2, 1), (1, 1), 2)
     for group, X in enumerate(patches.reshape(2, -1, patches.shape[-1])):
@@ -212,9 +206,7 @@ def test_per_group_scales_land_on_the_kernel():
 
 def test_a_per_tensor_scale_is_one_number_for_all_groups():
     W, x = zoo.normal(0, 3, 3, 1, 6), zoo.normal(1, 4, 8, 8, 6)
-    fn = lambda params, x: jax.lax.conv_general_dilated(
-        x, params, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=6
-    )
+    fn = lambda params, x: zoo.convolve(x, params, groups=6)
     tensor = jpfq.quantize(fn, [x], zoo.plain(bits=4, scale=jpfq.Median(3.0)), params=W).tensors[""]
     assert tensor.step.shape == (1, 1, 1, 1)
     np.testing.assert_allclose(tensor.step.item(), 3 * np.median(np.abs(W)) / 7, rtol=1e-6)

@@ -58,15 +58,7 @@ def vmapped(dtype):
 
 def grouped(dtype):
     """A convolution in groups, with stride and dilation, and one convolution for each group."""
-    convolve = lambda x, w, groups: jax.lax.conv_general_dilated(
-        x,
-        w,
-        (2, 1),
-        "SAME",
-        rhs_dilation=(1, 2),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
+    convolve = lambda x, w, groups: zoo.convolve(x, w, (2, 1), groups, dilation=(1, 2))
     w = zoo.normal(3, 3, 2, 2, 12).astype(dtype)
     split = lambda x: jnp.split(x, 3, -1)
     fn = lambda params, x: jnp.concatenate([convolve(x, params[f"w{i}"], 1) for i, x in enumerate(split(x))], -1)
@@ -80,7 +72,7 @@ def grouped(dtype):
 
 def experts(dtype):
     """Products with a batch axis of experts, one feeding the next, and layers of their own."""
-    up, down = zoo.normal(3, 4, 8, 12).astype(dtype), zoo.normal(4, 4, 12, 8).astype(dtype)
+    up, down = zoo.normal(3, 4, 8, 8).astype(dtype), zoo.normal(4, 4, 8, 8).astype(dtype)
 
     def together(params, x):
         hidden = jnp.tanh(jnp.einsum("bd,edf->ebf", x, params["up"]))
@@ -118,8 +110,8 @@ def frameworks(dtype):
             return self.head(nnx.relu(self.hidden(x)))
 
     module, model, batches = InLinen(), InNNX(nnx.Rngs(0)), zoo.batches(16, 6, 6, 3)
-    variables = module.init(jax.random.key(1), batches[0])
-    variables = {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param)), "batch_stats": variables["batch_stats"]}
+    statistics = zoo.initial(module, batches[0])["batch_stats"]
+    variables = {"params": nnx.to_pure_dict(nnx.state(model, nnx.Param)), "batch_stats": statistics}
     paths = ("conv/kernel", "hidden/kernel", "head/kernel")
     return Pair((module, {"variables": variables}), (model, {}), batches, [(path, ..., path) for path in paths])
 

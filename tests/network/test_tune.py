@@ -139,7 +139,7 @@ class Linen(nn.Module):
 
 
 def linen():
-    return zoo.Case(Linen(), Linen().init(jax.random.key(0), X), [X], set())
+    return zoo.Case(Linen(), zoo.initial(Linen(), X), [X], set())
 
 
 @pytest.mark.parametrize("case", [linen, zoo.mlp])

@@ -17,10 +17,7 @@ from tests.network import zoo
 
 def network(params, x):
     """A convolution, a product and a bias, without a framework."""
-    x = jax.lax.conv_general_dilated(
-        x, params["first"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
-    )
-    x = jax.nn.relu(x + params["bias"])
+    x = jax.nn.relu(zoo.convolve(x, params["first"], (2, 2), groups=2) + params["bias"])
     return jnp.tanh(x.reshape(x.shape[0], -1) @ params["deep"]) @ params["third"]
 
 
@@ -39,6 +36,8 @@ def settings(kind, number, seed):
     drawn = {"rounding": jpfq.Stochastic(), "patches": jpfq.patches.Random(0.5)}
     head = jpfq.Rule("third", skip=True)
     return {
+        "all at once": lambda: [head, plain(**drawn)],
+        "nearest": lambda: [head, zoo.plain(method=jpfq.MSQ(), grid=jpfq.Ternary(), scale=jpfq.Fixed(number))],
         "plain": lambda: plain(),
         "optq": lambda: plain(method=jpfq.OPTQ(jpfq.MeanDiagonal(number))),
         "drawn": lambda: zoo.plain(bits=4, **drawn),
@@ -47,6 +46,7 @@ def settings(kind, number, seed):
     }[kind]()
 
 
+ALL, ONE = (("all at once", 0.5, 0), ("all at once", 0.9, 1)), ("nearest", 0.3, 0)
 POINTS = [
     {"kind": kind, "number": number, "seed": seed}
     for kind in ("plain", "optq", "drawn", "skips", "rows")
@@ -102,9 +102,9 @@ def check_rows(points):
 
 
 def test_each_row_is_the_single_run(x64, compilations):
-    """Scales, activations, corrected biases, draws and patches, in lanes of their own tracks."""
-    run = check_rows([point for point in POINTS if point["kind"] in ("plain", "drawn")])
-    assert [chunk.numbers for chunk in run._chunks] == [[0, 1], [2, 3]]
+    """Scales, activations, corrected biases, draws and patches in lanes; another method on a track of its own."""
+    run = check_rows([{"kind": kind, "number": number, "seed": seed} for kind, number, seed in (*ALL, ONE)])
+    assert [chunk.numbers for chunk in run._chunks] == [[0, 1], [2]]
     members, x = (run[0], run[1]), data()[0]
     members[0].apply_integer(x)
     compilations.clear()
@@ -206,16 +206,12 @@ def test_the_float_network_runs_once(monkeypatch):
     assert len(calls) == in_float + 2
 
 
-def test_other_numbers_compile_nothing():
-    swept()
-    before = sum(f._cache_size() for f in segments._compiled.values())
-    from jpfq.network import walk
-
-    solves = walk._solve_lanes._cache_size()
-    other = jpfq.Space(lambda bits, c: zoo.plain(bits=bits, scale=jpfq.AbsMax(c)), bits=[5, 6, 7], c=[0.7, 0.8])
-    jpfq.sweep(simple, X, other, params=SIMPLE)
-    assert walk._solve_lanes._cache_size() == solves
-    assert sum(f._cache_size() for f in segments._compiled.values()) == before
+def test_other_numbers_compile_nothing(compilations):
+    run = lambda *bits: jpfq.sweep(simple, X, jpfq.Space(SPACE.rules, bits=bits, c=[0.7, 0.8]), params=SIMPLE)
+    run(2, 3, 4)
+    compilations.clear()
+    run(5, 6, 7)
+    assert compilations == []
 
 
 def test_fields_of_a_rule_need_no_function():
