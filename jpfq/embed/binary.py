@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ..matrix.automatic import run
 from ..scalar import register_dataclass
 from ..scalar.grid import Number, is_number
 from .embedding import Embedding
@@ -78,7 +79,7 @@ class BinaryEmbedding(Embedding):
             (5, 64)
         """
         self._condensed(a, b)
-        return _l1(a, b)
+        return run(_l1, a, b)
 
 
 @jax.jit

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 import jax
 import jax.numpy as jnp
 
+from ..matrix.automatic import run
 from ..matrix.gram import at_least_float32
 from ..scalar.bits import pack_bits, unpack_bits
 from .quantizers import Quantizer
@@ -92,7 +93,7 @@ class Embedding(abc.ABC):
             >>> codes.dtype, bool(stability.stable.all())
             (dtype('int8'), True)
         """
-        return _transform(self, self._vectors(X), key, first)
+        return run(_transform, self, self._vectors(X), key, first)
 
     def features(self, X: jax.Array) -> jax.Array:
         """What `condense` would return (.., p) if nothing were quantized.
@@ -106,7 +107,7 @@ class Embedding(abc.ABC):
             >>> bool(jnp.abs(rounded - exact).max() < 0.1 * jnp.abs(exact).max())
             True
         """
-        return _features(self, self._vectors(X))
+        return run(_features, self, self._vectors(X))
 
     def condense(self, codes: jax.Array) -> jax.Array:
         """The condensed vectors (.., p) of codes (.., m), in the units of `features`.
@@ -118,7 +119,7 @@ class Embedding(abc.ABC):
             >>> features.condense(features.transform(X)[0]).shape
             (64, 64)
         """
-        return _condense(self, self._codes(codes))
+        return run(_condense, self, self._codes(codes))
 
     def store(self, codes: jax.Array) -> jax.Array:
         """What need be kept of codes (.., m), packed: uint8 (.., bytes_per_vector).
@@ -131,7 +132,7 @@ class Embedding(abc.ABC):
             >>> stored.shape == (64, features.bytes_per_vector)
             True
         """
-        return _store(self, self._codes(codes))
+        return run(_store, self, self._codes(codes))
 
     def load(self, stored: jax.Array) -> jax.Array:
         """The condensed vectors (.., p) from what was stored.
@@ -147,7 +148,7 @@ class Embedding(abc.ABC):
             raise ValueError(
                 f"Stored vectors are uint8 (.., {self.bytes_per_vector}); got {stored.dtype} of shape {stored.shape}."
             )
-        return _load(self, stored)
+        return run(_load, self, stored)
 
     def stream(
         self, chunks: Iterable[jax.Array], key: jax.Array | None = None

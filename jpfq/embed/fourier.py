@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ..matrix.automatic import run
 from ..matrix.gram import matmul
 from ..scalar import register_dataclass
 from ..scalar.grid import is_number
@@ -103,4 +104,4 @@ class RandomFourierFeatures(Embedding):
             (64, 64)
         """
         self._condensed(a, b)
-        return matmul(a, b.T)
+        return run(lambda a, b: matmul(a, b.T), a, b)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..matrix import System, code_dtype
+from ..matrix.automatic import run
 from ..scalar import Equispaced, Levels, Nearest, Rounding, Stochastic, register_dataclass
 from ..scalar.grid import Number, is_number
 from .shaping import Shaped, Stability, feedback, numbered, shape
@@ -106,7 +107,7 @@ class Quantizer(abc.ABC):
             key: for a rounding that draws; every vector uses its own part of it.
             first: the number of the first vector, for data that come in chunks.
         """
-        codes, peak = self.shape(Y, key, numbered(Y.shape[:-1], first))
+        codes, peak = run(self.shape, Y, key, numbered(Y.shape[:-1], first))
         return codes, self.stability(peak)
 
     def shape(self, Y: jax.Array, key: jax.Array | None, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..matrix.automatic import automatic
 from ..matrix.gram import is_finite
-from .mesh import automatic
 
 
 @dataclasses.dataclass(frozen=True)

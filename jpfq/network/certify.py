@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..matrix.automatic import context
 from .integer import integer_sites
-from .mesh import context
 from .table import table
 
 if TYPE_CHECKING:

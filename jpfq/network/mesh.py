@@ -4,7 +4,6 @@ Everything runs where the arrays are: XLA splits the forward passes and sums the
 batches say, and the solves split their neurons over the same devices (matrix/shard.py).
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterable
@@ -12,10 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..matrix import Devices
+from ..matrix.automatic import automatic_mesh
 from ..matrix.each import LANES
 from ..matrix.gram import is_traced
 from .functional import Functional
@@ -35,18 +35,6 @@ def devices_of(arrays: Iterable) -> Devices | None:
 
 def _axes(spec):
     return [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
-
-
-def automatic(x: Any) -> Any:
-    """An array of a mesh with Explicit axes as one of the same devices with Auto axes, on which reshapes are free."""
-    if (
-        not isinstance(x, jax.Array)
-        or is_traced(x)
-        or not isinstance(x.sharding, NamedSharding)
-        or not _is_explicit(x.sharding.mesh)
-    ):
-        return x
-    return jax.device_put(x, NamedSharding(_automatic(x.sharding.mesh), x.sharding.spec))
 
 
 def on_mesh_of(leaf: Any, tree: Any) -> Any:
@@ -95,7 +83,7 @@ class LanesMesh:
             return x
         sharding, spec = getattr(x, "sharding", None), P()
         if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
-            if _automatic(sharding.mesh) != _automatic(self.given):
+            if automatic_mesh(sharding.mesh) != automatic_mesh(self.given):
                 raise ValueError(
                     f"An array of shape {x.shape} lies on another mesh than the settings: {sharding.mesh}."
                 )
@@ -112,23 +100,6 @@ class LanesMesh:
         if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
             return on_mesh_of(leaf, tree)
         return jax.device_put(tree, next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jax.devices()[0])
-
-
-def _is_explicit(mesh):
-    return AxisType.Explicit in (mesh.axis_types or ())
-
-
-def _automatic(mesh):
-    return Mesh(mesh.devices, mesh.axis_names)
-
-
-def context() -> contextlib.AbstractContextManager:
-    """What to work in: the mesh that `jax.set_mesh` set, its axes Auto."""
-    try:
-        mesh = jax.sharding.get_mesh()
-    except ValueError:  # inside jit, where the mesh is the caller's and cannot be set
-        return contextlib.nullcontext()
-    return jax.set_mesh(_automatic(mesh)) if _is_explicit(mesh) else contextlib.nullcontext()
 
 
 def check_runs(functional: Functional, batch: Any) -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ..matrix import Devices
+from ..matrix.automatic import automatic, context
 from ..matrix.gram import is_finite, is_traced
 from .activation import Activations
 from .batches import Shaped, read_batches, shapes_of
@@ -18,7 +19,7 @@ from .curvature import curvatures
 from .functional import Functional, from_function
 from .hosts import check_hosts, leaves_of, spans_hosts
 from .linen import from_linen, is_linen
-from .mesh import automatic, check_runs, context, devices_of, like, on_mesh_of
+from .mesh import check_runs, devices_of, like, on_mesh_of
 from .nnx import from_nnx, is_nnx
 from .program import Program, trace_twice
 from .progress import progress_bar

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import jax
 
 from ..matrix import Info, QTensor
+from ..matrix.automatic import automatic, context
 from ..scalar import Guard, Reach
 from .activation import Rounded
 from .apply import run
 from .functional import Functional, flatten
 from .integer import Integers, Overflow
-from .mesh import automatic, context, like
+from .mesh import like
 from .serve import Served
 from .table import table
 from .tune import fake_quant, on_grid, tunable

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..matrix.automatic import automatic, context
 from ..matrix.gram import at_least_float32
 from ..network import Quantized, Weighted
 from ..network.apply import run
-from ..network.mesh import automatic, context
 from .compare import Subject
 
 

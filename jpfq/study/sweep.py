@@ -20,11 +20,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ..matrix import Devices, code_dtype
+from ..matrix.automatic import automatic, context
 from ..matrix.each import lane, over_lanes, stack
 from ..network import Quantized
 from ..network.batches import Shaped, shapes_of
 from ..network.functional import Functional
-from ..network.mesh import LanesMesh, automatic, context
+from ..network.mesh import LanesMesh
 from ..network.plan import plan_of
 from ..network.progress import progress_bar
 from ..network.quantize import (

@@ -1,5 +1,7 @@
 """Binary embeddings: fast maps that are the matrices they claim to be, and distances that survive one bit."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,6 +89,25 @@ def test_rows_on_two_devices_have_the_same_codes():
     program = str(jax.jit(lambda X: some.transform(X)).lower(placed).compile().as_text())
     assert "while" in program
     assert not {word for word in ("all-gather", "all-to-all", "collective-permute") if word in program}
+
+
+def test_a_mesh_with_explicit_axes_gives_the_same_and_gets_it_back():
+    """As `jax.make_mesh` makes one, whether or not it is the mesh in use."""
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+    some = jpfq.BinaryEmbedding(FJLT.sample(jax.random.key(4), 24, 60, 0.5), SigmaDelta(1, 12), scale=20.0)
+    X = jnp.asarray(np.random.default_rng(5).standard_normal((10, 24)), jnp.float32)
+    placed = jax.device_put(X, NamedSharding(mesh, P("rows")))
+    codes, vectors = some.transform(X)[0], some.condense(some.transform(X)[0])
+    for used in (contextlib.nullcontext(), jax.set_mesh(mesh)):
+        with used:
+            found, stability = some.transform(placed)
+            condensed = some.load(some.store(found))
+            distances = some.distance(condensed, condensed)
+        assert found.sharding.is_equivalent_to(NamedSharding(mesh, P("rows", None)), 2)
+        assert found.sharding.mesh == condensed.sharding.mesh == stability.peak.sharding.mesh == mesh
+        np.testing.assert_array_equal(found, codes)
+        np.testing.assert_allclose(condensed, vectors, rtol=1e-6)
+        np.testing.assert_allclose(distances, some.distance(vectors, vectors), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("lead", [(150,), (2, 75), (75, 2), (5, 131, 1)])

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from ...matrix.automatic import automatic, context
 from ...network.batches import shapes_of
-from ...network.mesh import automatic, context
 from ..compare import Subject
 
 HELP = (
