@@ -1,6 +1,7 @@
 """QTensor: a quantized kernel as integer codes and steps, in the kernel's own shape; and Info, what its making was like."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ class QTensor:
             >>> bool((kernel == quantized.params["head"]["kernel"]).all())
             True
         """
-        return _dequantize(self)
+        return _dequantize(self.codes, self.step, self.zero, self.dtype, self.rotated)
 
     def rounded(self, kernel: jax.Array) -> "QTensor":
         """Another kernel of this shape at the nearest of the same levels. Undoes `dequantize` where no step is 0.
@@ -149,13 +150,14 @@ class Info:
         return cls(**{name: x.mean() if name in means else x.sum() for name, x in fields.items()}, reach=reach)
 
 
-@jax.jit
-def _dequantize(tensor):
-    kernel = tensor.levels.decode(tensor.codes.astype(tensor.step.dtype))
-    if tensor.rotated is not None:
-        rotation, layout = tensor.rotated
+@functools.partial(jax.jit, static_argnames=("dtype", "rotated"))
+def _dequantize(codes, step, zero, dtype, rotated):
+    """Of any grid by one program."""
+    kernel = _spread(step, codes.shape) * (codes.astype(step.dtype) - _spread(zero, codes.shape))
+    if rotated is not None:
+        rotation, layout = rotated
         kernel = layout.operand(jax.vmap(rotation.back)(layout.matrices(kernel)))
-    return kernel.astype(tensor.dtype)
+    return kernel.astype(dtype)
 
 
 def code_dtype(grid: Grid) -> np.dtype:
