@@ -180,6 +180,7 @@ def _run(system, job, recursion, recipe, told) -> tuple[Path, Recursion]:
         path = run(recursion)
         return path, recursion if path.refit is None else recursion._replace(levels=path.refit)
 
+    least, rounds = multiples
     levels, shared = recursion.levels, recursion.shared
     scaled = lambda c: recursion._replace(levels=dataclasses.replace(levels, step=levels.step * jnp.atleast_2d(c)))
 
@@ -187,7 +188,7 @@ def _run(system, job, recursion, recipe, told) -> tuple[Path, Recursion]:
         (best_error, best_c, best_path), centre = state
         offset, new_round = x
         centre = jnp.where(new_round, best_c, centre)
-        c = jnp.maximum(centre + offset, multiples[0][0] / 2)  # a step stays positive
+        c = jnp.maximum(centre + offset, least / 2)  # a step stays positive
         path = run(scaled(c))
         error = as_gram(job.trusted).excess(job.W, path.q)
         error = recursion.neurons.sum(error) if shared else error
@@ -195,10 +196,10 @@ def _run(system, job, recursion, recipe, told) -> tuple[Path, Recursion]:
         keep = lambda new, old: jnp.where(better[None] if new.ndim == 2 and better.ndim else better, new, old)
         return (jax.tree.map(keep, found, (best_error, best_c, best_path)), centre), None
 
-    blank, c = jnp.zeros_like(system.base), jnp.zeros(1 if shared else recursion.out, system.base.dtype)
+    blank, c = jnp.zeros_like(system.base), jnp.full(1 if shared else recursion.out, least, system.base.dtype)
     start = jnp.full(() if shared else c.shape, jnp.inf, c.dtype), c, Path(blank, blank, blank > 0)
-    first = jnp.concatenate([jnp.arange(x.size) == 0 for x in multiples])
-    ((_, c, path), _), _ = lax.scan(attempt, (start, c), (jnp.concatenate(multiples), first))
+    first = jnp.concatenate([jnp.arange(x.size) == 0 for x in rounds])
+    ((_, c, path), _), _ = lax.scan(attempt, (start, c), (jnp.concatenate(rounds), first))
     return path, scaled(c)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .grid import Grid, Levels, Number, is_number
 from .pytree import refuse_traced, register_dataclass
@@ -116,10 +117,10 @@ class Scale(abc.ABC):
         """How many times the recursion runs until the steps are found."""
         return 1
 
-    def multiples(self, dtype) -> list[jax.Array] | None:
+    def multiples(self, dtype) -> tuple[jax.Array, list[jax.Array]] | None:
         """Multiples of the steps, among which the recursion is to find the one of least output error; None: no search.
 
-        After the first array, what is added to the best one so far.
+        The least one, and round by round what is added: first to this one, then to the best so far.
         """
         return None
 
@@ -313,10 +314,13 @@ class MinError(Based):
         return self.base(W, grid, importance)
 
     def multiples(self, dtype):
-        grid = jnp.linspace(self.least, self.most, self.candidates, dtype=dtype)
-        reach = grid[1] - grid[0]  # each round looks between the neighbours of the best so far
-        inner = jnp.linspace(-1, 1, self.candidates + 2, dtype=dtype)[1:-1]
-        return [grid, *(reach * (2 / (self.candidates + 1)) ** i * inner for i in range(self.rounds - 1))]
+        # Each number is one product here, and is added elsewhere: a product with its sum a compiler may round once or twice,
+        # and the runs of a sweep are to be the single ones to the bit.
+        first, inner = np.linspace(0, 1, self.candidates), np.linspace(-1, 1, self.candidates + 2)[1:-1]
+        # Each round looks between the neighbours of the best so far.
+        reaches = (2 / (self.candidates + 1)) ** np.arange(self.rounds - 1) / (self.candidates - 1)
+        least, most = (jnp.asarray(x, dtype) for x in (self.least, self.most))
+        return least, [(most - least) * jnp.asarray(x, dtype) for x in (first, *(reach * inner for reach in reaches))]
 
 
 @register_dataclass

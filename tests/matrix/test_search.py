@@ -52,7 +52,10 @@ def test_multiples_zoom_in(x64):
     scale = jpfq.MinError(jpfq.Quantile(0.9, per=jpfq.PerGroup(SIZE)), least=0.5, most=2.0, candidates=4, rounds=3)
     assert scale.per == jpfq.PerGroup(SIZE)
     found = scale.multiples(jnp.float64)
-    for x, expected in zip(found, ([0.5, 1, 1.5, 2], [-0.3, -0.1, 0.1, 0.3], [-0.12, -0.04, 0.04, 0.12]), strict=True):
+    assert found is not None
+    least, rounds = found
+    assert least == 0.5
+    for x, expected in zip(rounds, ([0, 0.5, 1, 1.5], [-0.3, -0.1, 0.1, 0.3], [-0.12, -0.04, 0.04, 0.12]), strict=True):
         assert_close(x, expected)
     assert jpfq.MinMSE().multiples(jnp.float64) is None
 

@@ -31,7 +31,7 @@ def parameters(case, quantized):
     )
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "cnn")) for n in zoo.CASES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("cnn", "lm"))) for n in zoo.CASES])
 def test_every_model_comes_back_whole(name, monkeypatch):
     case = zoo.CASES[name]()
     streamed = []
