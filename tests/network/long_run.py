@@ -1,6 +1,7 @@
 """A run that test_resume.py kills and starts again: python -m tests.network.long_run FOLDER."""
 
 import sys
+import time
 import zlib
 
 import jax
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jpfq
+from jpfq.network import resume
 from tests.network import zoo
 
-LAYERS = 12
+LAYERS = 40
+PAUSE = 0.05  # seconds after each layer, so that a kill meets a run that is far from its end, on a busy machine too
 
 
 def network(params, x):
@@ -36,6 +39,13 @@ def run(folder):
     )
 
 
+def paced(*args):
+    """Keeps a layer, and waits."""
+    keep(*args)
+    time.sleep(PAUSE)
+
+
 if __name__ == "__main__":
+    keep, resume.Kept.write = resume.Kept.write, paced
     made = run(sys.argv[1])  # what it prints is a checksum of the codes
     print(zlib.crc32(b"".join(np.asarray(tensor.codes).tobytes() for tensor in made.tensors.values())))

@@ -288,7 +288,7 @@ def test_killed_at_ten_random_moments(tmp_path):
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
             while process.poll() is None and len(sites()) < target:
                 time.sleep(0.002)
-            time.sleep(float(rng.uniform(0, 0.02)))
+            time.sleep(float(rng.uniform(0, 1.5 * long_run.PAUSE)))
             process.send_signal(signal.SIGKILL)
         reached.append(len(sites()))
         for name in sites():  # whatever is there is whole
