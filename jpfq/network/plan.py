@@ -141,10 +141,10 @@ def _line(site: Site, forked: bool, analysis: Analysis, batches: int) -> Line:
     matrices = 3 if networks == 2 else 1  # H, C, drift
     passes = getattr(recipe.finish, "passes", 0)
     bare = recipe.method.local and isinstance(recipe.order, Natural) and networks == 1
-    copies, columns = (7, 16) if passes else (2 if bare else 4, 12)
+    squares, columns = (7, 16) if passes else (2 if bare else 4, 12)
     multiplied, held = _gram(layout, shape, per_batch, picked is None, networks)
     gather = held + 2 * matrices * n * n
-    solve = (matrices + copies) * n * n + columns * n * out
+    solve = (matrices + squares) * n * n + columns * n * out
     runs = recipe.scale.runs
     products = (2 if runs > 1 else 1) * runs + 4 * passes + 4  # a search measures each of its runs
     flops = 2.0 * B * (multiplied * batches + products * n * n * out)
