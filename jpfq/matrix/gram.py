@@ -62,6 +62,8 @@ class Gram:
         X, Xq = at_least_float32(X), None if Xq is None else at_least_float32(Xq)
         rows = X.shape[:-1]
         weight = jnp.ones(rows, X.dtype) if weights is None else _over_rows(weights, rows).astype(X.dtype)
+        if weights is not None:  # selected, as 0 times NaN is no 0
+            X, Xq = (None if x is None else jnp.where(weight[..., None] > 0, x, 0) for x in (X, Xq))
         right = X if Xq is None else Xq
         left = right if weights is None else right * weight[..., None]
         sum_q = _sum_rows(weight, right)
@@ -122,7 +124,7 @@ class Gram:
             >>> bool(jnp.abs(gram.centred().mean_X).max() == 0)
             True
         """
-        count = jnp.maximum(self.count, 1)
+        count = self._rows
         less = lambda M, a, b: M - jnp.outer(a, b) / count
         H = less(self.H, self.sum_Xq, self.sum_Xq)
         least = 64 * jnp.finfo(H.dtype).eps * jnp.diagonal(self.H)
@@ -148,12 +150,16 @@ class Gram:
     @property
     def mean_X(self) -> jax.Array:
         """Mean of the float inputs (in,)."""
-        return self.sum_X / jnp.maximum(self.count, 1)
+        return self.sum_X / self._rows[..., None]
 
     @property
     def mean_Xq(self) -> jax.Array:
         """Mean of the quantized network's inputs (in,)."""
-        return self.sum_Xq / jnp.maximum(self.count, 1)
+        return self.sum_Xq / self._rows[..., None]
+
+    @property
+    def _rows(self):
+        return jnp.where(self.count > 0, self.count, 1)
 
     def energy(self, W: jax.Array) -> jax.Array:
         """||X w||^2 for each column w of W (in, out): the energy of the float outputs.

@@ -38,6 +38,13 @@ class Layout(abc.ABC):
     def rows(self, x: jax.Array) -> jax.Array:
         """The data operand as (B, *rows, in)."""
 
+    @abc.abstractmethod
+    def row_weights(self, weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Weights of the rows (B or 1, *rows) of a data operand of that shape: each as far as the least of its entries.
+
+        `weights` are those of the operand's entries, of its rank and of size 1 along axes that they do not depend on.
+        """
+
     def split(self, x: jax.Array, numbers: int) -> tuple[int, int] | None:
         """(axis of the data operand, how far along it at once) such that rows hold about so many numbers; None for all.
 
@@ -110,6 +117,15 @@ class DotLayout(Layout):
         batch, inputs = len(self.data_batch), len(self.data_contract)
         head, rows, tail = x.shape[:batch], x.shape[batch : x.ndim - inputs], x.shape[x.ndim - inputs :]
         return x.reshape(math.prod(head), *(rows or (1,)), math.prod(tail))  # one input for a whole batch is one row
+
+    def row_weights(self, weights, shape):
+        free = [i for i in range(len(shape)) if i not in self.data_batch + self.data_contract]
+        split = any(weights.shape[i] > 1 for i in self.data_batch)  # whether matrices have weights of their own
+        full = [shape[i] if i in free or (split and i in self.data_batch) else 1 for i in range(len(shape))]
+        weights = jnp.broadcast_to(weights.min(self.data_contract, keepdims=True), full)
+        head = math.prod(full[i] for i in self.data_batch)
+        weights = weights.transpose(*self.data_batch, *free, *self.data_contract)
+        return weights.reshape(head, *([shape[i] for i in free] or (1,)))
 
     def row_axes(self, ndim):
         return self.data_contract
@@ -187,6 +203,24 @@ class ConvLayout(Layout):
             x = jnp.stack(offsets, axis=-2)
         return self._grouped(x, 1 + len(self.window))
 
+    @property
+    def pooling(self) -> tuple:
+        """The windows over (sample, *space, channel), as `pooled` takes them."""
+        around = lambda inner, outer: (outer, *inner, outer)
+        return (
+            around(self.window, 1),
+            around(self.strides, 1),
+            around(self.padding, (0, 0)),
+            around(self.data_dilation, 1),
+            around(self.dilation, 1),
+        )
+
+    def row_weights(self, weights, shape):
+        weights = weights.transpose(self.data_spec[0], *self.data_spec[2:], self.data_spec[1])
+        weights = pooled(weights.min(-1, keepdims=True), *self.pooling)[..., 0]
+        rows = jax.eval_shape(self.rows, jax.ShapeDtypeStruct(shape, weights.dtype)).shape[1:-1]
+        return jnp.broadcast_to(jnp.where(jnp.isinf(weights), 1, weights), rows)[None]
+
     def picked(self, x: jax.Array, numbers: jax.Array) -> jax.Array:
         """The rows (B, numbers, in) of these numbers, as if all axes of rows were one."""
         x = self._widened(x)
@@ -240,3 +274,23 @@ class ConvLayout(Layout):
         y = jnp.moveaxis(y, 0, -2)
         y = y.reshape(*y.shape[:-2], -1)  # (sample, *space, channel)
         return y.transpose(np.argsort((self.out_spec[0], *self.out_spec[2:], self.out_spec[1])))
+
+
+def pooled(x: jax.Array, window, strides, padding, base_dilation, window_dilation) -> jax.Array:
+    """The least of each window, axis by axis as `lax.reduce_window` has them; infinite where a window sees padding alone.
+
+    Along an axis of size 1 there is one value for all windows, which stays.
+    """
+    kept = lambda values, otherwise: [v if n > 1 else otherwise for v, n in zip(values, x.shape, strict=True)]
+    widen = [(*pad, dilation - 1) for pad, dilation in zip(kept(padding, (0, 0)), kept(base_dilation, 1), strict=True)]
+    x = lax.pad(x, jnp.asarray(jnp.inf, x.dtype), widen)
+    return lax.reduce_window(
+        x,
+        jnp.asarray(jnp.inf, x.dtype),
+        lax.min,
+        kept(window, 1),
+        kept(strides, 1),
+        "VALID",
+        None,
+        kept(window_dilation, 1),
+    )

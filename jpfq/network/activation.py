@@ -97,7 +97,7 @@ def choose(
     """The rounding of an input, from its calibration data.
 
     Args:
-        batches: gives pairs of an input and the weights of its rows (or None), as often as it is called.
+        batches: gives pairs of an input and the weights of its entries (or None), as often as it is called.
         laned: whether the settings, and whether the inputs have lanes.
     """
     if settings.per == "row":
@@ -154,6 +154,5 @@ def _matrices(layout, split, x, weights):
     """Numbers and their weights as (matrices or 1, numbers)."""
     flat = layout.by_matrix if split else lambda x: x.reshape(1, -1)
     if weights is not None:
-        weights = weights.reshape(weights.shape + (1,) * (x.ndim - weights.ndim))
         weights = flat(jnp.broadcast_to(weights, x.shape))
     return flat(at_least_float32(x)), weights

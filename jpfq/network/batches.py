@@ -16,9 +16,13 @@ from ..matrix.gram import is_finite
 class Weighted:
     """A batch with row weights, such as a padding mask, that keep some rows out of the statistics.
 
-    weights: (batch,), (batch, position) or whatever the leading axes of the layers' inputs are; 0 leaves a row out.
-    Where a layer merges these axes with later ones, the batch is taken to come first; where it keeps one row per sample, a
-    sample counts if any of its positions does.
+    weights: (batch,), (batch, position) or whatever leading axes the inputs share; 0 leaves a row out. Where inputs have
+    axes of their own, a tree of weights in the structure of the batch, with None for an input that has none.
+
+    Weights follow the data through the model: a window counts as far as the least of its positions, a mean over positions
+    as far as the most of them. What stands in rows of weight 0, NaN or infinity too, does not matter: it becomes 0 in
+    inputs of floating numbers before the model runs (an input that only tells counted rows from others, as a mask does, is
+    left as it is), and a model in which such rows reach rows that count is refused.
 
     `batch` is a batch as without weights.
 
@@ -36,7 +40,7 @@ class Shaped(NamedTuple):
 
     example: Any  # a batch, as a pytree
     leaves: list[list]
-    weights: list
+    weights: list  # per batch: for each leaf, weights of its leading axes or None; None where there are none at all
 
 
 def read_batches(batches: Iterable, on_host: bool = False) -> list[Shaped]:
@@ -53,11 +57,13 @@ def read_batches(batches: Iterable, on_host: bool = False) -> list[Shaped]:
         batch, weights = (item.batch, item.weights) if isinstance(item, Weighted) else (item, None)
         leaves, tree = jax.tree.flatten(batch)
         leaves = [np.array(a) if on_host and not isinstance(x, jax.Array) else a for x, a in _arrays(leaves, number)]
-        signature = tree, [(x.shape[1:], x.dtype) for x in leaves]
+        signature = tree, [(x.shape, x.dtype) for x in leaves]
         first = first or signature
         _check_like(first, signature, number)
         if weights is not None:
-            weights = _check_weights(weights, leaves, number)
+            weights = _check_weights(weights, leaves, tree, number)
+            leaves = [x if w is None else _without_padding(x, w) for x, w in zip(leaves, weights, strict=True)]
+        _check_finite(leaves, number)
         shapes = tuple(x.shape for x in leaves)
         group = groups.setdefault(shapes, Shaped(tree.unflatten(leaves), [], []))
         group.leaves.append(leaves)
@@ -87,34 +93,97 @@ def _array(x, number):
             f"Batch {number} holds {x!r}, which is no array. Arguments that do not change, such as train=False, go "
             "into kwargs={'train': False}."
         ) from error
-    if jnp.issubdtype(x.dtype, jnp.inexact) and not is_finite(x):
-        raise ValueError(f"Batch {number} holds NaN or infinity.")
     return x
+
+
+def _check_finite(leaves, number):
+    if not all(is_finite(x) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)):
+        raise ValueError(f"Batch {number} holds NaN or infinity.")
 
 
 def _check_like(first, here, number):
     if here[0] != first[0]:
         raise ValueError(f"Batch {number} has the structure {here[0]}; the first has {first[0]}.")
     for expected, given in zip(first[1], here[1], strict=True):
-        if expected != given:
-            show = lambda signature: f"(batch, {', '.join(map(str, signature[0]))}) {signature[1]}"
+        if len(expected[0]) != len(given[0]) or expected[1] != given[1]:
             raise ValueError(
-                f"Batch {number} has an input of shape {show(given)}; the first has {show(expected)}. Only the leading "
-                "axis may differ."
+                f"Batch {number} has an input of shape {given[0]} and type {given[1]}; the first has {expected[0]} "
+                f"{expected[1]}. Sizes may differ between batches, axes and types may not."
             )
 
 
-def _check_weights(weights, leaves, number):
-    weights = automatic(jnp.asarray(weights)).astype(jnp.float32)
-    if weights.ndim == 0 or not any(x.shape[: weights.ndim] == weights.shape for x in leaves):
-        shapes = ", ".join(str(x.shape) for x in leaves)
+def _check_weights(weights, leaves, tree, number):
+    """Weights for each leaf, from one array that serves all or from a tree of them."""
+    one = hasattr(weights, "shape") or jax.tree_util.treedef_is_leaf(tree)
+    try:
+        given = [weights] * len(leaves) if one else tree.flatten_up_to(weights)
+    except ValueError as error:
         raise ValueError(
-            f"Batch {number} has row weights of shape {weights.shape}, which are the leading axes of none of its inputs "
-            f"({shapes})."
-        )
+            f"Batch {number} has row weights in another structure than its inputs: give one array for all inputs, or "
+            f"weights in the structure {tree}, with None for an input that has none. ({error})"
+        ) from error
+    made = {id(w): _as_weights(w, number) for w in given if w is not None}
+    found: list = []
+    for x, w in zip(leaves, (None if w is None else made[id(w)] for w in given), strict=True):
+        ndim = 0 if w is None else min(x.ndim, w.ndim)
+        if w is not None and (x.shape[:ndim] != w.shape[:ndim] or (not one and ndim < w.ndim)):
+            shapes = ", ".join(str(x.shape) for x in leaves)
+            remedy = (
+                "Give each input its own: a tree of weights in the structure of the batch, None for an input without."
+            )
+            raise ValueError(
+                f"Batch {number} has row weights of shape {w.shape}, which are not the leading axes of the input of shape "
+                f"{x.shape} (inputs: {shapes}). {remedy if one else ''}".rstrip()
+            )
+        found.append(w if ndim else None)
+    if all(w is None or bool((w == 1).all()) for w in found):
+        return None
+    return found
+
+
+def _as_weights(weights, number):
+    weights = automatic(jnp.asarray(weights)).astype(jnp.float32)
+    if weights.ndim == 0:
+        raise ValueError(f"Batch {number} has one number for row weights; they are an array, such as (batch,).")
     if not bool((jnp.isfinite(weights) & (weights >= 0)).all()):
         raise ValueError(f"Batch {number} has row weights that are negative or not finite.")
     return weights
+
+
+def is_data(x: jax.Array, weights: jax.Array) -> bool:
+    """Whether an input of floating numbers tells more than which rows count, as a mask in numbers does not."""
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return False
+    counts = over_rows(weights, x.ndim) > 0
+    return not bool(_tells_rows_apart(jnp.asarray(x), counts))
+
+
+def over_rows(weights: jax.Array, ndim: int) -> jax.Array:
+    """Weights of leading axes in the rank of a value: last axes that it lacks are summed up by the most of them."""
+    weights = weights.max(tuple(range(ndim, weights.ndim))) if weights.ndim > ndim else weights
+    return weights.reshape(*weights.shape, *(1,) * (ndim - weights.ndim))
+
+
+@jax.jit
+def _tells_rows_apart(x, counts):
+    """Whether all rows that count hold one number, and all others one other, which is no NaN."""
+    x = x.real if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
+    one = lambda which: jnp.where(which, x, jnp.inf).min() == jnp.where(which, x, -jnp.inf).max()
+    none = lambda which: ~jnp.broadcast_to(which, x.shape).any()
+    return (one(counts) | none(counts)) & (one(~counts) | none(~counts)) & ~none(~counts)
+
+
+def _without_padding(x, weights):
+    """An input with 0 in rows of weight 0."""
+    if not is_data(x, weights):
+        return x
+    counts = over_rows(weights, x.ndim) > 0
+    return np.where(counts, x, 0).astype(x.dtype) if isinstance(x, np.ndarray) else _zeroed(x, counts)
+
+
+@jax.jit
+def _zeroed(x, counts):
+    return jnp.where(counts, x, jnp.zeros((), x.dtype))
 
 
 def _describe(x):

@@ -19,10 +19,11 @@ from ..matrix import Gram, solve_all
 from ..matrix.each import each
 from ..scalar import Codes, MinMSE, Nearest, grid_of_bits
 from .batches import read_batches
-from .curvature import derivatives, signs
+from .curvature import derivatives, signs, weigh
 from .gather import Gather
 from .program import Program
 from .quantize import adapt, analyse, check_key, typed
+from .row_weights import of_outputs
 from .rules import Rule
 from .sites import Site
 from .stream import Stream
@@ -74,7 +75,9 @@ def budget(
     analysis = analyse(functional, [rule], shaped.example)
     check_key(analysis.assignment, key)
     program, sites = analysis.program, analysis.sites
-    weights = _influence(program, functional.leaves, shaped.leaves[0], sites, jax.random.key(0) if key is None else key)
+    counted = of_outputs(program, functional.leaves, shaped.leaves[:1], shaped.weights[:1])[0]
+    draw = jax.random.key(0) if key is None else key
+    weights = _influence(program, functional.leaves, shaped.leaves[0], sites, draw, counted)
     groups = stops(sites)
     stream = Stream(
         program, functional.leaves, shaped.leaves, shaped.weights, [[sites[i] for i in stop] for stop in groups]
@@ -125,15 +128,19 @@ def allocate(costs: np.ndarray, sizes: Sequence[int], widths: Sequence[int], ave
         left -= price
 
 
-def _influence(program: Program, leaves, batch, sites: Sequence[Site], key) -> dict[int, jax.Array]:
-    """By index of the product, the mean square derivative of the outputs by each neuron's output (B, out)."""
+def _influence(program: Program, leaves, batch, sites: Sequence[Site], key, counted) -> dict[int, jax.Array]:
+    """By index of the product, the mean square derivative of the outputs by each neuron's output (B, out).
+
+    Of outputs that count; `counted` are the weights of their entries. Rows of a product that reach none add nothing, in
+    all layers alike.
+    """
 
     @jax.jit
-    def influence(leaves, batch, key):
-        found = derivatives(program, leaves, batch, sites, functools.partial(signs, key))
+    def influence(leaves, batch, key, counted):
+        found = derivatives(program, leaves, batch, sites, lambda outputs: weigh(signs(key, outputs), counted))
         return {index: jnp.mean(g**2, 0) for index, g in found.items()}
 
-    return influence(list(leaves), list(batch), key)
+    return influence(list(leaves), list(batch), key, counted)
 
 
 @jax.jit

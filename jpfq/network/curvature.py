@@ -12,8 +12,8 @@ from ..scalar.grid import Number, is_number
 from ..scalar.pytree import register_dataclass
 from .affine import rows_of
 from .compat import bind
-from .gather import fit
 from .program import Program, evaluate
+from .row_weights import of_outputs
 from .sites import Site
 
 
@@ -111,10 +111,11 @@ def curvatures(
     """F (B, out, out) of sites, by their number, summed over batches and draws.
 
     Args:
-        weights: of the rows of each batch, or None.
+        weights: of the rows of each batch, by leaf, or None.
         couplings: by the same numbers.
     """
     total: dict = {}
+    counted = of_outputs(program, leaves, batches, weights)
     for of, samples in sorted({c.measured for c in couplings.values()}):
         chosen = {i: sites[i] for i, c in couplings.items() if c.measured == (of, samples)}
         draw = labels if of == "logits" else signs
@@ -122,7 +123,7 @@ def curvatures(
         @jax.jit
         def squares(leaves, batch, weight, key, chosen=chosen, draw=draw, samples=samples):
             def one(key):
-                weighted = lambda outputs: [_weigh(c, weight) for c in draw(key, outputs)]
+                weighted = lambda outputs: weigh(draw(key, outputs), weight)
                 found = derivatives(program, leaves, batch, list(chosen.values()), weighted)
                 square = lambda g: jnp.einsum("rbo,rbp->bop", g, g, precision="highest")
                 return {i: square(found[site.index]) for i, site in chosen.items()}
@@ -131,16 +132,15 @@ def curvatures(
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, keys[0]))
             return jax.lax.scan(lambda total, key: (jax.tree.map(jnp.add, total, one(key)), None), zeros, keys)[0]
 
-        for number, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+        for number, (batch, weight) in enumerate(zip(batches, counted, strict=True)):
             found = squares(list(leaves), list(batch), weight, jax.random.fold_in(key, number))
             total |= {i: F if i not in total else total[i] + F for i, F in found.items()}
     return total
 
 
-def _weigh(cotangent, weight):
-    """A cotangent times the roots of the weights of its rows."""
-    if weight is None:
-        return cotangent
-    rows = cotangent.shape[:-1] or cotangent.shape
-    root = jnp.sqrt(jnp.asarray(fit(weight, rows, "the outputs"))).astype(cotangent.dtype)
-    return cotangent * root.reshape(*root.shape, *(1,) * (cotangent.ndim - root.ndim))
+def weigh(cotangents: list[jax.Array], weights: list | None) -> list[jax.Array]:
+    """Cotangents of the floating outputs times the roots of the weights of these."""
+    if weights is None:
+        return cotangents
+    times = lambda c, w: c if w is None else jnp.where(w > 0, c * jnp.sqrt(w).astype(c.dtype), 0)
+    return [times(c, w) for c, w in zip(cotangents, weights, strict=True)]

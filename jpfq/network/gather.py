@@ -67,14 +67,25 @@ class Gather:
 
     @functools.cached_property
     def count(self) -> int:
-        """Rows in all."""
+        """Rows in all, without those of weight 0."""
         total = 0
-        for layout, x, _, _, picked in self._batches():
-            total += math.prod(rows_shape(layout, x.shape)) if picked is None else picked.shape[-1]
+        for layout, x, _, weights, picked in self._batches():
+            if weights is not None and picked is None:
+                total += int((weights > 0).any(0).sum())
+            else:
+                total += math.prod(rows_shape(layout, x.shape)) if picked is None else picked.shape[-1]
+        if not total:
+            raise ValueError(
+                f"No row of positive weight reaches {self.path}: each of its rows is made of some of weight 0. Give batches "
+                "without padding, one for each length, or leave this kernel out by a rule with skip=True."
+            )
         return total
 
     def _batches(self):
-        """Per batch: layout, inputs of both networks, weights of the rows, numbers of the rows to take (None for all)."""
+        """Per batch: layout, inputs of both networks, weights of the rows (B or 1, *rows), numbers of the rows to take.
+
+        None for weights that are all 1, and for the numbers of all rows.
+        """
         number = 0
         for stream, site in self.streams:
             layout = self.patches.layout(site.layout)
@@ -85,7 +96,8 @@ class Gather:
                     key = fold_in(self.key, number)
                     pick = lambda key, layout=layout, rows=rows: self.patches.pick(layout, rows, key)
                     picked = jax.vmap(pick)(key) if key.ndim else pick(key)
-                yield layout, x, xq, fit(weights, rows, self.path), picked
+                weights = None if weights is None else _row_weights(layout, weights, x.shape)
+                yield layout, x, xq, weights, picked
                 number += 1
 
     def _laned(self, picked):
@@ -127,21 +139,9 @@ def _rows_shape(layout, shape):
     return jax.eval_shape(layout.rows, jax.ShapeDtypeStruct(shape, jnp.float32)).shape[1:-1]
 
 
-def fit(weights: jax.Array | None, rows: tuple[int, ...], path: str) -> jax.Array | None:
-    """Weights of a batch as weights of a site's rows; leading axes of the rows are those of the weights."""
-    if weights is None:
-        return None
-    shape = weights.shape
-    if shape == rows[: len(shape)]:
-        return jnp.broadcast_to(weights.reshape(shape + (1,) * (len(rows) - len(shape))), rows)
-    if rows and shape[0] == rows[0]:  # one row per sample: it counts if any of its positions does
-        return fit(weights.reshape(shape[0], -1).max(1), rows, path)
-    if rows and rows[0] % weights.size == 0:  # samples merged with positions, or with what comes after them
-        return fit(jnp.repeat(weights.ravel(), rows[0] // weights.size), rows, path)
-    raise ValueError(
-        f"Row weights of shape {shape} do not fit the rows {rows} that reach {path}: the leading axes of the weights must "
-        "be those of the layer's input, such as (batch,) or (batch, position)."
-    )
+@functools.partial(jax.jit, static_argnames=("layout", "shape"))
+def _row_weights(layout, weights, shape):
+    return layout.row_weights(weights, shape)
 
 
 def fold_in(key: jax.Array, number: int) -> jax.Array:
@@ -176,15 +176,16 @@ def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over):
         if merges:
             flat = lambda X: X.reshape(X.shape[0], math.prod(X.shape[1:-1]), X.shape[-1])
             X, Xq = flat(X), None if Xq is None else flat(Xq)
-            weights = None if weights is None else weights.ravel()
-        gram = each(lambda X, Xq: Gram.from_data(X, Xq, weights), X, Xq)
+            weights = None if weights is None else weights.reshape(len(weights), -1)
+        weights = None if weights is None else jnp.broadcast_to(weights, (len(X), *weights.shape[1:]))
+        gram = each(Gram.from_data, X, Xq, weights)
         return gram if over is None else gram.split(over)
 
     if picked is not None:
-        weights = None if weights is None else weights.ravel()[picked]
+        weights = None if weights is None else weights.reshape(len(weights), -1)[:, picked]
         n = math.prod(layout.dims[:2])
         part = lambda first, size: whole(
-            x, xq, _slice(weights, first, size, 0), lax.dynamic_slice_in_dim(picked, first, size)
+            x, xq, _slice(weights, first, size, 1), lax.dynamic_slice_in_dim(picked, first, size)
         )
         return _in_parts(part, picked.size, max(1, at_once // n))
     if merges and weights is None and correlates(layout, x.shape):
@@ -198,7 +199,7 @@ def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over):
         return whole(x, xq, weights)
     axis, size = cut
     part = lambda first, size: whole(
-        _slice(x, first, size, axis), _slice(xq, first, size, axis), _slice(weights, first, size, 0)
+        _slice(x, first, size, axis), _slice(xq, first, size, axis), _slice(weights, first, size, 1)
     )
     return _in_parts(part, x.shape[axis], size)
 
@@ -229,8 +230,7 @@ def _merge(total, gram):
 
 @jax.jit
 def _means(gram):
-    mean = lambda sums: sums / jnp.maximum(gram.count, 1)[..., None]
-    return mean(gram.sum_X), mean(gram.sum_Xq), gram.count
+    return gram.mean_X, gram.mean_Xq, gram.count
 
 
 @functools.partial(jax.jit, static_argnames="laned")
@@ -240,7 +240,7 @@ def _centred(gram, laned):
 
 @functools.partial(jax.jit, static_argnames=("layout", "laned"))
 def _flat_rows(layout, x, xq, weights, picked, laned):
-    """Rows (B, rows, in), and their weights (1, rows); `laned` are xq and picked."""
+    """Rows (B, rows, in), and their weights (B or 1, rows, 1); `laned` are xq and picked."""
 
     def one(x, xq, weights, picked):
         def flat(x):
@@ -249,7 +249,8 @@ def _flat_rows(layout, x, xq, weights, picked, laned):
 
         flat_weights = None
         if weights is not None:
-            flat_weights = (weights.ravel() if picked is None else weights.ravel()[picked])[None, :, None]
+            flat_weights = weights.reshape(len(weights), -1, 1)
+            flat_weights = flat_weights if picked is None else flat_weights[:, picked]
         return flat(x), None if xq is None else flat(xq), flat_weights
 
     return over_lanes(one, (x, xq, weights, picked), (False, laned[0], False, laned[1]))
@@ -257,15 +258,17 @@ def _flat_rows(layout, x, xq, weights, picked, laned):
 
 @functools.partial(jax.jit, static_argnames=("centred", "laned"))
 def _weighted(X, Xq, weights, centred, laned):
-    """Rows times the roots of their weights (1, rows, 1), so that their sums of squares are weighted."""
+    """Rows times the roots of their weights (B or 1, rows, 1), so that their sums of squares are weighted."""
     one = lambda X, Xq, weights: _weighted_of_one(X, Xq, weights, centred)
     return over_lanes(one, (X, Xq, weights), (laned, laned and Xq is not None, laned and weights is not None))
 
 
 def _weighted_of_one(X, Xq, weights, centred):
     weight = jnp.ones((1, X.shape[1], 1), X.dtype) if weights is None else weights.astype(X.dtype)
-    count = weight.sum()
-    mean = lambda X: jnp.sum(X * weight, 1) / jnp.maximum(count, 1)
+    counted = lambda X: X if weights is None else jnp.where(weight > 0, X, 0)  # NaN in rows of weight 0 as well
+    X, Xq = counted(X), None if Xq is None else counted(Xq)
+    count = weight.sum((1, 2))
+    mean = lambda X: jnp.sum(X * weight, 1) / jnp.where(count > 0, count, 1)[:, None]
 
     def ready(X):
         X = X - mean(X)[:, None] if centred else X

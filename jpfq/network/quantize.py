@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ..matrix import Devices
 from ..matrix.automatic import automatic, context
 from ..matrix.gram import is_finite, is_traced
+from ..matrix.layout import ConvLayout
 from .activation import Activations
 from .batches import Shaped, read_batches, shapes_of
 from .bias import find_biases
@@ -54,8 +55,9 @@ def quantize(
     Args:
         model: a Linen module (with `variables`), an NNX model, or any function fn(params, *inputs) (with `params`).
         batches: calibration data, read once: arrays, tuples of positional arguments, or dicts of keyword arguments; a
-            `Weighted` batch keeps padding out of the statistics. Sizes of the leading axis may differ; each further size
-            is traced and compiled anew, which is exact for every model (drop a smaller last batch to save the time).
+            `Weighted` batch keeps padding out of the statistics. Sizes may differ, of batches and of sequences; each
+            further shape is traced and compiled anew, which is exact for every model (drop a smaller last batch to save
+            the time).
             Or a function from 0, 1, .. to batches of one size, for fresh data at each stop, as in GPFQ22: these run through
             all layers before it, so that the time grows with the square of the depth.
         rules: what is quantized how: a number of bits for all kernels, or rules by path of which the first match wins.
@@ -97,7 +99,7 @@ def quantize(
         placed, shaped, devices = place(functional, batches if fresh is None else fresh(0), settings, offload)
         if fresh and (len(shaped) > 1 or reference == "block"):
             raise ValueError("Fresh batches for each layer must be of one size, and the reference the float network.")
-        traced = [find_kernels(placed, group.example) for group in shaped]
+        traced = find_all_kernels(placed, shaped)
         analyses = rule_all(placed, traced, rules, strict)
         first, key = analyses[0], automatic(typed(key))
         check_key(first.assignment, key)
@@ -145,7 +147,7 @@ def rule_all(
     """What the rules make of a model, for each shape of batch it is traced on; the same kernels must be quantized."""
     analyses = [ruled(functional, one, rules, strict) for one in traced]
     for other in analyses[1:]:
-        if [(s.path, s.layout) for s in other.sites] != [(s.path, s.layout) for s in analyses[0].sites]:
+        if [_product(s) for s in other.sites] != [_product(s) for s in analyses[0].sites]:
             raise ValueError("The model multiplies other kernels for batches of another size: calibrate with one size.")
     check_finite(functional, analyses[0].assignment)
     return analyses
@@ -311,6 +313,33 @@ def find_kernels(functional: Functional, example: Any) -> Traced:
     state = {path for path, ok in zip(functional.paths, functional.trainable, strict=True) if not ok}
     sites = [site for site in sites if site.path not in state]
     return Traced(program, sites, {path: reason for path, reason in reasons.items() if path not in state})
+
+
+def find_all_kernels(functional: Functional, shaped: Sequence[Shaped]) -> list[Traced]:
+    """Traces a model on each shape of batch.
+
+    Raises:
+        ValueError: it runs on the first and not on another.
+    """
+    shapes = lambda group: ", ".join(str(x.shape) for x in group.leaves[0])
+    first, *others = shaped
+    traced = [find_kernels(functional, first.example)]
+    for group in others:
+        try:
+            traced.append(find_kernels(functional, group.example))
+        except Exception as error:
+            raise ValueError(
+                f"The model runs on the first batch, of shapes {shapes(first)}, but not on one of shapes {shapes(group)}: "
+                f"{error}"
+            ) from error
+    return traced
+
+
+def _product(site):
+    """What must be the same on batches of all shapes; the padding of a convolution may depend on sizes."""
+    layout = site.layout
+    layout = dataclasses.replace(layout, padding=()) if isinstance(layout, ConvLayout) else layout
+    return site.path, layout
 
 
 def ruled(functional: Functional, traced: Traced, rules: Sequence[Rule], strict: bool = False) -> Analysis:

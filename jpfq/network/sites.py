@@ -182,7 +182,7 @@ class _Finder:
                 self.refused.setdefault(leaf, "a product uses a weight that is computed from it, not stored")
             return
         leaf, chain = self.origin[operand]
-        layout = _layout(eqn, sides[0])
+        layout = product_layout(eqn, sides[0])
         if isinstance(layout, str):
             self.refused.setdefault(leaf, layout)
             return
@@ -248,8 +248,8 @@ def _use(eqn):
     return f"{name} at an index picked by data" if name == "dynamic_slice" else name
 
 
-def _layout(eqn, side) -> Layout | str:
-    """How the product becomes matrices, or why it cannot."""
+def product_layout(eqn, side: int) -> Layout | str:
+    """How a product becomes matrices, or why it cannot; `side` is the operand that is the weight."""
     name, p, shape = eqn.primitive.name, eqn.params, eqn.invars[side].aval.shape
     if jnp.issubdtype(dtype := eqn.invars[1 - side].aval.dtype, jnp.complexfloating):
         return f"it multiplies {dtype} numbers"

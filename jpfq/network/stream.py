@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .compat import bind, inner_jaxprs, is_literal
+from .padding import OtherPadding, lookups
 from .program import Program
+from .row_weights import Followed, RowWeights
 from .segments import Segment
 from .sites import Site, Tap
 
@@ -67,7 +69,7 @@ class Stream:
             program: for this shape of batch.
             params: its parameters.
             batches: lists of leaves, one per batch.
-            weights: row weights of each batch, or None.
+            weights: row weights of each batch, by leaf, or None.
             stops: lists of sites that read the same input, in the order of execution.
             offload: whether batches wait in the memory of the host.
             rebases: whether `rebase` will be called.
@@ -86,30 +88,51 @@ class Stream:
             start = dict(zip(program.inputs, leaves, strict=True))
             self.batches.append(Networks(start, reference, [{} for _ in laned], {} if rebases else reference))
         self.forks, self.forked_equations = forks(program, [site for stop in stops for site in stop])
+        self.followed = self._follow(batches)
+        self.other = OtherPadding.of(program, batches, weights, self.followed)
         self.waiting = [0] * len(self.batches)  # bytes of each batch on the device while another is worked on
         self.peak = 0  # bytes of live activations on the device, at most
         for batch in range(len(self.batches)):
             self._leave(batch)
 
     def advance(self, number: int) -> None:
-        """Brings both networks of every batch to a stop."""
-        step = self._step(min(site.index for site in self.stops[number]))
-        for batch in range(len(self.batches)):
-            step(batch)
-            self._leave(batch)
-        self._drop_fixed()
+        """Brings both networks of every batch to a stop.
 
-    def finish(self) -> Iterator[tuple[list, list[list]]]:
-        """Per batch: the outputs of the float network, and by track those of the quantized ones.
-
-        Outputs that do not differ have no lanes. Each batch is let go before the next.
+        Raises:
+            ValueError: row weights cannot be followed to it, or padding reaches rows that count.
         """
-        step = self._step(len(self.program.equations))
+        for step in self._steps(min(site.index for site in self.stops[number])):
+            for batch in range(len(self.batches)):
+                step(batch)
+                self._leave(batch)
+        self._drop_fixed()
+        for site in self.stops[number]:
+            if self._padding_reaches(_source(site.data), site.path):
+                raise ValueError(
+                    f"What stands in rows of weight 0 reaches rows that count at {site.path}: the model mixes them, as "
+                    "attention without a mask does, or a mean over all positions. Let the model mask them, by a mask among "
+                    "its inputs; or give batches without padding, one for each length."
+                )
+
+    def finish(self) -> Iterator[tuple[list, list[list], list]]:
+        """Per batch: the outputs of the float network, by track those of the quantized ones, and weights of their entries.
+
+        Outputs that do not differ have no lanes. Outputs that depend on padding, or whose row weights cannot be followed,
+        count as nothing. Each batch is let go before the next.
+        """
+        *early, step = self._steps(len(self.program.equations))
+        for earlier in early:
+            for batch in range(len(self.batches)):
+                earlier(batch)
+        mixed: set = set()
         for batch, networks in enumerate(self.batches):
             step(batch)
             read = lambda v, values: v.val if is_literal(v) else self._read(v, {}, values, networks.shared)
             outputs = lambda values: [read(v, values) for v in self.program.outputs]
-            yield outputs(networks.float), [outputs(values) for values in networks.quantized]
+            if self.other is not None and self.other.batch == batch:
+                mixed = {v for v in self.program.outputs if self._padding_reaches(v, "the outputs")}
+            counted = [self._of_output(batch, v, v in mixed) for v in self.program.outputs]
+            yield outputs(networks.float), [outputs(values) for values in networks.quantized], counted
             for values in (networks.shared, *networks.forked):
                 values.clear()
             self._leave(batch)
@@ -143,6 +166,50 @@ class Stream:
         for networks in self.batches:
             networks.reference.update(networks.quantized[0])
 
+    def _follow(self, batches) -> list[Followed | None]:
+        """The row weights of each batch wherever they are asked for."""
+        if all(weights is None for weights in self.weights):
+            return [None] * len(self.weights)
+        read = [_source(site.data) for stop in self.stops for site in stop]
+        follow = RowWeights(self.program, [*read, *self.program.outputs, *lookups(self.program).values()])
+        return [
+            None if weights is None else follow(self.params, leaves, weights)
+            for leaves, weights in zip(batches, self.weights, strict=True)
+        ]
+
+    def _weights(self, batch, v, name) -> jax.Array | None:
+        """The weights of the entries of a variable."""
+        followed = self.followed[batch]
+        return None if followed is None or is_literal(v) else followed.at(_source(v), name)
+
+    def _of_output(self, batch, v, mixed) -> jax.Array | None:
+        """The weights of the entries of an output; all 0 where there are none to rely on."""
+        followed = self.followed[batch]
+        if followed is None or is_literal(v) or not (mixed or v in followed.lost):
+            return self._weights(batch, v, "the outputs")
+        return jnp.zeros((1,) * v.aval.ndim)
+
+    def _padding_reaches(self, v, name) -> bool:
+        """Whether a variable depends on what stands in rows of weight 0, in rows that count."""
+        followed = self.followed[self.other.batch] if self.other is not None else None
+        if self.other is None or is_literal(v) or v in self.program.fixed or v in followed.lost:
+            return False
+        networks = self.batches[self.other.batch]
+        value = self._read(v, {}, networks.float, networks.shared)
+        other = self._read(v, {}, {}, self.other.values)
+        return self.other.reaches(value, other, followed.at(v, name))
+
+    def _steps(self, end: int) -> Iterator[Callable[[int], None]]:
+        """Functions that take one batch each from where it is up to equation `end`, to be called on all batches in turn.
+
+        It is one function, but for the stops at which padding is given other embeddings.
+        """
+        for index in self.other.lookups if self.other is not None else ():
+            if self.at <= index < end:
+                yield self._step(index + 1)
+                self.other.swap(index)
+        yield self._step(end)
+
     def _step(self, end: int) -> Callable[[int], None]:
         """A function that takes one batch from where it is up to equation `end`."""
         program, start = self.program, self.at
@@ -166,6 +233,12 @@ class Stream:
             for values, track in zip(networks.quantized, self.tracks, strict=True):
                 weights, laned = track.replaced, lambda v: track.laned and (v in track.replaced or v in values)
                 values.update(each(lambda v: self._read(v, weights, values, shared), laned))
+            if self.other is not None and self.other.batch == batch:
+                other = self.other.values
+                for segment in (both, each):
+                    other.update(segment(lambda v: self._read(v, {}, {}, other)))
+                for v in [v for v in other if not self._later(v, end)]:
+                    del other[v]
             self._note_peak(batch)
             for values in (shared, *networks.forked):
                 for v in [v for v in values if not self._later(v, end)]:
@@ -191,9 +264,10 @@ class Stream:
                 del values[v]
 
     def inputs(self, site: Site, track: int = 0) -> Iterator[tuple[jax.Array, jax.Array | None, jax.Array | None]]:
-        """Per batch: input for the reference and the quantized network (None where they agree), and row weights."""
+        """Per batch: input for the reference and the quantized network (None where they agree), weights of its entries."""
         v = site.data
-        for networks, weights in zip(self.batches, self.weights, strict=True):
+        for batch, networks in enumerate(self.batches):
+            weights = self._weights(batch, v, site.path)
             if v in self.forks:
                 yield _value(networks.reference[v]), _value(networks.quantized[track][v]), weights
             else:
@@ -212,11 +286,14 @@ class Stream:
             own[tap] = rounded(self._read(tap.source, {}, own, networks.shared))
             for values in networks.exact:
                 values[tap] = self._read(tap.source, {}, values, networks.shared)
+            if self.other is not None and self.other.batch == batch:
+                self.other.values[tap] = self._read(tap.source, {}, {}, self.other.values)
             self._leave(batch)
 
-    def sources(self, tap: Tap, track: int = 0) -> Iterator[tuple[jax.Array, jax.Array | None]]:
-        """Per batch: the input of a stop in the quantized networks before it is rounded, and row weights."""
-        for networks, weights in zip(self.batches, self.weights, strict=True):
+    def sources(self, tap: Tap, path: str, track: int = 0) -> Iterator[tuple[jax.Array, jax.Array | None]]:
+        """Per batch: the input of a stop in the quantized networks before it is rounded, and weights of its entries."""
+        for batch, networks in enumerate(self.batches):
+            weights = self._weights(batch, tap, path)
             yield self._read(tap.source, {}, networks.quantized[track], networks.shared), weights
 
     def replace(self, variable: Any, value: jax.Array, track: int = 0) -> None:
@@ -282,6 +359,11 @@ class Waiting(NamedTuple):
     def back(self) -> jax.Array:
         """The array where it was."""
         return jax.make_array_from_callback(self.shape, self.sharding, lambda place: self.parts[str(place)])
+
+
+def _source(v):
+    """What a tap would round; any other variable itself."""
+    return getattr(v, "source", v)
 
 
 def _value(x):

@@ -36,7 +36,7 @@ from ..matrix.each import lane, over_lanes
 from ..matrix.gram import as_gram, at_least_float32, matmul
 from .activation import Activations, Rounded, choose, round_by
 from .curvature import Coupling
-from .gather import Gather, fit, fold_in
+from .gather import Gather, fold_in
 from .sites import CASTS, Site
 from .stream import Stream
 
@@ -247,9 +247,7 @@ def _round_inputs(streams, number, track, known) -> Rounded | None:
 
     def batches():
         for stream in streams:
-            for x, weights in stream.sources(stream.stops[number][0].data, track.number):
-                rows = x.shape[laned[1] : -1]
-                yield x, fit(weights, rows, site.path)
+            yield from stream.sources(stream.stops[number][0].data, site.path, track.number)
 
     rounded = choose(settings, site.layout, batches, laned) if known is None else known.rounded
     for stream in streams:
@@ -367,10 +365,10 @@ def _output_error(streams, tracks) -> list[np.ndarray]:
     """By track, the relative error of each output."""
     sums: list = [0.0] * len(tracks)
     for stream in streams:
-        for exact, quantized in stream.finish():
+        for exact, quantized, weights in stream.finish():
             for track, outputs in zip(tracks, quantized, strict=True):
-                pairs = zip(exact, outputs, strict=True)
-                found = [_square_error(a, b, track.laned and b.ndim > a.ndim) for a, b in pairs]
+                pairs = zip(exact, outputs, weights, strict=True)
+                found = [_square_error(a, b, w, track.laned and b.ndim > a.ndim) for a, b, w in pairs]
                 lanes = (len(track.making.lanes or ()),) * track.laned
                 found = np.stack([np.broadcast_to(x, (*lanes, 2)) for x in found], -2)
                 sums[track.number] = sums[track.number] + found
@@ -379,13 +377,16 @@ def _output_error(streams, tracks) -> list[np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnames="laned")
-def _square_error(a, b, laned):
-    """Square error and energy, of all lanes of b."""
+def _square_error(a, b, weights, laned):
+    """Square error and energy, of all lanes of b; weights are those of the entries."""
 
-    def one(a, b):
+    def one(a, b, weights):
         if not jnp.issubdtype(a.dtype, jnp.floating):
             return jnp.zeros(2)
         x, y = at_least_float32(a), at_least_float32(b)
-        return jnp.stack([jnp.sum((x - y) ** 2), jnp.sum(x**2)])
+        if weights is None:
+            return jnp.stack([jnp.sum((x - y) ** 2), jnp.sum(x**2)])
+        total = lambda x: jnp.sum(jnp.where(weights > 0, x, 0) * weights.astype(x.dtype))
+        return jnp.stack([total((x - y) ** 2), total(x**2)])
 
-    return over_lanes(one, (a, b), (False, laned))
+    return over_lanes(one, (a, b, weights), (False, laned, False))

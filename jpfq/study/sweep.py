@@ -35,7 +35,7 @@ from ..network.quantize import (
     assemble,
     check_key,
     couple,
-    find_kernels,
+    find_all_kernels,
     place,
     rule_all,
     streams_of,
@@ -265,7 +265,7 @@ def _on(mesh: LanesMesh, functional: Functional, shaped: Sequence[Shaped]) -> tu
 
 def _settings(functional, shaped, space, key, strict) -> list[_Setting]:
     """What each point of a space means for the model."""
-    traced = [find_kernels(functional, group.example) for group in shaped]
+    traced = find_all_kernels(functional, shaped)
     settings = []
     for point in space.points:
         rules = space.rules_of(point)

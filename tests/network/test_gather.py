@@ -29,7 +29,7 @@ def convolution(groups):
 def test_in_parts_as_in_whole(groups, drawn, weighted):
     layout, x, xq = convolution(groups)
     rows = gather.rows_shape(layout, x.shape)
-    weights = gather.fit(jnp.arange(7) % 3 * 1.0, rows, "") if weighted else None
+    weights = jnp.broadcast_to((jnp.arange(7) % 3 * 1.0)[:, None, None], rows)[None] if weighted else None
     picked = jpfq.patches.Random(0.4).pick(layout, rows, jax.random.key(0)) if drawn else None
     whole, parts = (gather._gram(layout, x, xq, weights, picked, True, size) for size in (2**30, 2000))
     take = lambda x: layout.rows(x) if picked is None else layout.picked(x, picked)
