@@ -63,7 +63,8 @@ class Gram:
         rows = X.shape[:-1]
         weight = jnp.ones(rows, X.dtype) if weights is None else _over_rows(weights, rows).astype(X.dtype)
         if weights is not None:  # selected, as 0 times NaN is no 0
-            X, Xq = (None if x is None else jnp.where(weight[..., None] > 0, x, 0) for x in (X, Xq))
+            counted = lambda x: jnp.where(weight[..., None] > 0, x, 0)
+            X, Xq = counted(X), None if Xq is None else counted(Xq)
         right = X if Xq is None else Xq
         left = right if weights is None else right * weight[..., None]
         sum_q = _sum_rows(weight, right)

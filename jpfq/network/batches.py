@@ -60,8 +60,8 @@ def read_batches(batches: Iterable, on_host: bool = False) -> list[Shaped]:
         signature = tree, [(x.shape, x.dtype) for x in leaves]
         first = first or signature
         _check_like(first, signature, number)
+        weights = None if weights is None else _check_weights(weights, leaves, tree, number)
         if weights is not None:
-            weights = _check_weights(weights, leaves, tree, number)
             leaves = [x if w is None else _without_padding(x, w) for x, w in zip(leaves, weights, strict=True)]
         _check_finite(leaves, number)
         shapes = tuple(x.shape for x in leaves)

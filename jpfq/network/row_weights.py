@@ -168,7 +168,7 @@ def _indices(eqn):
     return eqn.invars[where] if isinstance(where, slice) else [eqn.invars[i] for i in where]
 
 
-def _propagate(equations, weights, values, cut) -> dict:
+def _propagate(equations, weights, values: Any, cut) -> dict:
     """The weights of every variable that has some, from those of the inputs."""
     env = dict(weights)
     for eqn in equations:
@@ -216,7 +216,7 @@ def _rule(eqn, own, values, cut) -> list:
     return [Lost(name)] * len(outs)
 
 
-def _least(*weights):
+def _least(*weights) -> Any:
     """The least of weights of one rank, entry by entry."""
     found = list({id(w): w for w in weights if w is not None}.values())
     return functools.reduce(jnp.minimum, found) if found else None
@@ -226,8 +226,8 @@ def _lost_or_least(weights):
     return next((w for w in weights if isinstance(w, Lost)), None) or _least(*weights)
 
 
-def _most(w, axes, keep=False):
-    return None if w is None else w.max(axes, keepdims=keep)
+def _most(w, axes) -> Any:
+    return None if w is None else w.max(axes)
 
 
 def _scalar(w, ndim):
@@ -331,17 +331,17 @@ def _slice_of(eqn, own, cut):
     return [lax.slice(w, *zip(*kept, strict=True))]
 
 
-def _dynamic_slice(eqn, own, values):
-    if values is None and own[0] is not None:
-        return [Lost("dynamic_slice inside a loop")]
+def _dynamic_slice(eqn, own, values: Any):
     w, sizes = own[0], eqn.params["slice_sizes"]
     if w is None:
         return [_least(*(_scalar(x, len(sizes)) for x in own[1:]))]
+    if values is None:
+        return [Lost("dynamic_slice inside a loop")]
     starts = [0 if n == 1 else values(v) for n, v in zip(w.shape, eqn.invars[1:], strict=True)]
     return [lax.dynamic_slice(w, starts, [1 if n == 1 else size for n, size in zip(w.shape, sizes, strict=True)])]
 
 
-def _dynamic_update_slice(eqn, own, values):
+def _dynamic_update_slice(eqn, own, values: Any):
     if values is None:
         return [Lost("dynamic_update_slice inside a loop")]
     whole, part = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape

@@ -191,23 +191,23 @@ class Stream:
 
     def _padding_reaches(self, v, name) -> bool:
         """Whether a variable depends on what stands in rows of weight 0, in rows that count."""
-        followed = self.followed[self.other.batch] if self.other is not None else None
-        if self.other is None or is_literal(v) or v in self.program.fixed or v in followed.lost:
+        other = self.other
+        if other is None or is_literal(v) or v in self.program.fixed or v in other.weights.lost:
             return False
-        networks = self.batches[self.other.batch]
-        value = self._read(v, {}, networks.float, networks.shared)
-        other = self._read(v, {}, {}, self.other.values)
-        return self.other.reaches(value, other, followed.at(v, name))
+        networks = self.batches[other.batch]
+        value, again = self._read(v, {}, networks.float, networks.shared), self._read(v, {}, {}, other.values)
+        return other.reaches(value, again, other.weights.at(v, name))
 
     def _steps(self, end: int) -> Iterator[Callable[[int], None]]:
         """Functions that take one batch each from where it is up to equation `end`, to be called on all batches in turn.
 
         It is one function, but for the stops at which padding is given other embeddings.
         """
-        for index in self.other.lookups if self.other is not None else ():
-            if self.at <= index < end:
-                yield self._step(index + 1)
-                self.other.swap(index)
+        if self.other is not None:
+            for index in self.other.lookups:
+                if self.at <= index < end:
+                    yield self._step(index + 1)
+                    self.other.swap(index)
         yield self._step(end)
 
     def _step(self, end: int) -> Callable[[int], None]:

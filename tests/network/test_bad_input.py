@@ -227,17 +227,6 @@ def test_nnx_models_in_training_are_refused(part):
         jpfq.quantize(case.model, case.batches, 4)
 
 
-def test_weights_that_do_not_fit_a_layer_name_it():
-    fn = lambda params, x: x.reshape(5, 8) @ params
-    with pytest.raises(ValueError, match=r"Row weights of shape \(10,\) do not fit the rows \(5,\) that reach kernel"):
-        jpfq.quantize(
-            lambda p, x: fn(p["kernel"], x),
-            [jpfq.Weighted(X, np.ones(10))],
-            4,
-            params={"kernel": np.ones((8, 3), np.float32)},
-        )
-
-
 def test_a_model_that_changes_from_trace_to_trace_is_refused():
     noise = np.random.default_rng(0)
     fn = lambda params, x: (x + noise.standard_normal(8).astype(np.float32)) @ params["kernel"]

@@ -52,7 +52,9 @@ def test_influence_is_the_mean_square_derivative():
     x = zoo.normal(2, 200, 6)
     functional = from_function(network, params, {})
     analysis = analyse(functional, [zoo.plain(bits=4)], x)
-    runs = [_influence(analysis.program, functional.leaves, [x], analysis.sites, jax.random.key(i)) for i in range(8)]
+    runs = [
+        _influence(analysis.program, functional.leaves, [x], analysis.sites, jax.random.key(i), None) for i in range(8)
+    ]
     first, second = (np.mean([np.asarray(r[site.index][0]) for r in runs], 0) for site in analysis.sites)
     slope = 1 - np.tanh(np.asarray(x @ params["first"])) ** 2
     expected = np.mean(slope**2, 0) * np.sum(np.asarray(params["second"]) ** 2, 1)

@@ -65,7 +65,7 @@ def test_rows_of_weight_zero_do_not_count():
     fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
     params, x = {"a": zoo.normal(0, 4, 3), "b": zoo.normal(1, 3, 1)}, zoo.normal(2, 9, 4)
     mask = jnp.arange(9) < 6
-    one, two = found(fn, params, [x], jpfq.Coupling(), [mask]), found(fn, params, [x[:6]], jpfq.Coupling())
+    one, two = found(fn, params, [x], jpfq.Coupling(), [[mask]]), found(fn, params, [x[:6]], jpfq.Coupling())
     for name in params:
         np.testing.assert_allclose(one[name], two[name], rtol=1e-5)
 

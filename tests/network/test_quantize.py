@@ -38,9 +38,9 @@ def test_every_model_comes_back_whole(name, monkeypatch):
     finish = Stream.finish
 
     def recording(self):
-        for pair in finish(self):
-            streamed.append(pair)
-            yield pair
+        for found in finish(self):
+            streamed.append(found)
+            yield found
 
     monkeypatch.setattr(Stream, "finish", recording)
     rules = 8 if name == "stack" else zoo.plain(bits=8)
@@ -55,7 +55,7 @@ def test_every_model_comes_back_whole(name, monkeypatch):
 
     dropped_in = quantized.variables if case.variables is not None else quantized.model
     given = case.variables if case.variables is not None else case.model
-    for batch, (exact, (quant,)) in zip(case.batches, streamed, strict=True):
+    for batch, (exact, (quant,), _) in zip(case.batches, streamed, strict=True):
         scale = float(jnp.abs(exact[0]).max())
         np.testing.assert_allclose(case(given, batch), exact[0], atol=2e-5 * scale)
         np.testing.assert_allclose(case(dropped_in, batch), quant[0], atol=2e-5 * scale)
