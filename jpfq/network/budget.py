@@ -18,7 +18,7 @@ import numpy as np
 from ..matrix import Gram, solve_all
 from ..matrix.each import each
 from ..scalar import Codes, MinMSE, Nearest, grid_of_bits
-from .batches import read_batches
+from .batches import naming, read_batches
 from .curvature import derivatives, signs
 from .gather import Gather
 from .program import Program
@@ -89,7 +89,8 @@ def budget(
             site, recipe = sites[i], analysis.assignment.recipes[sites[i].path]
             W = site.matrices(stream.value(program.params[site.leaf]))
             plain = dataclasses.replace(recipe, scale=MinMSE(), finish=None, rounding=Nearest(), form="gram")
-            gram = gather(plain, site.layout.dims).data
+            with naming([shaped.finite]):
+                gram = gather(plain, site.layout.dims).data
             sizes[site.path] += W.size
             for j, bits in enumerate(widths):
                 q = solve_all(W, gram, dataclasses.replace(plain, grid=Codes.of(grid_of_bits(bits))), None).q

@@ -16,6 +16,7 @@ from ..matrix.each import each, over_lanes
 from ..matrix.gram import at_least_float32, is_finite
 from ..matrix.layout import Layout
 from ..matrix.patches import All
+from .batches import NotFinite
 from .stream import Stream
 
 
@@ -111,10 +112,18 @@ class Gather:
     def _check_finite(self, gathered):
         for x, network in ((gathered.mean_X, "float"), (gathered.mean_Xq, "quantized")):
             if not is_finite(x):
-                raise ValueError(
-                    f"The inputs of {self.path} are infinite or NaN in the {network} network: the model overflows on the "
-                    "calibration data. Calibrate in float32, or scale the model's inputs down."
-                )
+                raise NotFinite(self.path, network, self._culprit(network))
+
+    def _culprit(self, network):
+        """The stream and the batch in it whose rows that count are not finite."""
+        places = [(i, j) for i, (stream, _) in enumerate(self.streams) for j in range(len(stream.batches))]
+        for place, (layout, x, xq, weights, _) in zip(places, self._batches(), strict=True):
+            own = network == "quantized" and xq is not None
+            rows = jax.vmap(layout.rows)(xq) if own and self.forked else layout.rows(xq if own else x)[None]
+            bad = ~jnp.isfinite(rows).all((0, 1, -1))
+            if bool((bad if weights is None else bad & (weights > 0)).any()):
+                return place
+        return places[0]
 
 
 def rows_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:

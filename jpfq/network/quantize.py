@@ -13,7 +13,7 @@ from ..matrix import Devices
 from ..matrix.automatic import automatic, context
 from ..matrix.gram import is_finite, is_traced
 from .activation import Activations
-from .batches import Shaped, read_batches, shapes_of
+from .batches import Shaped, naming, read_batches, shapes_of
 from .bias import find_biases
 from .curvature import curvatures
 from .functional import Functional, from_function
@@ -113,9 +113,11 @@ def quantize(
             placed, analyses, shaped, groups, offload=offload, rebases=rebases, keeps=fresh is not None
         )
         shapes, example = [x.shape for x in shaped[0].leaves[0]], shapes_of(shaped[0].example)
+        finite = [group.finite for group in shaped]
         del shaped  # the streams let inputs go once they are used
-        with progress_bar(len(first.sites), progress) as report, stoppable(kept):
-            block, refresh = block_of if rebases else None, _refresh(fresh, shapes, offload, kept) if fresh else None
+        with progress_bar(len(first.sites), progress) as report, stoppable(kept), naming(finite):
+            block = block_of if rebases else None
+            refresh = _refresh(fresh, shapes, offload, kept, finite) if fresh else None
             (walked,), peak = walk(streams, [making], report, block, refresh, devices, kept)
         return assemble(functional, walked, first.assignment.skipped, peak, example, devices)
 
@@ -249,8 +251,8 @@ def couple(
     return {places[i]: (coupling, total[i]) for i, coupling in how.items()}
 
 
-def _refresh(fresh, shapes, offload, kept):
-    """Gives a stream other batches."""
+def _refresh(fresh, shapes, offload, kept, finite):
+    """Gives a stream other batches; of these `finite` is told."""
 
     def refresh(stream, number):
         groups = read_batches(fresh(number), on_host=offload)
@@ -259,6 +261,7 @@ def _refresh(fresh, shapes, offload, kept):
                 raise ValueError(f"The batches for stop {number} are not all of the first one's shapes {shapes}.")
         if kept is not None:
             kept.meet(number, groups[0])
+        finite[:] = [groups[0].finite]
         return stream.anew(groups[0].leaves, groups[0].weights, number)
 
     return refresh

@@ -271,3 +271,35 @@ def test_fresh_batches_are_of_one_size():
         jpfq.quantize(fn, lambda number: [zoo.normal(number, next(sizes), 8)], zoo.plain(bits=4), params=params)
     with pytest.raises(ValueError, match="of one size, and the reference the float network"):
         jpfq.quantize(fn, lambda number: [zoo.normal(0, 5, 8)], 4, params=params, reference="block")
+
+
+def attends(params, inputs):
+    """Attention whose scores take a bias from the batch, and labels that reach no product."""
+    x, bias, labels = inputs["x"], inputs["bias"], inputs["labels"]
+    q, k, v = jnp.split(x @ params["qkv"], 3, -1)
+    return jax.nn.softmax(q @ k.mT + bias) @ v @ params["out"], labels
+
+
+def test_a_bias_of_minus_infinity_is_the_models_own_affair():
+    """Scores of -inf are those of -1e30, to the last code; labels of NaN meet no layer."""
+    params = {"qkv": zoo.normal(40, 8, 24), "out": zoo.normal(41, 8, 6)}
+    causal, labels = jnp.tril(jnp.ones((5, 5), bool)), jnp.full(4, jnp.nan)
+    batch = lambda lowest: {"x": zoo.normal(42, 4, 5, 8), "bias": jnp.where(causal, 0.0, lowest), "labels": labels}
+    made = [quantize([(batch(lowest),)], fn=attends, params=params) for lowest in (-jnp.inf, -1e30)]
+    for path in params:
+        np.testing.assert_array_equal(made[0].tensors[path].codes, made[1].tensors[path].codes)
+        assert np.isfinite(made[0].info[path].square_error)
+    jpfq.plan(attends, (batch(-jnp.inf),), 4, params=params)
+    everything = jnp.full((5, 5), -jnp.inf)  # and a softmax over nothing is NaN
+    with pytest.raises(ValueError, match=r"Batch 1 holds NaN or infinity: the inputs of out are .* in the float network"):
+        quantize([(batch(-jnp.inf),), ({**batch(0.0), "bias": everything},)], fn=attends, params=params)
+    with pytest.raises(ValueError, match=r"Batch 0 holds NaN or infinity: the inputs of qkv are .*Replace these"):
+        jpfq.budget(attends, [({**batch(0.0), "x": jnp.full((4, 5, 8), jnp.inf)},)], 4, params=params)
+
+
+def test_fresh_batches_and_sweeps_name_a_batch_that_is_not_finite():
+    bad = lambda number: [X, X * (np.nan if number else 1)]
+    with pytest.raises(ValueError, match=r"Batch 1 holds NaN or infinity: the inputs of layer_2/kernel"):
+        jpfq.quantize(two_layers, bad, PLAIN, params=PARAMS)
+    with pytest.raises(ValueError, match=r"Batch 1 holds NaN or infinity: the inputs of layer_1/kernel"):
+        jpfq.sweep(two_layers, bad(1), jpfq.Space(lambda bits: zoo.plain(bits=bits), bits=[3, 4]), params=PARAMS)
