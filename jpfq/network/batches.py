@@ -56,7 +56,9 @@ class NotFinite(ValueError):
             "Replace these numbers, or leave their rows out. An input may hold -inf where the model takes it up before a "
             "layer, as attention does of a mask that is added."
         )
-        super().__init__(f"T{here}: {made}" if given is None else f"Batch {given} holds NaN or infinity: t{here}. {held}")
+        super().__init__(
+            f"T{here}: {made}" if given is None else f"Batch {given} holds NaN or infinity: t{here}. {held}"
+        )
 
 
 def read_batches(batches: Iterable, on_host: bool = False) -> list[Shaped]:

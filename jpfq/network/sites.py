@@ -18,8 +18,8 @@ import numpy as np
 from ..matrix.gram import at_least_float32
 from ..matrix.layout import ConvLayout, DotLayout, Layout
 from .canonical import canonical
-from .compat import bind, inner_jaxprs, is_literal
-from .program import PRODUCTS, Program, has_product
+from .compat import PRODUCTS, bind, inner_jaxprs, is_literal
+from .program import Program, has_product
 
 CASTS = {"convert_element_type", "reduce_precision"}
 STRUCTURAL = CASTS | {

@@ -261,7 +261,8 @@ def _on(mesh: LanesMesh, functional: Functional, shaped: Sequence[Shaped]) -> tu
     """Model and batches on the mesh of a sweep."""
     place = lambda tree: jax.tree.map(mesh.place, tree)
     functional = dataclasses.replace(functional, leaves=place(functional.leaves))
-    return functional, [g._replace(example=place(g.example), leaves=place(g.leaves), weights=place(g.weights)) for g in shaped]
+    placed = lambda g: g._replace(example=place(g.example), leaves=place(g.leaves), weights=place(g.weights))
+    return functional, list(map(placed, shaped))
 
 
 def _settings(functional, shaped, space, key, strict) -> list[_Setting]:
