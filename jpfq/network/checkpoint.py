@@ -231,6 +231,7 @@ def _document(quantized, entropy_coded):
         "skipped": quantized.skipped,
         "inputs": {path: encode(rounded) for path, rounded in quantized.inputs.items()},
         "biases": list(quantized.biases),
+        **({"uses": quantized.uses} if quantized.uses else {}),
         "output_error": encode(float(quantized.output_error)),
         "peak_bytes": int(quantized.peak_bytes),
         "batch": _batch_record(quantized._shapes),
@@ -317,7 +318,16 @@ def _quantized(document, arrays, model, variables, params, kwargs, shardings):
         _model=rebuilt.get("model"),
         _variables=rebuilt.get("variables"),
         _shapes=_batch(document["batch"]),
+        uses=_uses(document.get("uses", {}), tensors),
     )
+
+
+def _uses(record, tensors):
+    if not isinstance(record, dict) or not all(
+        type(n) is int and n > 1 and path in tensors for path, n in record.items()
+    ):
+        raise ValueError(f"Expected how many products share a kernel; got {str(record)[:80]!r}.")
+    return record
 
 
 def _batch_record(example):

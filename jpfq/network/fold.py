@@ -44,7 +44,7 @@ def fold_batchnorm(
     read = Stream(program, functional.leaves, [], [], []).value
     affine = Affine(program)
     changes: dict = {}
-    for site in find_sites(program)[0]:
+    for site in (site for site in find_sites(program)[0] if not site.shares):  # else each use would fold its own in
         for leaf, chain, change in _folded(affine, site, functional.trainable, read):
             old = changes.get(leaf, at_least_float32(jnp.asarray(functional.leaves[leaf])))
             changes[leaf] = old + chain.scatter(change.astype(old.dtype), old.shape, scaled=True)

@@ -42,6 +42,12 @@ class Program:
         """Whether an equation depends on parameters and constants alone."""
         return all(is_literal(v) or v in self.fixed for v in eqn.invars)
 
+    def in_order(self, order: Sequence[int]) -> "Program":
+        """The same with its equations in another order, in which each still comes after what it reads."""
+        equations = tuple(self.equations[i] for i in order)
+        last_use = _last_use(equations, self.outputs, self.broadcasts)
+        return dataclasses.replace(self, equations=equations, last_use=last_use)
+
 
 def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> Program:
     """The program of `fn(params, batch)`.
@@ -74,17 +80,10 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> P
     variables = dict(zip(jaxpr.constvars, constants, strict=True))
     given, rest = tuple(jaxpr.invars[: len(paths)]), tuple(jaxpr.invars[len(paths) :])
     fixed = {*given, *variables}
-    last_use: dict = {}
-    for index, eqn in enumerate(equations):
+    for eqn in equations:
         if all(is_literal(v) or v in fixed for v in eqn.invars):
             fixed.update(eqn.outvars)
-        last_use.update((v, index) for v in eqn.invars if not is_literal(v))
-    last_use.update((v, len(equations)) for v in jaxpr.outvars if not is_literal(v))
     broadcasts = _broadcasts(equations, fixed, jaxpr.outvars)
-    for v, eqn in reversed(broadcasts.items()):
-        source = eqn.invars[0]
-        if not is_literal(source) and v in last_use:
-            last_use[source] = max(last_use[source], last_use[v])
     return Program(
         tuple(equations),
         tuple(paths),
@@ -95,7 +94,7 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> P
         tree[0],
         frozenset(fixed),
         broadcasts,
-        last_use,
+        _last_use(equations, jaxpr.outvars, broadcasts),
     )
 
 
@@ -244,6 +243,19 @@ def _broadcasts(equations, fixed, outputs):
                 if not is_literal(v):
                     found.pop(v, None)
     return found
+
+
+def _last_use(equations, outputs, broadcasts):
+    """By variable, the index of the last equation that reads it, or is given it repeated."""
+    last_use: dict = {}
+    for index, eqn in enumerate(equations):
+        last_use.update((v, index) for v in eqn.invars if not is_literal(v))
+    last_use.update((v, len(equations)) for v in outputs if not is_literal(v))
+    for v, eqn in reversed(broadcasts.items()):
+        source = eqn.invars[0]
+        if not is_literal(source) and v in last_use:
+            last_use[source] = max(last_use[source], last_use[v])
+    return last_use
 
 
 def _may_seed(dtype):

@@ -93,7 +93,7 @@ class Stream:
 
     def advance(self, number: int) -> None:
         """Brings both networks of every batch to a stop."""
-        step = self._step(min(site.index for site in self.stops[number]))
+        step = self._step(min(site.first for site in self.stops[number]))
         for batch in range(len(self.batches)):
             step(batch)
             self._leave(batch)

@@ -40,6 +40,7 @@ from ..network.quantize import (
     rule_all,
     streams_of,
     typed,
+    uses_of,
 )
 from ..network.table import table
 from ..network.walk import Making, Walked, stops, walk
@@ -104,7 +105,8 @@ class Sweep:
         walked = _lane_of(chunk.walked, chunk.numbers.index(number), own)
         if self._mesh is not None:
             walked = self._mesh.back(walked, self._functional.leaves[0])
-        return assemble(self._functional, walked, own.skipped, chunk.peak, self._example, self._devices)
+        uses = uses_of(self._settings[number].first.sites)
+        return assemble(self._functional, walked, own.skipped, chunk.peak, self._example, self._devices, uses)
 
     @property
     def front(self) -> list[int]:
