@@ -133,7 +133,8 @@ def plan_of(analysis: Analysis, batches: int) -> Plan:
 
 def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -> Line:
     """Sizes and operations of one matrix. Counts of temporaries are what XLA reports for the compiled functions."""
-    path, dims = uses[0].path, uses[0].layout.dims
+    path, dims, count = uses[0].path, uses[0].layout.dims, len(uses)
+    uses = list({site.reads: site for site in uses}.values())  # two that read the same have one Gram
     B, n, out = dims
     layouts = [(site.patches or All()).layout(site.layout) for site in uses]
     picked = list(map(_picked, uses, layouts))
@@ -146,7 +147,7 @@ def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -
     if recipe.prefers_rows(rows, n, out):
         work = B * (2 * networks * rows * n + 3 * rows * out + 6 * n * out)
         flops = 6.0 * B * rows * n * (out + (recipe.block or n))
-        return Line(path, dims, rows, recipe, "data", 4 * work, flops, len(uses))
+        return Line(path, dims, rows, recipe, "data", 4 * work, flops, count)
     matrices = 3 if networks == 2 else 1  # H, C, drift
     passes = getattr(recipe.finish, "passes", 0)
     bare = recipe.method.local and isinstance(recipe.order, Natural) and networks == 1
@@ -158,7 +159,7 @@ def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -
     runs = recipe.scale.runs
     products = (2 if runs > 1 else 1) * runs + 4 * passes + 4  # a search measures each of its runs
     flops = 2.0 * B * (multiplied * batches + products * n * n * out)
-    return Line(path, dims, rows, recipe, "gram", 4 * B * max(gather, solve), flops, len(uses))
+    return Line(path, dims, rows, recipe, "gram", 4 * B * max(gather, solve), flops, count)
 
 
 def _picked(site: Site, layout: Layout) -> int | None:

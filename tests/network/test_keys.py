@@ -43,7 +43,7 @@ def assert_same(one, two):
     assert one.output_error == pytest.approx(two.output_error, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", [jax.random.key, jax.random.PRNGKey])
+@pytest.mark.parametrize("kind", [jax.random.key, pytest.param(jax.random.PRNGKey, marks=pytest.mark.slow)])
 def test_a_key_in_the_batch_is_an_input_like_another(kind, tmp_path):
     """Alone, resumed, offloaded, swept, saved and evaluated: codes and outputs are those of the noise itself."""
     plain, expected = given_noise(kind)
@@ -87,7 +87,7 @@ class Noisy(nnx.Module):
         return self.b(self.drop(self.a(x), rngs=rngs))
 
 
-@pytest.mark.parametrize("kind", ["linen", "nnx rngs", "nnx key"])
+@pytest.mark.parametrize("kind", ["linen", "nnx rngs", pytest.param("nnx key", marks=pytest.mark.slow)])
 def test_noise_of_a_framework_takes_its_key_from_the_batch(kind):
     """The inputs of the second layer are half zero, and those zeros are the same in both networks."""
     model = Dropped() if kind == "linen" else Noisy()
@@ -124,6 +124,12 @@ def test_a_key_that_is_carried_beside_layers_is_still_the_batchs():
     params = {"b": PARAMS["b"], "c": zoo.normal(2, 8, 8)}
     quantized = jpfq.quantize(in_a_loop, [(XS[0], jax.random.key(0))], RULE, params=params)
     assert list(quantized.tensors) == ["b"]
+
+    def counted(p, x, key, n):
+        body = lambda i, c: (c[0] + jax.random.normal(c[1], x.shape), jax.random.fold_in(c[1], i))
+        return jax.lax.fori_loop(0, n, body, (x, key))[0] @ p["b"]
+
+    assert jpfq.quantize(counted, [(XS[0], jax.random.key(0), jnp.asarray(2))], RULE, params=params).tensors
     chosen = lambda p, x, key: jax.lax.cond(
         x[0, 0] > 0, lambda k: jax.random.normal(k, (8,)), lambda k: jnp.ones(8), key
     )
