@@ -55,8 +55,8 @@ def quantize(
         model: a Linen module (with `variables`), an NNX model, or any function fn(params, *inputs) (with `params`).
         batches: calibration data, read once: arrays, tuples of positional arguments, or dicts of keyword arguments; a
             `Weighted` batch keeps padding out of the statistics; arrays of random keys are inputs too, as of a VAE. Sizes of
-            the leading axis may differ; each further size is traced and compiled anew, which is exact for every model (drop a
-            smaller last batch to save the time).
+            the leading axis may differ; each further size is traced and compiled anew, which is exact for every model (drop
+            a smaller last batch to save the time).
             Or a function from 0, 1, .. to batches of one size, for fresh data at each stop, as in GPFQ22: these run through
             all layers before it, so that the time grows with the square of the depth.
         rules: what is quantized how: a number of bits for all kernels, or rules by path of which the first match wins.
