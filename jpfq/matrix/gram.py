@@ -271,11 +271,12 @@ def is_traced(x) -> bool:
 def is_finite(x) -> bool:
     """Whether no entry of an array is infinite or NaN; also while something else is traced."""
     with jax.ensure_compile_time_eval():
-        return bool(_all_finite(x))
+        return bool(all_finite(x))
 
 
 @jax.jit
-def _all_finite(x):
+def all_finite(x):
+    """`is_finite` as an array, which nobody waits for."""
     return jnp.isfinite(x).all()
 
 

@@ -26,6 +26,11 @@ class Layout(abc.ABC):
     def rows_key(self) -> Any:
         """What decides `rows`: layouts with equal keys turn one data operand into the same rows."""
 
+    @property
+    @abc.abstractmethod
+    def matrices_key(self) -> Any:
+        """What decides `matrices`: layouts with equal keys turn one weight operand into the same matrices."""
+
     @abc.abstractmethod
     def matrices(self, W: jax.Array) -> jax.Array:
         """The weight operand as (B, in, out)."""
@@ -98,6 +103,10 @@ class DotLayout(Layout):
     @property
     def rows_key(self):
         return self.data_contract, self.data_batch
+
+    @property
+    def matrices_key(self):
+        return "dot", self.shape, self.contract, self.batch
 
     def _order(self):
         out = tuple(i for i in range(len(self.shape)) if i not in self.batch + self.contract)
@@ -180,6 +189,10 @@ class ConvLayout(Layout):
     @property
     def rows_key(self):
         return self.window, self.strides, self.padding, self.data_dilation, self.dilation, self.data_spec, self.groups
+
+    @property
+    def matrices_key(self):
+        return "convolution", self.shape, self.spec, self.groups
 
     @property
     def _order(self):

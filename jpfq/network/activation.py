@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ..matrix.each import over_lanes
 from ..matrix.gram import at_least_float32
@@ -72,10 +73,10 @@ class Rounded:
     levels: Levels | None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The input at its levels, in its own type."""
+        """The input at its levels, in its own type. Derivatives pass straight through, but for inputs beyond the grid."""
         v = at_least_float32(x)
         levels = self.at(v)
-        return levels.decode(levels.encode(v)).astype(x.dtype)
+        return levels.decode(levels.straight(v)).astype(x.dtype)
 
     def at(self, v: jax.Array) -> Levels:
         """The levels of an input, to be broadcast over it."""
@@ -87,7 +88,7 @@ class Rounded:
         return Levels(step, zero, levels.lo.astype(v.dtype), levels.hi.astype(v.dtype))
 
     def _of_rows(self, x):
-        axes = self.layout.row_axes(x.ndim)
+        axes, x = self.layout.row_axes(x.ndim), lax.stop_gradient(x)  # a row passes straight through, its step too
         return Max()(Histogram(x, x.min(axes, keepdims=True), x.max(axes, keepdims=True)), self.settings.grid)
 
 

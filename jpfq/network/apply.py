@@ -1,6 +1,5 @@
 """The quantized network at work: weights as they are stored, inputs of layers rounded on the way."""
 
-import collections
 from typing import Any
 
 import jax
@@ -18,15 +17,13 @@ def run(functional: Functional, leaves, inputs: dict[str, list[Rounded]], batch:
     Pure, and to be compiled: the model is traced for the shapes of the batch.
     """
     program = trace(functional.fn, functional.paths, leaves, batch)
-    uses: collections.Counter = collections.Counter()
-    rounded = {}
-    for site in sorted(find_sites(program)[0], key=lambda site: site.index):
-        if site.path in inputs:
-            rounded[site.index] = site.data, inputs[site.path][uses[site.path]]
-            uses[site.path] += 1
+    sites = [site for site in find_sites(program)[0] if site.path in inputs]
+    rounded = {site.index: (site.data, inputs[site.path][site.use]) for site in sites}
 
     def visit(index, eqn, values):
-        data, rounding = rounded.get(index, (None, None))
-        return bind(eqn, [rounding(x) if v is data else x for v, x in zip(eqn.invars, values, strict=True)])
+        if index in rounded:
+            data, rounding = rounded[index]
+            values = [rounding(x) if v is data else x for v, x in zip(eqn.invars, values, strict=True)]
+        return bind(eqn, values)
 
     return program.tree.unflatten(evaluate(program, leaves, jax.tree.leaves(batch), visit))

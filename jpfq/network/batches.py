@@ -1,7 +1,8 @@
 """Calibration batches: read once, checked, and sorted by shape."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..matrix.automatic import automatic
-from ..matrix.gram import is_finite
+from ..matrix.gram import all_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +42,34 @@ class Shaped(NamedTuple):
     example: Any  # a batch, as a pytree
     leaves: list[list]
     weights: list  # per batch: for each leaf, weights of its leading axes or None; None where there are none at all
+    finite: list[tuple[int, list]]  # the number of each batch among all, and whether each of its arrays is finite
+
+
+class NotFinite(ValueError):
+    """Infinity or NaN at the inputs of a layer: `place` is the stream and the batch in it that brought them."""
+
+    def __init__(self, path: str, network: str, place: tuple[int, int], given: int | None = None):
+        """
+        Args:
+            given: the number of the batch, if it is not finite itself.
+        """
+        self.path, self.network, self.place = path, network, place
+        here = f"he inputs of {path} are infinite or NaN in the {network} network"
+        made = "the model overflows on the calibration data. Calibrate in float32, or scale the model's inputs down."
+        held = (
+            "Replace these numbers, or leave their rows out. An input may hold -inf where the model takes it up before a "
+            "layer, as attention does of a mask that is added."
+        )
+        super().__init__(
+            f"T{here}: {made}" if given is None else f"Batch {given} holds NaN or infinity: t{here}. {held}"
+        )
 
 
 def read_batches(batches: Iterable, on_host: bool = False) -> list[Shaped]:
     """Batches grouped by shape, in the order of their first appearance; NumPy arrays are left in host memory if asked.
 
     Raises:
-        ValueError: no batches; a batch of another structure, type or feature shape than the first; NaN or infinity.
+        ValueError: no batches; a batch of another structure, type or feature shape than the first.
     """
     if isinstance(batches, (dict, str)) or hasattr(batches, "shape") or not isinstance(batches, Iterable):
         raise ValueError(f"batches is an iterable of batches, such as a list of arrays; got {_describe(batches)}.")
@@ -56,21 +78,40 @@ def read_batches(batches: Iterable, on_host: bool = False) -> list[Shaped]:
     for number, item in enumerate(batches):
         batch, weights = (item.batch, item.weights) if isinstance(item, Weighted) else (item, None)
         leaves, tree = jax.tree.flatten(batch)
-        leaves = [np.array(a) if on_host and not isinstance(x, jax.Array) else a for x, a in _arrays(leaves, number)]
+        arrays = [_array(x, number) for x in leaves]
+        keep = lambda x, given: np.array(x) if on_host and not isinstance(given, jax.Array) else x
+        leaves = list(map(keep, arrays, leaves))
         signature = tree, [(x.shape, x.dtype) for x in leaves]
         first = first or signature
         _check_like(first, signature, number)
         weights = None if weights is None else _check_weights(weights, leaves, tree, number)
         if weights is not None:
             leaves = [x if w is None else _without_padding(x, w) for x, w in zip(leaves, weights, strict=True)]
-        _check_finite(leaves, number)
+        finite = [all_finite(x) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
         shapes = tuple(x.shape for x in leaves)
-        group = groups.setdefault(shapes, Shaped(tree.unflatten(leaves), [], []))
+        group = groups.setdefault(shapes, Shaped(tree.unflatten(leaves), [], [], []))
         group.leaves.append(leaves)
         group.weights.append(weights)
+        group.finite.append((number, finite))
     if not groups:
         raise ValueError("batches is empty: quantization needs calibration data. (A generator can be read only once.)")
     return list(groups.values())
+
+
+@contextlib.contextmanager
+def naming(finite: Sequence[list[tuple[int, list]]]) -> Iterator[None]:
+    """Within it, `NotFinite` says so where the batch that brought it is not finite itself; `finite` as of each `Shaped`.
+
+    A model may deal with such inputs before its layers, so nobody waits for these flags unless a layer is reached.
+    """
+    try:
+        yield
+    except NotFinite as error:
+        stream, batch = error.place
+        number, flags = finite[stream][batch]
+        if all(map(bool, flags)):
+            raise
+        raise NotFinite(error.path, error.network, error.place, number) from None
 
 
 def shapes_of(batch: Any) -> Any:
@@ -79,26 +120,16 @@ def shapes_of(batch: Any) -> Any:
     return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(_array(x, 0)), batch)
 
 
-def _arrays(leaves, number):
-    return ((x, _array(x, number)) for x in leaves)
-
-
 def _array(x, number):
     try:
         if isinstance(x, (bool, str)):
             raise TypeError("a constant, not data")
-        x = automatic(jnp.asarray(x))
+        return automatic(jnp.asarray(x))
     except TypeError as error:
         raise ValueError(
             f"Batch {number} holds {x!r}, which is no array. Arguments that do not change, such as train=False, go "
             "into kwargs={'train': False}."
         ) from error
-    return x
-
-
-def _check_finite(leaves, number):
-    if not all(is_finite(x) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)):
-        raise ValueError(f"Batch {number} holds NaN or infinity.")
 
 
 def _check_like(first, here, number):

@@ -48,12 +48,20 @@ def find_biases(program: Program, sites: list[Site], trainable: list[bool]) -> d
     """The bias of each site that has one of its own, by the index of its product."""
     affine = Affine(program)
     found = {site.index: bias for site in sites if (bias := _bias(affine, site, trainable)) is not None}
+    by_index = {site.index: site for site in sites}
+    found = {i: bias for i, bias in found.items() if all(_one(bias, found.get(j)) for j in by_index[i].shares)}
     claims = collections.Counter(bias.leaf for bias in found.values())
     sizes = collections.Counter()
-    for bias in found.values():
-        sizes[bias.leaf] += bias.operand.aval.size
+    for i, bias in found.items():
+        sizes[bias.leaf] += bias.operand.aval.size if i == by_index[i].first else 0
     own = lambda leaf: affine.uses[leaf] == claims[leaf] and sizes[leaf] <= program.params[leaf].aval.size
     return {index: bias for index, bias in found.items() if own(bias.leaf)}
+
+
+def _one(bias, other):
+    """Whether two products with one matrix have one bias too, behind the same steps."""
+    by = lambda bias: [(step.name, step.order, step.operand) for step in bias.steps]
+    return other is not None and (bias.leaf, bias.chain, by(bias)) == (other.leaf, other.chain, by(other))
 
 
 def _bias(affine, site, trainable):

@@ -18,7 +18,7 @@ import numpy as np
 from ..matrix import Gram, solve_all
 from ..matrix.each import each
 from ..scalar import Codes, MinMSE, Nearest, grid_of_bits
-from .batches import read_batches
+from .batches import naming, read_batches
 from .curvature import derivatives, signs, weigh
 from .gather import Gather
 from .program import Program
@@ -27,7 +27,7 @@ from .row_weights import of_outputs
 from .rules import Rule
 from .sites import Site
 from .stream import Stream
-from .walk import stops
+from .walk import served, stops
 
 
 def budget(
@@ -85,18 +85,25 @@ def budget(
     paths = list(dict.fromkeys(site.path for site in sites))
     sizes = dict.fromkeys(paths, 0)
     costs = {path: np.zeros(len(widths)) for path in paths}
+    uses = served(stream.stops)
     for number, group in enumerate(groups):
         stream.advance(number)
-        gather = Gather([stream], number, typed(key))
-        for i in group:
+        at = functools.cache(lambda stop: Gather([stream], stop, typed(key)))
+        for position, i in enumerate(group):
+            if (number, position) not in uses:
+                continue  # a shared matrix waits for its last use
             site, recipe = sites[i], analysis.assignment.recipes[sites[i].path]
             W = site.matrices(stream.value(program.params[site.leaf]))
             plain = dataclasses.replace(recipe, scale=MinMSE(), finish=None, rounding=Nearest(), form="gram")
-            gram = gather(plain, site.layout.dims).data
+            with naming([shaped.finite]):
+                grams: dict[Any, Any] = {use: at(use[0]).of(Gram).data for use in uses[number, position]}
+            gram = functools.reduce(Gram.merge, grams.values())
             sizes[site.path] += W.size
             for j, bits in enumerate(widths):
                 q = solve_all(W, gram, dataclasses.replace(plain, grid=Codes.of(grid_of_bits(bits))), None).q
-                costs[site.path][j] += float(_cost(gram, W, q, weights[site.index]))
+                for (stop, where), own in grams.items():
+                    influence = weights[stream.stops[stop][where].index]
+                    costs[site.path][j] += float(_cost(own, W, q, influence))
     chosen = allocate(np.stack([costs[p] for p in paths]), [sizes[p] for p in paths], widths, average_bits)
     settle = functools.partial(dataclasses.replace, rule, grid=None)
     return [settle(pattern=re.escape(path), bits=widths[j]) for path, j in zip(paths, chosen, strict=True)]

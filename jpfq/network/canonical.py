@@ -5,6 +5,9 @@ network, between networks, and between calls. A key holds everything the computa
 jaxprs included.
 """
 
+import dataclasses
+import functools
+import types
 from typing import Any
 
 import jax
@@ -42,6 +45,46 @@ def segment(equations: list, inputs: list, outputs: list) -> Any:
     """The key of a function from `inputs` to `outputs` made of `equations`."""
     names = {v: i for i, v in enumerate(inputs)}
     return tuple(_aval(v) for v in inputs), _body(equations, names), tuple(names[v] for v in outputs)
+
+
+def by_code(key: Any) -> Any:
+    """A key of computations whose pure callbacks are told apart by what they do, not by which object does it."""
+    if not isinstance(key, tuple):
+        return key
+    described = key[:1] == ("pure_callback",)
+    return tuple(_described(x, ()) if described else by_code(x) for x in key)
+
+
+def _described(x, seen):
+    """A value with its functions replaced by their code and what they capture; `seen` are those around it."""
+    if any(x is y for y in seen):
+        return "itself"
+    inside = lambda *parts: tuple(_described(part, (*seen, x)) for part in parts)
+    if isinstance(x, (tuple, list)):
+        return type(x).__name__, inside(*x)
+    if isinstance(x, types.FunctionType):
+        captured = [_content(cell) for cell in x.__closure__ or ()]
+        return (
+            "function",
+            x.__module__,
+            inside(x.__code__, captured, x.__defaults__, sorted((x.__kwdefaults__ or {}).items())),
+        )
+    if isinstance(x, types.CodeType):
+        return "code", x.co_qualname, x.co_code, x.co_names, inside(*x.co_consts)
+    if isinstance(x, types.MethodType):
+        return "method", inside(x.__func__, x.__self__)
+    if isinstance(x, functools.partial):
+        return "partial", inside(x.func, x.args, sorted(x.keywords.items()))
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return type(x).__name__, inside(*(getattr(x, field.name) for field in dataclasses.fields(x)))
+    return canonical(x)
+
+
+def _content(cell):
+    try:
+        return cell.cell_contents
+    except ValueError:  # of a function that is not defined yet
+        return "nothing"
 
 
 def _jaxpr(x):

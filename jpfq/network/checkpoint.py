@@ -231,6 +231,7 @@ def _document(quantized, entropy_coded):
         "skipped": quantized.skipped,
         "inputs": {path: encode(rounded) for path, rounded in quantized.inputs.items()},
         "biases": list(quantized.biases),
+        **({"uses": quantized.uses} if quantized.uses else {}),
         "output_error": encode(float(quantized.output_error)),
         "peak_bytes": int(quantized.peak_bytes),
         "batch": _batch_record(quantized._shapes),
@@ -317,15 +318,24 @@ def _quantized(document, arrays, model, variables, params, kwargs, shardings):
         _model=rebuilt.get("model"),
         _variables=rebuilt.get("variables"),
         _shapes=_batch(document["batch"]),
+        uses=_uses(document.get("uses", {}), tensors),
     )
+
+
+def _uses(record, tensors):
+    if not isinstance(record, dict) or not all(
+        type(n) is int and n > 1 and path in tensors for path, n in record.items()
+    ):
+        raise ValueError(f"Expected how many products share a kernel; got {str(record)[:80]!r}.")
+    return record
 
 
 def _batch_record(example):
     """The shapes of a batch, as JSON."""
     leaves = jax.tree.leaves(example)
-    if not leaves or any(jnp.issubdtype(x.dtype, jax.dtypes.extended) or x.dtype.name not in DTYPES for x in leaves):
+    if not leaves or any(x.dtype.name not in DTYPES | one.key_dtypes() for x in leaves):
         return None
-    return [describe(example), [[list(x.shape), np.dtype(x.dtype).name] for x in leaves]]
+    return [describe(example), [[list(x.shape), x.dtype.name] for x in leaves]]
 
 
 def _batch(record):
@@ -334,13 +344,13 @@ def _batch(record):
         return None
     if len(record) != 2:
         raise ValueError(f"Expected the shapes of a batch; got {str(record)[:80]!r}.")
-    shapes = []
+    shapes, kinds = [], DTYPES | one.key_dtypes()
     for entry in _list(record[1]):
         pair = _list(entry)
         shape, name = (_list(pair[0]), _text(pair[1])) if len(pair) == 2 else ([None], "")
-        if not all(type(n) is int and 0 <= n < 2**40 for n in shape) or name not in DTYPES:
+        if not all(type(n) is int and 0 <= n < 2**40 for n in shape) or name not in kinds:
             raise ValueError(f"Expected the shapes of a batch; got {str(entry)[:80]!r}.")
-        shapes.append(jax.ShapeDtypeStruct(tuple(shape), DTYPES[name]))
+        shapes.append(jax.ShapeDtypeStruct(tuple(shape), kinds[name]))
     return rebuild(record[0], shapes)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal as Literal
 
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot")
 KEPT = {"scan", "while", "cond", "pallas_call", "shard_map", "custom_partitioning", "reduce", "reduce_window"}
 
 

@@ -22,7 +22,8 @@ def fold_batchnorm(
 
     Each neuron of a kernel, and a bias or mean between it and the factor, is multiplied by its factor; the scale of the
     BatchNorm is divided by it, so that the factor becomes 1. Outputs stay what they are but for rounding, the structure of
-    the parameters too. A BatchNorm without a scale, or whose input is used elsewhere as well, is left.
+    the parameters too. A BatchNorm without a scale, whose input is used elsewhere as well, or whose kernel several products
+    share, is left.
 
     Args:
         model, variables, params, kwargs: as for `jpfq.quantize`.
@@ -44,7 +45,7 @@ def fold_batchnorm(
     read = Stream(program, functional.leaves, [], [], []).value
     affine = Affine(program)
     changes: dict = {}
-    for site in find_sites(program)[0]:
+    for site in (site for site in find_sites(program)[0] if not site.shares):  # else each use would fold its own in
         for leaf, chain, change in _folded(affine, site, functional.trainable, read):
             old = changes.get(leaf, at_least_float32(jnp.asarray(functional.leaves[leaf])))
             changes[leaf] = old + chain.scatter(change.astype(old.dtype), old.shape, scaled=True)

@@ -16,6 +16,7 @@ from ..matrix.each import each, over_lanes
 from ..matrix.gram import at_least_float32, is_finite
 from ..matrix.layout import Layout
 from ..matrix.patches import All
+from .batches import NotFinite
 from .stream import Stream
 
 
@@ -58,12 +59,14 @@ class Gather:
     def __call__(self, recipe: Recipe, shape: tuple[int, int, int], centred: bool = False) -> Gathered:
         """The data in the form that a recipe prefers; with the mean of every input taken off where `centred`."""
         _, n, out = shape
-        kind = Rows if recipe.prefers_rows(self.count, n, out) else Gram
+        return self.of(Rows if recipe.prefers_rows(self.count, n, out) else Gram, centred)
+
+    def of(self, kind: type, centred: bool = False) -> Gathered:
+        """The data as a `Gram` or as `Rows`."""
         if (kind, centred) not in self.made:
             self.made[kind, centred] = self._rows(centred) if kind is Rows else self._gram(centred)
-        gathered = self.made[kind, centred]
-        self._check_finite(gathered)
-        return gathered
+        self._check_finite(self.made[kind, centred])
+        return self.made[kind, centred]
 
     @functools.cached_property
     def count(self) -> int:
@@ -116,17 +119,89 @@ class Gather:
         return Gathered(gram, *_means(gram))
 
     def _rows(self, centred):
+        return _weighted(*self.flat(), centred, self.laned)
+
+    def flat(self) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Rows of both networks, and their weights."""
         parts = [_flat_rows(layout, *batch, self._laned(batch[-1])) for layout, *batch in self._batches()]
-        X, Xq, weights = (jnp.concatenate(x, -2) if x[0] is not None else None for x in zip(*parts, strict=True))
-        return _weighted(X, Xq, weights, centred, self.laned)
+        return _concatenated(parts, (self.laned,) * len(parts))
 
     def _check_finite(self, gathered):
         for x, network in ((gathered.mean_X, "float"), (gathered.mean_Xq, "quantized")):
             if not is_finite(x):
-                raise ValueError(
-                    f"The inputs of {self.path} are infinite or NaN in the {network} network: the model overflows on the "
-                    "calibration data. Calibrate in float32, or scale the model's inputs down."
-                )
+                raise NotFinite(self.path, network, self._culprit(network))
+
+    def _culprit(self, network):
+        """The stream and the batch in it whose rows that count are not finite."""
+        places = [(i, j) for i, (stream, _) in enumerate(self.streams) for j in range(len(stream.batches))]
+        for place, (layout, x, xq, weights, _) in zip(places, self._batches(), strict=True):
+            own = network == "quantized" and xq is not None
+            rows: Any = jax.vmap(layout.rows)(xq) if own and self.forked else layout.rows(xq if own else x)[None]
+            bad = ~jnp.isfinite(rows).all((0, 1, -1))
+            if bool((bad if weights is None else bad & (weights > 0).any(0)).any()):
+                return place
+        return places[0]
+
+
+class Joint:
+    """The data of several stops as one, for a matrix that serves all of them: the sum of their Grams, or all their rows."""
+
+    def __init__(self, parts: Sequence[Gather]):
+        self.parts, self.laned = parts, any(part.laned for part in parts)
+        self.made: dict = {}
+
+    @property
+    def count(self) -> int:
+        """Rows in all."""
+        return sum(part.count for part in self.parts)
+
+    def __call__(self, recipe: Recipe, shape: tuple[int, int, int], centred: bool = False) -> Gathered:
+        """As of one stop."""
+        _, n, out = shape
+        kind = Rows if recipe.prefers_rows(self.count, n, out) else Gram
+        if (kind, centred) not in self.made:
+            self.made[kind, centred] = self._rows(centred) if kind is Rows else self._gram(centred)
+        return self.made[kind, centred]
+
+    def _gram(self, centred):
+        gram = _joined([part.of(Gram).data for part in self.parts], tuple(part.laned for part in self.parts))
+        return Gathered(_centred(gram, self.laned) if centred else gram, *_means(gram))
+
+    def _rows(self, centred):
+        parts, laned = [part.flat() for part in self.parts], tuple(part.laned for part in self.parts)
+        gathered = _weighted(*_concatenated(parts, laned), centred, self.laned)
+        if not (is_finite(gathered.mean_X) and is_finite(gathered.mean_Xq)):
+            for part in self.parts:  # which says of its own
+                part.of(Rows)
+        return gathered
+
+
+@functools.partial(jax.jit, static_argnames="laned")
+def _joined(grams, laned):
+    """The sum of Grams, of which some have lanes."""
+    return functools.reduce(Gram.merge, _alike(grams, laned))
+
+
+@functools.partial(jax.jit, static_argnames="laned")
+def _concatenated(parts, laned):
+    """Rows, of which some have lanes; where one part has rows of its own in the quantized network, or weights, all have."""
+    X, Xq, weights = zip(*_alike(parts, laned), strict=True)
+    if any(x is not None for x in Xq):
+        Xq = [x if q is None else q for x, q in zip(X, Xq, strict=True)]
+    if any(w is not None for w in weights):
+        one = lambda x, w: jnp.ones((), x.dtype) if w is None else w.astype(x.dtype)
+        weights = [jnp.broadcast_to(one(x, w), (*x.shape[:-1], 1)) for x, w in zip(X, weights, strict=True)]
+    together = lambda parts: None if parts[0] is None else jnp.concatenate(parts, -2)
+    return jnp.concatenate(X, -2), together(Xq), together(weights)
+
+
+def _alike(trees, laned):
+    """All of them with lanes, if any has."""
+    if not any(laned):
+        return trees
+    lanes = next(jax.tree.leaves(tree)[0].shape[0] for tree, own in zip(trees, laned, strict=True) if own)
+    spread = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (lanes, *x.shape)), tree)
+    return [tree if own else spread(tree) for tree, own in zip(trees, laned, strict=True)]
 
 
 def rows_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ Tiles are added exactly (in int32; where groups have steps of their own, scaled)
 last: its sum z sum_i k_i is known beforehand. Everything between sites is as in `Quantized.apply`.
 """
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -60,14 +59,9 @@ def integer_sites(
 ) -> tuple[Program, list[IntegerSite]]:
     """The program for a shape of batch, and its sites whose inputs are quantized, in the order of execution."""
     program = trace(functional.fn, functional.paths, functional.leaves, shapes)
-    uses: collections.Counter = collections.Counter()
-    found = []
-    for site in sorted(find_sites(program)[0], key=lambda site: site.index):
-        if site.path in inputs:
-            rounded = inputs[site.path][uses[site.path]]
-            uses[site.path] += 1
-            found.append(IntegerSite(site, site.path, rounded, _weights(site, tensors[site.path])))
-    return program, found
+    sites = [site for site in find_sites(program)[0] if site.path in inputs]
+    of = lambda site: IntegerSite(site, site.path, inputs[site.path][site.use], _weights(site, tensors[site.path]))
+    return program, list(map(of, sites))
 
 
 def _weights(site: Site, tensor: QTensor) -> Weights:

@@ -76,6 +76,12 @@ def read_tensor(record: dict, arrays: Arrays, name: str) -> QTensor:
     return QTensor(jnp.asarray(codes), on_device(step), on_device(zero), grid, dtype, rotated)
 
 
+def key_dtypes() -> dict[str, Any]:
+    """The types of random keys, by name."""
+    found = [jax.eval_shape(lambda kind=kind: jax.random.key(0, impl=kind)).dtype for kind in KEYS]
+    return {dtype.name: dtype for dtype in found}
+
+
 def write_plain(leaf: Any) -> tuple[dict, Arrays]:
     """Any other leaf: an array, a number, a random key."""
     if isinstance(leaf, NUMBERS):

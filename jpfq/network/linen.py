@@ -30,7 +30,15 @@ def from_linen(module: linen.Module, variables: Any, kwargs: dict) -> Functional
         variables = tree.unflatten(leaves)
         try:
             return call(lambda *args, **kw: module.apply(variables, *args, **kw), batch, kwargs)
-        except flax.errors.ModifyScopeVariableError as error:
+        except (flax.errors.ModifyScopeVariableError, flax.errors.ScopeCollectionNotFound) as error:
+            if 'collection "cache"' in str(error):
+                raise ValueError(
+                    "The model fills a cache while it runs, as attention does with decode=True, one position at a time. "
+                    f"Calibrate on whole sequences with decode=False: a module made so, or kwargs={{'decode': False}} where "
+                    f"that is an argument of the call. Flax says: {error}"
+                ) from error
+            if isinstance(error, flax.errors.ScopeCollectionNotFound):
+                raise
             raise ValueError(
                 "The model changes its variables while it runs, as BatchNorm does in training. Run it in evaluation mode: "
                 f"kwargs={{'train': False}} or whatever switch it has. Flax says: {error}"

@@ -17,7 +17,7 @@ def from_nnx(model: nnx.Module, kwargs: dict) -> Functional:
     paths, leaves, tree = flatten(params)
     state_paths, state_leaves, state_tree = flatten(state)
     count = len(leaves)
-    counters = set(flatten(nnx.state(model, nnx.RngState))[0])
+    counters, caches = (set(flatten(nnx.state(model, kind))[0]) for kind in (nnx.RngState, nnx.Cache))
 
     def merge(leaves):
         return nnx.merge(graph, tree.unflatten(leaves[:count]), state_tree.unflatten(leaves[count:]))
@@ -26,7 +26,7 @@ def from_nnx(model: nnx.Module, kwargs: dict) -> Functional:
         model = merge(leaves)
         out = call(model, batch, kwargs)
         _, _, after = nnx.split(model, nnx.Param, ...)
-        _refuse_change(state_paths, leaves[count:], dict(zip(*flatten(after)[:2], strict=True)), counters)
+        _refuse_change(state_paths, leaves[count:], dict(zip(*flatten(after)[:2], strict=True)), counters, caches)
         return out
 
     return Functional(
@@ -38,10 +38,15 @@ def from_nnx(model: nnx.Module, kwargs: dict) -> Functional:
     )
 
 
-def _refuse_change(paths, before, after, counters):
+def _refuse_change(paths, before, after, counters, caches):
     """Counters of random numbers may move: whether such numbers reach the outputs, the trace tells."""
     for path, leaf in zip(paths, before, strict=True):
         if path not in counters and after.get(path) is not leaf:
+            if path in caches or "cache" in path.lower():
+                raise ValueError(
+                    f"The model fills a cache while it runs ('{path}' changes), as attention does with decode=True, one "
+                    "position at a time. Calibrate on whole sequences: model.set_attributes(decode=False)."
+                )
             raise ValueError(
                 f"The model changes its state, as BatchNorm does in training ('{path}' changes while it runs). "
                 "Call model.eval() before quantizing it."

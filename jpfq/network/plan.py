@@ -21,27 +21,28 @@ from .rules import Rule, as_rules
 from .sites import Site, Tap
 from .stream import forks
 from .table import table
-from .walk import stops
+from .walk import served, stops
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What will happen at one site."""
+    """What will happen to one matrix of a kernel, or to the few that one product has."""
 
     path: str
     dims: tuple[int, int, int]  # matrices, inputs, neurons
-    rows: int  # calibration rows in all
+    rows: int  # calibration rows in all, of all its uses
     recipe: Recipe
     form: str
     workspace: int  # bytes for its data and its solve, beside what is live
     flops: float  # of its Gram (or data form) and its recursion
+    uses: int = 1  # products that share it
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The plan of a run. Print it.
 
-    lines: one for each use of a kernel that will be quantized. skipped: by path of every other kernel, the reason.
+    lines: one for each matrix of a kernel that will be quantized. skipped: by path of every other kernel, the reason.
 
     Example:
         >>> plan = jpfq.plan(model, batches[0], 4, variables=variables, batches=2)
@@ -63,6 +64,7 @@ class Plan:
             first = lines[0]
             B, n, out = first.dims
             shape = f"{n:,} x {out:,}" + (f", {B * len(lines)} times" if B * len(lines) > 1 else "")
+            shape += f", shared by {first.uses} products" if first.uses > 1 else ""
             recipe = first.recipe
             how = (str(recipe.grid), type(recipe.scale).__name__, type(recipe.method).__name__, first.form)
             how = (*how, _size(max(line.workspace for line in lines)), *((_sums(recipe.rounding),) if bounded else ()))
@@ -118,37 +120,48 @@ def plan(
 def plan_of(analysis: Analysis, batches: int) -> Plan:
     """The plan of a model that is analysed already."""
     variables, equations = forks(analysis.program, analysis.sites)
-    lines = [_line(site, site.data in variables, analysis, batches) for site in analysis.sites]
+    uses: dict[int, list[Site]] = {}  # by the first product of a matrix
+    for site in analysis.sites:
+        uses.setdefault(site.first, []).append(site)
+    lines = {first: _line(sites, variables, analysis, batches) for first, sites in uses.items()}
     of_batch = lambda site: math.prod(rows_shape(site.layout, site.data.aval.shape))
     forward = sum(4.0 * batches * of_batch(site) * math.prod(site.layout.dims) for site in analysis.sites)
     memory = max(_peak(analysis, equations, lines, batches) + _curvature(analysis), _backward(analysis))
-    return Plan(lines, analysis.assignment.skipped, memory, forward + sum(line.flops for line in lines))
+    flops = forward + sum(line.flops for line in lines.values())
+    return Plan(list(lines.values()), analysis.assignment.skipped, memory, flops)
 
 
-def _line(site: Site, forked: bool, analysis: Analysis, batches: int) -> Line:
-    """Sizes and operations of one site. Counts of temporaries are what XLA reports for the compiled functions."""
-    dims = B, n, out = site.layout.dims
-    layout, shape = (site.patches or All()).layout(site.layout), site.data.aval.shape
-    picked = _picked(site, layout)
-    per_batch = math.prod(rows_shape(layout, shape)) if picked is None else picked
-    rows = per_batch * batches
-    recipe = analysis.assignment.recipes[site.path]
-    recipe.refuse(rows, n, site.path)
-    networks = 2 if forked else 1
+def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -> Line:
+    """Sizes and operations of one matrix. Counts of temporaries are what XLA reports for the compiled functions."""
+    path, dims, count = uses[0].path, uses[0].layout.dims, len(uses)
+    uses = list({site.reads: site for site in uses}.values())  # two that read the same have one Gram
+    B, n, out = dims
+    layouts = [(site.patches or All()).layout(site.layout) for site in uses]
+    picked = list(map(_picked, uses, layouts))
+    shapes = [site.data.aval.shape for site in uses]
+    windows = map(rows_shape, layouts, shapes)
+    counts = [math.prod(rows) if drawn is None else drawn for drawn, rows in zip(picked, windows, strict=True)]
+    rows = sum(counts) * batches
+    recipe = analysis.assignment.recipes[path]
+    recipe.refuse(rows, n, path)
+    networks = 2 if any(site.data in forked for site in uses) else 1
     if recipe.prefers_rows(rows, n, out):
         work = B * (2 * networks * rows * n + 3 * rows * out + 6 * n * out)
-        return Line(site.path, dims, rows, recipe, "data", 4 * work, 6.0 * B * rows * n * (out + (recipe.block or n)))
+        flops = 6.0 * B * rows * n * (out + (recipe.block or n))
+        return Line(path, dims, rows, recipe, "data", 4 * work, flops, count)
     matrices = 3 if networks == 2 else 1  # H, C, drift
     passes = getattr(recipe.finish, "passes", 0)
     bare = recipe.method.local and isinstance(recipe.order, Natural) and networks == 1
     squares, columns = (7, 16) if passes else (2 if bare else 4, 12)
-    multiplied, held = _gram(layout, shape, per_batch, picked is None, networks)
-    gather = held + 2 * matrices * n * n
+    whole = [drawn is None for drawn in picked]
+    grams = [_gram(*of, networks) for of in zip(layouts, shapes, counts, whole, strict=True)]
+    multiplied, held = sum(gram[0] for gram in grams), max(gram[1] for gram in grams)
+    gather = held + (1 + len(uses)) * matrices * n * n
     solve = (matrices + squares) * n * n + columns * n * out
     runs = recipe.scale.runs
     products = (2 if runs > 1 else 1) * runs + 4 * passes + 4  # a search measures each of its runs
     flops = 2.0 * B * (multiplied * batches + products * n * n * out)
-    return Line(site.path, dims, rows, recipe, "gram", 4 * B * max(gather, solve), flops)
+    return Line(path, dims, rows, recipe, "gram", 4 * B * max(gather, solve), flops, count)
 
 
 def _picked(site: Site, layout: Layout) -> int | None:
@@ -180,10 +193,11 @@ def _gram(layout: Layout, shape: tuple[int, ...], rows: int, whole: bool, networ
     return matrices * rows * n * n, together * (patches * networks + networks - 1)
 
 
-def _peak(analysis: Analysis, forked_equations: set[int], lines: Sequence[Line], batches: int) -> int:
+def _peak(analysis: Analysis, forked_equations: set[int], lines: dict[int, Line], batches: int) -> int:
     """The walk with sizes in place of arrays."""
     program, groups = analysis.program, stops(analysis.sites)
-    ends = [min(analysis.sites[i].index for i in group) for group in groups]
+    ends = [min(analysis.sites[i].first for i in group) for group in groups]
+    solved = served([[analysis.sites[i] for i in group] for group in groups])
     live = {v: _bytes(v) for v in program.inputs}  # of one batch
     codes = 0  # of the kernels that are done
     start, peak = 0, 0
@@ -201,9 +215,10 @@ def _peak(analysis: Analysis, forked_equations: set[int], lines: Sequence[Line],
         live = {v: size for v, size in live.items() if program.last_use.get(v, -1) >= end}
         if number < len(groups):
             waiting = (batches - 1) * max(before, sum(live.values()))
-            workspace = max(lines[i].workspace for i in groups[number])
+            here = [analysis.sites[i] for p, i in enumerate(groups[number]) if (number, p) in solved]
+            workspace = max((lines[site.first].workspace for site in here), default=0)
             peak = max(peak, codes + waiting + moving, codes + batches * sum(live.values()) + workspace)
-            codes += sum(analysis.sites[i].weight.aval.size for i in groups[number])
+            codes += sum(site.weight.aval.size for site in here)
         else:  # outputs are compared and let go batch by batch
             peak = max(peak, codes + (batches - 1) * before + moving)
         start = end

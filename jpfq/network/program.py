@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .canonical import canonical, segment
-from .compat import bind, call_body, inner_jaxprs, is_literal, opened, scan_arity
+from .canonical import by_code, canonical, segment
+from .compat import PRODUCTS, bind, call_body, inner_jaxprs, is_literal, opened, scan_arity
+from .draws import refuse_random
 
-PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot")
-DRAWS = ("random_bits", "random_gamma", "threefry2x32", "rng_bit_generator", "rng_uniform")
 UNROLL = 1024  # longest stack of layers that is unrolled
 
 
@@ -42,6 +41,12 @@ class Program:
     def is_fixed(self, eqn) -> bool:
         """Whether an equation depends on parameters and constants alone."""
         return all(is_literal(v) or v in self.fixed for v in eqn.invars)
+
+    def in_order(self, order: Sequence[int]) -> "Program":
+        """The same with its equations in another order, in which each still comes after what it reads."""
+        equations = tuple(self.equations[i] for i in order)
+        last_use = _last_use(equations, self.outputs, self.broadcasts)
+        return dataclasses.replace(self, equations=equations, last_use=last_use)
 
 
 def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> Program:
@@ -70,21 +75,15 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> P
 
     jaxpr, constants = opened(jax.make_jaxpr(inlined)(list(params), leaves))
     equations = _live(jaxpr)
-    _refuse_random(equations, {v: path for v, path in zip(jaxpr.invars, paths) if _may_seed(v.aval.dtype)})
+    keys = {v: path for v, path in zip(jaxpr.invars, paths) if _may_seed(v.aval.dtype)}
+    refuse_random(equations, keys, jaxpr.invars[len(paths) :])
     variables = dict(zip(jaxpr.constvars, constants, strict=True))
     given, rest = tuple(jaxpr.invars[: len(paths)]), tuple(jaxpr.invars[len(paths) :])
     fixed = {*given, *variables}
-    last_use: dict = {}
-    for index, eqn in enumerate(equations):
+    for eqn in equations:
         if all(is_literal(v) or v in fixed for v in eqn.invars):
             fixed.update(eqn.outvars)
-        last_use.update((v, index) for v in eqn.invars if not is_literal(v))
-    last_use.update((v, len(equations)) for v in jaxpr.outvars if not is_literal(v))
     broadcasts = _broadcasts(equations, fixed, jaxpr.outvars)
-    for v, eqn in reversed(broadcasts.items()):
-        source = eqn.invars[0]
-        if not is_literal(source) and v in last_use:
-            last_use[source] = max(last_use[source], last_use[v])
     return Program(
         tuple(equations),
         tuple(paths),
@@ -95,17 +94,21 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> P
         tree[0],
         frozenset(fixed),
         broadcasts,
-        last_use,
+        _last_use(equations, jaxpr.outvars, broadcasts),
     )
 
 
 def trace_twice(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> Program:
-    """`trace`, which refuses a model that is another one the second time."""
+    """`trace`, which refuses a model that is another one the second time.
+
+    A `pure_callback` of a function that is made anew each time, such as a lambda, is the same if its code and what it
+    captures are.
+    """
     program = trace(fn, paths, params, batch)
     again = trace(
         lambda *args: fn(*args), paths, params, batch
     )  # another function, as JAX remembers what it has traced
-    if form(program) != form(again):
+    if form(program) != form(again) and by_code(form(program)) != by_code(form(again)):
         raise ValueError(
             "The model does something else each time it is traced, so the float and the quantized network would differ: it "
             "draws numbers outside of JAX, or keeps state in Python. Make it a function of its parameters and inputs."
@@ -242,25 +245,19 @@ def _broadcasts(equations, fixed, outputs):
     return found
 
 
+def _last_use(equations, outputs, broadcasts):
+    """By variable, the index of the last equation that reads it, or is given it repeated."""
+    last_use: dict = {}
+    for index, eqn in enumerate(equations):
+        last_use.update((v, index) for v in eqn.invars if not is_literal(v))
+    last_use.update((v, len(equations)) for v in outputs if not is_literal(v))
+    for v, eqn in reversed(broadcasts.items()):
+        source = eqn.invars[0]
+        if not is_literal(source) and v in last_use:
+            last_use[source] = max(last_use[source], last_use[v])
+    return last_use
+
+
 def _may_seed(dtype):
     """Whether numbers of this type are random keys or their counters."""
     return jnp.issubdtype(dtype, jax.dtypes.prng_key) or jnp.issubdtype(dtype, jnp.unsignedinteger)
-
-
-def _refuse_random(equations, sources, source=None):
-    """sources: variable -> path of the key in the model's state that it comes from; source: of all else."""
-    sources = dict(sources)
-    for eqn in equations:
-        known = [sources[v] for v in eqn.invars if not is_literal(v) and v in sources]
-        origin = known[0] if known else source
-        if eqn.primitive.name in DRAWS:
-            of = f" from '{origin}'" if origin else ""
-            raise ValueError(
-                f"The model draws random numbers{of} ({eqn.primitive.name}), so the float and the quantized network would "
-                "see different noise. Switch dropout off: pass deterministic=True or train=False (Linen), call "
-                "model.eval() (NNX), or leave the noise out of the function."
-            )
-        for body in inner_jaxprs(eqn):
-            _refuse_random(opened(body)[0].eqns, {}, origin)
-        if known:
-            sources.update((v, origin) for v in eqn.outvars)

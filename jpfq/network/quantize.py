@@ -14,7 +14,7 @@ from ..matrix.automatic import automatic, context
 from ..matrix.gram import is_finite, is_traced
 from ..matrix.layout import ConvLayout
 from .activation import Activations
-from .batches import Shaped, read_batches, shapes_of
+from .batches import Shaped, naming, read_batches, shapes_of
 from .bias import find_biases
 from .curvature import curvatures
 from .functional import Functional, from_function
@@ -27,9 +27,9 @@ from .progress import progress_bar
 from .quantized import Quantized, check_choice
 from .resume import Kept, stoppable
 from .rules import Assignment, Rule, as_rules, assign
-from .sites import CASTS, Site, find_sites, with_taps
+from .sites import CASTS, Site, find_sites, joined, with_taps
 from .stream import Stream
-from .walk import Making, Walked, stops, walk
+from .walk import Making, Walked, served, stops, walk
 
 
 def quantize(
@@ -55,9 +55,9 @@ def quantize(
     Args:
         model: a Linen module (with `variables`), an NNX model, or any function fn(params, *inputs) (with `params`).
         batches: calibration data, read once: arrays, tuples of positional arguments, or dicts of keyword arguments; a
-            `Weighted` batch keeps padding out of the statistics. Sizes may differ, of batches and of sequences; each
-            further shape is traced and compiled anew, which is exact for every model (drop a smaller last batch to save
-            the time).
+            `Weighted` batch keeps padding out of the statistics; arrays of random keys are inputs too, as of a VAE. Sizes
+            may differ, of batches and of sequences; each further shape is traced and compiled anew, which is exact for
+            every model (drop a smaller last batch to save the time).
             Or a function from 0, 1, .. to batches of one size, for fresh data at each stop, as in GPFQ22: these run through
             all layers before it, so that the time grows with the square of the depth.
         rules: what is quantized how: a number of bits for all kernels, or rules by path of which the first match wins.
@@ -115,11 +115,13 @@ def quantize(
             placed, analyses, shaped, groups, offload=offload, rebases=rebases, keeps=fresh is not None
         )
         shapes, example = [x.shape for x in shaped[0].leaves[0]], shapes_of(shaped[0].example)
+        finite = [group.finite for group in shaped]
         del shaped  # the streams let inputs go once they are used
-        with progress_bar(len(first.sites), progress) as report, stoppable(kept):
-            block, refresh = block_of if rebases else None, _refresh(fresh, shapes, offload, kept) if fresh else None
+        with progress_bar(len(first.sites), progress) as report, stoppable(kept), naming(finite):
+            block = block_of if rebases else None
+            refresh = _refresh(fresh, shapes, offload, kept, finite) if fresh else None
             (walked,), peak = walk(streams, [making], report, block, refresh, devices, kept)
-        return assemble(functional, walked, first.assignment.skipped, peak, example, devices)
+        return assemble(functional, walked, first.assignment.skipped, peak, example, devices, uses_of(first.sites))
 
 
 def place(
@@ -175,6 +177,7 @@ def assemble(
     peak: int,
     example: Any,
     devices: Devices | None = None,
+    uses: dict[str, int] | None = None,
 ) -> Quantized:
     """The result of a walk over batches of the shapes of `example`. Without `devices`, pure in the arrays of `walked`."""
     leaves = list(functional.leaves)
@@ -203,7 +206,13 @@ def assemble(
         rebuilt.get("model"),
         rebuilt.get("variables"),
         example,
+        uses or {},
     )
+
+
+def uses_of(sites: Sequence[Site]) -> dict[str, int]:
+    """By path of each kernel that is shared, how many products it serves with the same codes."""
+    return {site.path: len(site.shares) for site in sites if site.shares}
 
 
 def largest(errors) -> Any:
@@ -230,7 +239,8 @@ def couple(
     first = analyses[0]
     how = {i: first.assignment.rules[site.path].coupling for i, site in enumerate(first.sites)}
     how = {i: coupling for i, coupling in how.items() if coupling is not None}
-    places = {i: (stop, position) for stop, group in enumerate(groups) for position, i in enumerate(group)}
+    uses = served([[first.sites[i] for i in group] for group in groups])  # a shared matrix has one curvature
+    places = {groups[stop][i]: place for place, shared in uses.items() for stop, i in shared}
     needed = {coupling.measured for i, coupling in how.items() if places[i] not in solved}
     how = {i: coupling for i, coupling in how.items() if coupling.measured in needed}
     if not how:
@@ -248,11 +258,15 @@ def couple(
                 f"coupling: by derivatives of the float network, its outputs do not depend on {first.sites[i].path}, or "
                 "more than numbers can hold. Return logits, not labels; calibrate in float32; or couple other kernels only."
             )
-    return {places[i]: (coupling, total[i]) for i, coupling in how.items()}
+    found: dict = {}
+    for i, coupling in how.items():
+        _, before = found.get(places[i], (coupling, None))
+        found[places[i]] = coupling, total[i] if before is None else before + total[i]
+    return found
 
 
-def _refresh(fresh, shapes, offload, kept):
-    """Gives a stream other batches."""
+def _refresh(fresh, shapes, offload, kept, finite):
+    """Gives a stream other batches; of these `finite` is told."""
 
     def refresh(stream, number):
         groups = read_batches(fresh(number), on_host=offload)
@@ -261,6 +275,7 @@ def _refresh(fresh, shapes, offload, kept):
                 raise ValueError(f"The batches for stop {number} are not all of the first one's shapes {shapes}.")
         if kept is not None:
             kept.meet(number, groups[0])
+        finite[:] = [groups[0].finite]
         return stream.anew(groups[0].leaves, groups[0].weights, number)
 
     return refresh
@@ -351,7 +366,7 @@ def ruled(functional: Functional, traced: Traced, rules: Sequence[Rule], strict:
     if strict and refused:
         listing = "\n".join(f"  {path}: {reason}" for path, reason in refused.items())
         raise ValueError(f"strict=True, and these kernels cannot be quantized:\n{listing}\nSkip them by a rule.")
-    sites = [site for site in sites if site.path in assignment.recipes]
+    program, sites = joined(program, [site for site in sites if site.path in assignment.recipes])
     corrected = any(assignment.rules[site.path].correct_bias for site in sites)
     biases = find_biases(program, sites, list(functional.trainable)) if corrected else {}
     sites = [_as_ruled(site, assignment.rules[site.path], biases.get(site.index)) for site in sites]
@@ -382,10 +397,11 @@ def block_of(site: Site) -> Any:
 def _check_rotation(path, sites, program):
     """Dequantizing turns a kernel back as a whole, so it must be one matrix as it stands."""
     shape = program.params[sites[0].leaf].aval.shape
-    if len(sites) > 1 or any(eqn.primitive.name not in CASTS for eqn, _ in sites[0].chain.steps):
+    several = any(site.first != sites[0].first for site in sites)
+    if several or any(eqn.primitive.name not in CASTS for eqn, _ in sites[0].chain.steps):
         raise ValueError(
             f"Hadamard cannot be folded into {path} {shape}: the model reshapes, transposes or slices this kernel before it "
-            "multiplies, or uses it more than once. Give it a rule without rotation."
+            "multiplies, or uses it in more ways than one. Give it a rule without rotation."
         )
 
 

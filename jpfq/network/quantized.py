@@ -29,6 +29,7 @@ class Quantized:
     variables: likewise all variables, for a Linen module. model: likewise a new model, for NNX.
     tensors, info: by path of the quantized kernel. skipped: by path of every other kernel, the reason.
     inputs: by path, how the inputs of a kernel are rounded, once for each use of it. biases: paths of those corrected.
+    uses: by path of a kernel that several products share, how many; its codes were chosen on the inputs of all of them.
     output_error: relative error of the model's outputs on the calibration data, the largest over its output arrays.
 
     Example:
@@ -50,6 +51,7 @@ class Quantized:
     _model: Any = None
     _variables: Any = None
     _shapes: Any = None  # of a batch
+    uses: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def model(self) -> Any:
@@ -298,6 +300,9 @@ class Quantized:
             lines.append(self._accumulators())
         if self.skipped:
             lines.append(table(("left as it is", "because"), list(self.skipped.items())))
+        if self.uses:
+            shared = ", ".join(f"{path} ({count})" for path, count in self.uses.items())
+            lines.append(f"Kernels that serve several products, quantized on the inputs of all of them: {shared}.")
         if self.inputs or self.biases:
             lines.append(
                 f"Inputs of {len(self.inputs)} kernels are rounded while the network runs; {len(self.biases)} biases took "

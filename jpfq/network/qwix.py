@@ -37,7 +37,7 @@ def to_qwix(quantized: Any, batch: Any, model: Any = None, kwargs: dict | None =
     functional = quantized._functional
     program = trace(functional.fn, functional.paths, functional.leaves, batch)
     uses: dict[str, list] = {}
-    for site in sorted(find_sites(program)[0], key=lambda site: site.index):
+    for site in find_sites(program)[0]:
         uses.setdefault(site.path, []).append(site)
     kernels: dict[str, Signed] = {}
     rules: dict[str, dict] = {}

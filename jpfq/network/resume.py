@@ -32,6 +32,7 @@ from ..matrix import Devices, Info, Solution
 from ..scalar import Reach, Sums
 from .activation import Rounded
 from .batches import Shaped
+from .canonical import by_code
 from .disk import digest, to_disk
 from .fingerprint import checksum, differences, setting, shape_of, steady, versions
 from .functional import Functional, numbered
@@ -65,7 +66,7 @@ def fingerprint(
             "widest floats": jax.dtypes.canonicalize_dtype(np.float64).name,
             "mesh": str(devices and dict(devices.mesh.shape)),
         },
-        "the model as a program": zlib.crc32(steady([form(program) for program in programs]).encode()),
+        "the model as a program": zlib.crc32(steady([by_code(form(program)) for program in programs]).encode()),
         "parameters": {path: _array(leaf) for path, leaf in named},
         "calibration data": _data(shaped),
         "rules": {

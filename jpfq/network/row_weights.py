@@ -86,7 +86,7 @@ class RowWeights:
         lost = self._lost[_shapes(weights)]
         known = {v: w for v, w in zip(self.targets, found, strict=True) if v not in lost}
         if lost and (same := _one_value(weights)) is not None:
-            return Followed(known | {v: jnp.full((1,) * v.aval.ndim, same) for v in lost}, {})
+            return Followed(known | {v: jnp.full((1,) * v.aval.ndim, same, jnp.float32) for v in lost}, {})
         for name, flag in cut.items():
             if flag:
                 raise ValueError(
@@ -237,7 +237,7 @@ def _scalar(w, ndim):
 
 def _full(w, shape, axes):
     """Weights with these axes at their full size; 1 for infinity where there are none, which constrains nothing."""
-    w = jnp.full((1,) * len(shape), jnp.inf) if w is None else w
+    w = jnp.full((1,) * len(shape), jnp.inf, jnp.float32) if w is None else w
     return jnp.broadcast_to(w, [n if a in axes else m for a, (n, m) in enumerate(zip(shape, w.shape, strict=True))])
 
 
@@ -282,7 +282,7 @@ def _reshape(eqn, own, values):
     """Axis by axis where sizes agree, or in runs of axes that merge and split together."""
     w, old, new = own[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     if 0 in old:
-        return [jnp.zeros(new)]
+        return [jnp.zeros(new, w.dtype)]
     shape: list[int] = []
     spread: set[int] = set()
     i = j = 0
@@ -444,7 +444,7 @@ def _scatter(eqn, own, values):
     new = _full(_least(new, index), part, set(range(len(part))))
     new = jnp.where(jnp.isinf(new), jnp.finfo(new.dtype).max, new)
     landed = lax.scatter_max(
-        jnp.full(whole, -1.0),
+        jnp.full(whole, -1, new.dtype),
         values(eqn.invars[1]),
         new,
         numbers,

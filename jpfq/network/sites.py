@@ -7,6 +7,7 @@ chain.
 import collections
 import dataclasses
 import functools
+import heapq
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +19,8 @@ import numpy as np
 from ..matrix.gram import at_least_float32
 from ..matrix.layout import ConvLayout, DotLayout, Layout
 from .canonical import canonical
-from .compat import bind, inner_jaxprs, is_literal
-from .program import PRODUCTS, Program, has_product
+from .compat import PRODUCTS, bind, inner_jaxprs, is_literal
+from .program import Program, has_product
 
 CASTS = {"convert_element_type", "reduce_precision"}
 STRUCTURAL = CASTS | {
@@ -90,6 +91,18 @@ class Site:
     activations: Any = None  # what is to become of the data: `Activations` or None
     patches: Any = None  # which of its rows are calibrated on: `Patches` or None
     bias: Any = None  # what is to take its mean error: `Bias` or None
+    use: int = 0  # its number among the products with this parameter, in the order of the model
+    shares: tuple[int, ...] = ()  # indices of all products with the very same matrices, where there are several
+
+    @property
+    def first(self) -> int:
+        """The index of the first product with these matrices, which must be quantized before it."""
+        return self.shares[0] if self.shares else self.index
+
+    @property
+    def matrix(self) -> tuple:
+        """What sites with the very same matrices have in common."""
+        return self.leaf, self.chain, self.layout.matrices_key
 
     @property
     def reads(self) -> tuple:
@@ -149,6 +162,7 @@ class _Finder:
         self.sites: list[Site] = []
         self.refused: dict[int, str] = {}  # leaf -> why a product with it is no site
         self.uses: dict[int, set[str]] = collections.defaultdict(set)  # leaf -> primitives that use it otherwise
+        self.count = collections.Counter()  # leaf -> how many products use it
 
     def visit(self, index, eqn):
         name = eqn.primitive.name
@@ -187,18 +201,27 @@ class _Finder:
             self.refused.setdefault(leaf, layout)
             return
         path, data = self.program.paths[leaf], eqn.invars[1 - sides[0]]
-        self.sites.append(Site(path, leaf, index, operand, data, chain, layout))
+        self.count[leaf] += 1
+        self.sites.append(Site(path, leaf, index, operand, data, chain, layout, use=self.count[leaf] - 1))
 
     def finish(self):
+        shared = collections.defaultdict(list)  # of parameters with several products: by matrix the indices of these
+        for site in self.sites:
+            if self.count[site.leaf] > 1:
+                shared[site.matrix].append(site.index)
+        groups = [tuple(indices) for indices in shared.values() if len(indices) > 1]
+        self.together = together(self.program, groups) if groups else set()
+        of = {index: indices for indices in groups for index in indices}
         by_leaf = collections.defaultdict(list)
         for site in self.sites:
-            by_leaf[site.leaf].append(site)
+            by_leaf[site.leaf].append(dataclasses.replace(site, shares=of.get(site.index, ())))
         reasons = {}
         for leaf, (path, variable) in enumerate(zip(self.program.paths, self.program.params, strict=True)):
             reason = self.reason(leaf, variable.aval, by_leaf.get(leaf, []))
             if reason:
                 reasons[path] = reason
-        return [s for s in self.sites if s.path not in reasons], reasons
+        sites = sorted((site for own in by_leaf.values() for site in own), key=lambda site: site.index)
+        return [site for site in sites if site.path not in reasons], reasons
 
     def reason(self, leaf, aval, sites):
         """Why a parameter is not quantized; None where it is, or is nothing that one would."""
@@ -213,12 +236,63 @@ class _Finder:
             return f"tied: used by a product and by {', '.join(uses)}"
         if not jnp.issubdtype(aval.dtype, jnp.floating):
             return f"holds {aval.dtype}; weights must be real floating numbers"
-        covered = sum(s.weight.aval.size for s in sites)
+        covered = sum(s.weight.aval.size for s in sites if s.index == s.first)
         if covered > aval.size:
-            return f"shared: used by {len(sites)} products"
+            return f"shared: used by {len(sites)} products, which do not take it as the same matrices"
+        if any(s.shares and s.shares not in self.together for s in sites):
+            return f"shared: used by {len(sites)} products, of which one depends on what another makes"
         if covered < aval.size:
             return f"only {covered} of its {aval.size} entries are weights of a product"
         return None
+
+
+def together(program: Program, groups: Sequence[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """Those groups of equations that can all come next to each other: no member depends on what another makes."""
+    if schedule(program, groups) is not None:
+        return set(groups)
+    found: list = []
+    for group in groups:
+        found += [group] if schedule(program, [*found, group]) is not None else []
+    return set(found)
+
+
+def schedule(program: Program, groups: Sequence[tuple[int, ...]]) -> list[int] | None:
+    """An order of the equations, near their own, in which the members of each group are neighbours; None if none is."""
+    members = {group[0]: group for group in groups}
+    unit = {index: group[0] for group in groups for index in group}  # equations move alone, or as a group
+    makers = {v: index for index, eqn in enumerate(program.equations) for v in eqn.outvars}
+    before, after, effect = collections.Counter(), collections.defaultdict(set), None
+    for index, eqn in enumerate(program.equations):
+        sources = {makers[v] for v in eqn.invars if not is_literal(v) and v in makers}
+        if eqn.effects:
+            sources, effect = sources | ({effect} - {None}), index
+        here = unit.get(index, index)
+        for source in {unit.get(i, i) for i in sources}:
+            if here not in after[source]:  # a group that reads itself is never ready
+                after[source].add(here)
+                before[here] += 1
+    ready = [i for i in range(len(program.equations)) if unit.get(i, i) == i and not before[i]]
+    order: list[int] = []
+    while ready:  # a heap: the first of those that are ready comes first
+        index = heapq.heappop(ready)
+        order += members.get(index, (index,))
+        for later in after[index]:
+            before[later] -= 1
+            if not before[later]:
+                heapq.heappush(ready, later)
+    return order if len(order) == len(program.equations) else None
+
+
+def joined(program: Program, sites: Sequence[Site]) -> tuple[Program, list[Site]]:
+    """The program with the products that share matrices next to each other, so that all their inputs are known before."""
+    groups = list(dict.fromkeys(site.shares for site in sites if site.shares))
+    if not groups:
+        return program, list(sites)
+    order = schedule(program, groups)
+    assert order is not None, "find_sites found an order"
+    place = {index: i for i, index in enumerate(order)}
+    move = lambda site: dataclasses.replace(site, index=place[site.index], shares=tuple(place[i] for i in site.shares))
+    return program.in_order(order), sorted(map(move, sites), key=lambda site: site.index)
 
 
 def is_step(eqn) -> bool:

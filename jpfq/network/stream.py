@@ -101,7 +101,7 @@ class Stream:
         Raises:
             ValueError: row weights cannot be followed to it, or padding reaches rows that count.
         """
-        for step in self._steps(min(site.index for site in self.stops[number])):
+        for step in self._steps(min(site.first for site in self.stops[number])):
             for batch in range(len(self.batches)):
                 step(batch)
                 self._leave(batch)
@@ -120,11 +120,10 @@ class Stream:
         Outputs that do not differ have no lanes. Outputs that depend on padding, or whose row weights cannot be followed,
         count as nothing. Each batch is let go before the next.
         """
-        *early, step = self._steps(len(self.program.equations))
-        for earlier in early:
-            for batch in range(len(self.batches)):
-                earlier(batch)
-        mixed: set = set()
+        end, mixed, step = len(self.program.equations), set(), lambda batch: None
+        for step in self._steps(end):
+            for batch in range(len(self.batches) if self.at < end else 0):
+                step(batch)
         for batch, networks in enumerate(self.batches):
             step(batch)
             read = lambda v, values: v.val if is_literal(v) else self._read(v, {}, values, networks.shared)
@@ -187,7 +186,7 @@ class Stream:
         followed = self.followed[batch]
         if followed is None or is_literal(v) or not (mixed or v in followed.lost):
             return self._weights(batch, v, "the outputs")
-        return jnp.zeros((1,) * v.aval.ndim)
+        return jnp.zeros((1,) * v.aval.ndim, jnp.float32)
 
     def _padding_reaches(self, v, name) -> bool:
         """Whether a variable depends on what stands in rows of weight 0, in rows that count."""
@@ -205,7 +204,7 @@ class Stream:
         """
         if self.other is not None:
             for index in self.other.lookups:
-                if self.at <= index < end:
+                if self.at <= index < end - 1:
                     yield self._step(index + 1)
                     self.other.swap(index)
         yield self._step(end)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ..matrix import QTensor
 from ..scalar import register_dataclass
@@ -85,13 +84,7 @@ def _straight(leaf, tensor):
     """The tensor of a kernel, its codes floats where derivatives pass through them."""
     if isinstance(leaf, Steps):
         return _scaled(leaf, tensor)
-    levels = tensor.levels
-    x = levels.position(tensor.turned(leaf))
-    x = jnp.clip(
-        x, levels.lo - 0.5, levels.hi + 0.5
-    )  # now within 1/2 of its code, so that the sum below is the code, exactly
-    code = levels.encode(tensor.turned(leaf))
-    return dataclasses.replace(tensor, codes=x + lax.stop_gradient(code - x))
+    return dataclasses.replace(tensor, codes=tensor.levels.straight(tensor.turned(leaf)))
 
 
 def _scaled(steps, tensor):

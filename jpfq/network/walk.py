@@ -36,7 +36,7 @@ from ..matrix.each import lane, over_lanes
 from ..matrix.gram import as_gram, at_least_float32, matmul
 from .activation import Activations, Rounded, choose, round_by
 from .curvature import Coupling
-from .gather import Gather, fold_in
+from .gather import Gather, Joint, fold_in
 from .sites import CASTS, Site
 from .stream import Stream
 
@@ -104,7 +104,19 @@ def stops(sites: Sequence[Site]) -> list[list[int]]:
     groups: dict = {}
     for number, site in enumerate(sites):
         groups.setdefault(site.reads, []).append(number)
-    return sorted(groups.values(), key=lambda numbers: sites[numbers[0]].index)
+    return sorted(groups.values(), key=lambda numbers: min(sites[number].first for number in numbers))
+
+
+Place = tuple[int, int]  # of a site: its stop, and its position there
+
+
+def served(stops: Sequence[Sequence[Site]]) -> dict[Place, list[Place]]:
+    """By the place where each matrix is quantized, which is the last of its uses, the places of all of them, in order."""
+    uses = collections.defaultdict(list)
+    for number, stop in enumerate(stops):
+        for position, site in enumerate(stop):
+            uses[site.shares or site.index].append((number, position))
+    return {places[-1]: places for places in uses.values()}
 
 
 def walk(
@@ -132,7 +144,8 @@ def walk(
         What was found on each track, and the bytes of live activations, at most.
     """
     first, here = streams[0], None
-    waiting = collections.Counter(site.path for stop in first.stops for site in stop)
+    uses = served(first.stops)
+    waiting = collections.Counter(first.stops[number][position].path for number, position in uses)
     tracks = [_Track(number, making) for number, making in enumerate(makings)]
     for number, stop in enumerate(first.stops):
         known = [kept and kept.read(number, position) for position in range(len(stop))]
@@ -145,24 +158,30 @@ def walk(
             for stream in streams:
                 stream.rebase()
         for track in tracks:
-            _visit(streams, number, track, waiting, report, devices, known, kept)
+            _visit(streams, number, track, uses, waiting, report, devices, known, kept)
     errors = _output_error(streams, tracks)
-    in_order = lambda inputs: {path: [uses[index] for index in sorted(uses)] for path, uses in inputs.items()}
+    in_order = lambda inputs: {path: [by_use[use] for use in sorted(by_use)] for path, by_use in inputs.items()}
     walked = [Walked(t.tensors, t.info, t.biases, in_order(t.inputs), e) for t, e in zip(tracks, errors, strict=True)]
     return walked, sum(stream.peak for stream in streams)
 
 
-def _visit(streams, number, track, waiting, report, devices, known, kept):
-    """Quantizes the sites of one stop on one track, those that are not known."""
-    rounded = _round_inputs(streams, number, track, known[0])
-    gather = Gather(streams, number, track.making.key, devices, track.number)
+def _visit(streams, number, track, uses, waiting, report, devices, known, kept):
+    """Quantizes the sites of one stop on one track, those that are not known. A shared matrix waits for its last use."""
+    rounded = _round_inputs(streams, number, track, next((one for one in known if one is not None), None))
+    at = functools.cache(lambda stop: Gather(streams, stop, track.making.key, devices, track.number))
+    gather = functools.cache(lambda *stops: at(*stops) if len(stops) == 1 else Joint(list(map(at, stops))))
     for position, site in enumerate(streams[0].stops[number]):
-        solved = known[position]
+        if rounded is not None:
+            track.inputs.setdefault(site.path, {})[site.use] = rounded
+        if (number, position) not in uses:
+            continue
+        solved, places = known[position], uses[number, position]
         if solved is None:
-            solved = _solved(streams[0], number, position, track, gather, devices)._replace(rounded=rounded)
+            data = gather(*dict.fromkeys(stop for stop, _ in places))
+            solved = _solved(streams[0], number, position, track, data, devices)._replace(rounded=rounded)
             if kept is not None:
                 kept.write(number, position, solved)
-        _take(streams, number, position, track, solved, waiting)
+        _take(streams, number, position, track, solved, waiting, places)
         report(site.path, float(jnp.mean(solved.solution.info.relative_error)))
 
 
@@ -188,17 +207,16 @@ def _solved(first, number, position, track, gather, devices) -> Solved:
     return Solved(solution._replace(info=info), error, None)
 
 
-def _take(streams, number, position, track, solved, waiting):
+def _take(streams, number, position, track, solved, waiting, places):
     """Puts a quantized weight into the quantized network, and keeps what the result needs of it."""
     first, solution = streams[0], solved.solution
     site = first.stops[number][position]
     operand = _operand(solution.q, site.layout, _casts(first, site), track.laned)
     for stream in streams:
-        stream.replace(stream.stops[number][position].weight, operand, track.number)
+        for variable in dict.fromkeys(stream.stops[stop][i].weight for stop, i in places):
+            stream.replace(variable, operand, track.number)
     if solved.error is not None:
         _correct(streams, number, position, solved.error, track)
-    if solved.rounded is not None:
-        track.inputs.setdefault(site.path, {})[site.index] = solved.rounded
     done = track.parts.setdefault(site.path, [])
     done.append((site, solution._replace(q=None)))
     if len(done) == waiting[site.path]:

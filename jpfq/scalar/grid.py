@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .pytree import register_dataclass
 
@@ -246,6 +247,11 @@ class Levels:
         x = self.position(v)
         below = jnp.floor(x)  # and not floor(x + 1/2), which rounds twice: wrong just below 1/2 and from 2^23 on
         return jnp.clip(jnp.where(x - below < 0.5, below, below + 1), self.lo, self.hi)
+
+    def straight(self, v):
+        """`encode`, where derivatives pass straight through the rounding; beyond the grid they are 0."""
+        x = jnp.clip(self.position(v), self.lo - 0.5, self.hi + 0.5)  # within 1/2 of its code: the sum is exactly that
+        return x + lax.stop_gradient(self.encode(v) - x)
 
     def decode(self, code):
         """The value a code stands for."""

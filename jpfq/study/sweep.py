@@ -23,7 +23,7 @@ from ..matrix import Devices, code_dtype
 from ..matrix.automatic import automatic, context
 from ..matrix.each import lane, over_lanes, stack
 from ..network import Quantized
-from ..network.batches import Shaped, shapes_of
+from ..network.batches import Shaped, naming, shapes_of
 from ..network.functional import Functional
 from ..network.mesh import LanesMesh
 from ..network.plan import plan_of
@@ -40,6 +40,7 @@ from ..network.quantize import (
     rule_all,
     streams_of,
     typed,
+    uses_of,
 )
 from ..network.table import table
 from ..network.walk import Making, Walked, stops, walk
@@ -104,7 +105,8 @@ class Sweep:
         walked = _lane_of(chunk.walked, chunk.numbers.index(number), own)
         if self._mesh is not None:
             walked = self._mesh.back(walked, self._functional.leaves[0])
-        return assemble(self._functional, walked, own.skipped, chunk.peak, self._example, self._devices)
+        uses = uses_of(self._settings[number].first.sites)
+        return assemble(self._functional, walked, own.skipped, chunk.peak, self._example, self._devices, uses)
 
     @property
     def front(self) -> list[int]:
@@ -231,7 +233,8 @@ def sweep(
             walks = _partition(settings, range(len(settings)), _walk_key)
             _check_memory(settings, walks, shaped, lanes, offload, memory)
             chunks, size = [], _Size(lanes, 1 if mesh is None else mesh.size)
-            with progress_bar(sum(len(s.first.sites) for s in settings), progress) as report:
+            finite = [group.finite for group in shaped]
+            with progress_bar(sum(len(s.first.sites) for s in settings), progress) as report, naming(finite):
                 for numbers in walks:
                     chunks += _walk(placed, shaped, settings, numbers, size, offload, report, devices)
             example = shapes_of(shaped[0].example)
@@ -260,7 +263,8 @@ def _on(mesh: LanesMesh, functional: Functional, shaped: Sequence[Shaped]) -> tu
     """Model and batches on the mesh of a sweep."""
     place = lambda tree: jax.tree.map(mesh.place, tree)
     functional = dataclasses.replace(functional, leaves=place(functional.leaves))
-    return functional, [Shaped(place(g.example), place(g.leaves), place(g.weights)) for g in shaped]
+    placed = lambda g: g._replace(example=place(g.example), leaves=place(g.leaves), weights=place(g.weights))
+    return functional, list(map(placed, shaped))
 
 
 def _settings(functional, shaped, space, key, strict) -> list[_Setting]:

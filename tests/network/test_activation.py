@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import jpfq
 from jpfq import ranges
@@ -184,3 +185,65 @@ def test_rules_choose_activations_layer_by_layer():
 def test_what_makes_no_sense_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def perceptron(kind):
+    """The same two layers as a function, of Linen or of NNX: model, what goes with it, and the paths of its kernels."""
+    params = {"a": zoo.normal(20, 12, 16) / 3, "b": zoo.normal(21, 16, 6) / 4}
+    if kind == "function":
+        return lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"params": params}, ("a", "b")
+    if kind == "linen":
+        layers = (nn.Dense(16, use_bias=False), jnp.tanh, nn.Dense(6, use_bias=False))
+        kernels = {"layers_0": {"kernel": params["a"]}, "layers_2": {"kernel": params["b"]}}
+        return nn.Sequential(layers), {"variables": {"params": kernels}}, ("layers_0/kernel", "layers_2/kernel")
+    linear = lambda *dims: nnx.Linear(*dims, use_bias=False, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(linear(12, 16), jnp.tanh, linear(16, 6))
+    for layer, kernel in ((model.layers[0], params["a"]), (model.layers[2], params["b"])):
+        layer.kernel = nnx.Param(kernel)
+    return model, {}, ("layers/0/kernel", "layers/2/kernel")
+
+
+def straight_through(x, kernels, grids):
+    """Outputs and their Jacobian (sample, out, in) in float64: roundings pass derivatives on, but beyond their grid."""
+    x, passed = np.asarray(x, np.float64), []
+    for number, (kernel, grid) in enumerate(zip(kernels, grids)):
+        x = np.tanh(x) if number else x
+        slope = 1 - x**2 if number else np.ones_like(x)
+        step, zero = grid(x)
+        position = x / step + zero
+        passed.append(slope * ((position >= -0.5) & (position <= 15.5)))
+        x = step * (np.clip(np.floor(position + 0.5), 0, 15) - zero) @ np.asarray(kernel, np.float64)
+    a, b = (np.asarray(kernel, np.float64) for kernel in kernels)
+    return x, np.einsum("si,ij,sj,jo->soi", passed[0], a, passed[1], b), passed
+
+
+def by_row(x):
+    """The step and zero point of each row, as wide as it is."""
+    low, high = np.minimum(x.min(-1, keepdims=True), 0), np.maximum(x.max(-1, keepdims=True), 0)
+    step = (high - low) / 15
+    return step, np.floor(-low / step + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "per"), [("function", "tensor"), ("function", "row"), ("linen", "tensor"), ("nnx", "row")]
+)
+def test_derivatives_pass_straight_through_rounded_inputs(kind, per):
+    model, given, paths = perceptron(kind)
+    narrow = ranges.Percentile(0.9) if per == "tensor" else None  # so that some inputs lie beyond the grid
+    activations = jpfq.Activations(jpfq.Asymmetric(4), narrow, per=per)
+    batches = zoo.batches(32, 12, count=1)
+    quantized = jpfq.quantize(model, batches, zoo.plain(bits=6, activations=activations), **given)
+    kernels = [quantized.tensors[path].dequantize() for path in paths]
+    laid = lambda path: [float(getattr(quantized.inputs[path][0].levels, name)[0]) for name in ("step", "zero")]
+    grids = [by_row if per == "row" else (lambda x, path=path: laid(path)) for path in paths]
+    x = batches[0][:8]
+    outputs, expected, passed = straight_through(x, kernels, grids)
+    np.testing.assert_allclose(quantized.apply(x), outputs, rtol=1e-4, atol=1e-5)
+    assert (per == "row") == all(np.all(part > 0) for part in passed)  # with steps per row nothing is beyond the grid
+    along, against = zoo.normal(30, 8, 12), zoo.normal(31, 8, 6)
+    _, forwards = jax.jvp(quantized.apply, (x,), (along,))
+    np.testing.assert_allclose(forwards, np.einsum("soi,si->so", expected, along), rtol=1e-4, atol=1e-4)
+    backwards = jax.jit(lambda x: jax.vjp(quantized.apply, x)[1](against)[0])(x)
+    np.testing.assert_allclose(backwards, np.einsum("soi,so->si", expected, against), rtol=1e-4, atol=1e-4)
+    rows = jax.vmap(jax.jacobian(lambda row: quantized.apply(row[None])[0]))(x)
+    np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-4)

@@ -1,5 +1,7 @@
 """Input that cannot be used: an error that says what was given, what was expected and what to do, before any work."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -261,3 +263,93 @@ def test_fresh_batches_are_of_one_size():
         jpfq.quantize(fn, lambda number: [zoo.normal(number, next(sizes), 8)], zoo.plain(bits=4), params=params)
     with pytest.raises(ValueError, match="of one size, and the reference the float network"):
         jpfq.quantize(fn, lambda number: [zoo.normal(0, 5, 8)], 4, params=params, reference="block")
+
+
+def attends(params, inputs):
+    """Attention whose scores take a bias from the batch, and labels that reach no product."""
+    x, bias, labels = inputs["x"], inputs["bias"], inputs["labels"]
+    q, k, v = jnp.split(x @ params["qkv"], 3, -1)
+    return jax.nn.softmax(q @ k.mT + bias) @ v @ params["out"], labels
+
+
+def test_a_bias_of_minus_infinity_is_the_models_own_affair():
+    """Scores of -inf are those of -1e30, to the last code; labels of NaN meet no layer."""
+    params = {"qkv": zoo.normal(40, 8, 24), "out": zoo.normal(41, 8, 6)}
+    causal, labels = jnp.tril(jnp.ones((5, 5), bool)), jnp.full(4, jnp.nan)
+    batch = lambda lowest: {"x": zoo.normal(42, 4, 5, 8), "bias": jnp.where(causal, 0.0, lowest), "labels": labels}
+    made = [quantize([(batch(lowest),)], fn=attends, params=params) for lowest in (-jnp.inf, -1e30)]
+    for path in params:
+        np.testing.assert_array_equal(made[0].tensors[path].codes, made[1].tensors[path].codes)
+        assert np.isfinite(made[0].info[path].square_error)
+    jpfq.plan(attends, (batch(-jnp.inf),), 4, params=params)
+    everything = jnp.full((5, 5), -jnp.inf)  # and a softmax over nothing is NaN
+    with pytest.raises(
+        ValueError, match=r"Batch 1 holds NaN or infinity: the inputs of out are .* in the float network"
+    ):
+        quantize([(batch(-jnp.inf),), ({**batch(0.0), "bias": everything},)], fn=attends, params=params)
+    with pytest.raises(ValueError, match=r"Batch 0 holds NaN or infinity: the inputs of qkv are .*Replace these"):
+        jpfq.budget(attends, [({**batch(0.0), "x": jnp.full((4, 5, 8), jnp.inf)},)], 4, params=params)
+
+
+def test_fresh_batches_and_sweeps_name_a_batch_that_is_not_finite():
+    bad = lambda number: [X, X * (np.nan if number else 1)]
+    with pytest.raises(ValueError, match=r"Batch 1 holds NaN or infinity: the inputs of layer_2/kernel"):
+        jpfq.quantize(two_layers, bad, PLAIN, params=PARAMS)
+    with pytest.raises(ValueError, match=r"Batch 1 holds NaN or infinity: the inputs of layer_1/kernel"):
+        jpfq.sweep(two_layers, bad(1), jpfq.Space(lambda bits: zoo.plain(bits=bits), bits=[3, 4]), params=PARAMS)
+
+
+class Decodes(nn.Module):
+    """Attention that goes one position at a time, by a cache."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.MultiHeadDotProductAttention(num_heads=2, decode=True)(x)
+
+
+@pytest.mark.parametrize("kind", ["linen", "linen without a cache", "nnx"])
+def test_a_cache_of_decoding_is_called_by_its_name(kind):
+    x, given = zoo.normal(0, 2, 6, 8), {}
+    if kind == "nnx":
+        model = nnx.MultiHeadAttention(2, 8, decode=True, rngs=nnx.Rngs(0))
+        model.init_cache(x.shape)
+    else:
+        model = Decodes()
+        variables = zoo.initial(model, x)
+        given["variables"] = variables if kind == "linen" else {"params": variables["params"]}
+    with pytest.raises(ValueError, match=r"fills a cache.*decode=False") as caught:
+        jpfq.quantize(model, [x[:, :1]], 4, **given)
+    assert "eval()" not in str(caught.value)
+    assert "BatchNorm" not in str(caught.value)
+
+
+CALLS = itertools.count()
+
+
+def called_back(factor):
+    """Two layers with a function of NumPy between them, made anew each time; the factor may be one of each call."""
+
+    def fn(params, x):
+        scale = np.float32(factor if factor else next(CALLS))
+        out = jax.ShapeDtypeStruct((x.shape[0], 3), jnp.float32)
+        hidden = jax.pure_callback(lambda x: np.tanh(scale * x), out, x @ params["layer_1"]["kernel"])
+        return hidden @ params["layer_2"]["kernel"]
+
+    return fn
+
+
+def test_a_pure_callback_of_a_local_function_is_no_state():
+    found = quantize(fn=called_back(1.0))
+    expected = quantize()
+    assert found.output_error == pytest.approx(expected.output_error, rel=1e-4)
+    for path, tensor in expected.tensors.items():
+        np.testing.assert_array_equal(found.tensors[path].codes, tensor.codes)
+    with pytest.raises(ValueError, match="does something else each time"):  # it captures another number each time
+        quantize(fn=called_back(None))
+
+    def told(params, x):
+        out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return two_layers(params, jax.experimental.io_callback(lambda x: x, out, x))
+
+    with pytest.raises(ValueError, match="does something else each time"):
+        quantize(fn=told)
