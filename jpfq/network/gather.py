@@ -136,7 +136,8 @@ class Gather:
         places = [(i, j) for i, (stream, _) in enumerate(self.streams) for j in range(len(stream.batches))]
         for place, (layout, x, xq, weights, _) in zip(places, self._batches(), strict=True):
             own = network == "quantized" and xq is not None
-            rows: Any = jax.vmap(layout.rows)(xq) if own and self.forked else layout.rows(xq if own else x)[None]
+            value: Any = xq if own else x
+            rows = jax.vmap(layout.rows)(value) if own and self.forked else layout.rows(value)[None]
             bad = ~jnp.isfinite(rows).all((0, 1, -1))
             if bool((bad if weights is None else bad & (weights > 0).any(0)).any()):
                 return place

@@ -261,11 +261,12 @@ def schedule(program: Program, groups: Sequence[tuple[int, ...]]) -> list[int] |
     members = {group[0]: group for group in groups}
     unit = {index: group[0] for group in groups for index in group}  # equations move alone, or as a group
     makers = {v: index for index, eqn in enumerate(program.equations) for v in eqn.outvars}
-    before, after, effect = collections.Counter(), collections.defaultdict(set), None
+    before, after = collections.Counter(), collections.defaultdict(set)
+    effect: int | None = None
     for index, eqn in enumerate(program.equations):
         sources = {makers[v] for v in eqn.invars if not is_literal(v) and v in makers}
         if eqn.effects:
-            sources, effect = sources | ({effect} - {None}), index
+            sources, effect = sources if effect is None else sources | {effect}, index
         here = unit.get(index, index)
         for source in {unit.get(i, i) for i in sources}:
             if here not in after[source]:  # a group that reads itself is never ready
