@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...network.checkpoint import MANIFEST
+from ...network.checkpoint import MANIFEST, check_leaves, destination, occupied
+from ...network.disk import hidden, writing
 from ...network.picture import check_matplotlib
 from ..compare import Subject
 from ..sweep import Sweep
@@ -24,6 +25,12 @@ def check_file(path: Path, what: str, suffixes: Sequence[str], overwrite: bool =
         raise ValueError(f"There is no folder {path.parent} for the {what}.")
     if path.is_dir() or (path.exists() and not overwrite):
         raise ValueError(f"{path} exists already: pass --overwrite to replace it, or give the {what} another name.")
+    with writing(path):
+        if path.exists() and what == "picture":  # which is written where it is
+            path.open("ab").close()
+        else:
+            with hidden(path.absolute().parent) as beside:
+                (beside / path.name).touch()
 
 
 def check_picture(path: Path) -> None:
@@ -67,14 +74,23 @@ def check_saving(options) -> None:
     if folder is not None:
         if not folder.absolute().parent.is_dir():
             raise ValueError(f"There is no folder {folder.parent} to save into.")
-        saved = (folder / MANIFEST).is_file()
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (saved and options.overwrite)):
-            what = "a saved result: pass --overwrite to replace it" if saved else "something else: save elsewhere"
+        found = occupied(folder)
+        ours = found == "a saved result"
+        if found and not (ours and options.overwrite):
+            what = f"{found}: pass --overwrite to replace it" if ours else f"{found}: save elsewhere"
             raise ValueError(f"{folder} already holds {what}.")
+        with writing(folder), destination(folder, options.overwrite):
+            pass  # it can be written
     if options.report is not None:
         check_page(options.report, options.overwrite)
     if options.picture is not None:
         check_picture(options.picture)
+
+
+def check_model(options, subject: Subject) -> None:
+    """Raises where a model has what cannot be saved."""
+    if options.save is not None:
+        check_leaves(subject.functional)
 
 
 def keep(options, quantized, subject: Subject, sweep: Sweep | None = None) -> dict[str, Any]:
