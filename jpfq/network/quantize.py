@@ -1,5 +1,6 @@
 """`quantize`: a model, batches and rules in, a quantized model out."""
 
+import contextlib
 import dataclasses
 import os
 import zlib
@@ -88,7 +89,7 @@ def quantize(
         >>> list(quantized.tensors), list(quantized.skipped)
         (['hidden/kernel'], ['head/kernel'])
     """
-    with context():
+    with context(), contextlib.ExitStack() as held:
         rules = as_rules(rules)
         functional = adapt(model, variables, params, kwargs)
         check_choice("reference", reference, ("float", "block"))
@@ -106,6 +107,7 @@ def quantize(
             programs = [one.program for one in traced]
             own = {"key": key, "reference": reference, "fresh batches": fresh is not None}
             kept = Kept.of(checkpoint, placed, programs, shaped, devices, rules, **own)
+            held.enter_context(contextlib.closing(kept))
         groups, rebases = stops(first.sites), reference == "block"
         coupled = couple(placed, analyses, shaped, groups, key, kept.sites if kept else ())
         making = Making(first.assignment.recipes, activations_of(first.assignment), key, coupled)
