@@ -117,7 +117,9 @@ def _check_arrays(arrays, asked, sums):
             tiles = 0 if sums is None else sums.tiles(n)
             right = x.dtype == np.int32 and x.shape == (B, tiles, out, 2) and bool((x >= 0).all())
         else:
-            right = x.shape in ((), (B,)) and (x.dtype.kind in "iu" if name in COUNTS else x.dtype.kind in "iuf")
+            right = (
+                x.shape in ((), (B,)) and x.dtype.kind in ("iu" if name in COUNTS else "iuf") and x.dtype.itemsize >= 4
+            )
             right = right and jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype
         if right and name in ("step", "zero", "q", "error"):
             right = bool(np.isfinite(x).all())
