@@ -73,6 +73,7 @@ def quantize(
             there, whenever it was stopped, and ends with the same codes; a call with another model, other data, settings or
             versions is refused and told what differs. All batches are compared, by checksums; of fresh ones those of the
             first stop and of the one at which the run was stopped, as those of layers that are done are not read again.
+            While the call runs, another process that is given the folder is refused.
             SIGTERM, as of a machine that is taken away, lets the layer at work end and then exits with status 143. Delete
             the folder when done.
         progress: whether to show a progress bar; None shows it on a terminal only.

@@ -114,8 +114,8 @@ def _check_arrays(arrays, asked, sums):
         elif name in ("q", "error"):
             right = _is_float(x) and x.shape == ((B, n, out) if name == "q" else (B, out))
         elif name == "reach":
-            tiles = 0 if sums is None else sums.tiles(n)
-            right = x.dtype == np.int32 and x.shape == (B, tiles, out, 2) and bool((x >= 0).all())
+            tiles, most = (0, 0) if sums is None else (sums.tiles(n), 2 ** (int(sums.bits) - 1) - 1)
+            right = x.dtype == np.int32 and x.shape == (B, tiles, out, 2) and bool(((x >= 0) & (x <= most)).all())
         else:
             right = (
                 x.shape in ((), (B,)) and x.dtype.kind in ("iu" if name in COUNTS else "iuf") and x.dtype.itemsize >= 4
