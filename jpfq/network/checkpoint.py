@@ -3,16 +3,16 @@
 The first says what there is: kinds, structure, settings, figures, versions, and the checksums of both. The second holds all
 arrays, those of quantized kernels packed at their storage bits. Reading runs nothing that a file says: arrays are numbers,
 and settings are made from a fixed table (record.py). A result appears in one step, by renaming: whatever is killed when,
-what loads is whole.
+what loads is whole. Of several processes that save into one folder, one wins whole; who reads meanwhile reads again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import safetensors.numpy
 
 from . import leaves as one
 from .activation import Rounded
-from .disk import digest, to_disk
+from .disk import HIDDEN, TURN, digest, hidden, read_limited, to_disk, turn, writing
 from .functional import Functional, numbered
 from .infos import SUFFIX, read_infos, read_noted, read_reach, write_infos
 from .linen import is_linen
@@ -36,6 +36,8 @@ from .structure import describe, nested, rebuild
 
 FORMATS = 1, 2  # the second keeps how far sums go, and is written where there are such
 MANIFEST = "quantized.json"
+LARGEST = 2**26  # bytes of it, which are those of more than 100,000 kernels
+BEGINNING = b'{"arrays":{"bytes":'  # of every record, whose keys are sorted
 FIELDS = {  # of the record, besides its own checksum
     "format": int,
     "versions": dict,
@@ -53,6 +55,7 @@ FIELDS = {  # of the record, besides its own checksum
     "peak_bytes": int,
     "batch": (list, type(None)),  # its structure, and shape and type of each array; None where it is not known
 }
+ATTEMPTS = 100  # at reading a result that is replaced again and again
 KINDS = {"linen": "a Linen module", "nnx": "an NNX model", "function": "a function"}
 
 
@@ -60,39 +63,100 @@ def save(
     quantized: Quantized, folder: str | os.PathLike, *, entropy_coded: bool = False, overwrite: bool = False
 ) -> int:
     """Writes a result into a folder of its own: see `Quantized.save`."""
-    folder = Path(folder)
-    there = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    ours = (folder / MANIFEST).is_file()
-    if there and not (ours and overwrite):
-        what = (
-            "a saved result: pass overwrite=True to replace it" if ours else "something else: save into another folder"
-        )
-        raise ValueError(f"{folder} already holds {what}.")
-    if not folder.absolute().parent.is_dir():
-        raise ValueError(f"There is no folder {folder.absolute().parent} to save into.")
-    document, arrays = _document(quantized, entropy_coded)
-    parent = folder.absolute().parent
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", suffix=".tmp", dir=parent) as name:
-        new = Path(name) / folder.name
-        new.mkdir()
+    with writing(folder, safetensors.SafetensorError), destination(folder, overwrite) as (home, new):
+        document, arrays = _document(quantized, entropy_coded)
         safetensors.numpy.save_file(arrays, new / "arrays")
         document["arrays"] = {"bytes": (new / "arrays").stat().st_size, "sha256": digest(new / "arrays")}
+        text = seal(document)
+        if len(text) > LARGEST:
+            raise ValueError(f"{MANIFEST} would have {len(text):,} bytes, and {LARGEST:,} at most are read.")
         (new / "arrays").rename(new / arrays_name(document))
-        (new / MANIFEST).write_text(seal(document))
+        (new / MANIFEST).write_text(text)
         (new / arrays_name(document)).chmod((new / MANIFEST).stat().st_mode & 0o777)  # safetensors lets the owner only
         for path in (*new.iterdir(), new):
             to_disk(path)
-        if there:  # arrays first, under a name of their own: the old result holds until the new record takes its place
-            for file in (arrays_name(document), MANIFEST):
-                (new / file).replace(folder / file)
-            to_disk(folder)
-            for old in folder.glob("arrays-*.safetensors"):
-                if old.name != arrays_name(document):
-                    old.unlink()
+        _put(new, home, arrays_name(document), lambda: check_free(folder, overwrite))
+        return len(text) + document["arrays"]["bytes"]
+
+
+@contextlib.contextmanager
+def destination(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[tuple[Path, Path]]:
+    """(where a result goes, links followed; a new folder of that name to write it into), both on one file system.
+
+    It is checked by doing: entered before the work, what cannot be written is known before it.
+
+    Raises:
+        ValueError: something is there that may not be replaced, or there is no folder to write into.
+        OSError: it cannot be written there.
+    """
+    check_free(folder, overwrite)
+    home = Path(os.path.realpath(folder))
+    with hidden(home if home.is_dir() else home.parent) as beside:
+        new = beside / home.name
+        new.mkdir()
+        to_disk(beside.parent)
+        yield home, new
+
+
+def check_free(folder: str | os.PathLike, overwrite: bool) -> None:
+    """Raises where a result may not be written."""
+    if found := occupied(folder):
+        ours = found == "a saved result"
+        if not (ours and overwrite):
+            what = f"{found}: pass overwrite=True to replace it" if ours else f"{found}: save into another folder"
+            raise ValueError(f"{folder} already holds {what}.")
+    parent = Path(os.path.realpath(folder)).parent
+    if not parent.is_dir():
+        raise ValueError(f"There is no folder {parent} to save into.")
+
+
+def occupied(folder: str | os.PathLike) -> str:
+    """What a folder holds: "a saved result", "something else", or "" where a result may be written."""
+    home = Path(os.path.realpath(folder))
+    if not home.is_dir():
+        return "something else" if home.exists() else ""
+    if (home / MANIFEST).is_file():
+        with open(home / MANIFEST, "rb") as file:
+            return "a saved result" if file.read(len(BEGINNING)) == BEGINNING else "something else"
+    left = [
+        path for path in home.iterdir() if path.name not in (TURN, "lost+found") and not HIDDEN.fullmatch(path.name)
+    ]
+    return "something else" if len(left) > len(_own_arrays(home)) else ""
+
+
+def _put(new, home, name, check):
+    """Puts a result in its place: a new folder by renaming it, or else its files, of which the record is the last."""
+    if not home.exists():
+        try:
+            new.replace(home)
+        except OSError:  # another process was quicker
+            if not home.is_dir():
+                raise
         else:
-            new.replace(folder)
-        to_disk(parent)
-    return sum((folder / file).stat().st_size for file in (arrays_name(document), MANIFEST))
+            return to_disk(home.parent)
+    with turn(home):
+        check()
+        own = _own_arrays(home)
+        for file in (
+            name,
+            MANIFEST,
+        ):  # the arrays have a name of their own: until the record follows, the old one holds
+            (new / file).replace(home / file)
+        to_disk(home)
+        for old in own - {name}:
+            (home / old).unlink()
+    return to_disk(home)
+
+
+def _own_arrays(home) -> set[str]:
+    """The files of arrays in a folder that are ours: the one that its record names, and others named by their content."""
+    try:
+        known = arrays_name(unseal(read_limited(home / MANIFEST, LARGEST)))  # whose content need not be read
+    except (ValueError, RecursionError, FileNotFoundError):
+        known = ""
+    named = lambda path: path.name.removeprefix("arrays-").removesuffix(".safetensors")
+    found = [path for path in home.glob("arrays-*.safetensors") if len(named(path)) == 16 and path.is_file()]
+    return {path.name for path in found if path.name == known or digest(path).startswith(named(path))}
 
 
 def load(
@@ -128,28 +192,42 @@ def load(
     """
     document, arrays = read(folder)
     try:
-        return _quantized(document, arrays, model, variables, params, kwargs, shardings)
+        return made(document, arrays, model, variables=variables, params=params, kwargs=kwargs, shardings=shardings)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
 
 
 def read(folder: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:
     """The record of a saved result, checked against both checksums, and its arrays by name."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"There is no saved result in {folder}: it has no {MANIFEST}.")
-    try:
-        document = unseal(path.read_bytes())
-        file, expected = Path(folder) / arrays_name(document), document["arrays"]
-        size = file.stat().st_size if file.is_file() else 0
-        if size != expected["bytes"]:
-            raise ValueError(f"{file.name} is to have {expected['bytes']} bytes and has {size}.")
-        if digest(file) != expected["sha256"]:
-            raise ValueError(f"{file.name} is damaged: its checksum differs.")
-        with safetensors.safe_open(file, framework="np") as opened:
-            return document, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no dict
-    except (ValueError, RecursionError, AttributeError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {error}") from error  # AttributeError: a type that NumPy has not
+    path, before = Path(folder) / MANIFEST, None
+    for _ in range(ATTEMPTS):
+        try:
+            text = read_limited(path, LARGEST) if path.is_file() else None
+        except FileNotFoundError:
+            text = None
+        except ValueError as error:
+            raise ValueError(f"{folder} cannot be loaded: {error}") from error
+        if text is None:
+            raise ValueError(f"There is no saved result in {folder}: it has no {MANIFEST}.")
+        if before is not None and text == before[0]:
+            raise ValueError(f"{folder} cannot be loaded: {before[1]}") from before[1]
+        try:
+            return _read(folder, text)
+        except (ValueError, RecursionError, AttributeError, FileNotFoundError, safetensors.SafetensorError) as error:
+            before = text, error  # damaged, or replaced meanwhile; AttributeError: a type that NumPy has not
+    raise ValueError(f"{folder} cannot be loaded: it was replaced {ATTEMPTS} times while it was read.")
+
+
+def _read(folder, text):
+    document = unseal(text)
+    file, expected = Path(folder) / arrays_name(document), document["arrays"]
+    size = file.stat().st_size if file.is_file() else 0
+    if size != expected["bytes"]:
+        raise ValueError(f"{file.name} is to have {expected['bytes']} bytes and has {size}.")
+    if digest(file) != expected["sha256"]:
+        raise ValueError(f"{file.name} is damaged: its checksum differs.")
+    with safetensors.safe_open(file, framework="np") as opened:
+        return document, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no dict
 
 
 def seal(document: dict) -> str:
@@ -191,9 +269,20 @@ def arrays_name(document: dict) -> str:
 def names(paths: Sequence[str]) -> list[str]:
     """A name for the arrays of each leaf: its path, numbered where two leaves have one path."""
     for path in paths:
-        if ".." in path.split("/") or path.startswith(("/", "__metadata__")) or "\0" in path or "\\" in path:
+        wrong = ".." in path.split("/") or path.startswith(("/", "__metadata__")) or "\0" in path or "\\" in path
+        if wrong or any("\ud800" <= letter <= "\udfff" for letter in path):  # which no file can hold
             raise ValueError(f"A parameter cannot be saved or loaded under the name {path[:80]!r}.")
     return numbered(paths)
+
+
+def check_leaves(functional: Functional) -> None:
+    """Raises where a model has parameters or state that cannot be saved, whatever becomes of them. Computes nothing."""
+    paths = names(functional.paths)
+    for leaf in functional.leaves:
+        one.kind_of(leaf)
+    parts = {path + suffix for path in paths for suffix in (*one.SUFFIXES, SUFFIX)}
+    if taken := parts & set(paths):
+        raise ValueError(_taken(min(taken)))
 
 
 def _document(quantized, entropy_coded):
@@ -214,7 +303,7 @@ def _document(quantized, entropy_coded):
             others += [{"path": name} | record] if record else []
         parts = {name + suffix: x for suffix, x in parts.items()}
         if taken := arrays.keys() & parts.keys():
-            raise ValueError(f"Two parameters cannot both be saved: each has an array of the name {min(taken)}.")
+            raise ValueError(_taken(min(taken)))
         arrays |= parts
     collections = sorted(set(quantized.variables) - {"params"}) if kind == "linen" else []
     implied = _order(unique, collections, kind) == (paths, trainable)
@@ -237,6 +326,10 @@ def _document(quantized, entropy_coded):
         "batch": _batch_record(quantized._shapes),
     }
     return document, arrays
+
+
+def _taken(name):
+    return f"Two parameters cannot both be saved: each has an array of the name {name}."
 
 
 def _order(unique, collections, kind):
@@ -262,7 +355,10 @@ def _ordered(document, unique):
     return ordered, paths, trainable
 
 
-def _quantized(document, arrays, model, variables, params, kwargs, shardings):
+def made(
+    document: dict, arrays: dict, model: Any = None, *, variables=None, params=None, kwargs=None, shardings=None
+) -> Quantized:
+    """What `read` returned as a result; `arrays` is used up. For the rest see `load`."""
     kind, records = document["model"], {one.check(record): record for record in document["leaves"]}
     if len(records) != len(document["leaves"]):
         raise ValueError("Two parameters have one name.")

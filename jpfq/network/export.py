@@ -21,9 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from ..matrix.signed import Signed, signed
+from .disk import HIDDEN, hidden, writing
 from .leaves import NATIVE
 
 
@@ -49,7 +51,7 @@ def compressed_tensors(
         ValueError: no kernel can be held, the folder is in use, or two parameters take one name.
     """
     folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if folder.is_file() or (folder.is_dir() and not all(HIDDEN.fullmatch(path.name) for path in folder.iterdir())):
         raise ValueError(f"{folder} is already in use: export into a new folder.")
     functional, arrays, schemes, left, plain = quantized._functional, {}, {}, {}, []
     for path, leaf, ours in zip(functional.paths, functional.leaves, functional.trainable, strict=True):
@@ -71,10 +73,14 @@ def compressed_tensors(
     if not schemes:
         listing = "\n".join(f"  {path}: {reason}" for path, reason in left.items())
         raise ValueError(f"compressed-tensors holds none of the quantized kernels:\n{listing or '  there are none'}")
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
     text = {**(config or {}), "quantization_config": _config(schemes, plain)}
-    (folder / "config.json").write_text(json.dumps(text, indent=2) + "\n")
+    with writing(folder, safetensors.SafetensorError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with hidden(folder) as new:
+            safetensors.numpy.save_file(arrays, new / "model.safetensors", metadata={"format": "pt"})
+            (new / "config.json").write_text(json.dumps(text, indent=2) + "\n")
+            for file in ("model.safetensors", "config.json"):
+                (new / file).replace(folder / file)
     return left
 
 

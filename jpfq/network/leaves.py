@@ -25,6 +25,7 @@ FIELDS = {"path": str, "grid": dict, "shape": list, "dtype": str, "rotated": lis
 NATIVE = {"float64", "float32", "float16", "bfloat16", "complex64", "bool"} | {
     f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
 }  # what safetensors and NumPy both hold
+SUFFIXES = ".codes", ".step", ".zero"  # of the arrays of a quantized kernel
 Arrays = dict[str, np.ndarray]
 
 
@@ -84,19 +85,30 @@ def key_dtypes() -> dict[str, Any]:
 
 def write_plain(leaf: Any) -> tuple[dict, Arrays]:
     """Any other leaf: an array, a number, a random key."""
-    if isinstance(leaf, NUMBERS):
+    kind = kind_of(leaf)
+    if kind == "number":
         return {"number": encode(leaf)}, {}
+    if kind in KEYS:
+        return {"key": kind}, {"": np.asarray(jax.random.key_data(leaf))}
+    value = np.asarray(leaf)
+    if kind in NATIVE:
+        return {}, {"": np.ascontiguousarray(value).reshape(value.shape)}
+    return {"dtype": kind}, {"": np.ascontiguousarray(value)[..., None].view(np.uint8)}
+
+
+def kind_of(leaf: Any) -> str:
+    """ "number", the kind of a random key, or the type of an array. Raises ValueError for what cannot be saved."""
+    if isinstance(leaf, NUMBERS):
+        return "number"
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         kind = str(jax.random.key_impl(leaf))
         if kind not in KEYS:
             raise ValueError(f"A random key of kind {kind} cannot be saved.")
-        return {"key": kind}, {"": np.asarray(jax.random.key_data(leaf))}
-    value = np.asarray(leaf)
-    if value.dtype.name not in DTYPES:
-        raise ValueError(f"A parameter of type {value.dtype} cannot be saved.")
-    if value.dtype.name in NATIVE:
-        return {}, {"": np.ascontiguousarray(value).reshape(value.shape)}
-    return {"dtype": value.dtype.name}, {"": np.ascontiguousarray(value)[..., None].view(np.uint8)}
+        return kind
+    dtype = leaf.dtype if isinstance(leaf, jax.Array) else np.asarray(leaf).dtype
+    if dtype.name not in DTYPES:
+        raise ValueError(f"A parameter of type {dtype} cannot be saved.")
+    return dtype.name
 
 
 def read_plain(record: dict, arrays: Arrays, name: str) -> Any:
@@ -123,7 +135,7 @@ def read_plain(record: dict, arrays: Arrays, name: str) -> Any:
 
 def belongs(name: str, record: dict) -> set[str]:
     """The names of arrays that a record may speak of."""
-    return {f"{name}{suffix}" for suffix in ((".codes", ".step", ".zero") if "grid" in record else ("",))}
+    return {f"{name}{suffix}" for suffix in (SUFFIXES if "grid" in record else ("",))}
 
 
 def check(record: Any) -> str:

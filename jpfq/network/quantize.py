@@ -1,5 +1,6 @@
 """`quantize`: a model, batches and rules in, a quantized model out."""
 
+import contextlib
 import dataclasses
 import os
 import zlib
@@ -74,6 +75,7 @@ def quantize(
             there, whenever it was stopped, and ends with the same codes; a call with another model, other data, settings or
             versions is refused and told what differs. All batches are compared, by checksums; of fresh ones those of the
             first stop and of the one at which the run was stopped, as those of layers that are done are not read again.
+            While the call runs, another process that is given the folder is refused.
             SIGTERM, as of a machine that is taken away, lets the layer at work end and then exits with status 143. Delete
             the folder when done.
         progress: whether to show a progress bar; None shows it on a terminal only.
@@ -90,7 +92,7 @@ def quantize(
         >>> list(quantized.tensors), list(quantized.skipped)
         (['hidden/kernel'], ['head/kernel'])
     """
-    with context():
+    with context(), contextlib.ExitStack() as held:
         rules = as_rules(rules)
         functional = adapt(model, variables, params, kwargs)
         check_choice("reference", reference, ("float", "block"))
@@ -108,6 +110,7 @@ def quantize(
             programs = [one.program for one in traced]
             own = {"key": key, "reference": reference, "fresh batches": fresh is not None}
             kept = Kept.of(checkpoint, placed, programs, shaped, devices, rules, **own)
+            held.enter_context(contextlib.closing(kept))
         groups, rebases = stops(first.sites), reference == "block"
         coupled = couple(placed, analyses, shaped, groups, key, kept.sites if kept else ())
         making = Making(first.assignment.recipes, activations_of(first.assignment), key, coupled)

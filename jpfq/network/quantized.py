@@ -174,10 +174,15 @@ class Quantized:
             folder: a new folder, or one of a saved result if `overwrite` says so.
             entropy_coded: whether to code the codes near their entropy where that is shorter. Takes the package
                 constriction: pip install 'jpfq[entropy]'.
-            overwrite: whether to replace a saved result. Until the new one is whole, the old one stays.
+            overwrite: whether to replace a saved result. Until the new one is whole, the old one stays; files that are not
+                of jpfq stay in any case.
 
         Returns:
             The bytes on disk.
+
+        Raises:
+            ValueError: something is there already, also where another process was quicker; or there is no folder for it.
+            OSError: it cannot be written there, as on a full disk.
 
         Example:
             >>> size = quantized.save("model-w4")

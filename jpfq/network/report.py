@@ -6,7 +6,6 @@ levels; accumulators, inputs, and settings of a sweep where there are such; and 
 
 import importlib.metadata
 import os
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from . import plot
 from .activation import Rounded
+from .disk import hidden, writing
 from .functional import flatten
 from .page import Cell, Markup, breakable, document, folded, section, table, tag
 from .picture import Frame, Pictures, check_matplotlib
@@ -45,9 +45,9 @@ def report(
         raise ValueError(f"sweep is what jpfq.sweep returned; got {sweep!r}.")
     weights = {} if params is None else _weights(quantized, params)
     check_matplotlib()
-    text = html(quantized, weights, sweep, title or "A quantized network")
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent) as folder:
-        new = Path(folder) / path.name
+    with writing(path), hidden(path.absolute().parent) as beside:
+        text = html(quantized, weights, sweep, title or "A quantized network")
+        new = beside / path.name
         with open(new, "wb") as file:
             file.write(text.encode("utf-8", "xmlcharrefreplace"))
             file.flush()

@@ -2,8 +2,10 @@
 
 A folder holds run.json, the fingerprint of all that the codes depend on, and a safetensors file for each site that is
 done; of batches that are fresh at each stop, a file of their checksums too. A file appears whole or not at all, by renaming,
-and the name of a site's has the checksum of its content. Reading runs nothing. A resumed run goes once more through the
-float and the quantized network, and solves only what is missing.
+and the name of a site's has the checksum of its content. It also says of which run it is and which site of it, so that none
+is taken for another. A live run holds a lock on run.json, so that no second one goes on with it; the processes of one
+distributed run share it. Reading runs nothing. A resumed run goes once more through the float and the quantized network,
+and solves only what is missing.
 """
 
 import contextlib
@@ -22,30 +24,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jax.sharding import NamedSharding, PartitionSpec
 
-from ..matrix import Devices, Info, Solution
-from ..scalar import Reach, Sums
-from .activation import Rounded
+from ..matrix import Devices
 from .batches import Shaped
 from .canonical import by_code
-from .disk import digest, to_disk
+from .disk import Lock, digest, read_limited, to_disk, writing
 from .fingerprint import checksum, differences, setting, shape_of, steady, versions
 from .functional import Functional, numbered
 from .hosts import spans_hosts
 from .program import Program, form
-from .record import decode, encode
 from .rules import Rule
-from .walk import Solved
+from .solved import Asked, Solved, read_solved, write_solved
 
-FORMAT = 1
+FORMAT = 2  # in 1, which is not gone on with, a site's file does not say whose it is
 MANIFEST = "run.json"
+LARGEST = 2**26  # bytes of what is kept as JSON
 SITE = re.compile(r"site-(\d{4,})-(\d{3,})-([0-9a-f]{16})\.safetensors")
 HALF = re.compile(r"jpfq-\w+\.tmp")  # a file that is being written
+WRONG = ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, safetensors.SafetensorError
 TERMINATED = 128 + 15  # the exit status of what SIGTERM ended
 
 
@@ -79,34 +78,94 @@ def fingerprint(
 
 
 class Kept:
-    """The sites of a run in a folder."""
+    """The sites of a run in a folder, and the lock on it: to be closed at the end."""
 
     def __init__(self, folder: str | os.PathLike, fingerprint: dict[str, Any], devices: Devices | None):
         """Begins a run in a new or empty folder, or goes on with the one in it.
 
         Raises:
-            ValueError: the folder is of something else, of another run, or damaged.
+            ValueError: the folder is of something else, of another run, of one that another process is at, or damaged.
         """
-        self.folder, self.devices, self.asked = Path(folder), devices, False
+        self.folder, self.devices, self.asked = Path(os.path.realpath(folder)), devices, False
         self.sites: dict[tuple[int, int], Path] = {}
-        own = json.loads(json.dumps(fingerprint))  # tuples become lists, as what is read has them
-        parent = self.folder.absolute().parent
-        if self.folder.is_file() or not parent.is_dir():
+        own = json.loads(json.dumps({"format": FORMAT, **fingerprint}))  # tuples become lists, as what is read has them
+        self.run = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+        self._shared = jax.process_count() > 1
+        if self.folder.is_file() or not self.folder.parent.is_dir():
             raise ValueError(f"checkpoint is a folder, new or of a run, in one that exists; got {folder}.")
-        files = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        for file in [file for file in files if HALF.fullmatch(file.name)]:  # what a killed process of ours has left
-            file.unlink()
-            files.remove(file)
-        if self.folder / MANIFEST in files:
+        self._lock = self._begun(own)
+        try:
             self._check(own)
-        elif files:
-            raise ValueError(f"checkpoint: {folder} holds something else than a run of jpfq. Give a new folder.")
-        else:
-            self.folder.mkdir(exist_ok=True)
-            self._write(MANIFEST, json.dumps({"format": FORMAT, **own}, indent=1).encode())
-        for file in files:
-            if match := SITE.fullmatch(file.name):
-                self.sites[int(match[1]), int(match[2])] = file
+            for file in sorted(self.folder.iterdir()):
+                if match := SITE.fullmatch(file.name):
+                    self.sites[int(match[1]), int(match[2])] = file
+                elif HALF.fullmatch(file.name) and self._lock.sure and not self._shared:
+                    self._clear(file)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Lets others go on with the run."""
+        self._lock.close()
+
+    def _begun(self, own) -> Lock:
+        """The lock on run.json, which is made where there is none."""
+        manifest, lock = self.folder / MANIFEST, None
+        while lock is None:
+            if not manifest.exists():
+                files = self.folder.iterdir() if self.folder.is_dir() else ()
+                if any(not HALF.fullmatch(file.name) and file.name not in (MANIFEST, "lost+found") for file in files):
+                    raise ValueError(
+                        f"checkpoint: {self.folder} holds something else than a run of jpfq. Give a new folder."
+                    )
+                with writing(self.folder):
+                    self.folder.mkdir(exist_ok=True)
+                    lock = self._make(json.dumps(own, indent=1).encode())
+            else:
+                lock = Lock.of(manifest, shared=self._shared)
+                if lock is None:
+                    raise ValueError(
+                        f"checkpoint: another process is at the run in {self.folder} now. Wait until it ends, or stop it "
+                        "and call again to go on from there; or give a new folder."
+                    )
+        if not lock.sure:
+            logging.getLogger("jpfq").warning(
+                "checkpoint: %s is on a file system without locks. Let no other process go on with this run.",
+                self.folder,
+            )
+        return lock
+
+    def _make(self, content) -> Lock | None:
+        """run.json, locked before anybody can see it; None where another process made one first."""
+        half, manifest = self._half(content), self.folder / MANIFEST
+        try:
+            lock = Lock.of(half, shared=self._shared)
+            if lock is None:
+                return None
+            try:
+                os.link(half, manifest)  # which fails where there is one
+            except BaseException:
+                lock.close()
+                raise
+            to_disk(self.folder)
+            return lock
+        except (FileExistsError, FileNotFoundError):  # or took it for one that was left
+            return None
+        except OSError:  # a file system without links, or a full one
+            with contextlib.suppress(FileExistsError), open(manifest, "xb") as file:
+                file.write(content)
+            return None  # and the file is there, to be locked
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(half)
+
+    def _clear(self, file):
+        """Removes a half-written file that no process holds."""
+        with contextlib.suppress(OSError):
+            if (lock := Lock.of(file)) is not None:
+                with lock:
+                    file.unlink()
 
     @classmethod
     def of(
@@ -122,15 +181,19 @@ class Kept:
 
     def _check(self, own):
         try:
-            found = json.loads((self.folder / MANIFEST).read_text())
-        except ValueError as error:
+            found = json.loads(read_limited(self.folder / MANIFEST, LARGEST))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"checkpoint: {self.folder / MANIFEST} is damaged: {error}") from error
-        if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
-            raise ValueError(f"checkpoint: {self.folder} holds a run that this jpfq does not read. Give a new folder.")
-        if apart := differences(found, own):
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError(
-                f"checkpoint: {self.folder} holds a run of something else, by {'; '.join(apart)}. Call quantize with what "
-                "it was begun with, or give a new folder."
+                f"checkpoint: {self.folder} holds a run of another format, that this jpfq does not read. End it with the "
+                "jpfq that began it, or give a new folder."
+            )
+        if found != own:
+            apart = "; ".join(differences(found, own)) or "fields that are missing"
+            raise ValueError(
+                f"checkpoint: {self.folder} holds a run of something else, by {apart}. Call quantize with what it was begun "
+                "with, or give a new folder."
             )
 
     def ask(self, *_: Any) -> None:
@@ -146,12 +209,16 @@ class Kept:
 
     def meet(self, stop: int, fresh: Shaped) -> None:
         """Notes the fresh batches of a stop; a run before that read them must have met the same."""
-        file, own = self.folder / f"data-{stop:04}.json", _data([fresh])
+        file, own = self.folder / f"data-{stop:04}.json", {"run": self.run, "stop": stop, "arrays": _data([fresh])}
         if not file.is_file():
             self._write(file.name, json.dumps(own).encode())
         try:
-            found = json.loads(file.read_text())
-        except ValueError as error:
+            found = json.loads(read_limited(file, LARGEST))
+            if not isinstance(found, dict) or found.keys() != own.keys():
+                raise ValueError("it is no record of batches")
+            if (found["run"], found["stop"]) != (self.run, stop):
+                raise ValueError("it is of another run or another stop")
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"checkpoint: {file} is damaged: {error}. Give a new folder.") from error
         if found != own:
             raise ValueError(
@@ -159,7 +226,7 @@ class Kept:
                 "function give the same for the same number, or give a new folder."
             )
 
-    def read(self, stop: int, position: int) -> Solved | None:
+    def read(self, stop: int, position: int, asked: Asked) -> Solved | None:
         """A site that was solved before, with its arrays where they were."""
         self.leave()
         file = self.sites.get((stop, position))
@@ -169,29 +236,42 @@ class Kept:
             if digest(file)[:16] != SITE.fullmatch(file.name)[3]:  # pyright: ignore[reportOptionalSubscript]
                 raise ValueError("its checksum differs")
             with safetensors.safe_open(file, framework="np") as opened:
-                record = json.loads(opened.metadata()["record"])
+                noted = opened.metadata() or {}
                 arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no dict
-            return _solved(record, arrays, self.devices)
-        except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            if noted.get("run") != self.run or noted.get("site") != _site(stop, position):
+                raise ValueError("it is of another run or another layer")
+            return read_solved(json.loads(noted["record"]), arrays, asked, self.devices)
+        except (*WRONG, IsADirectoryError) as error:
             raise ValueError(
                 f"checkpoint: {file} is damaged: {error}. Delete it, and its layer is solved again."
             ) from error
 
     def write(self, stop: int, position: int, solved: Solved) -> None:
         """Keeps a site; what is asked to stop stops here."""
-        record, arrays = _record(solved)
-        content = safetensors.numpy.save(arrays, metadata={"record": json.dumps(record)})
+        record, arrays = write_solved(solved)
+        noted = {"run": self.run, "site": _site(stop, position), "record": json.dumps(record)}
+        content = safetensors.numpy.save(arrays, metadata=noted)
         name = f"site-{stop:04}-{position:03}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
         self._write(name, content)
         self.sites[stop, position] = self.folder / name
         self.leave()
 
     def _write(self, name, content):
+        with writing(self.folder / name):
+            os.replace(self._half(content), self.folder / name)
+            to_disk(self.folder)
+
+    def _half(self, content) -> str:
+        """A file of this content, which has no name of its own yet."""
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="jpfq-", suffix=".tmp", delete=False) as file:
-            file.write(content)
-        to_disk(file.name)
-        os.replace(file.name, self.folder / name)
-        to_disk(self.folder)
+            try:
+                file.write(content)
+                file.flush()
+                to_disk(file.name)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+        return file.name
 
 
 @contextlib.contextmanager
@@ -214,6 +294,10 @@ def stoppable(kept: Kept | None) -> Iterator[None]:
         signal.signal(signal.SIGTERM, old)
 
 
+def _site(stop, position):
+    return f"{stop} {position}"
+
+
 def _array(x) -> list:
     return [*shape_of(x), checksum(x)]
 
@@ -222,63 +306,3 @@ def _data(shaped: Sequence[Shaped]) -> dict[str, list]:
     """Shapes and checksums of all batches, and of the weights of their rows."""
     leaves = [x for group in shaped for x in jax.tree.leaves((group.leaves, group.weights))]
     return {f"array {number}": _array(x) for number, x in enumerate(leaves)}
-
-
-def _record(solved: Solved) -> tuple[dict, dict[str, np.ndarray]]:
-    """What is solved, as JSON and arrays by name."""
-    solution, reach = solved.solution, solved.solution.info.reach
-    figures = {f"info.{f.name}": getattr(solution.info, f.name) for f in dataclasses.fields(Info) if f.name != "reach"}
-    found = {"codes": solution.codes, "step": solution.step, "zero": solution.zero, **figures}
-    if solved.error is not None:
-        found["error"] = solved.error
-    if reach is not None:
-        found["reach"] = reach.ends
-    arrays = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in found.items()}
-    q = np.asarray(solution.q)
-    if not np.array_equal(
-        _values(arrays, q.dtype), q
-    ):  # where a rotation came after, or products were rounded otherwise
-        found["q"], arrays["q"] = solution.q, np.ascontiguousarray(q)
-    record = {
-        "q": q.dtype.name,
-        "places": {name: _place(x) for name, x in {**found, "q": solution.q}.items()},
-        "rounded": None if solved.rounded is None else encode(solved.rounded),
-        "sums": None if reach is None else encode(jax.tree.map(jnp.asarray, reach.sums)),
-    }
-    return record, arrays
-
-
-def _solved(record: dict, arrays: dict[str, np.ndarray], devices: Devices | None) -> Solved:
-    """The inverse of `_record`."""
-    if "q" not in arrays:
-        arrays["q"] = _values(arrays, np.dtype(record["q"]))
-    placed = {name: _at(record["places"][name], x, devices) for name, x in arrays.items()}
-    reach = Reach(decode(record["sums"], Sums), placed["reach"]) if record["sums"] is not None else None
-    fields = [f.name for f in dataclasses.fields(Info) if f.name != "reach"]
-    info = Info(**{name: placed[f"info.{name}"] for name in fields}, reach=reach)
-    solution = Solution(placed["codes"], placed["q"], placed["step"], placed["zero"], info)
-    rounded = None if record["rounded"] is None else decode(record["rounded"], Rounded)
-    return Solved(solution, placed.get("error"), rounded)
-
-
-def _values(arrays, dtype):
-    """The weights that codes stand for: step * (code - zero), by groups of inputs."""
-    codes, step, zero = (arrays[name] for name in ("codes", "step", "zero"))
-    n = codes.shape[1]
-    spread = lambda x: np.repeat(x, n // x.shape[1], 1)
-    return (spread(step) * (codes.astype(step.dtype) - spread(zero))).astype(dtype)
-
-
-def _place(x) -> list | None:
-    """How an array is split over the axes of its mesh; None for one that is on no mesh."""
-    if not isinstance(x.sharding, NamedSharding):
-        return None
-    return [list(entry) if isinstance(entry, tuple) else entry for entry in x.sharding.spec]
-
-
-def _at(place, x, devices):
-    """An array where it was."""
-    if place is None or devices is None:
-        return jnp.asarray(x)
-    spec = PartitionSpec(*(tuple(entry) if isinstance(entry, list) else entry for entry in place))
-    return jax.device_put(x, NamedSharding(devices.mesh, spec))

@@ -27,7 +27,9 @@ def describe(tree: Any) -> Any:
             return [type(x).__name__, [node(y) for y in x]]
         if type(x) is dict and all(type(key) in (str, int) for key in x):
             return ["dict", [[key, node(x[key])] for key in sorted(x)]]  # in the order that JAX flattens it
-        return ["dict", [[key_name(path[0]), node(y)] for path, y in children]]
+        keys = [key_name(path[0]) for path, _ in children]
+        keys = keys if len(set(map(type, keys))) < 2 else list(map(str, keys))  # a dict of both could not be sorted
+        return ["dict", [[key, node(y)] for key, (_, y) in zip(keys, children, strict=True)]]
 
     return node(tree)
 
@@ -44,9 +46,7 @@ def rebuild(structure: Any, leaves: Sequence) -> Any:
             return leaves[x]
         if isinstance(x, list) and len(x) == 2 and isinstance(x[1], list):
             kind, children = x
-            if kind == "dict" and all(
-                isinstance(c, list) and len(c) == 2 and type(c[0]) in (str, int) for c in children
-            ):
+            if kind == "dict" and all(isinstance(c, list) and len(c) == 2 for c in children) and _keys(children):
                 return {key: node(child) for key, child in children}
             if kind in ("list", "tuple"):
                 return (list if kind == "list" else tuple)(map(node, children))
@@ -56,6 +56,12 @@ def rebuild(structure: Any, leaves: Sequence) -> Any:
     if len(used) != len(leaves):
         raise ValueError(f"The structure holds {len(used)} of {len(leaves)} leaves.")
     return tree
+
+
+def _keys(children):
+    """Whether children have keys that a dict can have, each another one, and that JAX can sort."""
+    kinds = {type(key) for key, _ in children}
+    return kinds in (set(), {str}, {int}) and len({key for key, _ in children}) == len(children)
 
 
 def nested(paths: Sequence[str]) -> Any:

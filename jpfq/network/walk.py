@@ -38,6 +38,7 @@ from .activation import Activations, Rounded, choose, round_by
 from .curvature import Coupling
 from .gather import Gather, Joint, fold_in
 from .sites import CASTS, Site
+from .solved import Asked, Solved
 from .stream import Stream
 
 
@@ -63,18 +64,10 @@ class Walked(NamedTuple):
     )  # per output leaf of the model: relative error on the calibration data; nan if not floating
 
 
-class Solved(NamedTuple):
-    """What quantizing one site made, as far as later sites and the result depend on it."""
-
-    solution: Solution
-    error: jax.Array | None  # mean error of each neuron (B, out), which its bias takes; None where that stays as it is
-    rounded: Rounded | None  # how the input is rounded; None if it is not
-
-
 class Keeps(Protocol):
     """What remembers the sites of an earlier run; of one track without lanes. Sites are numbered by stop and position."""
 
-    def read(self, stop: int, position: int) -> Solved | None:
+    def read(self, stop: int, position: int, asked: Asked) -> Solved | None:
         """A site that was solved before."""
         ...
 
@@ -148,7 +141,9 @@ def walk(
     waiting = collections.Counter(first.stops[number][position].path for number, position in uses)
     tracks = [_Track(number, making) for number, making in enumerate(makings)]
     for number, stop in enumerate(first.stops):
-        known = [kept and kept.read(number, position) for position in range(len(stop))]
+        known = [
+            kept and kept.read(number, position, _asked(stop, position, makings[0])) for position in range(len(stop))
+        ]
         if refresh is not None and number and (None in known or number == len(first.stops) - 1):
             streams = [refresh(stream, number) for stream in streams]
         for stream in streams:
@@ -163,6 +158,18 @@ def walk(
     in_order = lambda inputs: {path: [by_use[use] for use in sorted(by_use)] for path, by_use in inputs.items()}
     walked = [Walked(t.tensors, t.info, t.biases, in_order(t.inputs), e) for t, e in zip(tracks, errors, strict=True)]
     return walked, sum(stream.peak for stream in streams)
+
+
+def _asked(stop, position, making) -> Asked:
+    """What is asked of a site; the input of a stop is rounded as that of its first one."""
+    site, first = stop[position], stop[0]
+    return Asked(
+        site.layout.dims,
+        making.recipes[site.path],
+        site.bias is not None,
+        None if first.activations is None else making.activations[first.path],
+        first.layout,
+    )
 
 
 def _visit(streams, number, track, uses, waiting, report, devices, known, kept):

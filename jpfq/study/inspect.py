@@ -1,12 +1,12 @@
 """What a saved result holds, kernel by kernel."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from ..network.checkpoint import MANIFEST, arrays_name, load, read
+from ..network.checkpoint import made, read, seal
+from ..network.leaves import SUFFIXES
 from ..network.table import table
 
 
@@ -17,10 +17,11 @@ def inspect(folder: str | os.PathLike) -> dict[str, Any]:
     that all parameters and state would take as they were given.
     """
     document, arrays = read(folder)
-    quantized = load(folder)
+    sizes = {name: x.nbytes for name, x in arrays.items()}
+    quantized = made(document, arrays)
     kernels = []
     for path, tensor in quantized.tensors.items():
-        size = sum(arrays[name].nbytes for name in (f"{path}.codes", f"{path}.step", f"{path}.zero") if name in arrays)
+        size = sum(sizes.get(f"{path}{suffix}", 0) for suffix in SUFFIXES)
         kernels.append(
             {
                 "kernel": path,
@@ -31,7 +32,6 @@ def inspect(folder: str | os.PathLike) -> dict[str, Any]:
                 "bytes": size,
             }
         )
-    files = (Path(folder) / MANIFEST, Path(folder) / arrays_name(document))
     leaves = quantized._functional.leaves
     return {
         "model": document["model"],
@@ -39,7 +39,7 @@ def inspect(folder: str | os.PathLike) -> dict[str, Any]:
         "kernels": kernels,
         "skipped": quantized.skipped,
         "output_error": _number(quantized.output_error),
-        "bytes": sum(file.stat().st_size for file in files),
+        "bytes": len(seal(document)) + document["arrays"]["bytes"],
         "float_bytes": sum(leaf.nbytes for leaf in leaves if isinstance(leaf, jax.Array)),
     }
 

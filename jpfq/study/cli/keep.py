@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...network.checkpoint import MANIFEST
+from ...network.checkpoint import MANIFEST, check_leaves, destination, occupied
+from ...network.disk import hidden, writing
 from ...network.picture import check_matplotlib
 from ..compare import Subject
 from ..sweep import Sweep
@@ -20,10 +21,16 @@ def check_file(path: Path, what: str, suffixes: Sequence[str], overwrite: bool =
         *most, last = suffixes
         kinds = f"{', '.join(most)} or {last}" if most else last
         raise ValueError(f"The {what} is a {kinds} file; got {path.name!r}.")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"There is no folder {path.parent} for the {what}.")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise ValueError(f"{path} exists already: pass --overwrite to replace it, or give the {what} another name.")
+    with writing(path):
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"There is no folder {path.parent} for the {what}.")
+        if path.is_dir() or (path.exists() and not overwrite):
+            raise ValueError(f"{path} exists already: pass --overwrite to replace it, or give the {what} another name.")
+        if path.exists() and what == "picture":  # which is written where it is
+            path.open("ab").close()
+        else:
+            with hidden(path.absolute().parent) as beside:
+                (beside / path.name).touch()
 
 
 def check_picture(path: Path) -> None:
@@ -65,16 +72,30 @@ def check_saving(options) -> None:
     if options.overwrite and folder is None and options.report is None:
         raise ValueError("--overwrite is about results that are kept: it needs --save DIR or --report FILE.html.")
     if folder is not None:
-        if not folder.absolute().parent.is_dir():
-            raise ValueError(f"There is no folder {folder.parent} to save into.")
-        saved = (folder / MANIFEST).is_file()
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (saved and options.overwrite)):
-            what = "a saved result: pass --overwrite to replace it" if saved else "something else: save elsewhere"
-            raise ValueError(f"{folder} already holds {what}.")
+        _check_folder(folder, options.overwrite)
     if options.report is not None:
         check_page(options.report, options.overwrite)
     if options.picture is not None:
         check_picture(options.picture)
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    with writing(folder):
+        if not folder.absolute().parent.is_dir():
+            raise ValueError(f"There is no folder {folder.parent} to save into.")
+        found = occupied(folder)
+        ours = found == "a saved result"
+        if found and not (ours and overwrite):
+            what = f"{found}: pass --overwrite to replace it" if ours else f"{found}: save elsewhere"
+            raise ValueError(f"{folder} already holds {what}.")
+        with destination(folder, overwrite):
+            pass  # it can be written
+
+
+def check_model(options, subject: Subject) -> None:
+    """Raises where a model has what cannot be saved."""
+    if options.save is not None:
+        check_leaves(subject.functional)
 
 
 def keep(options, quantized, subject: Subject, sweep: Sweep | None = None) -> dict[str, Any]:

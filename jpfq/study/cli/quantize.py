@@ -10,7 +10,7 @@ from ..compare import METHODS, SHOWN, Subject, Trial, attempt, trial_table
 from ..plot import score_against_bits
 from .answer import Answer, note, progress
 from .factory import HELP, add_factory, check_name, subject_of
-from .keep import add_saving, check_picture, check_saving, keep, kept_lines
+from .keep import add_saving, check_model, check_picture, check_saving, keep, kept_lines
 from .settings import add_settings, check_settings, choose, grid_of, method_of, rules_of
 
 
@@ -77,6 +77,7 @@ def run_quantize(options) -> Answer:
     if options.checkpoint is not None:
         how["checkpoint"] = options.checkpoint
     subject = subject_of(options.factory)
+    check_model(options, subject)
     if options.picture and subject.evaluate is None:
         raise ValueError("A picture needs scores: let the factory return evaluate as its fourth value.")
     return _study([(subject, *setting) for setting in settings], how, options, options.summary)

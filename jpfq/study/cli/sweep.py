@@ -14,7 +14,7 @@ from ..space import FIGURES, Space
 from ..sweep import Sweep, sweep
 from .answer import NO, YES, Answer, note
 from .factory import HELP, TRACING, add_factory, check_name, subject_of
-from .keep import add_saving, check_saving, keep, kept_lines
+from .keep import add_saving, check_model, check_saving, keep, kept_lines
 from .settings import add_settings, check_settings, grid_of, method_of, rules_of
 
 
@@ -63,6 +63,7 @@ def run(options) -> Answer:
         raise ValueError("--bits-per-weight says which setting is kept: it needs --save DIR or --report FILE.html.")
     check_saving(options)
     subject = subject_of(options.factory)
+    check_model(options, subject)
     scored = subject.evaluate is not None and not options.by_error
     if scored:
         check_compiles(subject, options.factory)
