@@ -37,6 +37,7 @@ from ..matrix.gram import as_gram, at_least_float32, matmul
 from .activation import Activations, Rounded, choose, round_by
 from .curvature import Coupling
 from .gather import Gather, fit, fold_in
+from .outputs import Comparison, OutputError
 from .sites import CASTS, Site
 from .stream import Stream
 
@@ -58,9 +59,7 @@ class Walked(NamedTuple):
     info: dict[str, Info]
     biases: dict[str, jax.Array]  # corrected, by path of the parameter
     inputs: dict[str, list[Rounded]]  # by path of the kernel, one for each of its uses in order
-    output_error: (
-        np.ndarray
-    )  # per output leaf of the model: relative error on the calibration data; nan if not floating
+    output_error: OutputError  # of each output array, on the calibration data
 
 
 class Solved(NamedTuple):
@@ -363,29 +362,12 @@ def _others(x, axis):
     return tuple(a for a in range(x.ndim) if a != axis)
 
 
-def _output_error(streams, tracks) -> list[np.ndarray]:
-    """By track, the relative error of each output."""
-    sums: list = [0.0] * len(tracks)
+def _output_error(streams, tracks) -> list[OutputError]:
+    """By track, how far the outputs are from those of the float network."""
+    found: list[list[Comparison]] = [[] for _ in tracks]
     for stream in streams:
         for exact, quantized in stream.finish():
             for track, outputs in zip(tracks, quantized, strict=True):
-                pairs = zip(exact, outputs, strict=True)
-                found = [_square_error(a, b, track.laned and b.ndim > a.ndim) for a, b in pairs]
                 lanes = (len(track.making.lanes or ()),) * track.laned
-                found = np.stack([np.broadcast_to(x, (*lanes, 2)) for x in found], -2)
-                sums[track.number] = sums[track.number] + found
-    share = lambda error, energy: np.sqrt(error / np.where(energy > 0, energy, np.nan))
-    return [share(total[..., 0], total[..., 1]) for total in sums]
-
-
-@functools.partial(jax.jit, static_argnames="laned")
-def _square_error(a, b, laned):
-    """Square error and energy, of all lanes of b."""
-
-    def one(a, b):
-        if not jnp.issubdtype(a.dtype, jnp.floating):
-            return jnp.zeros(2)
-        x, y = at_least_float32(a), at_least_float32(b)
-        return jnp.stack([jnp.sum((x - y) ** 2), jnp.sum(x**2)])
-
-    return over_lanes(one, (a, b), (False, laned))
+                found[track.number].append(Comparison.of(exact, outputs, lanes))
+    return [functools.reduce(operator.add, parts).error for parts in found]
