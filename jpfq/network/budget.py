@@ -7,6 +7,7 @@ backward pass with random signs, so no network is run per candidate.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from ..matrix import Gram, solve_all
 from ..matrix.each import each
 from ..scalar import Codes, MinMSE, Nearest, grid_of_bits
+from ..scalar.exponent import exponent_of, reduced
 from .batches import read_batches
 from .curvature import derivatives, signs
 from .gather import Gather
@@ -93,7 +95,8 @@ def budget(
             sizes[site.path] += W.size
             for j, bits in enumerate(widths):
                 q = solve_all(W, gram, dataclasses.replace(plain, grid=Codes.of(grid_of_bits(bits))), None).q
-                costs[site.path][j] += float(_cost(gram, W, q, weights[site.index]))
+                cost, k = _cost(gram, W, q, weights[site.index])
+                costs[site.path][j] += math.ldexp(float(cost), int(k))
     chosen = allocate(np.stack([costs[p] for p in paths]), [sizes[p] for p in paths], widths, average_bits)
     settle = functools.partial(dataclasses.replace, rule, grid=None)
     return [settle(pattern=re.escape(path), bits=widths[j]) for path, j in zip(paths, chosen, strict=True)]
@@ -125,17 +128,26 @@ def allocate(costs: np.ndarray, sizes: Sequence[int], widths: Sequence[int], ave
         left -= price
 
 
-def _influence(program: Program, leaves, batch, sites: Sequence[Site], key) -> dict[int, jax.Array]:
-    """By index of the product, the mean square derivative of the outputs by each neuron's output (B, out)."""
+def _influence(program: Program, leaves, batch, sites: Sequence[Site], key) -> dict[int, tuple[jax.Array, jax.Array]]:
+    """By index of the product, the mean square derivative by each neuron's output (B, out), in units of 4^k, and k."""
 
     @jax.jit
     def influence(leaves, batch, key):
         found = derivatives(program, leaves, batch, sites, functools.partial(signs, key))
-        return {index: jnp.mean(g**2, 0) for index, g in found.items()}
+        return {index: _mean_square(g) for index, g in found.items()}
 
     return influence(list(leaves), list(batch), key)
 
 
+def _mean_square(g):
+    k = exponent_of(jnp.max(jnp.abs(g)))
+    return jnp.mean(reduced(g, k) ** 2, 0), k
+
+
 @jax.jit
-def _cost(gram: Gram, W, q, weights):
-    return jnp.sum(each(Gram.square_error, gram, W, q) * weights)
+def _cost(gram: Gram, W, q, influence):
+    """The cost of q in units of 2^k, and k."""
+    weights, k = influence
+    magnitude = jnp.max(each(lambda gram: gram.magnitude, gram))
+    own = exponent_of(jnp.max(jnp.abs(W)), magnitude)
+    return jnp.sum(each(Gram.square_error, gram, reduced(W, own), reduced(q, own)) * weights), 2 * (k + own)

@@ -34,6 +34,7 @@ from ..matrix import (
 )
 from ..matrix.each import lane, over_lanes
 from ..matrix.gram import as_gram, at_least_float32, matmul
+from ..scalar.exponent import reduced
 from .activation import Activations, Rounded, choose, round_by
 from .curvature import Coupling
 from .gather import Gather, fit, fold_in
@@ -182,7 +183,7 @@ def _solved(first, number, position, track, gather, devices) -> Solved:
     if site.bias is None:
         return Solved(solution, None, None)
     means = gathered.mean_X, gathered.mean_Xq, gathered.rows
-    error, lost = _mean_error(means, W, solution.q, (gather.laned, track.laned))
+    error, lost = _mean_error(means, W, solution.q, solution.info.exponent, (gather.laned, track.laned))
     info = dataclasses.replace(solution.info, energy=solution.info.energy + lost)
     return Solved(solution._replace(info=info), error, None)
 
@@ -262,16 +263,19 @@ def _rounded(rounded, laned, x):
 
 
 @functools.partial(jax.jit, static_argnames="laned")
-def _mean_error(means, W, q, laned):
-    """The mean error of each neuron (B, out), and the energy of its mean over all rows; `laned` are means and q."""
+def _mean_error(means, W, q, exponent, laned):
+    """The mean error of each neuron (B, out), and the energy of its mean over all rows; `laned` are means and q.
 
-    def one(W, means, q):
+    The energy in the unit of `Info`.
+    """
+
+    def one(W, means, q, exponent):
         mean_X, mean_Xq, rows = means
         mean = lambda x, W: matmul(x[:, None], W)[:, 0]
         exact = mean(mean_X, W)
-        return mean(mean_Xq, q) - exact, jnp.sum(rows[:, None] * exact**2)
+        return mean(mean_Xq, q) - exact, jnp.sum(rows[:, None] * reduced(exact, exponent) ** 2)
 
-    return over_lanes(one, (W, means, q), (False, *laned))
+    return over_lanes(one, (W, means, q, exponent), (False, *laned, laned[1]))
 
 
 def _correct(streams, number, position, error, track):

@@ -32,5 +32,5 @@ def reduced(x: jax.Array, k: jax.Array) -> jax.Array:
 def aligned(squares: Any, exponents: Any) -> tuple[Any, Any]:
     """Squares (parts, ..) told in units of 4^k, in those of the largest k among the parts; and this k."""
     library = np if isinstance(exponents, np.ndarray) else jnp
-    k = exponents.max(0)
-    return library.ldexp(squares, 2 * (exponents - k)), k
+    k = exponents.max(0, keepdims=True)
+    return library.ldexp(squares, 2 * (exponents - k)), k[0]

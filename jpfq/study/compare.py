@@ -65,11 +65,11 @@ class Trial:
     nbytes: int
     float_nbytes: int
     output_error: float
-    unmatched: int  # outputs that are NaN or infinite in one of the two networks only, which makes the error nan
     seconds: float
     kernels: list[dict[str, Any]]
     skipped: dict[str, str]
     summary: str  # of all its kernels
+    unmatched: int = 0  # outputs that are NaN or infinite in one of the two networks only, which makes the error nan
 
     def figures(self, kernels: bool = False) -> dict[str, Any]:
         """All of it that goes into a record, with or without its kernels."""
@@ -97,8 +97,13 @@ def attempt(
     seconds = time.perf_counter() - start
     unmatched = quantized.outputs.unmatched if quantized.outputs is not None else 0
     full = sum(tensor.codes.size * tensor.dtype.itemsize for tensor in quantized.tensors.values())
-    figures = (quantized.bits_per_weight, quantized.nbytes, full, quantized.output_error, unmatched, seconds)
-    about = ([_kernel(quantized, path) for path in quantized.tensors], quantized.skipped, quantized.summary())
+    figures = (quantized.bits_per_weight, quantized.nbytes, full, quantized.output_error, seconds)
+    about = (
+        [_kernel(quantized, path) for path in quantized.tensors],
+        quantized.skipped,
+        quantized.summary(),
+        unmatched,
+    )
     return Trial(subject.name, grid, method, subject.score(quantized), *figures, *about), quantized
 
 
@@ -115,7 +120,10 @@ def _kernel(quantized, path):
 
 
 def trial_table(trials: Sequence[Trial], floats: dict[str, float | None]) -> str:
-    """One line per model and grid: float score, score and output error of each method, size, time; below it, why an error is nan."""
+    """One line per model and grid: float score, score and output error of each method, size, time.
+
+    Below it, why an error is nan.
+    """
     methods = list(dict.fromkeys(trial.method for trial in trials))
     scored = any(score is not None for score in floats.values())
     head = ["model", "grid", "bits/weight", "size"]
