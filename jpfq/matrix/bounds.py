@@ -49,7 +49,7 @@ def resolution(error: jax.Array, energy: jax.Array, of_error: jax.Array, of_ener
     The kernel that codes stand for is itself rounded, by eps |q|, which moves the error by s, s^2 = eps `of_energy`.
     """
     s2 = jnp.finfo(error.dtype).eps * of_energy
-    return of_error + error / jnp.where(energy > 0, energy, 1) * of_energy + 2 * jnp.sqrt(error * s2) + s2
+    return of_error + error / jnp.where(energy > 0, energy, 1) * of_energy + 2 * jnp.sqrt(error) * jnp.sqrt(s2) + s2
 
 
 def energy_step(u: jax.Array, x: jax.Array, e: jax.Array) -> jax.Array:

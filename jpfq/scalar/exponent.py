@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ORDINARY = (
-    40  # numbers from 2^-40 to 2^40 are squared as they are: there is room for sums of many, and for small errors
-)
+ORDINARY = 30  # numbers from 2^-30 to 2^30 are squared as they are: sums of many fit, and so do small errors
 
 
 def exponent_of(*largest: jax.Array) -> jax.Array:
@@ -33,4 +31,4 @@ def aligned(squares: Any, exponents: Any) -> tuple[Any, Any]:
     """Squares (parts, ..) told in units of 4^k, in those of the largest k among the parts; and this k."""
     library = np if isinstance(exponents, np.ndarray) else jnp
     k = exponents.max(0, keepdims=True)
-    return library.ldexp(squares, 2 * (exponents - k)), k[0]
+    return library.ldexp(squares, (2 * (exponents - k)).astype(np.int32)), k[0]
