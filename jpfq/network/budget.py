@@ -96,7 +96,9 @@ def budget(
             for j, bits in enumerate(widths):
                 q = solve_all(W, gram, dataclasses.replace(plain, grid=Codes.of(grid_of_bits(bits))), None).q
                 cost, k = _cost(gram, W, q, weights[site.index])
-                costs[site.path][j] += math.ldexp(float(cost), int(k))
+                costs[site.path][j] += math.ldexp(float(cost), 2 * int(k))
+    if wrong := [path for path in paths if not np.isfinite(costs[path]).all()]:
+        raise ValueError(f"The calibration data of {wrong[0]} overflow: its Gram is not finite. Scale the inputs down.")
     chosen = allocate(np.stack([costs[p] for p in paths]), [sizes[p] for p in paths], widths, average_bits)
     settle = functools.partial(dataclasses.replace, rule, grid=None)
     return [settle(pattern=re.escape(path), bits=widths[j]) for path, j in zip(paths, chosen, strict=True)]
@@ -128,26 +130,26 @@ def allocate(costs: np.ndarray, sizes: Sequence[int], widths: Sequence[int], ave
         left -= price
 
 
-def _influence(program: Program, leaves, batch, sites: Sequence[Site], key) -> dict[int, tuple[jax.Array, jax.Array]]:
-    """By index of the product, the mean square derivative by each neuron's output (B, out), in units of 4^k, and k."""
+def _influence(program: Program, leaves, batch, sites: Sequence[Site], key) -> dict[int, jax.Array]:
+    """By index of the product, the mean square derivative of the outputs by each neuron's output (B, out).
+
+    Derivatives whose squares float32 does not hold are told in a unit of their own, the same for all.
+    """
 
     @jax.jit
     def influence(leaves, batch, key):
         found = derivatives(program, leaves, batch, sites, functools.partial(signs, key))
-        return {index: _mean_square(g) for index, g in found.items()}
+        k = exponent_of(functools.reduce(jnp.maximum, [jnp.max(jnp.abs(g)) for g in found.values()]))
+        return {index: jnp.mean(reduced(g, k) ** 2, 0) for index, g in found.items()}
 
     return influence(list(leaves), list(batch), key)
 
 
-def _mean_square(g):
-    k = exponent_of(jnp.max(jnp.abs(g)))
-    return jnp.mean(reduced(g, k) ** 2, 0), k
-
-
 @jax.jit
 def _cost(gram: Gram, W, q, influence):
-    """The cost of q in units of 2^k, and k."""
-    weights, k = influence
+    """The cost of q in units of 4^k, and k."""
+    k = exponent_of(jnp.sqrt(jnp.max(influence)))
+    weights = reduced(reduced(influence, k), k)
     magnitude = jnp.max(each(lambda gram: gram.magnitude, gram))
     own = exponent_of(jnp.max(jnp.abs(W)), magnitude)
-    return jnp.sum(each(Gram.square_error, gram, reduced(W, own), reduced(q, own)) * weights), 2 * (k + own)
+    return jnp.sum(each(Gram.square_error, gram, reduced(W, own), reduced(q, own)) * weights), k + own
