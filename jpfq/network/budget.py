@@ -93,10 +93,12 @@ def budget(
             plain = dataclasses.replace(recipe, scale=MinMSE(), finish=None, rounding=Nearest(), form="gram")
             gram = gather(plain, site.layout.dims).data
             sizes[site.path] += W.size
+            most = float(weights[site.index].max()) or 1.0
+            share = jnp.asarray(weights[site.index] / most, W.dtype)
             for j, bits in enumerate(widths):
                 q = solve_all(W, gram, dataclasses.replace(plain, grid=Codes.of(grid_of_bits(bits))), None).q
-                cost, k = _cost(gram, W, q, weights[site.index])
-                costs[site.path][j] += math.ldexp(float(cost), 2 * int(k))
+                cost, k = _cost(gram, W, q, share)
+                costs[site.path][j] += math.ldexp(most * float(cost), 2 * int(k))
     if wrong := [path for path in paths if not np.isfinite(costs[path]).all()]:
         raise ValueError(f"The calibration data of {wrong[0]} overflow: its Gram is not finite. Scale the inputs down.")
     chosen = allocate(np.stack([costs[p] for p in paths]), [sizes[p] for p in paths], widths, average_bits)
@@ -130,26 +132,22 @@ def allocate(costs: np.ndarray, sizes: Sequence[int], widths: Sequence[int], ave
         left -= price
 
 
-def _influence(program: Program, leaves, batch, sites: Sequence[Site], key) -> dict[int, jax.Array]:
-    """By index of the product, the mean square derivative of the outputs by each neuron's output (B, out).
-
-    Derivatives whose squares float32 does not hold are told in a unit of their own, the same for all.
-    """
+def _influence(program: Program, leaves, batch, sites: Sequence[Site], key) -> dict[int, np.ndarray]:
+    """By index of the product, the mean square derivative of the outputs by each neuron's output (B, out). In float64."""
 
     @jax.jit
     def influence(leaves, batch, key):
         found = derivatives(program, leaves, batch, sites, functools.partial(signs, key))
-        k = exponent_of(functools.reduce(jnp.maximum, [jnp.max(jnp.abs(g)) for g in found.values()]))
-        return {index: jnp.mean(reduced(g, k) ** 2, 0) for index, g in found.items()}
+        units = {index: exponent_of(jnp.max(jnp.abs(g))) for index, g in found.items()}
+        return {index: (jnp.mean(reduced(g, units[index]) ** 2, 0), units[index]) for index, g in found.items()}
 
-    return influence(list(leaves), list(batch), key)
+    found = jax.device_get(influence(list(leaves), list(batch), key))
+    return {index: np.ldexp(square.astype(np.float64), 2 * k) for index, (square, k) in found.items()}
 
 
 @jax.jit
-def _cost(gram: Gram, W, q, influence):
+def _cost(gram: Gram, W, q, weights):
     """The cost of q in units of 4^k, and k."""
-    k = exponent_of(jnp.sqrt(jnp.max(influence)))
-    weights = reduced(reduced(influence, k), k)
     magnitude = jnp.max(each(lambda gram: gram.magnitude, gram))
     own = exponent_of(jnp.max(jnp.abs(W)), magnitude)
-    return jnp.sum(each(Gram.square_error, gram, reduced(W, own), reduced(q, own)) * weights), k + own
+    return jnp.sum(each(Gram.square_error, gram, reduced(W, own), reduced(q, own)) * weights), own
