@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +175,7 @@ def _join(infos):
     fields = dict(vars(jax.tree.map(lambda *parts: jnp.stack(parts), *infos)))
     squares, k = aligned(jnp.stack([fields[name] for name in SQUARES], 1), fields["exponent"][:, None])
     fields |= dict(zip(SQUARES, squares.T, strict=True)) | {"exponent": k, "reach": jnp.zeros(0)}
-    joined = {name: x.mean() if name in means else x.sum() for name, x in fields.items()}
+    joined: dict[str, Any] = {name: x.mean() if name in means else x.sum() for name, x in fields.items()}
     return Info(**joined | {"reach": None})
 
 
