@@ -176,7 +176,8 @@ def _join(infos):
     squares, k = aligned(jnp.stack([fields[name] for name in SQUARES], 1), fields["exponent"][:, None])
     fields |= dict(zip(SQUARES, squares.T, strict=True)) | {"exponent": k, "reach": jnp.zeros(0)}
     joined: dict[str, Any] = {name: x.mean() if name in means else x.sum() for name, x in fields.items()}
-    return Info(**joined | {"reach": None})
+    joined["reach"] = None
+    return Info(**joined)
 
 
 @jax.jit
