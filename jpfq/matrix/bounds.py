@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from ..scalar.grid import Number
-from .gram import Rows
+from .gram import Gram, Rows
 from .methods import System
+from .split import diagonal
 from .substitute import unrounded
 
 
@@ -25,7 +26,30 @@ def square_bound(cost: jax.Array, error: jax.Array) -> jax.Array:
     Returns:
         One bound per neuron (out,) or (1,).
     """
-    return jnp.sum(cost[:, None] * error**2, 0)
+    return jnp.sum((jnp.sqrt(cost)[:, None] * error) ** 2, 0)
+
+
+def rounding(data: Gram | Rows, W: jax.Array, q: jax.Array) -> jax.Array:
+    """How far rounding in floating point may move `square_error(W, q)`, per neuron (out,).
+
+    eps (sum_t |w_t - q_t| ||Xq_t|| + |w_t| ||X_t - Xq_t||)^2: a Gram holds products to within eps of their size, whatever
+    cancels among them.
+    """
+    drift = data.drift if isinstance(data, Gram) else None if data.Xq is None else (data.X - data.Xq,)
+    norms = jnp.abs(W - q) * jnp.sqrt(data.diagonal)[:, None]
+    if drift is not None:
+        squares = jnp.sum(drift[0] ** 2, 0) if isinstance(drift, tuple) else diagonal(drift)
+        norms += jnp.abs(W) * jnp.sqrt(squares)[:, None]
+    return jnp.finfo(W.dtype).eps * jnp.sum(norms, 0) ** 2
+
+
+def resolution(error: jax.Array, energy: jax.Array, of_error: jax.Array, of_energy: jax.Array) -> jax.Array:
+    """How far rounding may move a square error, for the energy that it is divided by, from `rounding` of the two.
+
+    The kernel that codes stand for is itself rounded, by eps |q|, which moves the error by s, s^2 = eps `of_energy`.
+    """
+    s2 = jnp.finfo(error.dtype).eps * of_energy
+    return of_error + error / jnp.where(energy > 0, energy, 1) * of_energy + 2 * jnp.sqrt(error) * jnp.sqrt(s2) + s2
 
 
 def energy_step(u: jax.Array, x: jax.Array, e: jax.Array) -> jax.Array:

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from ..scalar import Codes, Reach
+from ..scalar.exponent import exponent_of, reduced
 from ..scalar.grid import Number
+from .bounds import resolution, rounding
 from .damping import MeanDiagonal, factor
 from .each import each
 from .gram import Gram, matmul
@@ -70,16 +72,22 @@ def _solve_coupled(W, gram, F, recipe, key, damping, block):
     if reach is not None:
         ends = jnp.moveaxis(reach.ends, 0, 2).reshape(B, reach.ends.shape[2], -1, 2)[:, :, :out]
         reach = Reach(recipe.rounding.sums, jnp.take_along_axis(ends, back[:, None, :, None], 2))
+    magnitude = each(lambda gram: gram.magnitude, gram)
+    k = exponent_of(jnp.max(jnp.abs(W)), jnp.max(magnitude))
+    of = lambda f, x: each(f, gram, reduced(W, k), reduced(x, k)).sum()
+    error, energy = of(Gram.square_error, q), of(Gram.square_error, zeros)
     info = dataclasses.replace(
         jax.tree.map(lambda x: x.sum(), made.info),
-        square_error=each(Gram.square_error, gram, W, q).sum(),
-        energy=each(Gram.square_error, gram, W, zeros).sum(),
+        square_error=error,
+        energy=jnp.where(jnp.isnan(magnitude).any(), jnp.nan, energy),
         saturation=made.info.saturation.mean() * ((out + more) / out),
         dead=made.info.dead[0],
         sparsity=jnp.mean(q == 0),
         entropy=entropy(codes),
-        square_floor=each(Gram.square_error, gram, W, take(goal[..., :out], back)).sum(),
+        square_floor=of(Gram.square_error, take(goal[..., :out], back)),
         square_bound=jnp.asarray(jnp.nan, W.dtype),
+        square_rounding=resolution(error, energy, of(rounding, q), of(rounding, zeros)),
+        exponent=k,
         reach=reach,
     )
     return Solution(codes, q, step, zero, info)

@@ -144,6 +144,15 @@ class Gram:
         return diagonal(self.H)
 
     @property
+    def magnitude(self) -> jax.Array:
+        """The largest norm of an input coordinate in either network (); nan where inputs are too small to be squared."""
+        squares = self.diagonal if self.drift is None else jnp.maximum(self.diagonal, diagonal(self.drift))
+        largest = jnp.max(squares, initial=0)
+        told = (largest > 0) | jnp.any(self.sum_X != 0) | jnp.any(self.sum_Xq != 0)
+        lost = told & (largest < 2.0**26 * jnp.finfo(squares.dtype).tiny)
+        return jnp.where(lost, jnp.nan, jnp.sqrt(largest))
+
+    @property
     def G(self) -> jax.Array:
         """Xq^T X (in, in)."""
         return self.H if self.C is None else self.H + self.C
@@ -231,6 +240,11 @@ class Rows:
         """As `Gram.diagonal`."""
         return jnp.sum(self.quantized**2, axis=-2)
 
+    @property
+    def magnitude(self) -> jax.Array:
+        """The largest input in either network ()."""
+        return jnp.maximum(jnp.max(jnp.abs(self.X), initial=0), jnp.max(jnp.abs(self.quantized), initial=0))
+
     def permute(self, p: jax.Array) -> Self:
         """The rows with their coordinates in the order p."""
         return type(self)(self.X[:, p], None if self.Xq is None else self.Xq[:, p])
@@ -241,7 +255,8 @@ class Rows:
 
     def square_error(self, W: jax.Array, q: jax.Array) -> jax.Array:
         """As `Gram.square_error`."""
-        return jnp.sum((matmul(self.X, W) - matmul(self.quantized, q)) ** 2, axis=0)
+        residual = matmul(self.quantized, W - q)
+        return jnp.sum((residual if self.Xq is None else residual + matmul(self.X - self.Xq, W)) ** 2, axis=0)
 
 
 def as_gram(data: Gram | Rows) -> Gram:

@@ -52,6 +52,10 @@ class Neurons:
         """The least entry of x (.., here), counting what only fills up."""
         return jnp.min(x) if self.axis is None else lax.pmin(jnp.min(x), self.axis)
 
+    def max(self, x: jax.Array) -> jax.Array:
+        """The largest entry of x (.., here), counting what only fills up."""
+        return jnp.max(x) if self.axis is None else lax.pmax(jnp.max(x), self.axis)
+
     def whole(self, x: jax.Array) -> jax.Array:
         """x (.., here) of all neurons (.., count), on every device."""
         if self.axis is None:

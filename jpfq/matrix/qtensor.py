@@ -2,17 +2,21 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..scalar import Grid, Levels, Reach
+from ..scalar.exponent import aligned
 from ..scalar.pytree import register_dataclass
 from .gram import is_traced
 from .layout import Layout
 from .neurons import ALL, Neurons
 from .rotate import Hadamard
+
+SQUARES = ("square_error", "energy", "square_floor", "square_bound", "square_rounding")  # of `Info`
 
 
 @register_dataclass
@@ -110,20 +114,22 @@ class Info:
     """
 
     square_error: jax.Array  # ||X W - Xq q||_F^2
-    energy: jax.Array  # ||X W||_F^2
+    energy: jax.Array  # ||X W||_F^2; nan where inputs are so small that their squares are lost
     saturation: jax.Array  # share of arguments more than half a step outside the grid
     dead: jax.Array  # input coordinates that are zero on all the data
     sparsity: jax.Array  # share of weights quantized to 0
     entropy: jax.Array  # of the codes, in bits per weight: the rate an entropy coder would reach
     zero_steps: jax.Array  # steps of 0 under weights that are not all 0: an error where positive
     square_floor: jax.Array  # of the square error, what the method would leave on an infinitely fine grid
-    square_bound: jax.Array  # on the square error where nothing saturates, known beforehand; nan where none is
+    square_bound: jax.Array  # on the square error; nan where there is none
     failed: jax.Array  # entries of the system that are not finite: a factorisation that failed where positive
+    square_rounding: jax.Array | float = np.nan  # how far rounding in float32 may have moved the square error
+    exponent: jax.Array | int = 0  # squares are in units of 4^exponent; 0 where they fit into float32 as they are
     reach: Reach | None = None  # how far its integer sums go; None where no accumulator was asked for
 
     @property
     def relative_error(self) -> jax.Array:
-        """||X W - Xq q||_F / ||X W||_F; 0 where both are 0."""
+        """||X W - Xq q||_F / ||X W||_F; 0 where both are 0. See `relative_rounding` for its digits."""
         return self._relative(self.square_error)
 
     @property
@@ -133,21 +139,51 @@ class Info:
 
     @property
     def relative_bound(self) -> jax.Array:
-        """The bound on `relative_error`, for a grid wide enough; nan where the method or the data form has none."""
+        """A bound on `relative_error`, and with it on the true one: `relative_floor` and what rounding adds at most.
+
+        It follows from weights, data and steps alone, as if in exact arithmetic, plus twice the square of
+        `relative_rounding` under the root, which is what float32 can make of it; on a coarse grid that is nothing beside it.
+
+        It holds for the recursion as long as no argument lies beyond the grid. Where codes saturate, or a finisher improves
+        them on data that are shrunk, they may end up beyond: then there is no bound, nan, as where the method or the data
+        form has none.
+        """
         return self._relative(self.square_bound)
 
+    @property
+    def relative_rounding(self) -> jax.Array:
+        """How sharp `relative_error` is in float32: its square and that of the true error differ by this square at most.
+
+        An error far below it, as of codes that fit a single row almost exactly, is not told apart from 0.
+        """
+        return self._relative(self.square_rounding)
+
     def _relative(self, square):
-        return jnp.sqrt(square / jnp.where(square + self.energy > 0, self.energy, 1))
+        return _relative(square, self.energy)
 
     @classmethod
     def join(cls, infos: "list[Info]") -> "Info":
         """Of a kernel quantized in equal parts (the layers of a stack)."""
         reach = Reach.join([info.reach for info in infos])
-        infos = [dataclasses.replace(info, reach=None) for info in infos]
-        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *infos)
-        means = ("saturation", "sparsity", "entropy")
-        fields = {f.name: getattr(stacked, f.name) for f in dataclasses.fields(cls) if f.name != "reach"}
-        return cls(**{name: x.mean() if name in means else x.sum() for name, x in fields.items()}, reach=reach)
+        bare = [dataclasses.replace(info, reach=None) for info in infos]
+        return dataclasses.replace(_join(bare), reach=reach)
+
+
+@jax.jit
+def _join(infos):
+    means = ("saturation", "sparsity", "entropy")
+    fields = dict(vars(jax.tree.map(lambda *parts: jnp.stack(parts), *infos)))
+    squares, k = aligned(jnp.stack([fields[name] for name in SQUARES], 1), fields["exponent"][:, None])
+    fields |= dict(zip(SQUARES, squares.T, strict=True)) | {"exponent": k, "reach": jnp.zeros(0)}
+    joined: dict[str, Any] = {name: x.mean() if name in means else x.sum() for name, x in fields.items()}
+    joined["reach"] = None
+    return Info(**joined)
+
+
+@jax.jit
+def _relative(square, energy):
+    share = jnp.sqrt(square / jnp.where((square == 0) & (energy == 0), 1, energy))
+    return jnp.where(jnp.isfinite(energy), share, jnp.nan)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "rotated"))

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..scalar import Bounded, Codes, Levels, Reach
-from .bounds import square_bound, target
+from ..scalar.exponent import exponent_of, reduced
+from .bounds import resolution, rounding, square_bound, target
 from .each import each
 from .gram import Gram, Rows, as_gram
 from .neurons import ALL, Neurons
@@ -70,11 +71,14 @@ def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | Non
     split = lambda x: x[None] if shared else jnp.moveaxis(x.reshape(x.shape[0], B, out), 1, 0)
     step, zero = (jnp.broadcast_to(x, (B, *x.shape[1:])) for x in (split(levels.step), split(levels.zero)))
 
+    magnitude = each(lambda job: job.data.magnitude, jobs)
+    k = exponent_of(neurons.max(jnp.abs(jobs.W)), jnp.max(magnitude))
+
     def one(job, weights, step, zero, b):
         draw = None if key is None else jax.random.fold_in(key, b)
         recursion = Recursion(Levels(step, zero, levels.lo, levels.hi), job.order, out, recipe.rounding, draw)
         recursion = recursion._replace(neurons=neurons)
-        return _quantize(job, weights, recursion, recipe)
+        return _quantize(job, weights, recursion, recipe, lambda x, sign=1: reduced(x, sign * k))
 
     codes, q, step, zero, parts, ends = each(one, jobs, ready, step, zero, jnp.arange(B))
     reach = Reach(recipe.rounding.sums, ends) if isinstance(recipe.rounding, Bounded) else None
@@ -82,7 +86,9 @@ def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | Non
         step, zero = step[:1], zero[:1]
     sums = {name: x.sum() for name, x in parts.items()}
     means = {name: parts[name].mean() for name in ("saturation", "sparsity")}
-    return Solution(codes, q, step, zero, Info(**sums | means, entropy=entropy(codes, neurons), reach=reach))
+    sums["energy"] = jnp.where(jnp.isnan(magnitude).any(), jnp.nan, sums["energy"])
+    info = Info(**sums | means, entropy=entropy(codes, neurons), exponent=k, reach=reach)
+    return Solution(codes, q, step, zero, info)
 
 
 def _lay(W, importance, recipe, neurons) -> Levels:
@@ -112,8 +118,11 @@ def _prepare(W, data, recipe) -> _Job:
     return _Job(jnp.arange(W.shape[0]) if p is None else p, W, data, trusted, *ready)
 
 
-def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
-    """Codes, values, steps and figures of one matrix; `weights` are the prepared ones in their own order."""
+def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
+    """Codes, values, steps and figures of one matrix; `weights` are the prepared ones in their own order.
+
+    `reduce` divides what is squared, whose squares would else overflow or underflow.
+    """
     W, data, neurons = job.ready_W, job.ready_data, recursion.neurons
     for part in recipe.prepare:
         if part.needs_levels:
@@ -126,36 +135,45 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
         floor, bound, failed = jnp.nan, jnp.nan, 0
     else:
         system = recipe.method(W, as_gram(data))
-        path, recursion = _run(system, job, recursion, recipe, told)
+        path, recursion = _run(system, job, recursion, recipe, told, reduce)
         exact = recipe.prepare == () and isinstance(job.data, Gram) and job.data.C is None  # then W0 is W
-        floor = 0.0 if exact else neurons.sum(job.data.square_error(job.W, target(system)))
+        floor, vague = 0.0, 0.0
+        if not exact:
+            both = reduce(job.W), reduce(target(system))
+            floor, vague = neurons.sum(job.data.square_error(*both)), neurons.sum(rounding(job.data, *both))
         bound = jnp.nan
         if system.cost is not None:
-            most = recipe.rounding.error(recursion.spread())
-            bound = jnp.sqrt(floor) + jnp.sqrt(neurons.sum(square_bound(system.cost, most)))
+            most = reduce(recipe.rounding.error(recursion.spread()))
+            bound = (jnp.sqrt(floor + vague) + jnp.sqrt(neurons.sum(square_bound(system.cost, most)))) ** 2
         failed = neurons.sum(~jnp.isfinite(system.base))
         failed += 0 if system.L is None else infinite(system.L)
     codes, levels = path.codes, recursion.levels
     if recipe.finish is not None:
         settled = recursion._replace(rounding=recipe.rounding.settled, carry=None, refit=None)
-        codes, levels = recipe.finish(job.W, as_gram(job.trusted), codes, settled, recipe.block)
+        small = settled._replace(levels=dataclasses.replace(levels, step=reduce(levels.step)))
+        codes, levels = recipe.finish(reduce(job.W), as_gram(job.trusted), codes, small, recipe.block)
+        levels = dataclasses.replace(levels, step=reduce(levels.step, -1))
     recursion = recursion._replace(levels=levels)
     q = recursion.values(codes)
-    rounding = recipe.rounding
-    ends = rounding.reach(codes, recursion.spread(), job.order) if isinstance(rounding, Bounded) else None
+    bounded = recipe.rounding
+    ends = bounded.reach(codes, recursion.spread(), job.order) if isinstance(bounded, Bounded) else None
 
     groups = levels.step.shape[0]
     nonzero = jnp.any(weights.reshape(groups, -1, weights.shape[1]) != 0, axis=1)
     as_number = lambda x: jnp.asarray(x, W.dtype)
+    W, made, none = reduce(job.W), reduce(q), jnp.zeros_like(q)
+    error, energy = (neurons.sum(job.data.square_error(W, x)) for x in (made, none))
+    vague = resolution(error, energy, *(neurons.sum(rounding(job.data, W, x)) for x in (made, none)))
     figures = {
-        "square_error": neurons.sum(job.data.square_error(job.W, q)),
-        "energy": neurons.sum(job.data.square_error(job.W, jnp.zeros_like(q))),
+        "square_error": error,
+        "energy": energy,
         "saturation": neurons.mean(path.saturated),
         "dead": jnp.sum(job.data.diagonal == 0),
         "sparsity": neurons.mean(q == 0),
         "zero_steps": neurons.sum((levels.step == 0) & nonzero),
         "square_floor": as_number(floor),
-        "square_bound": as_number(bound) ** 2,
+        "square_bound": jnp.where(error > bound + vague, jnp.nan, as_number(bound + 2 * vague)),
+        "square_rounding": vague,
         "failed": jnp.asarray(failed),
     }
     codes, q = _back(codes, job.order), _back(q, job.order)
@@ -164,7 +182,7 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
     return codes, q, levels.step, levels.zero, figures, ends
 
 
-def _run(system, job, recursion, recipe, told) -> tuple[Path, Recursion]:
+def _run(system, job, recursion, recipe, told, reduce) -> tuple[Path, Recursion]:
     """The recursion, and with the levels that it ended on."""
     block = recipe.block
     if recipe.refits and system.L is not None:
@@ -190,7 +208,7 @@ def _run(system, job, recursion, recipe, told) -> tuple[Path, Recursion]:
         centre = jnp.where(new_round, best_c, centre)
         c = jnp.maximum(centre + offset, least / 2)  # a step stays positive
         path = run(scaled(c))
-        error = as_gram(job.trusted).excess(job.W, path.q)
+        error = as_gram(job.trusted).excess(reduce(job.W), reduce(path.q))
         error = recursion.neurons.sum(error) if shared else error
         better, found = error < best_error, (error, c, path)
         keep = lambda new, old: jnp.where(better[None] if new.ndim == 2 and better.ndim else better, new, old)

@@ -7,6 +7,7 @@ backward pass with random signs, so no network is run per candidate.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from ..matrix import Gram, solve_all
 from ..matrix.each import each
 from ..scalar import Codes, MinMSE, Nearest, grid_of_bits
+from ..scalar.exponent import exponent_of, reduced
 from .batches import naming, read_batches
 from .curvature import derivatives, signs, weigh
 from .gather import Gather
@@ -103,7 +105,11 @@ def budget(
                 q = solve_all(W, gram, dataclasses.replace(plain, grid=Codes.of(grid_of_bits(bits))), None).q
                 for (stop, where), own in grams.items():
                     influence = weights[stream.stops[stop][where].index]
-                    costs[site.path][j] += float(_cost(own, W, q, influence))
+                    most = float(influence.max()) or 1.0
+                    cost, k = _cost(own, W, q, jnp.asarray(influence / most, W.dtype))
+                    costs[site.path][j] += math.ldexp(most * float(cost), 2 * int(k))
+    if wrong := [path for path in paths if not np.isfinite(costs[path]).all()]:
+        raise ValueError(f"The calibration data of {wrong[0]} overflow: its Gram is not finite. Scale the inputs down.")
     chosen = allocate(np.stack([costs[p] for p in paths]), [sizes[p] for p in paths], widths, average_bits)
     settle = functools.partial(dataclasses.replace, rule, grid=None)
     return [settle(pattern=re.escape(path), bits=widths[j]) for path, j in zip(paths, chosen, strict=True)]
@@ -135,8 +141,8 @@ def allocate(costs: np.ndarray, sizes: Sequence[int], widths: Sequence[int], ave
         left -= price
 
 
-def _influence(program: Program, leaves, batch, sites: Sequence[Site], key, counted) -> dict[int, jax.Array]:
-    """By index of the product, the mean square derivative of the outputs by each neuron's output (B, out).
+def _influence(program: Program, leaves, batch, sites: Sequence[Site], key, counted) -> dict[int, np.ndarray]:
+    """By index of the product, the mean square derivative of the outputs by each neuron's output (B, out). In float64.
 
     Of outputs that count; `counted` are the weights of their entries. Rows of a product that reach none add nothing, in
     all layers alike.
@@ -145,11 +151,16 @@ def _influence(program: Program, leaves, batch, sites: Sequence[Site], key, coun
     @jax.jit
     def influence(leaves, batch, key, counted):
         found = derivatives(program, leaves, batch, sites, lambda outputs: weigh(signs(key, outputs), counted))
-        return {index: jnp.mean(g**2, 0) for index, g in found.items()}
+        units = {index: exponent_of(jnp.max(jnp.abs(g))) for index, g in found.items()}
+        return {index: (jnp.mean(reduced(g, units[index]) ** 2, 0), units[index]) for index, g in found.items()}
 
-    return influence(list(leaves), list(batch), key, counted)
+    found = jax.device_get(influence(list(leaves), list(batch), key, counted))
+    return {index: np.ldexp(square.astype(np.float64), 2 * k) for index, (square, k) in found.items()}
 
 
 @jax.jit
 def _cost(gram: Gram, W, q, weights):
-    return jnp.sum(each(Gram.square_error, gram, W, q) * weights)
+    """The cost of q in units of 4^k, and k."""
+    magnitude = jnp.max(each(lambda gram: gram.magnitude, gram))
+    own = exponent_of(jnp.max(jnp.abs(W)), magnitude)
+    return jnp.sum(each(Gram.square_error, gram, reduced(W, own), reduced(q, own)) * weights), own

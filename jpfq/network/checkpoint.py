@@ -29,6 +29,7 @@ from .functional import Functional, numbered
 from .infos import SUFFIX, read_infos, read_noted, read_reach, write_infos
 from .linen import is_linen
 from .nnx import is_nnx
+from .outputs import OutputError
 from .quantize import adapt
 from .quantized import Quantized
 from .record import DTYPES, NOT_FINITE, decode, encode
@@ -325,6 +326,8 @@ def _document(quantized, entropy_coded):
         "peak_bytes": int(quantized.peak_bytes),
         "batch": _batch_record(quantized._shapes),
     }
+    if quantized.output_error != quantized.output_error and quantized.outputs is not None:
+        document["outputs"] = list(map(encode, quantized.outputs))
     return document, arrays
 
 
@@ -415,6 +418,7 @@ def made(
         _variables=rebuilt.get("variables"),
         _shapes=_batch(document["batch"]),
         uses=_uses(document.get("uses", {}), tensors),
+        outputs=_outputs(document),
     )
 
 
@@ -498,6 +502,16 @@ def _rounded(value):
     rounded = decode(value, Rounded)
     one.check_layout(rounded.layout)
     return rounded
+
+
+def _outputs(document):
+    """Why the error of the outputs is no number, where the record says so."""
+    if "outputs" not in document:
+        return None
+    record = _list(document["outputs"])
+    if len(record) != 3 or type(record[0]) not in (float, str) or any(type(x) is not int or x < 0 for x in record[1:]):
+        raise ValueError(f"Expected what is known of the outputs; got {str(record)[:80]!r}.")
+    return OutputError(NOT_FINITE.get(record[0], 0.0) if isinstance(record[0], str) else record[0], *record[1:])
 
 
 def _text(value):

@@ -33,7 +33,12 @@ class Noted(NamedTuple):
 
 def write_infos(infos: Sequence[Info]) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
     """The figures of all kernels in order, and by number of the kernel its packed sums, where they are bounded."""
-    columns = {name: column([getattr(info, name) for info in infos]) for name in NEEDED}
+    told = [
+        name
+        for name, needed in NEEDED.items()
+        if needed or any(getattr(info, name) != getattr(Info, name) for info in infos)
+    ]
+    columns = {name: column([getattr(info, name) for info in infos]) for name in told}
     rows, arrays = [], {}
     for number, info in enumerate(infos):
         if info.reach is not None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ..matrix import Devices
 from ..matrix.automatic import automatic, context
-from ..matrix.gram import is_finite, is_traced
+from ..matrix.gram import is_finite
 from ..matrix.layout import ConvLayout
 from .activation import Activations
 from .batches import Shaped, naming, read_batches, shapes_of
@@ -191,6 +191,7 @@ def assemble(
             elif path in walked.biases:
                 leaves[index] = like(walked.biases[path].astype(leaves[index].dtype), leaves[index])
     rebuilt = functional.rebuild(leaves)
+    outputs = walked.output_error.whole
     tensors, info, inputs = walked.tensors, walked.info, walked.inputs
     if devices is not None:  # codes lie as their kernel does, and all else on its mesh
         home = dict(zip(functional.paths, functional.leaves, strict=True))
@@ -203,25 +204,20 @@ def assemble(
         skipped,
         inputs,
         tuple(walked.biases),
-        largest(walked.output_error),
+        outputs.figure,
         peak,
         dataclasses.replace(functional, leaves=tuple(map(automatic, leaves))),
         rebuilt.get("model"),
         rebuilt.get("variables"),
         example,
         uses or {},
+        outputs,
     )
 
 
 def uses_of(sites: Sequence[Site]) -> dict[str, int]:
     """By path of each kernel that is shared, how many products it serves with the same codes."""
     return {site.path: len(site.shares) for site in sites if site.shares}
-
-
-def largest(errors) -> Any:
-    """The largest of the outputs' errors; 0 where none is a floating number."""
-    errors = jnp.where(jnp.isnan(jnp.asarray(errors)), 0, jnp.asarray(errors)).max(initial=0)
-    return errors if is_traced(errors) else float(errors)
 
 
 def typed(key: jax.Array | None) -> jax.Array | None:

@@ -16,6 +16,7 @@ from .apply import run
 from .functional import Functional, flatten
 from .integer import Integers, Overflow
 from .mesh import like
+from .outputs import OutputError, in_words
 from .serve import Served
 from .table import table
 from .tune import fake_quant, on_grid, tunable
@@ -31,6 +32,10 @@ class Quantized:
     inputs: by path, how the inputs of a kernel are rounded, once for each use of it. biases: paths of those corrected.
     uses: by path of a kernel that several products share, how many; its codes were chosen on the inputs of all of them.
     output_error: relative error of the model's outputs on the calibration data, the largest over its output arrays.
+    output_error: relative error of the model's outputs on the calibration data, the largest over its output arrays; nan
+        where some are NaN or infinite in one of the two networks only, or where none is a finite floating number.
+    outputs: the error of those that are finite in both networks, how many are not in one only, and of how many. None where
+        nobody knows, as after training.
 
     Example:
         >>> quantized = jpfq.quantize(model, batches, 4, variables=variables)
@@ -52,6 +57,7 @@ class Quantized:
     _variables: Any = None
     _shapes: Any = None  # of a batch
     uses: dict[str, int] = dataclasses.field(default_factory=dict)
+    outputs: OutputError | None = None
 
     @property
     def model(self) -> Any:
@@ -148,6 +154,7 @@ class Quantized:
             params=rebuilt["params"],
             tensors=tensors,
             output_error=float("nan"),
+            outputs=None,
             _functional=dataclasses.replace(functional, leaves=leaves),
             _model=rebuilt.get("model"),
             _variables=rebuilt.get("variables"),
@@ -313,10 +320,10 @@ class Quantized:
                 f"Inputs of {len(self.inputs)} kernels are rounded while the network runs; {len(self.biases)} biases took "
                 "the mean error of their layer."
             )
-        error = "unknown since training" if self.output_error != self.output_error else f"{self.output_error:.2%}"
         lines.append(
             f"{len(self.tensors)} kernels quantized to {self.bits_per_weight:.2f} bits per weight ({self.nbytes:,} bytes); "
-            f"{len(self.skipped)} left as they are. Relative error of the outputs: {error}. "
+            f"{len(self.skipped)} left as they are. Relative error of the outputs: "
+            f"{in_words(self.output_error, self.outputs)}. "
             f"Peak of live activations: {self.peak_bytes:,} bytes."
         )
         return "\n\n".join(lines)

@@ -17,6 +17,7 @@ from . import plot
 from .activation import Rounded
 from .disk import hidden, writing
 from .functional import flatten
+from .outputs import in_words
 from .page import Cell, Markup, breakable, document, folded, section, table, tag
 from .picture import Frame, Pictures, check_matplotlib
 from .quantized import Quantized, any_codes_bits
@@ -75,7 +76,7 @@ def html(quantized: Quantized, weights: dict[str, Any], sweep: plot.Swept | None
 
 def _lead(quantized):
     data = "Errors are relative, on the calibration data: between what the float and the quantized network have there."
-    if _unknown(quantized.output_error):
+    if quantized.output_error != quantized.output_error and quantized.outputs is None:
         data += " The network was trained since; figures of its kernels are those of the quantization."
     return tag("p", data, class_="lead")
 
@@ -95,8 +96,9 @@ def _cards(quantized):
             ("Bits per weight", f"{quantized.bits_per_weight:.2f}", f"steps included; entropy {entropy:.2f}"),
             ("Size of the kernels", _bytes(after), f"{after / before:.3f} of the {_bytes(before)} before; {whole}"),
         ]
-    known = (f"{100 * error:.2f} %", "on the calibration data")
-    shown, words = ("unknown", "since training") if _unknown(error) else known
+    shown, words = f"{100 * error:.2f} %", "on the calibration data"
+    if error != error:
+        shown, _, words = in_words(error, quantized.outputs).replace("unknown since", "unknown, since").partition(", ")
     cards.append(("Error of the outputs", shown, words))
     return tag("div", *(tag("div", tag("span", a), tag("b", b), tag("span", c)) for a, b, c in cards), class_="cards")
 
@@ -121,7 +123,12 @@ def _kernels(quantized):
     shares = ("error, %", "floor, %", "saturated, %", "zeros, %")
     head = ["#", "kernel", "shape", "grid", "bits", "entropy", *shares, "dead inputs", "bytes"]
     bounded = any(info.reach is not None for info in quantized.info.values())
-    worst = max(float(info.relative_error) for info in quantized.info.values()) or 1
+    worst = (
+        max(
+            (x for x in (float(info.relative_error) for info in quantized.info.values()) if x < float("inf")), default=0
+        )
+        or 1
+    )
     rows = []
     for number, (path, tensor) in enumerate(quantized.tensors.items(), 1):
         info = quantized.info[path]
@@ -278,10 +285,6 @@ def _check_path(path: Path, overwrite: bool):
         raise ValueError(f"There is no folder {path.absolute().parent} for the report.")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} is there already: pass overwrite=True to replace it.")
-
-
-def _unknown(error: float) -> bool:
-    return error != error
 
 
 def _number(value: Any, form: str = ".2f") -> Cell:

@@ -34,9 +34,11 @@ from ..matrix import (
 )
 from ..matrix.each import lane, over_lanes
 from ..matrix.gram import as_gram, at_least_float32, matmul
+from ..scalar.exponent import reduced
 from .activation import Activations, Rounded, choose, round_by
 from .curvature import Coupling
 from .gather import Gather, Joint, fold_in
+from .outputs import Comparison, OutputError
 from .sites import CASTS, Site
 from .solved import Asked, Solved
 from .stream import Stream
@@ -59,9 +61,7 @@ class Walked(NamedTuple):
     info: dict[str, Info]
     biases: dict[str, jax.Array]  # corrected, by path of the parameter
     inputs: dict[str, list[Rounded]]  # by path of the kernel, one for each of its uses in order
-    output_error: (
-        np.ndarray
-    )  # per output leaf of the model: relative error on the calibration data; nan if not floating
+    output_error: OutputError  # of each output array, on the calibration data
 
 
 class Keeps(Protocol):
@@ -209,7 +209,7 @@ def _solved(first, number, position, track, gather, devices) -> Solved:
     if site.bias is None:
         return Solved(solution, None, None)
     means = gathered.mean_X, gathered.mean_Xq, gathered.rows
-    error, lost = _mean_error(means, W, solution.q, (gather.laned, track.laned))
+    error, lost = _mean_error(means, W, solution.q, solution.info.exponent, (gather.laned, track.laned))
     info = dataclasses.replace(solution.info, energy=solution.info.energy + lost)
     return Solved(solution._replace(info=info), error, None)
 
@@ -286,16 +286,19 @@ def _rounded(rounded, laned, x):
 
 
 @functools.partial(jax.jit, static_argnames="laned")
-def _mean_error(means, W, q, laned):
-    """The mean error of each neuron (B, out), and the energy of its mean over all rows; `laned` are means and q."""
+def _mean_error(means, W, q, exponent, laned):
+    """The mean error of each neuron (B, out), and the energy of its mean over all rows; `laned` are means and q.
 
-    def one(W, means, q):
+    The energy in the unit of `Info`.
+    """
+
+    def one(W, means, q, exponent):
         mean_X, mean_Xq, rows = means
         mean = lambda x, W: matmul(x[:, None], W)[:, 0]
         exact = mean(mean_X, W)
-        return mean(mean_Xq, q) - exact, jnp.sum(rows[:, None] * exact**2)
+        return mean(mean_Xq, q) - exact, jnp.sum(rows[:, None] * reduced(exact, exponent) ** 2)
 
-    return over_lanes(one, (W, means, q), (False, *laned))
+    return over_lanes(one, (W, means, q, exponent), (False, *laned, laned[1]))
 
 
 def _correct(streams, number, position, error, track):
@@ -386,32 +389,12 @@ def _others(x, axis):
     return tuple(a for a in range(x.ndim) if a != axis)
 
 
-def _output_error(streams, tracks) -> list[np.ndarray]:
-    """By track, the relative error of each output."""
-    sums: list = [0.0] * len(tracks)
+def _output_error(streams, tracks) -> list[OutputError]:
+    """By track, how far the outputs are from those of the float network."""
+    found: list[list[Comparison]] = [[] for _ in tracks]
     for stream in streams:
         for exact, quantized, weights in stream.finish():
             for track, outputs in zip(tracks, quantized, strict=True):
-                pairs = zip(exact, outputs, weights, strict=True)
-                found = [_square_error(a, b, w, track.laned and b.ndim > a.ndim) for a, b, w in pairs]
                 lanes = (len(track.making.lanes or ()),) * track.laned
-                found = np.stack([np.broadcast_to(x, (*lanes, 2)) for x in found], -2)
-                sums[track.number] = sums[track.number] + found
-    share = lambda error, energy: np.sqrt(error / np.where(energy > 0, energy, np.nan))
-    return [share(total[..., 0], total[..., 1]) for total in sums]
-
-
-@functools.partial(jax.jit, static_argnames="laned")
-def _square_error(a, b, weights, laned):
-    """Square error and energy, of all lanes of b; weights are those of the entries."""
-
-    def one(a, b, weights):
-        if not jnp.issubdtype(a.dtype, jnp.floating):
-            return jnp.zeros(2)
-        x, y = at_least_float32(a), at_least_float32(b)
-        if weights is None:
-            return jnp.stack([jnp.sum((x - y) ** 2), jnp.sum(x**2)])
-        total = lambda x: jnp.sum(jnp.where(weights > 0, x, 0) * weights.astype(x.dtype))
-        return jnp.stack([total((x - y) ** 2), total(x**2)])
-
-    return over_lanes(one, (a, b, weights), (False, laned, False))
+                found[track.number].append(Comparison.of(exact, outputs, lanes, weights))
+    return [functools.reduce(operator.add, parts).error for parts in found]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .exponent import exponent_of, reduced
 from .grid import Grid, Levels, Number, is_number
 from .pytree import refuse_traced, register_dataclass
 
@@ -259,11 +260,13 @@ class MinMSE(Scale):
             raise ValueError("MinMSE(weighted=True) needs the importance of each weight, diag(H).")
         weight = self.per.split(importance) if self.weighted and importance is not None else jnp.ones((), W.dtype)
         low, high = _min_max(groups, 1.0, grid)
+        k = exponent_of(jnp.max(jnp.abs(groups)))
 
         def attempt(best, shrink):
             levels = lay(shrink * low, shrink * high, grid)
             levels = dataclasses.replace(levels, step=levels.step[:, None], zero=levels.zero[:, None])
-            cost = jnp.sum(weight * jnp.abs(groups - levels.decode(levels.encode(groups))) ** self.norm, axis=1)
+            error = reduced(groups - levels.decode(levels.encode(groups)), k)
+            cost = jnp.sum(weight * jnp.abs(error) ** self.norm, axis=1)
             return (jnp.minimum(cost, best[0]), jnp.where(cost < best[0], shrink, best[1])), None
 
         start = (jnp.full_like(high, jnp.inf), jnp.ones_like(high))

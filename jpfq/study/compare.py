@@ -69,6 +69,7 @@ class Trial:
     kernels: list[dict[str, Any]]
     skipped: dict[str, str]
     summary: str  # of all its kernels
+    unmatched: int = 0  # outputs that are NaN or infinite in one of the two networks only, which makes the error nan
 
     def figures(self, kernels: bool = False) -> dict[str, Any]:
         """All of it that goes into a record, with or without its kernels."""
@@ -94,9 +95,15 @@ def attempt(
     start = time.perf_counter()
     quantized = subject.quantize(rules or [Rule(".*", grid=grid, **METHODS[method])], **options)
     seconds = time.perf_counter() - start
+    unmatched = quantized.outputs.unmatched if quantized.outputs is not None else 0
     full = sum(tensor.codes.size * tensor.dtype.itemsize for tensor in quantized.tensors.values())
     figures = (quantized.bits_per_weight, quantized.nbytes, full, quantized.output_error, seconds)
-    about = ([_kernel(quantized, path) for path in quantized.tensors], quantized.skipped, quantized.summary())
+    about = (
+        [_kernel(quantized, path) for path in quantized.tensors],
+        quantized.skipped,
+        quantized.summary(),
+        unmatched,
+    )
     return Trial(subject.name, grid, method, subject.score(quantized), *figures, *about), quantized
 
 
@@ -113,7 +120,10 @@ def _kernel(quantized, path):
 
 
 def trial_table(trials: Sequence[Trial], floats: dict[str, float | None]) -> str:
-    """One line per model and grid: float score, score and output error of each method, size, time."""
+    """One line per model and grid: float score, score and output error of each method, size, time.
+
+    Below it, why an error is nan.
+    """
     methods = list(dict.fromkeys(trial.method for trial in trials))
     scored = any(score is not None for score in floats.values())
     head = ["model", "grid", "bits/weight", "size"]
@@ -127,9 +137,19 @@ def trial_table(trials: Sequence[Trial], floats: dict[str, float | None]) -> str
         first = group[0]
         row = [subject, str(grid), f"{first.bits_per_weight:.2f}", f"1/{first.float_nbytes / first.nbytes:.1f}"]
         row += [_score(floats[subject]), *(_score(trial.score) for trial in group)] if scored else []
-        row += [f"{trial.output_error:.1%}" for trial in group] + [f"{sum(trial.seconds for trial in group):.1f}"]
+        row += [_error(trial.output_error) for trial in group] + [f"{sum(trial.seconds for trial in group):.1f}"]
         rows.append(row)
-    return table(head, rows)
+    reasons = [
+        f"{trial.subject}, {trial.grid}, {trial.method}: {trial.unmatched:,} outputs are NaN or infinite in one of the "
+        "two networks only, so that there is no error."
+        for trial in trials
+        if trial.unmatched
+    ]
+    return "\n\n".join([table(head, rows), *(["\n".join(reasons)] if reasons else [])])
+
+
+def _error(error):
+    return f"{error:.1%}" if error == error else "nan"
 
 
 def _score(score):

@@ -2,16 +2,15 @@
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from ..matrix.automatic import automatic, context
-from ..matrix.gram import at_least_float32
 from ..network import Quantized, Weighted
 from ..network.apply import run
+from ..network.outputs import Comparison, OutputError
 from .compare import Subject
 
 
@@ -21,38 +20,37 @@ def evaluate(subject: Subject, quantized: Quantized) -> dict[str, Any]:
     float_score, score: what `evaluate` says of the float network and of the quantized weights; None where nobody scores. It
         is given parameters or a model, so that it does not see inputs of layers being rounded.
     weights_error: relative error of the outputs on the batches, as `Quantized.output_error`, with quantized weights alone;
-        None where no output is of floating numbers.
+        None where there is none, and nan where outputs are unmatched.
     output_error: likewise with the inputs of layers rounded too, as `quantized.apply` does; the same where there are none.
+    weights_unmatched, output_unmatched: how many outputs are NaN or infinite in one of the networks only.
     """
     functional = subject.functional
     outputs = jax.jit(functools.partial(run, dataclasses.replace(functional, leaves=())))
-    weights, whole = 0.0, 0.0
+    weights, whole = [], []
     with context():
         inputs = jax.tree.map(automatic, quantized.inputs)
         leaves, new = (tuple(map(automatic, x)) for x in (functional.leaves, quantized._functional.leaves))
         for batch in subject.batches:
             batch = jax.tree.map(automatic, batch.batch if isinstance(batch, Weighted) else batch)
             exact, made = outputs(leaves, {}, batch), outputs(new, {}, batch)
-            weights += _squares(exact, made)
-            whole += _squares(exact, outputs(new, inputs, batch)) if inputs else _squares(exact, made)
+            weights.append(_compared(exact, made))
+            whole.append(_compared(exact, outputs(new, inputs, batch)) if inputs else weights[-1])
+    weights, whole = (functools.reduce(operator.add, parts).error.whole for parts in (weights, whole))
     return {
         "float_score": subject.score(),
         "score": subject.score(quantized),
-        "weights_error": _relative(weights),
-        "output_error": _relative(whole),
+        "weights_error": _figure(weights),
+        "output_error": _figure(whole),
+        "weights_unmatched": weights.unmatched,
+        "output_unmatched": whole.unmatched,
         "inputs_rounded": len(quantized.inputs),
     }
 
 
-def _squares(exact, made):
-    """Square error and energy (outputs, 2) of the outputs that are floating numbers."""
-    pairs = zip(jax.tree.leaves(exact), jax.tree.leaves(made), strict=True)
-    pairs = [(a, b) for a, b in pairs if jnp.issubdtype(a.dtype, jnp.floating)]
-    found = [[jnp.sum((x - y) ** 2), jnp.sum(x**2)] for x, y in (map(at_least_float32, pair) for pair in pairs)]
-    return np.asarray(found, float).reshape(-1, 2)
+def _compared(exact, made) -> Comparison:
+    return Comparison.of(jax.tree.leaves(exact), jax.tree.leaves(made))
 
 
-def _relative(squares):
-    """The largest relative error."""
-    energetic = squares[squares[:, 1] > 0]
-    return float(np.sqrt(energetic[:, 0] / energetic[:, 1]).max()) if len(energetic) else None
+def _figure(outputs: OutputError) -> float | None:
+    """The error of all outputs; None where there is none to tell."""
+    return outputs.figure if outputs.unmatched or outputs.error == outputs.error else None

@@ -7,6 +7,7 @@ import jax
 
 from ..network.checkpoint import made, read, seal
 from ..network.leaves import SUFFIXES
+from ..network.outputs import in_words
 from ..network.table import table
 
 
@@ -39,6 +40,7 @@ def inspect(folder: str | os.PathLike) -> dict[str, Any]:
         "kernels": kernels,
         "skipped": quantized.skipped,
         "output_error": _number(quantized.output_error),
+        "output_error_in_words": in_words(quantized.output_error, quantized.outputs),
         "bytes": len(seal(document)) + document["arrays"]["bytes"],
         "float_bytes": sum(leaf.nbytes for leaf in leaves if isinstance(leaf, jax.Array)),
     }
@@ -64,7 +66,7 @@ def inspected(figures: dict[str, Any]) -> str:
     kind = {"linen": "a Linen module", "nnx": "an NNX model", "function": "a function"}[figures["model"]]
     lines.append(
         f"Made of {kind} by jpfq {figures['versions'].get('jpfq')}. {figures['bytes']:,} bytes on disk, everything "
-        f"included; as given {figures['float_bytes']:,}. Relative error of the outputs: {share(figures['output_error'])}."
+        f"included; as given {figures['float_bytes']:,}. Relative error of the outputs: {figures['output_error_in_words']}."
     )
     return "\n\n".join(lines)
 

@@ -76,7 +76,7 @@ class Sweep:
 
     records: one for each setting, in the order of the space: its values, and
         loss: what `evaluate` says, or the relative error of the outputs on the calibration data where nothing evaluates.
-        output_error: that error in any case.
+        output_error: that error in any case; nan where outputs are NaN or infinite in one of the two networks only.
         bits_per_weight, nbytes: as of `Quantized`.
 
     Example:
@@ -111,12 +111,13 @@ class Sweep:
     @property
     def front(self) -> list[int]:
         """Numbers of the settings that no other beats in both loss and bits per weight, from few bits to many."""
-        order = sorted(range(len(self)), key=lambda i: (self.records[i]["bits_per_weight"], self.records[i]["loss"]))
+        losses = [np.inf if record["loss"] != record["loss"] else record["loss"] for record in self.records]
+        order = sorted(range(len(self)), key=lambda i: (self.records[i]["bits_per_weight"], losses[i]))
         front, least = [], np.inf
         for i in order:
-            if self.records[i]["loss"] < least:
+            if losses[i] < least:
                 front.append(i)
-                least = self.records[i]["loss"]
+                least = losses[i]
         return front
 
     def best(self, bits_per_weight: float | None = None) -> Quantized:
@@ -168,7 +169,12 @@ class Sweep:
         head = [*self.records[0], "front"]
         number = lambda x: f"{x:.5g}" if isinstance(x, float) else str(x)
         rows = [[*map(number, record.values()), "*" if i in front else ""] for i, record in enumerate(self.records)]
-        return table(head, rows)
+        lines = [table(head, rows)]
+        if any(record["output_error"] != record["output_error"] for record in self.records):
+            lines.append(
+                "nan: there are outputs that are NaN or infinite in one of the two networks only, or none to compare."
+            )
+        return "\n\n".join(lines)
 
 
 def sweep(
@@ -405,8 +411,7 @@ def _record(setting: _Setting, chunk: _Chunk, where: int, shaped: dict, loss: fl
     recipes = setting.first.assignment.recipes
     tensors = [dataclasses.replace(tensor, grid=recipes[path].grid) for path, tensor in shaped.items()]
     nbytes = sum(tensor.nbytes for tensor in tensors)
-    errors = chunk.walked.output_error[where]
-    output_error = float(np.nan_to_num(errors, nan=0.0).max(initial=0.0))
+    output_error = lane(chunk.walked.output_error, where).whole.figure
     figures = (
         output_error if loss is None else loss,
         output_error,

@@ -63,7 +63,7 @@ def run_evaluate(options) -> Answer:
     subject, quantized = _loaded(options)
     figures = evaluate(subject, quantized)
     score = lambda x: "" if x is None else f"{x:.4g}"
-    share = lambda x: "" if x is None else f"{x:.2%}"
+    share = lambda x: "" if x is None else f"{x:.2%}" if x == x else "nan"
     rows = [("float", score(figures["float_score"]), "")]
     rows.append(("weights quantized", score(figures["score"]), share(figures["weights_error"])))
     notes = []
@@ -71,6 +71,8 @@ def run_evaluate(options) -> Answer:
         rows.append(("activations too", "", share(figures["output_error"])))
         if subject.evaluate is not None:
             notes.append("evaluate is given weights, so that its score does not see activations rounded.")
+    if unmatched := max(figures["weights_unmatched"], figures["output_unmatched"]):
+        notes.append(f"{unmatched:,} outputs are NaN or infinite in one of the two networks only: there is no error.")
     if subject.evaluate is None:
         notes.append("The factory returns no evaluate, so that there are no scores.")
     text = table(("network", "score", "error of the outputs"), rows)
