@@ -103,6 +103,8 @@ class QTensor:
 class Info:
     """What one kernel's quantization was like, on the calibration data.
 
+    Where squares of inputs would underflow or overflow, squares are those of inputs times a power of 2 (`Gram.power`).
+
     Example:
         >>> info = quantized.info["hidden/kernel"]
         >>> 0 < float(info.relative_error) < 0.2, int(info.dead)
@@ -112,7 +114,7 @@ class Info:
     square_error: jax.Array  # ||X W - Xq q||_F^2
     energy: jax.Array  # ||X W||_F^2
     saturation: jax.Array  # share of arguments more than half a step outside the grid
-    dead: jax.Array  # input coordinates that are zero on all the data
+    dead: jax.Array  # input coordinates of which the data say nothing: their weights are rounded to nearest
     sparsity: jax.Array  # share of weights quantized to 0
     entropy: jax.Array  # of the codes, in bits per weight: the rate an entropy coder would reach
     zero_steps: jax.Array  # steps of 0 under weights that are not all 0: an error where positive
@@ -120,6 +122,7 @@ class Info:
     square_bound: jax.Array  # on the square error where nothing saturates, known beforehand; nan where none is
     failed: jax.Array  # entries of the system that are not finite: a factorisation that failed where positive
     reach: Reach | None = None  # how far its integer sums go; None where no accumulator was asked for
+    rows: jax.Array | None = None  # of a kernel of several matrices (experts): rows that are not 0, of each
 
     @property
     def relative_error(self) -> jax.Array:
@@ -143,11 +146,13 @@ class Info:
     def join(cls, infos: "list[Info]") -> "Info":
         """Of a kernel quantized in equal parts (the layers of a stack)."""
         reach = Reach.join([info.reach for info in infos])
-        infos = [dataclasses.replace(info, reach=None) for info in infos]
+        rows = None if infos[0].rows is None else jnp.concatenate([jnp.atleast_1d(info.rows) for info in infos])
+        infos = [dataclasses.replace(info, reach=None, rows=None) for info in infos]
         stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *infos)
         means = ("saturation", "sparsity", "entropy")
-        fields = {f.name: getattr(stacked, f.name) for f in dataclasses.fields(cls) if f.name != "reach"}
-        return cls(**{name: x.mean() if name in means else x.sum() for name, x in fields.items()}, reach=reach)
+        fields = {f.name: getattr(stacked, f.name) for f in dataclasses.fields(cls) if f.name not in ("reach", "rows")}
+        sums = {name: x.mean() if name in means else x.sum() for name, x in fields.items()}
+        return cls(**sums, reach=reach, rows=rows)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "rotated"))

@@ -1,5 +1,6 @@
 """Gather: the calibration data of one stop, over all batches, as a Gram or as rows."""
 
+import dataclasses
 import functools
 import math
 import zlib
@@ -13,8 +14,8 @@ from jax import lax
 from ..matrix import Devices, Gram, Recipe, Rows
 from ..matrix.correlate import Correlations, at_a_time, correlates
 from ..matrix.each import each, over_lanes
-from ..matrix.gram import at_least_float32, is_finite
-from ..matrix.layout import Layout
+from ..matrix.gram import Shown, at_least_float32, raised
+from ..matrix.layout import DotLayout, Layout
 from ..matrix.patches import All
 from .stream import Stream
 
@@ -26,6 +27,7 @@ class Gathered(NamedTuple):
     mean_X: jax.Array
     mean_Xq: jax.Array
     rows: jax.Array  # (B,) how many, or the sum of their weights
+    used: jax.Array | None = None  # (B,) of experts, how many of those are not 0
 
 
 class Gather:
@@ -61,9 +63,19 @@ class Gather:
         kind = Rows if recipe.prefers_rows(self.count, n, out) else Gram
         if (kind, centred) not in self.made:
             self.made[kind, centred] = self._rows(centred) if kind is Rows else self._gram(centred)
-        gathered = self.made[kind, centred]
-        self._check_finite(gathered)
-        return gathered
+        return self.made[kind, centred]._replace(used=self.used)
+
+    @functools.cached_property
+    def used(self) -> jax.Array | None:
+        """Of experts, matrices that each have rows of their own: how many rows of each are not 0, or their weights."""
+        layout = self.streams[0][1].layout
+        if not isinstance(layout, DotLayout) or not layout.batch:
+            return None
+        parts = (
+            _used(layout, x if xq is None else xq, weights, self.forked)
+            for layout, x, xq, weights, _ in self._batches()
+        )
+        return functools.reduce(jnp.add, parts)
 
     @functools.cached_property
     def count(self) -> int:
@@ -96,25 +108,36 @@ class Gather:
         if centred:
             gathered = self.made.get((Gram, False)) or self._gram(False)
             return gathered._replace(data=_centred(gathered.data, self.laned))
-        parts = (
-            _gram(layout, *batch, _merges(batch[0]), at_once(), self.rows, self._laned(batch[-1]))
-            for layout, *batch in self._batches()
-        )
-        gram: Any = functools.reduce(_merge, parts)
-        return Gathered(gram, *_means(gram))
+
+        def summed(power):
+            parts = (
+                _gram(layout, *batch, _merges(batch[0]), at_once(), self.rows, self._laned(batch[-1]), power)
+                for layout, *batch in self._batches()
+            )
+            gram: Any = functools.reduce(_merge, parts)
+            return Gathered(gram, *_means(gram))
+
+        gathered = summed(0)
+        power = self._checked(gathered)
+        return summed(power) if power else gathered
 
     def _rows(self, centred):
         parts = [_flat_rows(layout, *batch, self._laned(batch[-1])) for layout, *batch in self._batches()]
         X, Xq, weights = (jnp.concatenate(x, -2) if x[0] is not None else None for x in zip(*parts, strict=True))
-        return _weighted(X, Xq, weights, centred, self.laned)
+        gathered = _weighted(X, Xq, weights, centred, self.laned)
+        return gathered._replace(data=gathered.data.to_power(self._checked(gathered)))
 
-    def _check_finite(self, gathered):
-        for x, network in ((gathered.mean_X, "float"), (gathered.mean_Xq, "quantized")):
-            if not is_finite(x):
+    def _checked(self, gathered) -> int:
+        """The power of 2 by which inputs are to be multiplied; raises for data that cannot be used."""
+        shown = Shown.of(gathered.data.diagonal, gathered.mean_X, gathered.mean_Xq, gathered.rows)
+        for finite, network in ((shown.finite_X, "float"), (shown.finite_Xq, "quantized")):
+            if not finite:
                 raise ValueError(
                     f"The inputs of {self.path} are infinite or NaN in the {network} network: the model overflows on the "
                     "calibration data. Calibrate in float32, or scale the model's inputs down."
                 )
+        shown.refuse(self.path)
+        return shown.power
 
 
 def rows_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -160,11 +183,14 @@ def _merges(x) -> bool:
     return len(x.sharding.device_set) == 1
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "over", "laned"))
-def _gram(layout, x, xq, weights, picked, merges, at_once, over=None, laned=(False, False)):
-    """The Gram of one batch; `laned` are xq and picked."""
+@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "over", "laned", "power"))
+def _gram(layout, x, xq, weights, picked, merges, at_once, over=None, laned=(False, False), power=0):
+    """The Gram of one batch, its inputs times 2^power; `laned` are xq and picked."""
+    if power:
+        x, xq = (None if x is None else raised(at_least_float32(x), power) for x in (x, xq))
     one = lambda x, xq, weights, picked: _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over)
-    return over_lanes(one, (x, xq, weights, picked), (False, laned[0], False, laned[1]))
+    gram = over_lanes(one, (x, xq, weights, picked), (False, laned[0], False, laned[1]))
+    return dataclasses.replace(gram, power=power)
 
 
 def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over):
@@ -177,7 +203,7 @@ def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over):
             flat = lambda X: X.reshape(X.shape[0], math.prod(X.shape[1:-1]), X.shape[-1])
             X, Xq = flat(X), None if Xq is None else flat(Xq)
             weights = None if weights is None else weights.ravel()
-        gram = each(lambda X, Xq: Gram.from_data(X, Xq, weights), X, Xq)
+        gram = each(lambda X, Xq: Gram.scaled(X, Xq, weights), X, Xq)
         return gram if over is None else gram.split(over)
 
     if picked is not None:
@@ -227,9 +253,21 @@ def _merge(total, gram):
     return total.merge(gram)
 
 
+@functools.partial(jax.jit, static_argnames=("layout", "laned"))
+def _used(layout, x, weights, laned):
+    """How many rows of each matrix (B,) are not 0, or the sum of their weights."""
+
+    def one(x, weights):
+        shown = jnp.any(layout.rows(x) != 0, -1)
+        counted = shown.astype(jnp.float32) if weights is None else shown * weights[None].astype(jnp.float32)
+        return counted.sum(range(1, counted.ndim))
+
+    return over_lanes(one, (x, weights), (laned, False))
+
+
 @jax.jit
 def _means(gram):
-    mean = lambda sums: sums / jnp.maximum(gram.count, 1)[..., None]
+    mean = lambda sums: raised(sums / jnp.maximum(gram.count, 1)[..., None], -gram.power)
     return mean(gram.sum_X), mean(gram.sum_Xq), gram.count
 
 

@@ -34,6 +34,7 @@ class Noted(NamedTuple):
 def write_infos(infos: Sequence[Info]) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
     """The figures of all kernels in order, and by number of the kernel its packed sums, where they are bounded."""
     columns = {name: column([getattr(info, name) for info in infos]) for name in NEEDED}
+    columns = {name: x for name, x in columns.items() if NEEDED[name] or any(y is not None for y in x)}
     rows, arrays = [], {}
     for number, info in enumerate(infos):
         if info.reach is not None:

@@ -226,7 +226,7 @@ def _data(shaped: Sequence[Shaped]) -> dict[str, list]:
 def _record(solved: Solved) -> tuple[dict, dict[str, np.ndarray]]:
     """What is solved, as JSON and arrays by name."""
     solution, reach = solved.solution, solved.solution.info.reach
-    figures = {f"info.{f.name}": getattr(solution.info, f.name) for f in dataclasses.fields(Info) if f.name != "reach"}
+    figures = {f"info.{name}": x for name, x in vars(solution.info).items() if name != "reach" and x is not None}
     found = {"codes": solution.codes, "step": solution.step, "zero": solution.zero, **figures}
     if solved.error is not None:
         found["error"] = solved.error
@@ -253,8 +253,8 @@ def _solved(record: dict, arrays: dict[str, np.ndarray], devices: Devices | None
         arrays["q"] = _values(arrays, np.dtype(record["q"]))
     placed = {name: _at(record["places"][name], x, devices) for name, x in arrays.items()}
     reach = Reach(decode(record["sums"], Sums), placed["reach"]) if record["sums"] is not None else None
-    fields = [f.name for f in dataclasses.fields(Info) if f.name != "reach"]
-    info = Info(**{name: placed[f"info.{name}"] for name in fields}, reach=reach)
+    figures = {name.removeprefix("info."): x for name, x in placed.items() if name.startswith("info.")}
+    info = Info(**figures, reach=reach)
     solution = Solution(placed["codes"], placed["q"], placed["step"], placed["zero"], info)
     rounded = None if record["rounded"] is None else decode(record["rounded"], Rounded)
     return Solved(solution, placed.get("error"), rounded)

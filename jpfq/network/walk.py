@@ -33,7 +33,7 @@ from ..matrix import (
     solve_sharded,
 )
 from ..matrix.each import lane, over_lanes
-from ..matrix.gram import as_gram, at_least_float32, matmul
+from ..matrix.gram import as_gram, at_least_float32, matmul, raised
 from .activation import Activations, Rounded, choose, round_by
 from .curvature import Coupling
 from .gather import Gather, fit, fold_in
@@ -179,12 +179,16 @@ def _solved(first, number, position, track, gather, devices) -> Solved:
     solve = functools.partial(_solve_lanes, data_laned=gather.laned) if track.laned else _solve
     solution = solve(W, gathered.data, recipe, draw, coupled, devices)
     _raise_on(solution.info, recipe, site.path, gathered.data, making.lanes, gather.laned)
-    solution = solution._replace(codes=solution.codes.astype(code_dtype(recipe.grid)))
+    info = solution.info
+    if gathered.used is not None:
+        lanes = (len(making.lanes or ()),) * track.laned
+        info = dataclasses.replace(info, rows=jnp.broadcast_to(gathered.used, (*lanes, *W.shape[:1])))
+    solution = solution._replace(codes=solution.codes.astype(code_dtype(recipe.grid)), info=info)
     if site.bias is None:
         return Solved(solution, None, None)
     means = gathered.mean_X, gathered.mean_Xq, gathered.rows
-    error, lost = _mean_error(means, W, solution.q, (gather.laned, track.laned))
-    info = dataclasses.replace(solution.info, energy=solution.info.energy + lost)
+    error, lost = _mean_error(means, W, solution.q, (gather.laned, track.laned), gathered.data.power)
+    info = dataclasses.replace(info, energy=info.energy + lost)
     return Solved(solution._replace(info=info), error, None)
 
 
@@ -262,15 +266,18 @@ def _rounded(rounded, laned, x):
     return round_by(rounded, x, laned)
 
 
-@functools.partial(jax.jit, static_argnames="laned")
-def _mean_error(means, W, q, laned):
-    """The mean error of each neuron (B, out), and the energy of its mean over all rows; `laned` are means and q."""
+@functools.partial(jax.jit, static_argnames=("laned", "power"))
+def _mean_error(means, W, q, laned, power):
+    """The mean error of each neuron (B, out), and the energy of its mean over all rows, in units of 4^power.
+
+    `laned` are means and q.
+    """
 
     def one(W, means, q):
         mean_X, mean_Xq, rows = means
         mean = lambda x, W: matmul(x[:, None], W)[:, 0]
         exact = mean(mean_X, W)
-        return mean(mean_Xq, q) - exact, jnp.sum(rows[:, None] * exact**2)
+        return mean(mean_Xq, q) - exact, jnp.sum(rows[:, None] * raised(exact, power) ** 2)
 
     return over_lanes(one, (W, means, q), (False, *laned))
 

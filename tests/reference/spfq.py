@@ -26,7 +26,7 @@ def align(W, X, Xq, order):
         pass 1:  u += w_t X_t,   v_t = <Xq_t, u> / ||Xq_t||^2,   u -= v_t Xq_t
         later:   u += v_t Xq_t,  v_t = <Xq_t, u> / ||Xq_t||^2,   u -= v_t Xq_t
 
-    A column Xq_t = 0 has v_t = 0 (the authors' code).
+    A column Xq_t = 0, which moves no output, has v_t = w_t (0 in the authors' code).
     """
     W, X, Xq = (np.asarray(x, np.float64) for x in (W, X, Xq))
     V = np.zeros(W.shape)
@@ -35,7 +35,7 @@ def align(W, X, Xq, order):
         for r in range(order):
             for t in range(len(W)):
                 u = u + (W[t, o] * X[:, t] if r == 0 else V[t, o] * Xq[:, t])
-                V[t, o] = _share(Xq[:, t], u)
+                V[t, o] = _share(Xq[:, t], u) if Xq[:, t].any() else W[t, o]
                 u = u - V[t, o] * Xq[:, t]
     return V
 
