@@ -215,9 +215,10 @@ def _settle_dead(job, codes, recursion):
     live = job.data.diagonal[:, None] > 0
     if not isinstance(recursion.rounding, Bounded):
         return jnp.where(live, codes, recursion.alone(job.W))
-    if recursion.rounding.settled is None:
+    settled = recursion.rounding.settled
+    if settled is None:
         return codes  # those that keep the bound
-    run, given = recursion.again(codes)
+    run, given = recursion._replace(rounding=settled, key=None).again(codes)
     return substitute(jnp.where(live, recursion.values(codes), job.W), None, run, given=given).codes
 
 

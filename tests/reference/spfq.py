@@ -116,7 +116,7 @@ def one_bit(z, uniform, K):
 def sparse_gpfq(W, X, Xq, rounding):
     """GPFQ with any rounding: (argument, t, o) -> value, of the argument <Xq_t, u_{t-1} + w_t X_t> / ||Xq_t||^2.
 
-    A column Xq_t = 0 has argument 0.
+    A column Xq_t = 0 has argument w_t.
     """
     W, X, Xq = (np.asarray(x, np.float64) for x in (W, X, Xq))
     walk = Walk(np.zeros(W.shape), np.zeros(W.shape))
@@ -124,7 +124,7 @@ def sparse_gpfq(W, X, Xq, rounding):
         u = np.zeros(len(X))
         for t in range(len(W)):
             u = u + W[t, o] * X[:, t]
-            walk.argument[t, o] = _share(Xq[:, t], u)
+            walk.argument[t, o] = _share(Xq[:, t], u) if Xq[:, t].any() else W[t, o]
             walk.q[t, o] = rounding(walk.argument[t, o], t, o)
             u = u - walk.q[t, o] * Xq[:, t]
     return walk
