@@ -14,6 +14,7 @@ from ..scalar.pytree import register_dataclass
 from .gram import Gram, mean_energy
 
 CLOSE = 16  # rows beyond one per input from which on nothing is done about few
+RARE = 4  # mean rows that an input of less energy is taken to have been seen in
 SLOPE = 16  # rows that the slope common to all coordinates is worth
 
 
@@ -35,6 +36,8 @@ class Shrinkage:
         chance is sum (1 - t c^2)^2 / m
         C_ii   goes to the slope that all coordinates share, sum C_ii / sum H_ii, as if 16 (1 - t) more rows had shown it
 
+    Of any number of rows, an input of less energy than 4 mean rows has it raised to that, in H and in its slope.
+
     Example:
         >>> tensor, info = jpfq.solve(W, gram, bits=4, shrinkage=jpfq.Shrinkage(1.0))  # twice what is recommended
     """
@@ -53,8 +56,9 @@ class Shrinkage:
         trust = jnp.minimum(rows / (n + CLOSE), 1)
         live, mean = gram.diagonal > 0, mean_energy(gram.diagonal)
         more = k * (1 - trust) * (2 * rows / n + 2 / (rows + 2)) * mean
+        rare = jnp.maximum(RARE * mean / rows - gram.diagonal, 0)
         awake = gram.awake()
-        H = awake.H + k * jnp.diag(awake.diagonal) + jnp.diag(jnp.where(live, more, 0))
+        H = awake.H + k * jnp.diag(awake.diagonal) + jnp.diag(jnp.where(live, more + (1 + k) * rare, 0))
         if gram.C is None or gram.drift is None:
             return dataclasses.replace(gram, H=H)
         C, diagonal = gram.C, jnp.diag(jnp.diagonal(gram.C))
@@ -64,8 +68,8 @@ class Shrinkage:
         chance = jnp.sum(jnp.where(others, (1 - trust * c2) ** 2, 0)) / rows
         kept = 1 - jnp.clip(chance / jnp.where(c2.sum() > 0, c2.sum(), 1), 0, 1)
         C = (1 + k) * (kept * C + (1 - kept) * diagonal)
-        prior = SLOPE * (1 - trust) * mean / rows
+        prior = SLOPE * (1 - trust) * mean / rows + rare
         slope = jnp.trace(diagonal) / jnp.where(live.any(), gram.diagonal.sum(), 1)
         slopes = (jnp.diagonal(diagonal) + prior * slope) / jnp.where(live, gram.diagonal + prior, 1)
-        few = (trust < 1) & live[:, None] & jnp.eye(n, dtype=bool)
+        few = ((trust < 1) | (rare > 0))[:, None] & live[:, None] & jnp.eye(n, dtype=bool)
         return dataclasses.replace(gram, H=H, C=jnp.where(few, jnp.diag(slopes * jnp.diagonal(H)), C))

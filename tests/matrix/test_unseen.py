@@ -25,12 +25,14 @@ def test_few_rows_are_trusted_less(x64):
     energy, t, k = np.diag(H), 5 / (N + 16), 0.5 * N / 5
     mean = energy.sum() / (N - 1)
     more = k * (1 - t) * (2 * 5 / N + 2 / (5 + 2)) * mean
-    expected = H + np.diag(np.where(energy > 0, k * energy + more, (1 + k) * mean))
+    rare = np.maximum(4 * mean / 5 - energy, 0)
+    assert 0 < (rare > 0).sum() < N
+    expected = H + np.diag(np.where(energy > 0, k * energy + more + (1 + k) * rare, (1 + k) * mean))
     assert_close(found.H, expected)
     pairs = [(i, j) for i in range(N) for j in range(N) if i != j and i != 3]
     c2 = np.array([C[i, j] ** 2 / (H[i, i] * drift[j, j]) for i, j in pairs])
     kept = 1 - min(max(((1 - t * c2) ** 2).sum() / 5 / c2.sum(), 0), 1)
-    prior = 16 * (1 - t) * mean / 5
+    prior = 16 * (1 - t) * mean / 5 + rare
     slopes = (np.diag(C) + prior * np.trace(C) / energy.sum()) / (energy + prior)
     assert_close(
         found.C, np.where(np.eye(N) > 0, np.diag(slopes * np.diag(expected) * (energy > 0)), (1 + k) * kept * C)
