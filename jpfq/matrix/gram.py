@@ -115,7 +115,7 @@ class Gram:
             a, b = getattr(one, name), getattr(two, name)
             return b if a is None else a if b is None else a + b
 
-        return type(self)(*(add(name) for name in SUMS), power)
+        return type(self)(**{name: add(name) for name in SUMS}, power=power)
 
     def shown(self) -> "Shown":
         """What the Gram shows; reads it."""
@@ -126,7 +126,9 @@ class Gram:
         more = power - self.power
         if not more:
             return self
-        square = lambda M: None if M is None else raised(raised(M, more), more)  # at once 2^more would underflow itself
+        square: Any = lambda M: (
+            None if M is None else raised(raised(M, more), more)
+        )  # at once 2^more would underflow itself
         sums = raised(self.sum_X, more), raised(self.sum_Xq, more)
         return type(self)(square(self.H), square(self.C), square(self.drift), *sums, self.count, power)
 
@@ -285,8 +287,8 @@ class Rows:
 
     def shown(self) -> "Shown":
         """What the rows show; reads them."""
-        sizes = (jnp.abs(x).max(-2) for x in (self.X, self.quantized))
-        return Shown.of(self.diagonal, *sizes, jnp.asarray(self.X.shape[-2]))
+        X, Xq = (jnp.abs(x).max(-2) for x in (self.X, self.quantized))
+        return Shown.of(self.diagonal, X, Xq, jnp.asarray(self.X.shape[-2]))
 
     def to_power(self, power: int) -> Self:
         """The same rows times another 2^power."""

@@ -146,7 +146,8 @@ class Info:
     def join(cls, infos: "list[Info]") -> "Info":
         """Of a kernel quantized in equal parts (the layers of a stack)."""
         reach = Reach.join([info.reach for info in infos])
-        rows = None if infos[0].rows is None else jnp.concatenate([jnp.atleast_1d(info.rows) for info in infos])
+        found = [jnp.atleast_1d(info.rows) for info in infos if info.rows is not None]
+        rows = jnp.concatenate(found) if found else None
         infos = [dataclasses.replace(info, reach=None, rows=None) for info in infos]
         stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *infos)
         means = ("saturation", "sparsity", "entropy")

@@ -111,7 +111,8 @@ def _prepare(W, data, recipe) -> _Job:
     for part in recipe.prepare:
         if not part.needs_levels:
             ready = part(*ready, None)
-    return _Job(jnp.arange(W.shape[0]) if p is None else p, W, data, trusted, *ready, dead)
+    ready_W, ready_data = ready
+    return _Job(jnp.arange(W.shape[0]) if p is None else p, W, data, trusted, ready_W, ready_data, dead)
 
 
 def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe):
