@@ -287,7 +287,7 @@ class Rows:
 
     def shown(self) -> "Shown":
         """What the rows show; reads them."""
-        X, Xq = (jnp.abs(x).max(-2) for x in (self.X, self.quantized))
+        X, Xq = (jnp.abs(x).max(-2, initial=0) for x in (self.X, self.quantized))
         return Shown.of(self.diagonal, X, Xq, jnp.asarray(self.X.shape[-2]))
 
     def to_power(self, power: int) -> Self:

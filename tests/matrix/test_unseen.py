@@ -93,9 +93,10 @@ def test_a_small_input_among_others_is_not_dead():
         (jpfq.Rows(jnp.zeros((8, N))), "show nothing: all its inputs are 0"),
         (jpfq.Gram.from_data(jnp.zeros((8, N))), "show nothing: all its inputs are 0"),
         (jpfq.Gram.from_data(jnp.zeros((0, N))), "hold no rows"),
+        (jpfq.Rows(jnp.zeros((0, N))), "hold no rows"),
         (jpfq.Gram.from_data(jnp.ones((8, N)), weights=jnp.zeros(8)), "hold no rows"),
     ],
-    ids=["rows of zeros", "zeros", "no rows", "no weights"],
+    ids=["rows of zeros", "zeros", "no rows", "none in data form", "no weights"],
 )
 def test_data_that_show_nothing_are_refused(data, message):
     with pytest.raises(ValueError, match=f"of the matrix {message}"):
