@@ -52,7 +52,8 @@ methods whose L looks at one column at a time (`MSQ`, `GPFQ`, `UNI`).
 - *Rotation* (`Hadamard`): w becomes R^T w and H becomes R^T H R; q is turned back.
 - *Order* (`Descending`, `MinPivot`): a permutation of coordinates. OPTQ's error is a sum of V_tt^2, whose product is fixed.
 - *Shrinkage*: with k = n / (2 m), H becomes H + k D; what sampling alone would make of C is taken off its entries beside
-  the diagonal, and C is multiplied by 1 + k. Few rows make correlations by chance, and all below would fit them.
+  the diagonal, and C is multiplied by 1 + k. Few rows make correlations by chance, and all below would fit them. Of rows
+  fewer than inputs, and of inputs seen in few rows, energies and slopes C_ii / H_ii go to what all inputs share (shrink.py).
 - *Preparation*: `Align` and `LeastSquares` move W so that `Xq W` is near `X W`, after which C = 0. `MagR` makes the largest
   weights smaller. `MalySaab` (doi 10.1016/j.acha.2023.04.004) is the one method that is not this recursion: it moves W
   along the kernel of `Xq` until all but m weights of each neuron are levels, and `MSQ` rounds the rest.

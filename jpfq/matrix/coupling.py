@@ -56,12 +56,14 @@ def _solve_coupled(W, gram, F, recipe, key, damping, block):
     more = -out % block  # neurons of no weight, which change nothing
     goal = jnp.pad(goal, ((0, 0), (0, 0), (0, more)))
     own = dataclasses.replace(gram, C=None, drift=None)
+    live = gram.diagonal[..., None] > 0  # dead weights make up for nothing
 
     def visit(E, first):
         cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, first, block, axis)
         exact = cut(goal, 2)
         draw = None if key is None else jax.random.fold_in(key, first)
-        made = solve_all(exact + each(lambda E, T: matmul(E, T.T), E, cut(T, 1)), own, recipe, draw)
+        moved = jnp.where(live, each(lambda E, T: matmul(E, T.T), E, cut(T, 1)), 0)
+        made = solve_all(exact + moved, own, recipe, draw)
         return jax.lax.dynamic_update_slice_in_dim(E, exact - made.q, first, 2), made
 
     _, made = jax.lax.scan(visit, jnp.zeros_like(goal), jnp.arange(0, out, block))
@@ -87,7 +89,7 @@ def _solve_coupled(W, gram, F, recipe, key, damping, block):
         square_floor=of(Gram.square_error, take(goal[..., :out], back)),
         square_bound=jnp.asarray(jnp.nan, W.dtype),
         square_rounding=resolution(error, energy, of(rounding, q), of(rounding, zeros)),
-        exponent=k,
+        exponent=k - gram.power,
         reach=reach,
     )
     return Solution(codes, q, step, zero, info)

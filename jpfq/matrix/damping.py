@@ -17,7 +17,7 @@ from jax.scipy.linalg import solve_triangular
 
 from ..scalar.grid import Number, is_number
 from ..scalar.pytree import register_dataclass
-from .gram import matmul
+from .gram import matmul, mean_energy
 
 
 class Damping(abc.ABC):
@@ -47,8 +47,7 @@ class MeanDiagonal(Damping):
     share: Number = 0.01
 
     def __call__(self, H):
-        diagonal = jnp.diagonal(H)
-        return self.share * jnp.sum(diagonal) / jnp.maximum(jnp.sum(diagonal > 0), 1).astype(H.dtype)
+        return self.share * mean_energy(jnp.diagonal(H))
 
 
 @register_dataclass

@@ -178,7 +178,7 @@ def _descent(W, gram) -> tuple[Any, jax.Array]:
     """The base of a pass, as a function of the values before it, and the feedback."""
     inverse = inverse_of(gram.diagonal)
     fixed, rest = W if gram.C is None else W + inverse * matmul(gram.C, W), upper(gram.H, 1)
-    return lambda p: jnp.where(inverse > 0, fixed + inverse * matmul(rest, W - p), 0), inverse * lower(gram.H, -1)
+    return lambda p: fixed + inverse * matmul(rest, W - p), inverse * lower(gram.H, -1)
 
 
 def _goal(W, gram) -> jax.Array:

@@ -5,10 +5,11 @@ X are the inputs of a layer in the float network, Xq its inputs in the network q
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding
@@ -16,6 +17,7 @@ from jax.sharding import NamedSharding
 from ..scalar.pytree import register_dataclass
 from .split import Split, diagonal, permuted
 
+SUMS = ("H", "C", "drift", "sum_X", "sum_Xq", "count")
 HALVES = 256  # inputs from which on half of a symmetric product costs more than to copy it
 
 
@@ -39,10 +41,14 @@ class Gram:
     sum_X: jax.Array  # (in,)
     sum_Xq: jax.Array  # (in,)
     count: jax.Array  # ()  rows seen, or the sum of their weights
+    power: int = dataclasses.field(default=0, metadata={"static": True})  # the sums are of inputs times 2^power
 
     @classmethod
     def from_data(cls, X: jax.Array, Xq: jax.Array | None = None, weights: jax.Array | None = None) -> Self:
         """The Gram of one batch.
+
+        Where squares would underflow or overflow (inputs below 1e-12 or beyond 1e12 in float32), it is that of the inputs
+        times a power of 2, which codes do not depend on. Under `jit` they are taken as they are.
 
         Args:
             X: float inputs (*rows, in).
@@ -59,7 +65,14 @@ class Gram:
             raise ValueError(f"X and Xq must have one shape (*rows, in); got {X.shape} and {Xq.shape}.")
         if X.ndim < 2:
             raise ValueError(f"X must be (*rows, in), at least two axes; got shape {X.shape}.")
-        X, Xq = at_least_float32(X), None if Xq is None else at_least_float32(Xq)
+        gram = cls.scaled(X, Xq, weights)
+        power = 0 if is_traced(gram.H) else gram.shown().power
+        return cls.scaled(X, Xq, weights, power) if power else gram
+
+    @classmethod
+    def scaled(cls, X: jax.Array, Xq: jax.Array | None, weights: jax.Array | None, power: int = 0) -> Self:
+        """`from_data` of the inputs times 2^power."""
+        X, Xq = raised(at_least_float32(X), power), None if Xq is None else raised(at_least_float32(Xq), power)
         rows = X.shape[:-1]
         weight = jnp.ones(rows, X.dtype) if weights is None else _over_rows(weights, rows).astype(X.dtype)
         if weights is not None:  # selected, as 0 times NaN is no 0
@@ -69,10 +82,10 @@ class Gram:
         left = right if weights is None else right * weight[..., None]
         sum_q = _sum_rows(weight, right)
         if Xq is None:
-            return cls(square(left, right), None, None, sum_q, sum_q, weight.sum())
+            return cls(square(left, right), None, None, sum_q, sum_q, weight.sum(), power)
         D = X - Xq
         drift = square(D if weights is None else D * weight[..., None], D)
-        return cls(square(left, right), inner(left, D), drift, _sum_rows(weight, X), sum_q, weight.sum())
+        return cls(square(left, right), inner(left, D), drift, _sum_rows(weight, X), sum_q, weight.sum(), power)
 
     def update(self, X, Xq=None, weights=None) -> Self:
         """This Gram and one more batch.
@@ -98,16 +111,36 @@ class Gram:
             128
         """
 
+        power = min(self.power, other.power)  # that of the larger inputs
+        one, two = self.to_power(power), other.to_power(power)
+
         def add(name: str) -> Any:
-            a, b = getattr(self, name), getattr(other, name)
+            a, b = getattr(one, name), getattr(two, name)
             return b if a is None else a if b is None else a + b
 
-        return type(self)(*(add(field.name) for field in dataclasses.fields(self)))
+        return type(self)(**{name: add(name) for name in SUMS}, power=power)
+
+    def shown(self) -> "Shown":
+        """What the Gram shows; reads it."""
+        return Shown.of(self.diagonal, self.sum_X, self.sum_Xq, self.count)
+
+    def to_power(self, power: int) -> Self:
+        """The same Gram as sums of inputs times another 2^power."""
+        more = power - self.power
+        if not more:
+            return self
+        square: Any = lambda M: (
+            None if M is None else raised(raised(M, more), more)
+        )  # at once 2^more would underflow itself
+        sums = raised(self.sum_X, more), raised(self.sum_Xq, more)
+        return type(self)(square(self.H), square(self.C), square(self.drift), *sums, self.count, power)
 
     def permute(self, p: jax.Array) -> Self:
         """The Gram of the inputs taken in the order p."""
         C, drift = (None if M is None else permuted(M, p) for M in (self.C, self.drift))
-        return type(self)(permuted(self.H, p), C, drift, self.sum_X[p], self.sum_Xq[p], self.count)
+        return dataclasses.replace(
+            self, H=permuted(self.H, p), C=C, drift=drift, sum_X=self.sum_X[p], sum_Xq=self.sum_Xq[p]
+        )
 
     def split(self, rows: NamedSharding) -> Self:
         """The Gram with its matrices split as `rows` says; under jit, where each device then makes its own part."""
@@ -132,11 +165,21 @@ class Gram:
         alive = (jnp.diagonal(H) > least).astype(H.dtype)
         H = H * alive * alive[:, None]
         none = jnp.zeros_like(self.sum_X)
+        less_sum = jnp.where(self.diagonal == 0, self.sum_Xq, 0)  # what tells small inputs from none
         if self.C is None or self.drift is None:
-            return type(self)(H, None, None, none, none, self.count)
+            return type(self)(H, None, None, less_sum, less_sum, self.count, self.power)
         shift = self.sum_X - self.sum_Xq
         C = less(self.C, self.sum_Xq, shift) * alive[:, None]
-        return type(self)(H, C, less(self.drift, shift, shift), none, none, self.count)
+        return type(self)(H, C, less(self.drift, shift, shift), none, less_sum, self.count, self.power)
+
+    def awake(self) -> Self:
+        """The Gram as if dead coordinates were independent inputs of the mean energy of the others, or of 1 for want of any.
+
+        What trades one weight against another then counts theirs as any, for all that is known of new rows.
+        """
+        mean = mean_energy(self.diagonal)
+        unseen = jnp.where(self.diagonal > 0, 0, jnp.where(mean > 0, mean, 1))
+        return dataclasses.replace(self, H=self.H + jnp.diag(unseen))
 
     @property
     def diagonal(self) -> jax.Array:
@@ -153,6 +196,14 @@ class Gram:
         return jnp.where(lost, jnp.nan, jnp.sqrt(largest))
 
     @property
+    def unseen(self) -> jax.Array:
+        """Whether each input coordinate is 0 on all rows of the quantized side, or never changes if `centred` (in,).
+
+        The square of a small input may underflow next to large ones; its sum does not.
+        """
+        return (self.diagonal == 0) & (self.sum_Xq == 0)
+
+    @property
     def G(self) -> jax.Array:
         """Xq^T X (in, in)."""
         return self.H if self.C is None else self.H + self.C
@@ -160,12 +211,12 @@ class Gram:
     @property
     def mean_X(self) -> jax.Array:
         """Mean of the float inputs (in,)."""
-        return self.sum_X / self._rows[..., None]
+        return raised(self.sum_X / self._rows[..., None], -self.power)
 
     @property
     def mean_Xq(self) -> jax.Array:
         """Mean of the quantized network's inputs (in,)."""
-        return self.sum_Xq / self._rows[..., None]
+        return raised(self.sum_Xq / self._rows[..., None], -self.power)
 
     @property
     def _rows(self):
@@ -187,7 +238,7 @@ class Gram:
         """||X w - Xq q||^2 per column, for W and q (in, out).
 
         With e = w - q this is e^T H e + 2 e^T C w + w^T drift w: nothing large cancels, unlike in algorithms that keep
-        ||X w||^2 and subtract.
+        ||X w||^2 and subtract. It is in units of 4^power.
 
         Args:
             W: float weights (in, out).
@@ -222,6 +273,7 @@ class Rows:
 
     X: jax.Array
     Xq: jax.Array | None = None
+    power: int = dataclasses.field(default=0, metadata={"static": True})  # they are inputs times 2^power
 
     def __post_init__(self):
         shapes = [getattr(x, "shape", None) for x in (self.X, self.Xq)]
@@ -245,18 +297,89 @@ class Rows:
         """The largest input in either network ()."""
         return jnp.maximum(jnp.max(jnp.abs(self.X), initial=0), jnp.max(jnp.abs(self.quantized), initial=0))
 
+    @property
+    def unseen(self) -> jax.Array:
+        """As `Gram.unseen`."""
+        return jnp.all(self.quantized == 0, axis=-2)
+
     def permute(self, p: jax.Array) -> Self:
         """The rows with their coordinates in the order p."""
-        return type(self)(self.X[:, p], None if self.Xq is None else self.Xq[:, p])
+        return type(self)(self.X[:, p], None if self.Xq is None else self.Xq[:, p], self.power)
+
+    def shown(self) -> "Shown":
+        """What the rows show; reads them."""
+        X, Xq = (jnp.abs(x).max(-2, initial=0) for x in (self.X, self.quantized))
+        return Shown.of(self.diagonal, X, Xq, jnp.asarray(self.X.shape[-2]))
+
+    def to_power(self, power: int) -> Self:
+        """The same rows times another 2^power."""
+        rows = jax.tree.map(lambda x: raised(x, power - self.power), self)
+        return dataclasses.replace(rows, power=power)
 
     def gram(self) -> Gram:
         """Their Gram."""
-        return Gram.from_data(self.X, self.Xq)
+        return dataclasses.replace(Gram.scaled(self.X, self.Xq, None), power=self.power)
 
     def square_error(self, W: jax.Array, q: jax.Array) -> jax.Array:
         """As `Gram.square_error`."""
         residual = matmul(self.quantized, W - q)
         return jnp.sum((residual if self.Xq is None else residual + matmul(self.X - self.Xq, W)) ** 2, axis=0)
+
+
+def mean_energy(diagonal: jax.Array) -> jax.Array:
+    """The mean of diag(H) over the coordinates that are not dead; 0 where all are."""
+    return jnp.sum(diagonal) / jnp.maximum(jnp.sum(diagonal > 0), 1).astype(diagonal.dtype)
+
+
+class Shown(NamedTuple):
+    """What data show, as far as it decides whether they can be used and in which units."""
+
+    finite_X: bool
+    finite_Xq: bool
+    rows: bool  # whether there are any, of weight above 0
+    inputs: bool  # whether any is not 0
+    power: int  # of 2 by which to multiply inputs, so that squares neither underflow nor overflow; 0 for ordinary sizes
+
+    @classmethod
+    def of(cls, diagonal: jax.Array, X: jax.Array, Xq: jax.Array, count: jax.Array) -> "Shown":
+        """From diag(H), sums or means of both networks' inputs, and the count, with any leading axes. Reads them once."""
+        finite_X, finite_Xq, rows, inputs, small, large = np.asarray(_shown(diagonal, X, Xq, count))
+        power = 2 * _third(diagonal.dtype) * (int(small) - int(large))
+        return cls(bool(finite_X), bool(finite_Xq), bool(rows), bool(inputs), power)
+
+    def refuse(self, name: str) -> None:
+        """Raises for data that show nothing."""
+        if not self.rows:
+            raise ValueError(
+                f"The calibration data of {name} hold no rows, or only rows of weight 0: give rows that count, or leave "
+                "it as it is by a rule with skip=True."
+            )
+        if not self.inputs:
+            raise ValueError(
+                f"The calibration data of {name} show nothing: all its inputs are 0 on all rows. Give inputs that reach it, "
+                "or leave it as it is by a rule with skip=True."
+            )
+
+
+@jax.jit
+def _shown(diagonal, X, Xq, count):
+    finite_X, finite_Xq = jnp.isfinite(X).all(), jnp.isfinite(Xq).all()
+    largest, rows = diagonal.max(), jnp.maximum(count.max(), 1).astype(diagonal.dtype)
+    inputs = jnp.any(X != 0) | jnp.any(Xq != 0) | ~(largest <= 0)
+    extreme = jnp.asarray(4.0, largest.dtype) ** _third(largest.dtype)
+    small = inputs & (largest / rows < 1 / extreme)
+    large = ~(largest / rows <= extreme) & finite_X & finite_Xq
+    return jnp.stack([finite_X, finite_Xq, count.max() > 0, inputs, small, large])
+
+
+def _third(dtype) -> int:
+    """A third of the exponents below 1: 42 in float32."""
+    return -jnp.finfo(dtype).minexp // 3
+
+
+def raised(x: jax.Array, power: int) -> jax.Array:
+    """x 2^power."""
+    return x * jnp.asarray(2.0**power, x.dtype) if power else x
 
 
 def as_gram(data: Gram | Rows) -> Gram:

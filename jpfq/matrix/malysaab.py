@@ -23,7 +23,7 @@ class MalySaab(Prepare):
     """The walk of Maly and Saab (2022), for grids of any width: each weight stays in the grid cell it starts in.
 
     Needs fewer calibration rows than inputs, and the rows themselves. Where Xq is not X, the weights first take the
-    smallest change that makes Xq w = X w. The published method is this with `MSQ()` on `Binary()`.
+    smallest change that makes Xq w = X w. Dead weights do not walk. The published method is this with `MSQ()` on `Binary()`.
 
     Example:
         >>> few = jpfq.Rows(X[:8])  # 8 calibration rows for 32 inputs
@@ -46,7 +46,9 @@ class MalySaab(Prepare):
             W = W + matmul(right.T, scaled * matmul(left.T, matmul(data.X - data.Xq, W)))
         below = jnp.clip(jnp.floor(levels.position(W)), levels.lo, levels.hi - 1)
         low, high = levels.decode(below), levels.decode(below + 1)
-        return jax.vmap(kernel_walk, (1, None, 1, 1), 1)(W, Xq, low, high), Rows(Xq)
+        walked = jax.vmap(kernel_walk, (1, None, 1, 1), 1)(W, Xq, low, high)
+        nearest = levels.decode(levels.encode(W))
+        return jnp.where(data.diagonal[:, None] > 0, walked, nearest), Rows(Xq)
 
 
 def refuse(rows: int, n: int, name: str = "the matrix") -> None:

@@ -7,6 +7,9 @@ With D = diag(H):
     GPFQ    A = W + L W + D^-1 tril(C) W               L = D^-1 stril(H)          (= D^-1 tril(G) W, as G = H + C)
     UNI     A = W + L W + D^-1 stril(C) W / scaling    L = D^-1 stril(H) / scaling
 
+A dead coordinate, of which calibration has seen nothing (H_tt = 0), moves no output that is known: in every method its
+argument is its own weight.
+
 GPFQ is the greedy path-following quantizer of Lybrand and Saab (2020) and Zhang, Zhou and Saab (2022); the Gram form
 follows from taking the inner product of their state u with the next column of Xq. The methods that factor H are in optq.py.
 """
@@ -95,7 +98,7 @@ class GPFQ(Method):
     def __call__(self, W, gram):
         inverse = inverse_of(gram.diagonal)
         base = W if gram.C is None else W + inverse * matmul(lower(gram.C), W)
-        return System(jnp.where(inverse > 0, base, 0), inverse * lower(gram.H, -1), W, gram.diagonal)
+        return System(base, inverse * lower(gram.H, -1), W, gram.diagonal)
 
     @property
     def local(self):
@@ -112,7 +115,7 @@ class UNI(Method):
     """GPFQ with the feedback divided by `scaling` >= 1, which keeps arguments of a short alphabet within its range.
 
     q_t = Q( w_t + <Xq_t, u> / (scaling ||Xq_t||^2) ), from the unified framework of H. Zhang and Saab (2024). With
-    `Stochastic` and scaling 1, on aligned weights (`Align`), this is SPFQ. A dead coordinate rounds its own weight.
+    `Stochastic` and scaling 1, on aligned weights (`Align`), this is SPFQ.
 
     Example:
         >>> rule = jpfq.Rule(".*", grid=jpfq.Binary(), method=jpfq.UNI(scaling=4.0), rounding=jpfq.Stochastic())
@@ -139,7 +142,7 @@ class UNI(Method):
 
 
 def inverse_of(diagonal: jax.Array) -> jax.Array:
-    """1 / diagonal as a column (in, 1), and 0 at dead coordinates: their argument is 0, their level the nearest to 0."""
+    """1 / diagonal as a column (in, 1), and 0 at dead coordinates, which leaves them their own weight as argument."""
     return jnp.where(diagonal > 0, 1 / jnp.where(diagonal > 0, diagonal, 1), 0)[:, None]
 
 

@@ -84,7 +84,7 @@ class Qronos(Method):
         if not self.exact or gram.C is None:
             return system
         inverse = inverse_of(gram.diagonal[:1])
-        first = jnp.where(inverse > 0, W[:1] + inverse * matmul(gram.C[:1], W), 0)
+        first = W[:1] + inverse * matmul(gram.C[:1], W)
         return system._replace(base=system.base.at[:1].set(first))
 
 
@@ -118,7 +118,7 @@ class GPTAQ(Method):
         M = eye + N - jnp.triu(P, 1)
         of_M = lambda B: solve_triangular(M, B, trans=1, unit_diagonal=True)
         live = gram.diagonal[:, None] > 0  # P would pass on what a dead coordinate had in X
-        return System(jnp.where(live, of_M(jnp.where(live, W, 0)), 0), -jnp.tril(of_M(N.T), -1), None, None)
+        return System(jnp.where(live, of_M(jnp.where(live, W, 0)), W), -jnp.tril(of_M(N.T), -1), None, None)
 
 
 def _system(W, gram, damping, alpha) -> System:
@@ -127,4 +127,4 @@ def _system(W, gram, damping, alpha) -> System:
     base = W
     if alpha is not None and gram.C is not None:
         base = W + alpha * factored.feedback(matmul(gram.C, W))
-    return System(jnp.where(gram.diagonal[:, None] > 0, base, 0), factored.L, W, factored.diagonal**2)
+    return System(jnp.where(gram.diagonal[:, None] > 0, base, W), factored.L, W, factored.diagonal**2)

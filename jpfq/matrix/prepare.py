@@ -45,7 +45,7 @@ class Align(Prepare):
 
     The first pass is w_t = <Xq_t, u> / ||Xq_t||^2 with u what X w has built up so far; each further pass one Gauss-Seidel
     sweep for Xq W = X W (SPFQ, phase I). Before GPFQ one pass changes nothing; many tend to least squares. Dead weights
-    become 0.
+    stay.
 
     Example:
         >>> rule = jpfq.Rule(".*", bits=4, prepare=jpfq.Align(passes=4), method=jpfq.UNI(), rounding=jpfq.Stochastic())
@@ -58,16 +58,15 @@ class Align(Prepare):
             raise ValueError(f"Align takes an order of at least 1 pass; got {self.passes!r}.")
 
     def __call__(self, W, data, levels):
-        live = data.diagonal[:, None] > 0
         if data.C is None:
-            return jnp.where(live, W, 0), data
+            return W, data
         inverse = inverse_of(data.diagonal)
         lower = inverse * jnp.tril(data.H, -1)  # I + lower = D^-1 tril(H)
         sweep = lambda B: solve_triangular(lower, inverse * B, lower=True, unit_diagonal=True)
         change = sweep(matmul(jnp.tril(data.C), W))
         rest, C = jnp.triu(data.H, 1), matmul(data.C, W)
         change = lax.fori_loop(1, self.passes, lambda _, y: sweep(C - matmul(rest, y)), change)
-        return jnp.where(live, W + change, 0), aligned(data)
+        return W + change, aligned(data)
 
 
 @register_dataclass
@@ -99,7 +98,7 @@ class MagR(Prepare):
     """Weights V of smaller largest entry: min ||X (W - V)||^2 / 2 + penalty ||V||_max per neuron, by proximal gradient.
 
     `alpha` is the threshold of one step, in units of the weights, times s / ||S||_1 (S = X^T X, s its largest eigenvalue,
-    ||S||_1 its largest column sum), the convention of Brevitas. Source: MagR (arXiv 2406.00800).
+    ||S||_1 its largest column sum), the convention of Brevitas. Dead weights stay. Source: MagR (arXiv 2406.00800).
 
     `iterations` is the number of those steps.
 
@@ -126,6 +125,7 @@ class MagR(Prepare):
         def step(_, V):
             return jax.vmap(_prox_max, (1, None), 1)(V - matmul(S, V - W), threshold)
 
+        live = live & (data.diagonal[:, None] > 0)
         return jnp.where(live, lax.fori_loop(0, self.iterations, step, W), W), data
 
 

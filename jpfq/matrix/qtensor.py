@@ -116,7 +116,7 @@ class Info:
     square_error: jax.Array  # ||X W - Xq q||_F^2
     energy: jax.Array  # ||X W||_F^2; nan where inputs are so small that their squares are lost
     saturation: jax.Array  # share of arguments more than half a step outside the grid
-    dead: jax.Array  # input coordinates that are zero on all the data
+    dead: jax.Array  # input coordinates of which the data say nothing: their weights are rounded to nearest
     sparsity: jax.Array  # share of weights quantized to 0
     entropy: jax.Array  # of the codes, in bits per weight: the rate an entropy coder would reach
     zero_steps: jax.Array  # steps of 0 under weights that are not all 0: an error where positive
@@ -126,6 +126,7 @@ class Info:
     square_rounding: jax.Array | float = np.nan  # how far rounding in float32 may have moved the square error
     exponent: jax.Array | int = 0  # squares are in units of 4^exponent; 0 where they fit into float32 as they are
     reach: Reach | None = None  # how far its integer sums go; None where no accumulator was asked for
+    rows: jax.Array | None = None  # of a kernel of several matrices (experts): rows that are not 0, of each
 
     @property
     def relative_error(self) -> jax.Array:
@@ -165,19 +166,20 @@ class Info:
     def join(cls, infos: "list[Info]") -> "Info":
         """Of a kernel quantized in equal parts (the layers of a stack)."""
         reach = Reach.join([info.reach for info in infos])
-        bare = [dataclasses.replace(info, reach=None) for info in infos]
-        return dataclasses.replace(_join(bare), reach=reach)
+        found = [jnp.atleast_1d(info.rows) for info in infos if info.rows is not None]
+        rows = jnp.concatenate(found) if found else None
+        bare = [dataclasses.replace(info, reach=None, rows=None) for info in infos]
+        return dataclasses.replace(_join(bare), reach=reach, rows=rows)
 
 
 @jax.jit
 def _join(infos):
     means = ("saturation", "sparsity", "entropy")
-    fields = dict(vars(jax.tree.map(lambda *parts: jnp.stack(parts), *infos)))
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *infos)
+    fields: dict[str, Any] = {name: x for name, x in vars(stacked).items() if name not in ("reach", "rows")}
     squares, k = aligned(jnp.stack([fields[name] for name in SQUARES], 1), fields["exponent"][:, None])
-    fields |= dict(zip(SQUARES, squares.T, strict=True)) | {"exponent": k, "reach": jnp.zeros(0)}
-    joined: dict[str, Any] = {name: x.mean() if name in means else x.sum() for name, x in fields.items()}
-    joined["reach"] = None
-    return Info(**joined)
+    fields |= dict(zip(SQUARES, squares.T, strict=True)) | {"exponent": k}
+    return Info(**{name: x.mean() if name in means else x.sum() for name, x in fields.items()})
 
 
 @jax.jit

@@ -11,7 +11,11 @@ import jax.numpy as jnp
 
 from ..scalar.grid import Number, is_number
 from ..scalar.pytree import register_dataclass
-from .gram import Gram
+from .gram import Gram, mean_energy
+
+CLOSE = 16  # rows beyond one per input from which on nothing is done about few
+RARE = 4  # mean rows that an input of less energy is taken to have been seen in
+SLOPE = 16  # rows that the slope common to all coordinates is worth
 
 
 @register_dataclass
@@ -22,6 +26,17 @@ class Shrinkage:
     With k = share n / m: H + k diag(H), in which correlations are worth m / (m + share n) of what they were. Those of X - Xq
     with Xq lose what sampling alone would make of them, sum (1 - c^2)^2 / m of their sum of squares sum c^2. A large number
     of rows leaves both as they are. Figures in `Info` are always those of the data themselves.
+    Inputs that were 0 on all rows count as independent ones of mean energy: their weights are rounded by themselves, and
+    steps have to suit them too.
+
+    Fewer rows than inputs say little of each input by itself: a correlation of one row is 1, and an input that was large in
+    none may be large elsewhere. With t = min(m / (n + 16), 1), less than 1 only there,
+
+        H      has k (1 - t) (2 m / n + 2 / (m + 2)) mean(diag(H)) more on its diagonal: a variance of m rows errs by 2 / m
+        chance is sum (1 - t c^2)^2 / m
+        C_ii   goes to the slope that all coordinates share, sum C_ii / sum H_ii, as if 16 (1 - t) more rows had shown it
+
+    Of any number of rows, an input of less energy than 4 mean rows has it raised to that, in H and in its slope.
 
     Example:
         >>> tensor, info = jpfq.solve(W, gram, bits=4, shrinkage=jpfq.Shrinkage(1.0))  # twice what is recommended
@@ -38,13 +53,23 @@ class Shrinkage:
         n, dtype = gram.H.shape[0], gram.H.dtype
         rows = jnp.maximum(gram.count, 1).astype(dtype)
         k = self.share * n / rows
-        H = gram.H + k * jnp.diag(gram.diagonal)
+        trust = jnp.minimum(rows / (n + CLOSE), 1)
+        live, mean = gram.diagonal > 0, mean_energy(gram.diagonal)
+        more = k * (1 - trust) * (2 * rows / n + 2 / (rows + 2)) * mean
+        rare = jnp.maximum(RARE * mean / rows - gram.diagonal, 0)
+        awake = gram.awake()
+        H = awake.H + k * jnp.diag(awake.diagonal) + jnp.diag(jnp.where(live, more + (1 + k) * rare, 0))
         if gram.C is None or gram.drift is None:
             return dataclasses.replace(gram, H=H)
         C, diagonal = gram.C, jnp.diag(jnp.diagonal(gram.C))
         root = lambda d: jnp.where(d > 0, 1 / jnp.sqrt(jnp.where(d > 0, d, 1)), 0)
         c2 = ((C - diagonal) * root(gram.diagonal)[:, None] * root(jnp.diagonal(gram.drift))[None]) ** 2
-        live = (gram.diagonal > 0)[:, None] & (jnp.diagonal(gram.drift) > 0)[None] & ~jnp.eye(n, dtype=bool)
-        chance = jnp.sum(jnp.where(live, (1 - c2) ** 2, 0)) / rows
+        others = live[:, None] & (jnp.diagonal(gram.drift) > 0)[None] & ~jnp.eye(n, dtype=bool)
+        chance = jnp.sum(jnp.where(others, (1 - trust * c2) ** 2, 0)) / rows
         kept = 1 - jnp.clip(chance / jnp.where(c2.sum() > 0, c2.sum(), 1), 0, 1)
-        return dataclasses.replace(gram, H=H, C=(1 + k) * (kept * C + (1 - kept) * diagonal))
+        C = (1 + k) * (kept * C + (1 - kept) * diagonal)
+        prior = SLOPE * (1 - trust) * mean / rows + rare
+        slope = jnp.trace(diagonal) / jnp.where(live.any(), gram.diagonal.sum(), 1)
+        slopes = (jnp.diagonal(diagonal) + prior * slope) / jnp.where(live, gram.diagonal + prior, 1)
+        few = ((trust < 1) | (rare > 0))[:, None] & live[:, None] & jnp.eye(n, dtype=bool)
+        return dataclasses.replace(gram, H=H, C=jnp.where(few, jnp.diag(slopes * jnp.diagonal(H)), C))

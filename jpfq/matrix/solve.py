@@ -54,7 +54,7 @@ def solve(
     W = jnp.asarray(W)
     if isinstance(data, Rows):
         data = jax.tree.map(at_least_float32, data)
-    _check(W, data, recipe, key)
+    data = _checked(W, data, recipe, key)
     if isinstance(data, Rows) and not recipe.prefers_rows(data.X.shape[0], *W.shape):
         data = data.gram()
     data = jax.tree.map(lambda x: x[None], data)
@@ -110,7 +110,8 @@ def _whole(x):
     return x if readable else jax.device_put(x, NamedSharding(x.sharding.mesh, P()))
 
 
-def _check(W, data, recipe, key):
+def _checked(W, data, recipe, key):
+    """The data, rows of unusual size times a power of 2; raises for what cannot be solved."""
     if W.ndim != 2 or not jnp.issubdtype(W.dtype, jnp.floating):
         raise ValueError(f"W must be a real floating matrix (in, out); got shape {W.shape}, {W.dtype}.")
     if not isinstance(data, Gram | Rows):
@@ -126,7 +127,17 @@ def _check(W, data, recipe, key):
     recipe.refuse(data.X.shape[0] if isinstance(data, Rows) else 0, W.shape[0], "the matrix")
     if recipe.rounding.random and key is None:
         raise ValueError(f"{recipe.rounding} draws random numbers: pass key=jax.random.key(...).")
-    moments = (data.sum_X, data.sum_Xq) if isinstance(data, Gram) else (data.X, data.quantized)
-    for name, values in (("W", (W,)), (f"The {type(data).__name__}", (*moments, data.diagonal))):
+    moments = (data.sum_X, data.sum_Xq, data.diagonal) if isinstance(data, Gram) else (data.X, data.quantized)
+    for name, values in (("W", (W,)), (f"The {type(data).__name__}", moments)):
         if any(not is_traced(x) and not is_finite(x) for x in values):
             raise ValueError(f"{name} holds NaN or infinity.")
+    if any(map(is_traced, moments)):
+        return data
+    shown = data.shown()
+    shown.refuse("the matrix")
+    if shown.power and isinstance(data, Gram):
+        raise ValueError(
+            f"Squares of the inputs underflow in this Gram of {data.H.dtype}: make it by jpfq.Gram.from_data outside jit, "
+            "which scales them, or scale the inputs up."
+        )
+    return data.to_power(shown.power) if isinstance(data, Rows) else data

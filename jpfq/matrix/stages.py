@@ -17,7 +17,7 @@ from ..scalar import Bounded, Codes, Levels, Reach
 from ..scalar.exponent import exponent_of, reduced
 from .bounds import resolution, rounding, square_bound, target
 from .each import each
-from .gram import Gram, Rows, as_gram
+from .gram import Gram, Rows, as_gram, mean_energy
 from .neurons import ALL, Neurons
 from .pathfollow import follow
 from .qtensor import Info, entropy
@@ -54,6 +54,7 @@ class _Job(NamedTuple):
     trusted: Any  # the data after shrinkage: what codes and steps are chosen by
     ready_W: jax.Array  # weights and data as prepared for the recursion
     ready_data: Any
+    dead: jax.Array  # how many coordinates the data say nothing of, before any rotation
 
 
 @jax.jit
@@ -87,7 +88,7 @@ def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | Non
     sums = {name: x.sum() for name, x in parts.items()}
     means = {name: parts[name].mean() for name in ("saturation", "sparsity")}
     sums["energy"] = jnp.where(jnp.isnan(magnitude).any(), jnp.nan, sums["energy"])
-    info = Info(**sums | means, entropy=entropy(codes, neurons), exponent=k, reach=reach)
+    info = Info(**sums | means, entropy=entropy(codes, neurons), exponent=k - data.power, reach=reach)
     return Solution(codes, q, step, zero, info)
 
 
@@ -105,17 +106,19 @@ def _lay(W, importance, recipe, neurons) -> Levels:
 
 
 def _prepare(W, data, recipe) -> _Job:
+    trusted, dead = data, jnp.sum(data.unseen)
     if recipe.rotation is not None:
-        W, data = recipe.rotation.forth(W), recipe.rotation.gram(data)
-    p = recipe.order(data)
+        W, data, trusted = recipe.rotation.forth(W), recipe.rotation.gram(data), recipe.rotation.gram(data.awake())
+    p = recipe.order(trusted)
     if p is not None:
-        W, data = W[p], data.permute(p)
-    trusted = data if recipe.shrinkage is None else recipe.shrinkage(data)
+        W, data, trusted = W[p], data.permute(p), trusted.permute(p)
+    trusted = trusted if recipe.shrinkage is None else recipe.shrinkage(trusted)
     ready = W, trusted
     for part in recipe.prepare:
         if not part.needs_levels:
             ready = part(*ready, None)
-    return _Job(jnp.arange(W.shape[0]) if p is None else p, W, data, trusted, *ready)
+    ready_W, ready_data = ready
+    return _Job(jnp.arange(W.shape[0]) if p is None else p, W, data, trusted, ready_W, ready_data, dead)
 
 
 def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
@@ -153,6 +156,9 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
         small = settled._replace(levels=dataclasses.replace(levels, step=reduce(levels.step)))
         codes, levels = recipe.finish(reduce(job.W), as_gram(job.trusted), codes, small, recipe.block)
         levels = dataclasses.replace(levels, step=reduce(levels.step, -1))
+        if recipe.finish.frees_step:
+            last = settled if recipe.finish.descends else recursion._replace(carry=None, refit=None)
+            codes = _settle_dead(job, codes, last._replace(levels=levels))
     recursion = recursion._replace(levels=levels)
     q = recursion.values(codes)
     bounded = recipe.rounding
@@ -168,7 +174,7 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
         "square_error": error,
         "energy": energy,
         "saturation": neurons.mean(path.saturated),
-        "dead": jnp.sum(job.data.diagonal == 0),
+        "dead": job.dead,
         "sparsity": neurons.mean(q == 0),
         "zero_steps": neurons.sum((levels.step == 0) & nonzero),
         "square_floor": as_number(floor),
@@ -200,6 +206,8 @@ def _run(system, job, recursion, recipe, told, reduce) -> tuple[Path, Recursion]
 
     least, rounds = multiples
     levels, shared = recursion.levels, recursion.shared
+    trusted = as_gram(job.trusted)
+    blind = (mean_energy(trusted.diagonal) == 0).astype(system.base.dtype)  # no data tell steps apart: weights do
     scaled = lambda c: recursion._replace(levels=dataclasses.replace(levels, step=levels.step * jnp.atleast_2d(c)))
 
     def attempt(state, x):
@@ -208,7 +216,8 @@ def _run(system, job, recursion, recipe, told, reduce) -> tuple[Path, Recursion]
         centre = jnp.where(new_round, best_c, centre)
         c = jnp.maximum(centre + offset, least / 2)  # a step stays positive
         path = run(scaled(c))
-        error = as_gram(job.trusted).excess(reduce(job.W), reduce(path.q))
+        both = reduce(job.W), reduce(path.q)
+        error = trusted.excess(*both) + blind * jnp.sum((both[0] - both[1]) ** 2, 0)
         error = recursion.neurons.sum(error) if shared else error
         better, found = error < best_error, (error, c, path)
         keep = lambda new, old: jnp.where(better[None] if new.ndim == 2 and better.ndim else better, new, old)
@@ -219,6 +228,18 @@ def _run(system, job, recursion, recipe, told, reduce) -> tuple[Path, Recursion]
     first = jnp.concatenate([jnp.arange(x.size) == 0 for x in rounds])
     ((_, c, path), _), _ = lax.scan(attempt, (start, c), (jnp.concatenate(rounds), first))
     return path, scaled(c)
+
+
+def _settle_dead(job, codes, recursion):
+    """The codes with those of dead weights rounded anew, by steps that have changed since."""
+    live = job.data.diagonal[:, None] > 0
+    if not isinstance(recursion.rounding, Bounded):
+        return jnp.where(live, codes, recursion.alone(job.W))
+    settled = recursion.rounding.settled
+    if settled is None:
+        return codes  # those that keep the bound
+    run, given = recursion._replace(rounding=settled, key=None).again(codes)
+    return substitute(jnp.where(live, recursion.values(codes), job.W), None, run, given=given).codes
 
 
 def _back(x, order):

@@ -124,6 +124,18 @@ class Recursion(NamedTuple):
         carry, path = mapped(A, about, given, step, zero, carry, self.neurons.numbers(self.out))
         return carry, path if self.refit is None else path._replace(refit=levels)
 
+    def alone(self, W: jax.Array) -> jax.Array:
+        """The codes of W (in, out), each weight rounded by itself, for a rounding that carries nothing."""
+        levels = self.spread()
+        one = lambda w, step, zero, key: self.rounding(
+            self.rounding.init(), w, Here(Levels(step, zero, levels.lo, levels.hi), key, ())
+        )[1]
+        if self.key is None or not self.rounding.random:
+            return one(W, levels.step, levels.zero, None)
+        fold = jax.vmap(jax.random.fold_in, (None, 0))
+        keys = jax.vmap(fold, (0, None), 1)(fold(self.key, self.neurons.numbers(self.out)), self.order)
+        return jax.vmap(jax.vmap(one))(W, levels.step, levels.zero, keys)
+
     def values(self, codes: jax.Array) -> jax.Array:
         """The values of codes (in, out), in the order of the recursion."""
         return self.spread().decode(codes)

@@ -163,4 +163,4 @@ def _cost(gram: Gram, W, q, weights):
     """The cost of q in units of 4^k, and k."""
     magnitude = jnp.max(each(lambda gram: gram.magnitude, gram))
     own = exponent_of(jnp.max(jnp.abs(W)), magnitude)
-    return jnp.sum(each(Gram.square_error, gram, reduced(W, own), reduced(q, own)) * weights), own
+    return jnp.sum(each(Gram.square_error, gram, reduced(W, own), reduced(q, own)) * weights), own - gram.power

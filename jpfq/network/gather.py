@@ -1,5 +1,6 @@
 """Gather: the calibration data of one stop, over all batches, as a Gram or as rows."""
 
+import dataclasses
 import functools
 import math
 import zlib
@@ -13,8 +14,8 @@ from jax import lax
 from ..matrix import Devices, Gram, Recipe, Rows
 from ..matrix.correlate import Correlations, at_a_time, correlates
 from ..matrix.each import each, over_lanes
-from ..matrix.gram import at_least_float32, is_finite
-from ..matrix.layout import Layout
+from ..matrix.gram import Shown, at_least_float32, raised
+from ..matrix.layout import DotLayout, Layout
 from ..matrix.patches import All
 from .batches import NotFinite
 from .stream import Stream
@@ -27,6 +28,7 @@ class Gathered(NamedTuple):
     mean_X: jax.Array
     mean_Xq: jax.Array
     rows: jax.Array  # (B,) how many, or the sum of their weights
+    used: jax.Array | None = None  # (B,) of experts, how many of those are not 0
 
 
 class Gather:
@@ -54,19 +56,34 @@ class Gather:
         self.forked = stream.has_lanes(site.data, track)
         self.laned = self.forked or (self.key is not None and self.key.ndim > 0)  # whether data have lanes
         self.made: dict = {}
+        self.shown: Shown | None = None  # of the data, once they are made
         self.rows = None if devices is None else devices.rows_of(site.layout.dims[1])
 
     def __call__(self, recipe: Recipe, shape: tuple[int, int, int], centred: bool = False) -> Gathered:
         """The data in the form that a recipe prefers; with the mean of every input taken off where `centred`."""
         _, n, out = shape
-        return self.of(Rows if recipe.prefers_rows(self.count, n, out) else Gram, centred)
+        gathered = self.of(Rows if recipe.prefers_rows(self.count, n, out) else Gram, centred)
+        if self.shown is not None:
+            self.shown.refuse(self.path)
+        return gathered
 
     def of(self, kind: type, centred: bool = False) -> Gathered:
         """The data as a `Gram` or as `Rows`."""
         if (kind, centred) not in self.made:
             self.made[kind, centred] = self._rows(centred) if kind is Rows else self._gram(centred)
-        self._check_finite(self.made[kind, centred])
-        return self.made[kind, centred]
+        return self.made[kind, centred]._replace(used=self.used)
+
+    @functools.cached_property
+    def used(self) -> jax.Array | None:
+        """Of experts, matrices that each have rows of their own: how many rows of each are not 0, or their weights."""
+        layout = self.streams[0][1].layout
+        if not isinstance(layout, DotLayout) or not layout.batch:
+            return None
+        parts = (
+            _used(layout, x if xq is None else xq, weights, self.forked)
+            for layout, x, xq, weights, _ in self._batches()
+        )
+        return functools.reduce(jnp.add, parts)
 
     @functools.cached_property
     def count(self) -> int:
@@ -111,25 +128,35 @@ class Gather:
         if centred:
             gathered = self.made.get((Gram, False)) or self._gram(False)
             return gathered._replace(data=_centred(gathered.data, self.laned))
-        parts = (
-            _gram(layout, *batch, _merges(batch[0]), at_once(), self.rows, self._laned(batch[-1]))
-            for layout, *batch in self._batches()
-        )
-        gram: Any = functools.reduce(_merge, parts)
-        return Gathered(gram, *_means(gram))
+
+        def summed(power):
+            parts = (
+                _gram(layout, *batch, _merges(batch[0]), at_once(), self.rows, self._laned(batch[-1]), power)
+                for layout, *batch in self._batches()
+            )
+            gram: Any = functools.reduce(_merge, parts)
+            return Gathered(gram, *_means(gram))
+
+        gathered = summed(0)
+        power = self._checked(gathered)
+        return summed(power) if power else gathered
 
     def _rows(self, centred):
-        return _weighted(*self.flat(), centred, self.laned)
+        gathered = _weighted(*self.flat(), centred, self.laned)
+        return gathered._replace(data=gathered.data.to_power(self._checked(gathered)))
 
     def flat(self) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """Rows of both networks, and their weights."""
         parts = [_flat_rows(layout, *batch, self._laned(batch[-1])) for layout, *batch in self._batches()]
         return _concatenated(parts, (self.laned,) * len(parts))
 
-    def _check_finite(self, gathered):
-        for x, network in ((gathered.mean_X, "float"), (gathered.mean_Xq, "quantized")):
-            if not is_finite(x):
+    def _checked(self, gathered) -> int:
+        """The power of 2 by which inputs are to be multiplied; raises for data that are not finite."""
+        self.shown = shown = _shown(gathered)
+        for finite, network in ((shown.finite_X, "float"), (shown.finite_Xq, "quantized")):
+            if not finite:
                 raise NotFinite(self.path, network, self._culprit(network))
+        return shown.power
 
     def _culprit(self, network):
         """The stream and the batch in it whose rows that count are not finite."""
@@ -164,17 +191,31 @@ class Joint:
             self.made[kind, centred] = self._rows(centred) if kind is Rows else self._gram(centred)
         return self.made[kind, centred]
 
+    @property
+    def used(self) -> jax.Array | None:
+        """As of one stop."""
+        used: list[Any] = [part.used for part in self.parts]
+        return None if any(x is None for x in used) else functools.reduce(jnp.add, used)
+
     def _gram(self, centred):
         gram = _joined([part.of(Gram).data for part in self.parts], tuple(part.laned for part in self.parts))
-        return Gathered(_centred(gram, self.laned) if centred else gram, *_means(gram))
+        gathered = Gathered(gram, *_means(gram))._replace(used=self.used)
+        _shown(gathered).refuse(self.parts[0].path)
+        return gathered._replace(data=_centred(gram, self.laned)) if centred else gathered
 
     def _rows(self, centred):
         parts, laned = [part.flat() for part in self.parts], tuple(part.laned for part in self.parts)
         gathered = _weighted(*_concatenated(parts, laned), centred, self.laned)
-        if not (is_finite(gathered.mean_X) and is_finite(gathered.mean_Xq)):
+        shown = _shown(gathered)
+        if not (shown.finite_X and shown.finite_Xq):
             for part in self.parts:  # which says of its own
                 part.of(Rows)
-        return gathered
+        shown.refuse(self.parts[0].path)
+        return gathered._replace(data=gathered.data.to_power(shown.power), used=self.used)
+
+
+def _shown(gathered) -> Shown:
+    return Shown.of(gathered.data.diagonal, gathered.mean_X, gathered.mean_Xq, gathered.rows)
 
 
 @functools.partial(jax.jit, static_argnames="laned")
@@ -236,11 +277,14 @@ def _merges(x) -> bool:
     return len(x.sharding.device_set) == 1
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "over", "laned"))
-def _gram(layout, x, xq, weights, picked, merges, at_once, over=None, laned=(False, False)):
-    """The Gram of one batch; `laned` are xq and picked."""
+@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "over", "laned", "power"))
+def _gram(layout, x, xq, weights, picked, merges, at_once, over=None, laned=(False, False), power=0):
+    """The Gram of one batch, its inputs times 2^power; `laned` are xq and picked."""
+    if power:
+        x, xq = (None if x is None else raised(at_least_float32(x), power) for x in (x, xq))
     one = lambda x, xq, weights, picked: _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over)
-    return over_lanes(one, (x, xq, weights, picked), (False, laned[0], False, laned[1]))
+    gram = over_lanes(one, (x, xq, weights, picked), (False, laned[0], False, laned[1]))
+    return dataclasses.replace(gram, power=power)
 
 
 def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over):
@@ -254,7 +298,7 @@ def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over):
             X, Xq = flat(X), None if Xq is None else flat(Xq)
             weights = None if weights is None else weights.reshape(len(weights), -1)
         weights = None if weights is None else jnp.broadcast_to(weights, (len(X), *weights.shape[1:]))
-        gram = each(Gram.from_data, X, Xq, weights)
+        gram = each(Gram.scaled, X, Xq, weights)
         return gram if over is None else gram.split(over)
 
     if picked is not None:
@@ -302,6 +346,18 @@ def _in_parts(part, total, size):
 @functools.partial(jax.jit, donate_argnums=0)  # the sum goes where the sum so far was
 def _merge(total, gram):
     return total.merge(gram)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "laned"))
+def _used(layout, x, weights, laned):
+    """How many rows of each matrix (B,) are not 0, or the sum of their weights."""
+
+    def one(x, weights):
+        shown = jnp.any(layout.rows(x) != 0, -1)
+        counted = shown.astype(jnp.float32) if weights is None else jnp.where(shown, weights, 0)
+        return counted.sum(range(1, counted.ndim))
+
+    return over_lanes(one, (x, weights), (laned, False))
 
 
 @jax.jit

@@ -33,11 +33,7 @@ class Noted(NamedTuple):
 
 def write_infos(infos: Sequence[Info]) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
     """The figures of all kernels in order, and by number of the kernel its packed sums, where they are bounded."""
-    told = [
-        name
-        for name, needed in NEEDED.items()
-        if needed or any(getattr(info, name) != getattr(Info, name) for info in infos)
-    ]
+    told = [name for name in NEEDED if any(_is_told(getattr(info, name), name) for info in infos)]
     columns = {name: column([getattr(info, name) for info in infos]) for name in told}
     rows, arrays = [], {}
     for number, info in enumerate(infos):
@@ -52,6 +48,12 @@ def write_infos(infos: Sequence[Info]) -> tuple[dict[str, Any], dict[int, np.nda
         fields = dict(zip(FIELDS, zip(*rows, strict=True), strict=True))
         columns["reach"] = {"kernels": list(arrays)} | {name: column(values) for name, values in fields.items()}
     return columns, arrays
+
+
+def _is_told(x, name):
+    """Whether a figure is anything but its default."""
+    default = getattr(Info, name, None)
+    return NEEDED[name] or (x is not None and (default is None or bool(np.any(np.asarray(x) != default))))
 
 
 def read_infos(columns: Mapping[str, Any], paths: Sequence[str], reaches: Mapping[str, Reach]) -> dict[str, Info]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from ..matrix import Info, QTensor
 from ..matrix.automatic import automatic, context
@@ -310,6 +311,7 @@ class Quantized:
         lines = [table(head, rows)]
         if any(info.reach is not None for info in self.info.values()):
             lines.append(self._accumulators())
+        lines += [_experts(path, info) for path, info in self.info.items() if info.rows is not None]
         if self.skipped:
             lines.append(table(("left as it is", "because"), list(self.skipped.items())))
         if self.uses:
@@ -337,6 +339,15 @@ class Quantized:
                 widths = (int(reach.sums.bits), tile, reach.bits, most, reach.outer_bits)
                 rows.append((path, *map(str, widths), f"{int(reach.ends.max()):,}"))
         return table(("sums of", "bits", "tile", "needed", "of any codes", "outer bits", "largest sum"), rows)
+
+
+def _experts(path, info):
+    """What calibration has shown of each matrix of a kernel."""
+    rows = np.atleast_1d(info.rows)
+    line = f"Rows of the {rows.size} matrices of {path}: {rows.min():,.6g} to {rows.max():,.6g}."
+    if (rows > 0).all():
+        return line
+    return f"{line} Rounded to nearest for want of any: {', '.join(map(str, np.flatnonzero(rows == 0)))}."
 
 
 def any_codes_bits(tensor: QTensor, reach: Reach) -> tuple[int, int]:

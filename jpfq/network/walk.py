@@ -205,7 +205,11 @@ def _solved(first, number, position, track, gather, devices) -> Solved:
     solve = functools.partial(_solve_lanes, data_laned=gather.laned) if track.laned else _solve
     solution = solve(W, gathered.data, recipe, draw, coupled, devices)
     _raise_on(solution.info, recipe, site.path, gathered.data, making.lanes, gather.laned)
-    solution = solution._replace(codes=solution.codes.astype(code_dtype(recipe.grid)))
+    info = solution.info
+    if gathered.used is not None:
+        lanes = (len(making.lanes or ()),) * track.laned
+        info = dataclasses.replace(info, rows=jnp.broadcast_to(gathered.used, (*lanes, *W.shape[:1])))
+    solution = solution._replace(codes=solution.codes.astype(code_dtype(recipe.grid)), info=info)
     if site.bias is None:
         return Solved(solution, None, None)
     means = gathered.mean_X, gathered.mean_Xq, gathered.rows

@@ -81,12 +81,29 @@ def spread(x):
     return np.broadcast_to(np.repeat(np.asarray(x), N // x.shape[0], 0), (N, OUT))
 
 
+def assert_own(tensor, W, rounding, finish):
+    """What calibration has not seen is rounded by itself: to the nearest level, or by what the rounding is for."""
+    at = list(DEAD)
+    w, step, zero = np.float64(W)[at], spread(tensor.step)[at].astype(np.float64), spread(tensor.zero)[at]
+    lo, hi, *_ = tensor.grid.alphabet()
+    codes = np.asarray(tensor.codes)[at]
+    if rounding.random and not (finish is not None and finish.descends):
+        reach = rounding.c if isinstance(rounding, jpfq.Prune) else 0
+        assert (np.abs(codes - np.clip(w / step + zero, lo, hi)) <= 1 + reach + 1e-5).all()
+        return
+    if isinstance(rounding, jpfq.SoftThreshold):
+        w = np.sign(w) * np.maximum(np.abs(w) - rounding.lam, 0)
+    if isinstance(rounding, jpfq.HardThreshold):
+        w = np.where(np.abs(w) <= rounding.lam * (step if rounding.unit == "step" else 1), 0, w)
+    assert_codes_equal(codes, np.clip(np.floor(w / step + zero + 0.5), lo, hi))
+
+
 @each_combination
 def test_every_combination(name):
     """On all grids by one program: shapes, dtypes, codes and figures, and what becomes of dead coordinates."""
     compiled = importlib.import_module("jpfq.matrix.stages")._solve_all
     W, data = drawn(name)
-    scale, _, method, _, _, how = COMBINATIONS[name]
+    scale, _, _, rounding, finish, how = COMBINATIONS[name]
     X, Xq = (np.float64(x) for x in problem(60, n=N, out=OUT, dead=DEAD)[:2])
     X, before = Xq if how == "X = Xq" else X, None
     for grid in grids(name):
@@ -111,10 +128,7 @@ def test_every_combination(name):
         if how == "rotated":
             continue
         assert info.dead == len(DEAD)
-        if not isinstance(method, jpfq.UNI | jpfq.MSQ):
-            at = list(DEAD)
-            nearest = np.where(spread(tensor.zero) == np.round(spread(tensor.zero)), 0, spread(tensor.step) / 2)
-            assert_close(np.abs(values[at]), np.abs(nearest[at]), scale=1)
+        assert_own(tensor, W, rounding, finish)
     for weights in (W.astype(jnp.bfloat16), drawn(name, 61)[0]):
         tensor, _ = jpfq.solve(weights, data, grid=WIDE, **settings(name))
         assert tensor.dequantize().dtype == weights.dtype

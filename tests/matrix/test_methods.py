@@ -128,7 +128,7 @@ def test_sparse_gpfq(x64, kind):
 
 
 def test_the_system_of_gpfq(x64):
-    """A = D^-1 tril(G) W and L = D^-1 stril(H), with rows of zeros at dead coordinates."""
+    """A = D^-1 tril(G) W and L = D^-1 stril(H), where a dead coordinate has its own weight and no feedback."""
     X, Xq, W, _ = case(0.1, DEAD)
     system = jpfq.GPFQ()(jnp.asarray(W), jpfq.Gram.from_data(X, Xq))
     H, G = Xq.T @ Xq, Xq.T @ X
@@ -137,7 +137,7 @@ def test_the_system_of_gpfq(x64):
     for t in range(N):
         row = np.array([H[t, j] / H[t, t] if j < t and alive[t] else 0 for j in range(N)])
         assert_close(system.L[t], row, scale=1)
-        assert_close(system.A[t], G[t, : t + 1] @ W[: t + 1] / H[t, t] if alive[t] else np.zeros(OUT), scale=1)
+        assert_close(system.A[t], G[t, : t + 1] @ W[: t + 1] / H[t, t] if alive[t] else W[t], scale=1)
 
 
 @pytest.mark.parametrize("form", ["gram", "data"])

@@ -56,7 +56,7 @@ class Budget:
 
 
 def gpfq(W, X, Xq, step, codes, inputs, P, T, order, soft=True):
-    """A2GPFQ: q_t of a_t = ( sum_{j <= t} G_tj w_j - sum_{j < t} H_tj q_j ) / H_tt, 0 where H_tt = 0. Codes (n, out)."""
+    """A2GPFQ: q_t of a_t = ( sum_{j <= t} G_tj w_j - sum_{j < t} H_tj q_j ) / H_tt, w_t where H_tt = 0. Codes (n, out)."""
     H, G = Xq.T @ Xq, Xq.T @ X
     theta, k = thresholds(W, step, inputs, P, T), np.zeros(W.shape, int)
     for o in range(W.shape[1]):
@@ -64,7 +64,7 @@ def gpfq(W, X, Xq, step, codes, inputs, P, T, order, soft=True):
         for i in order:
             here = [*done, i]
             a = G[i, here] @ W[here, o] - H[i, done] @ (step[o] * k[done, o])
-            a = a / H[i, i] if H[i, i] > 0 else 0.0
+            a = a / H[i, i] if H[i, i] > 0 else W[i, o]
             _, k[i, o] = budget(a, i // T, theta[i // T, o], step[o])
             done = here
     return k
@@ -81,7 +81,7 @@ def optq(W, X, step, codes, inputs, P, T, order, lam, feedback="shrunk", soft=Tr
     H = (H + np.diag(np.where(dead, 1.0, 0.0)) + lam * np.eye(len(H)))[np.ix_(order, order)]
     U = np.linalg.cholesky(np.linalg.inv(H)).T
     for o in range(W.shape[1]):
-        budget, w = Budget(len(theta), inputs, P, codes, soft), np.where(dead, 0.0, W[:, o])[order]
+        budget, w = Budget(len(theta), inputs, P, codes, soft), W[order, o]
         for t, i in enumerate(order):
             a, k[i, o] = budget(w[t], i // T, theta[i // T, o], step[o])
             start = a if feedback == "shrunk" else w[t]

@@ -74,7 +74,7 @@ def gpfq_state(W, X, Xq, levels):
         q_t = argmin_p || u_{t-1} + w_t X_t - p Xq_t ||  =  nearest( <Xq_t, u_{t-1} + w_t X_t> / ||Xq_t||^2 )
         u_t = u_{t-1} + w_t X_t - q_t Xq_t
 
-    A column Xq_t = 0 has argument 0 (GPFQ22's code).
+    A column Xq_t = 0, which moves no output, has argument w_t (0 in GPFQ22's code).
     """
     W, X, Xq = (np.asarray(x, np.float64) for x in (W, X, Xq))
     path = _empty(W)
@@ -83,7 +83,7 @@ def gpfq_state(W, X, Xq, levels):
         for t in range(W.shape[0]):
             target = u + W[t, o] * X[:, t]
             energy = Xq[:, t] @ Xq[:, t]
-            _visit(path, t, o, Xq[:, t] @ target / energy if energy > 0 else 0.0, levels)
+            _visit(path, t, o, Xq[:, t] @ target / energy if energy > 0 else W[t, o], levels)
             u = target - path.q[t, o] * Xq[:, t]
     return path
 
@@ -98,7 +98,7 @@ def gpfq_gram(W, H, G, levels):
     for o in range(W.shape[1]):
         for t in range(W.shape[0]):
             total = G[t, : t + 1] @ W[: t + 1, o] - H[t, :t] @ path.q[:t, o]
-            _visit(path, t, o, total / H[t, t] if H[t, t] > 0 else 0.0, levels)
+            _visit(path, t, o, total / H[t, t] if H[t, t] > 0 else W[t, o], levels)
     return path
 
 

@@ -1,7 +1,7 @@
 """OPTQ, its order and its geometry as plain loops in float64 NumPy. Imports nothing of jpfq.
 
 Letters as in `gpfq`: W (n, out), X (m, n), H = X^T X, `levels` (n, out, M). `lam` is the number added to the
-diagonal of H. A coordinate is dead where H_tt = 0: there H_tt = 1 and the argument is 0.
+diagonal of H. A coordinate is dead where H_tt = 0: there H_tt = 1 and the argument is w_t.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ def optq_blocked(W, X, levels, lam, block):
     """The same with the updates of the weights behind a block made once, at its end."""
     W, X = _float64(W, X)
     H = X.T @ X
-    return _diffuse(_alive(W, H), _factor(_inverse(H, lam)), levels, block)
+    return _diffuse(W.copy(), _factor(_inverse(H, lam)), levels, block)
 
 
 def optq_groups_refit(W, X, codes, size, lam, fit, block=1):
@@ -33,7 +33,7 @@ def optq_groups_refit(W, X, codes, size, lam, fit, block=1):
     """
     W, X = _float64(W, X)
     H = X.T @ X
-    w, U = _alive(W, H), _factor(_inverse(H, lam))
+    w, U = W.copy(), _factor(_inverse(H, lam))
     n, out = W.shape
     path, levels = _empty(W), np.zeros((n, out, len(codes)))
     steps, zeros = np.zeros((-(-n // size), out)), np.zeros((-(-n // size), out))
@@ -98,10 +98,6 @@ def _float64(*arrays):
 
 def _appended(X, lam):
     return np.concatenate([X, np.sqrt(lam) * np.eye(X.shape[1])])
-
-
-def _alive(W, H):
-    return np.where(np.diag(H)[:, None] == 0, 0.0, W)
 
 
 def _inverse(H, lam):

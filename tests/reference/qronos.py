@@ -6,7 +6,7 @@ Imports nothing of jpfq. Letters as in `gpfq`, with G = Xq^T X; `lam` and dead c
 import numpy as np
 
 from tests.reference.gpfq import Path, _empty, _visit
-from tests.reference.optq import _alive, _appended, _diffuse, _factor, _float64, _inverse, _round, optq
+from tests.reference.optq import _appended, _diffuse, _factor, _float64, _inverse, _round, optq
 
 
 def least_squares(W, X, Xq, lam):
@@ -28,12 +28,14 @@ def gptaq(W, X, Xq, levels, lam, alpha, block=None):
         q_t = nearest( w_t ),   e = (w_t - q_t) / U_tt,   w_j -= U_tj e - P_tj w_t  for j > t
 
     With `block` inputs to a block, the update of the weights behind a block has q_t in the place of the second w_t: the
-    code has overwritten w_t by then. Without, all inputs are one block.
+    code has overwritten w_t by then. Without, all inputs are one block. A dead coordinate passes nothing on; in the code
+    because its w_t is 0.
     """
     W, X, Xq = _float64(W, X, Xq)
     H = Xq.T @ Xq
-    w, U = _alive(W, H), _factor(_inverse(H, lam))
+    w, U = W.copy(), _factor(_inverse(H, lam))
     P = alpha * np.triu((X - Xq).T @ Xq @ U.T, 1) @ U
+    P[np.diag(H) == 0] = 0
     n, path = len(W), _empty(W)
     block = n if block is None else block
     for t in range(n):
@@ -56,7 +58,7 @@ def qronos(W, X, Xq, levels):
         w, rest = W[:, o].copy(), X @ W[:, o]
         for t in range(len(W)):
             x, later = Xq[:, t], Xq[:, t + 1 :]
-            argument = x @ (rest - later @ w[t + 1 :]) / (x @ x) if x @ x > 0 else 0.0
+            argument = x @ (rest - later @ w[t + 1 :]) / (x @ x) if x @ x > 0 else W[t, o]
             _visit(path, t, o, argument, levels)
             rest = rest - path.q[t, o] * x
             w[t + 1 :] = np.linalg.lstsq(later, rest, rcond=None)[0]
@@ -70,16 +72,17 @@ def qronos_brevitas(W, X, Xq, levels, lam):
         S   = K_++ - K_+1 K_1+ / K_11 = (H_++ + lam I)^-1               K = (H + lam I)^-1
         w_+ = S ( (G + lam I)_+ W - H_+1 q_1 )
 
-    and OPTQ on w_+ with U^T U = S. The argument of a dead coordinate is 0; in Brevitas it is w_t, except the first.
+    and OPTQ on w_+ with U^T U = S. The argument of a dead coordinate is w_t; in Brevitas it is 0 for the first.
     """
     W, X, Xq = _float64(W, X, Xq)
     H, G = Xq.T @ Xq, Xq.T @ X
     path, K = _empty(W), _inverse(H, lam)
-    first = (G[0] @ W - H[0, 1:] @ W[1:]) / H[0, 0] if H[0, 0] > 0 else np.zeros(W.shape[1])
+    first = (G[0] @ W - H[0, 1:] @ W[1:]) / H[0, 0] if H[0, 0] > 0 else W[0]
     _round(path, 0, first, levels)
     S = K[1:, 1:] - np.outer(K[1:, 0], K[0, 1:]) / K[0, 0]
     w = S @ ((G + lam * np.eye(len(G)))[1:] @ W - np.outer(H[1:, 0], path.q[0]))
-    rest = _diffuse(_alive(w, H[1:, 1:]), _factor(S), levels[1:])
+    w = np.where(np.diag(H)[1:, None] == 0, W[1:], w)
+    rest = _diffuse(w, _factor(S), levels[1:])
     return Path(*(np.concatenate([a[:1], b]) for a, b in zip(path, rest, strict=True)))
 
 

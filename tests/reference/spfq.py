@@ -26,7 +26,7 @@ def align(W, X, Xq, order):
         pass 1:  u += w_t X_t,   v_t = <Xq_t, u> / ||Xq_t||^2,   u -= v_t Xq_t
         later:   u += v_t Xq_t,  v_t = <Xq_t, u> / ||Xq_t||^2,   u -= v_t Xq_t
 
-    A column Xq_t = 0 has v_t = 0 (the authors' code).
+    A column Xq_t = 0, which moves no output, has v_t = w_t (0 in the authors' code).
     """
     W, X, Xq = (np.asarray(x, np.float64) for x in (W, X, Xq))
     V = np.zeros(W.shape)
@@ -35,7 +35,7 @@ def align(W, X, Xq, order):
         for r in range(order):
             for t in range(len(W)):
                 u = u + (W[t, o] * X[:, t] if r == 0 else V[t, o] * Xq[:, t])
-                V[t, o] = _share(Xq[:, t], u)
+                V[t, o] = _share(Xq[:, t], u) if Xq[:, t].any() else W[t, o]
                 u = u - V[t, o] * Xq[:, t]
     return V
 
@@ -116,7 +116,7 @@ def one_bit(z, uniform, K):
 def sparse_gpfq(W, X, Xq, rounding):
     """GPFQ with any rounding: (argument, t, o) -> value, of the argument <Xq_t, u_{t-1} + w_t X_t> / ||Xq_t||^2.
 
-    A column Xq_t = 0 has argument 0.
+    A column Xq_t = 0 has argument w_t.
     """
     W, X, Xq = (np.asarray(x, np.float64) for x in (W, X, Xq))
     walk = Walk(np.zeros(W.shape), np.zeros(W.shape))
@@ -124,7 +124,7 @@ def sparse_gpfq(W, X, Xq, rounding):
         u = np.zeros(len(X))
         for t in range(len(W)):
             u = u + W[t, o] * X[:, t]
-            walk.argument[t, o] = _share(Xq[:, t], u)
+            walk.argument[t, o] = _share(Xq[:, t], u) if Xq[:, t].any() else W[t, o]
             walk.q[t, o] = rounding(walk.argument[t, o], t, o)
             u = u - walk.q[t, o] * Xq[:, t]
     return walk
