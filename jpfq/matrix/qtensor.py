@@ -9,6 +9,7 @@ import numpy as np
 
 from ..scalar import Grid, Levels, Reach
 from ..scalar.pytree import register_dataclass
+from .automatic import anywhere
 from .gram import is_traced
 from .layout import Layout
 from .neurons import ALL, Neurons
@@ -60,12 +61,14 @@ class QTensor:
         return 8 * self.nbytes / self.codes.size
 
     @property
+    @anywhere
     def levels(self) -> Levels:
         """The levels of every weight: step and zero in the shape of the codes."""
         lo, hi, *_ = self.grid.alphabet()
         lo, hi = (jnp.asarray(x, self.step.dtype) for x in (lo, hi))
         return Levels(_spread(self.step, self.shape), _spread(self.zero, self.shape), lo, hi)
 
+    @anywhere
     def dequantize(self) -> jax.Array:
         """The kernel these codes stand for, in its own dtype.
 
@@ -76,6 +79,7 @@ class QTensor:
         """
         return _dequantize(self.codes, self.step, self.zero, self.dtype, self.rotated)
 
+    @anywhere
     def rounded(self, kernel: jax.Array) -> "QTensor":
         """Another kernel of this shape at the nearest of the same levels. Undoes `dequantize` where no step is 0.
 
@@ -89,6 +93,7 @@ class QTensor:
         """
         return dataclasses.replace(self, codes=self.levels.encode(self.turned(kernel)).astype(self.codes.dtype))
 
+    @anywhere
     def turned(self, kernel: jax.Array) -> jax.Array:
         """A kernel in the coordinates and the type in which it is rounded."""
         kernel = kernel.astype(self.step.dtype)
@@ -136,6 +141,7 @@ class Info:
         """The bound on `relative_error`, for a grid wide enough; nan where the method or the data form has none."""
         return self._relative(self.square_bound)
 
+    @anywhere
     def _relative(self, square):
         return jnp.sqrt(square / jnp.where(square + self.energy > 0, self.energy, 1))
 

@@ -19,7 +19,7 @@ from .curvature import curvatures
 from .functional import Functional, from_function
 from .hosts import check_hosts, leaves_of, spans_hosts
 from .linen import from_linen, is_linen
-from .mesh import check_runs, devices_of, like, on_mesh_of
+from .mesh import check_runs, devices_of, like, on_auto_axes, on_mesh_of
 from .nnx import from_nnx, is_nnx
 from .program import Program, trace_twice
 from .progress import progress_bar
@@ -88,9 +88,9 @@ def quantize(
         >>> list(quantized.tensors), list(quantized.skipped)
         (['hidden/kernel'], ['head/kernel'])
     """
-    with context():
-        rules = as_rules(rules)
-        functional = adapt(model, variables, params, kwargs)
+    rules = as_rules(rules)
+    functional = adapt(model, variables, params, kwargs)
+    with context(functional.leaves):
         check_choice("reference", reference, ("float", "block"))
         fresh = None if isinstance(batches, Iterable) or not callable(batches) else batches
         settings = {"rules": rules, "key": key, "reference": reference, "offload": offload, "strict": strict}
@@ -117,7 +117,7 @@ def quantize(
         with progress_bar(len(first.sites), progress) as report, stoppable(kept):
             block, refresh = block_of if rebases else None, _refresh(fresh, shapes, offload, kept) if fresh else None
             (walked,), peak = walk(streams, [making], report, block, refresh, devices, kept)
-        return assemble(functional, walked, first.assignment.skipped, peak, example, devices)
+        return assemble(functional, walked, first.assignment.skipped, peak, example)
 
 
 def place(
@@ -127,7 +127,7 @@ def place(
 
     Several hosts are compared first, in `settings` too.
     """
-    placed = dataclasses.replace(functional, leaves=tuple(map(automatic, functional.leaves)))
+    placed = on_auto_axes(functional)
     if jax.process_count() > 1 and isinstance(batches, Iterable):
         batches = list(batches)
         if spans_hosts([*placed.leaves, *leaves_of(batches)]):
@@ -172,9 +172,8 @@ def assemble(
     skipped: dict[str, str],
     peak: int,
     example: Any,
-    devices: Devices | None = None,
 ) -> Quantized:
-    """The result of a walk over batches of the shapes of `example`. Without `devices`, pure in the arrays of `walked`."""
+    """The result of a walk over batches of the shapes of `example`. Pure where `walked` is traced."""
     leaves = list(functional.leaves)
     for index, path in enumerate(functional.paths):
         if functional.trainable[index]:
@@ -184,8 +183,8 @@ def assemble(
                 leaves[index] = like(walked.biases[path].astype(leaves[index].dtype), leaves[index])
     rebuilt = functional.rebuild(leaves)
     tensors, info, inputs = walked.tensors, walked.info, walked.inputs
-    if devices is not None:  # codes lie as their kernel does, and all else on its mesh
-        home = dict(zip(functional.paths, functional.leaves, strict=True))
+    home = dict(zip(functional.paths, functional.leaves, strict=True))
+    if not any(map(is_traced, jax.tree.leaves(walked.tensors))):  # codes lie as their kernel does, and all else beside them
         tensors = {path: _placed(tensor, home[path]) for path, tensor in tensors.items()}
         info, inputs = ({path: on_mesh_of(home[path], x) for path, x in found.items()} for found in (info, inputs))
     return Quantized(

@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..matrix.automatic import automatic, context
+from ..matrix.automatic import automatic, runs_anywhere
 from ..matrix.gram import at_least_float32
 from ..network import Quantized, Weighted
 from ..network.apply import run
+from ..network.mesh import on_auto_axes
 from .compare import Subject
 
 
+@runs_anywhere
 def evaluate(subject: Subject, quantized: Quantized) -> dict[str, Any]:
     """Figures of a quantized network of a subject.
 
@@ -24,17 +26,15 @@ def evaluate(subject: Subject, quantized: Quantized) -> dict[str, Any]:
         None where no output is of floating numbers.
     output_error: likewise with the inputs of layers rounded too, as `quantized.apply` does; the same where there are none.
     """
-    functional = subject.functional
+    functional = on_auto_axes(subject.functional)
     outputs = jax.jit(functools.partial(run, dataclasses.replace(functional, leaves=())))
     weights, whole = 0.0, 0.0
-    with context():
-        inputs = jax.tree.map(automatic, quantized.inputs)
-        leaves, new = (tuple(map(automatic, x)) for x in (functional.leaves, quantized._functional.leaves))
-        for batch in subject.batches:
-            batch = jax.tree.map(automatic, batch.batch if isinstance(batch, Weighted) else batch)
-            exact, made = outputs(leaves, {}, batch), outputs(new, {}, batch)
-            weights += _squares(exact, made)
-            whole += _squares(exact, outputs(new, inputs, batch)) if inputs else _squares(exact, made)
+    leaves, new, inputs = functional.leaves, quantized._functional.leaves, quantized.inputs
+    for batch in subject.batches:
+        batch = jax.tree.map(automatic, batch.batch if isinstance(batch, Weighted) else batch)
+        exact, made = outputs(leaves, {}, batch), outputs(new, {}, batch)
+        weights += _squares(exact, made)
+        whole += _squares(exact, outputs(new, inputs, batch)) if inputs else _squares(exact, made)
     return {
         "float_score": subject.score(),
         "score": subject.score(quantized),

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from ..matrix import Devices, code_dtype
-from ..matrix.automatic import automatic, context
+from ..matrix import code_dtype
+from ..matrix.automatic import anywhere, automatic, context, no_mesh
 from ..matrix.each import lane, over_lanes, stack
 from ..network import Quantized
 from ..network.batches import Shaped, shapes_of
@@ -90,12 +90,12 @@ class Sweep:
     _chunks: list[_Chunk]
     _functional: Functional
     _example: Any  # shapes of a batch
-    _devices: Devices | None
     _mesh: LanesMesh | None
 
     def __len__(self):
         return len(self.records)
 
+    @anywhere
     def __getitem__(self, number: int) -> Quantized:
         """The quantized network of a setting: what `quantize` returns for it."""
         number = range(len(self.records))[number]
@@ -104,7 +104,7 @@ class Sweep:
         walked = _lane_of(chunk.walked, chunk.numbers.index(number), own)
         if self._mesh is not None:
             walked = self._mesh.back(walked, self._functional.leaves[0])
-        return assemble(self._functional, walked, own.skipped, chunk.peak, self._example, self._devices)
+        return assemble(self._functional, walked, own.skipped, chunk.peak, self._example)
 
     @property
     def front(self) -> list[int]:
@@ -218,8 +218,8 @@ def sweep(
         raise ValueError(f"lanes is a positive number of settings, or None; got {lanes!r}.")
     if callable(batches) and not isinstance(batches, Iterable):
         raise ValueError("A sweep takes batches, and no function that makes fresh ones for each layer.")
-    with context():
-        functional = adapt(model, variables, params, kwargs)
+    functional = adapt(model, variables, params, kwargs)
+    with context(functional.leaves):
         compared = {"space": [tuple(map(str, point.items())) for point in space.points], "key": key, "lanes": lanes}
         placed, shaped, devices = place(functional, batches, compared, offload)
         mesh = None if sharding is None else LanesMesh.of(sharding)
@@ -235,14 +235,14 @@ def sweep(
                 for numbers in walks:
                     chunks += _walk(placed, shaped, settings, numbers, size, offload, report, devices)
             example = shapes_of(shaped[0].example)
-            leaves = functional.leaves if mesh is None else placed.leaves
-            losses = {} if evaluate is None else _losses(functional, leaves, settings, chunks, evaluate, example)
+            losses = {} if evaluate is None else _losses(functional, placed.leaves, settings, chunks, evaluate, example)
     records: list = [None] * len(settings)
     for chunk in chunks:
-        shaped_tensors = jax.eval_shape(lambda tensors: lane(tensors, 0), chunk.walked.tensors)
+        with no_mesh():
+            shaped_tensors = jax.eval_shape(lambda tensors: lane(tensors, 0), chunk.walked.tensors)
         for where, number in enumerate(chunk.numbers):
             records[number] = _record(settings[number], chunk, where, shaped_tensors, losses.get(number))
-    return Sweep(records, settings, chunks, functional, example, devices, mesh)
+    return Sweep(records, settings, chunks, functional, example, mesh)
 
 
 class _Size(NamedTuple):
