@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
-
-from .gram import is_traced
+from jax.sharding import PartitionSpec as P
 
 NONE = Mesh(np.empty((), dtype=object), ())
 F = TypeVar("F", bound=Callable)
@@ -30,6 +31,11 @@ def automatic(x: Any) -> Any:
     if is_traced(x) or not isinstance(x.sharding, NamedSharding) or not is_explicit(x.sharding.mesh):
         return x
     return jax.device_put(x, NamedSharding(automatic_mesh(x.sharding.mesh), x.sharding.spec))
+
+
+def is_traced(x) -> bool:
+    """Whether an array is a stand-in under jit or vmap, whose values cannot be looked at."""
+    return isinstance(x, Tracer)
 
 
 def moved(f: Callable[[Any], Any], tree: Any) -> Any:
@@ -54,9 +60,7 @@ def context(arrays: Iterable = ()) -> contextlib.AbstractContextManager:
     set_mesh = _set_mesh()
     if set_mesh is None or set_mesh.empty:
         return contextlib.nullcontext()
-    shardings = (x.sharding for x in arrays if isinstance(x, jax.Array) and not is_traced(x))
-    own = (x.mesh for x in shardings if isinstance(x, NamedSharding) and isinstance(x.mesh, Mesh))
-    mesh = automatic_mesh(next(own, set_mesh))
+    mesh = automatic_mesh(_mesh_of(arrays) or set_mesh)
     return contextlib.nullcontext() if mesh == set_mesh else jax.set_mesh(mesh)
 
 
@@ -78,6 +82,8 @@ def run(f: Callable, *args: Any, model: bool = False, **settings: Any) -> Any:
     args, settings = placed = moved(automatic, given)
     explicit = (mesh for a, b in zip(*map(jax.tree.leaves, (given, placed)), strict=True) if (mesh := _left(a, b)))
     home = next(explicit, set_mesh if is_explicit(set_mesh) else None)
+    if model and (mesh := _mesh_of(_arrays(placed))) is not None:
+        args, settings = moved(lambda x: _within(mesh, x), placed)  # a batch made within another mesh
     with context(_arrays(placed)) if model else no_mesh():
         out = f(*args, **settings)
     if home is None:
@@ -103,12 +109,29 @@ def runs_anywhere(f: F) -> F:
     return functools.wraps(f)(lambda *args, **settings: run(f, *args, model=True, **settings))  # pyright: ignore[reportReturnType]
 
 
+def inside_jit() -> bool:
+    """Whether a function is being compiled, so that whatever is computed here becomes part of it."""
+    return isinstance(jnp.zeros(()), Tracer)
+
+
 def _set_mesh() -> Mesh | None:
     """The mesh that `jax.set_mesh` set; None inside jit, where the mesh is the caller's and cannot be set."""
     try:
         return jax.sharding.get_mesh()
     except ValueError:
         return None
+
+
+def _mesh_of(arrays):
+    """The mesh of the first array that lies on one."""
+    shardings = (x.sharding for x in arrays if isinstance(x, jax.Array) and not is_traced(x))
+    return next((s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)), None)
+
+
+def _within(mesh, x):
+    """An array bound to other devices than those of a mesh, whole on these."""
+    elsewhere = isinstance(x, jax.Array) and x.committed and x.sharding.device_set != set(mesh.devices.flat)
+    return jax.device_put(x, NamedSharding(mesh, P())) if elsewhere else x
 
 
 def _left(given, placed):

@@ -10,10 +10,11 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from ..scalar.pytree import register_dataclass
+from .automatic import is_traced as is_traced
+from .automatic import no_mesh
 from .split import Split, diagonal, permuted
 
 HALVES = 256  # inputs from which on half of a symmetric product costs more than to copy it
@@ -256,14 +257,9 @@ def at_least_float32(x):
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-def is_traced(x) -> bool:
-    """Whether an array is a stand-in under jit or vmap, whose values cannot be looked at."""
-    return isinstance(x, Tracer)
-
-
 def is_finite(x) -> bool:
     """Whether no entry of an array is infinite or NaN; also while something else is traced."""
-    with jax.ensure_compile_time_eval():
+    with no_mesh(), jax.ensure_compile_time_eval():
         return bool(_all_finite(x))
 
 

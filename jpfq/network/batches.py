@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..matrix.automatic import automatic
-from ..matrix.gram import is_finite
+from ..matrix.gram import is_finite, is_traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +70,25 @@ def read_batches(batches: Iterable, on_host: bool = False) -> list[Shaped]:
 def shapes_of(batch: Any) -> Any:
     """A batch as shapes, for a plan: arrays and `jax.ShapeDtypeStruct`s may stand in it."""
     batch = batch.batch if isinstance(batch, Weighted) else batch
-    return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(_array(x, 0)), batch)
+    known = lambda x: isinstance(x, jax.ShapeDtypeStruct) or is_traced(x)
+    return jax.tree.map(lambda x: x if known(x) else jax.typeof(_array(x, 0)), batch)
 
 
 def _arrays(leaves, number):
     return ((x, _array(x, number)) for x in leaves)
 
 
-def _array(x, number):
+def _array(x, number, what="inputs"):
+    if is_traced(x):
+        raise ValueError(
+            f"Batch {number} has {what} that are traced, {x.aval}: there are no values inside jit, vmap or grad. Call this "
+            "outside of them."
+        )
     try:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"Batch {number} holds a shape, {x}, and values are needed: give arrays; jpfq.plan takes shapes."
+            )
         if isinstance(x, (bool, str)):
             raise TypeError("a constant, not data")
         x = automatic(jnp.asarray(x))
@@ -105,7 +115,7 @@ def _check_like(first, here, number):
 
 
 def _check_weights(weights, leaves, number):
-    weights = automatic(jnp.asarray(weights)).astype(jnp.float32)
+    weights = _array(weights, number, "row weights").astype(jnp.float32)
     if weights.ndim == 0 or not any(x.shape[: weights.ndim] == weights.shape for x in leaves):
         shapes = ", ".join(str(x.shape) for x in leaves)
         raise ValueError(

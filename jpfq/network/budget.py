@@ -21,6 +21,7 @@ from ..matrix.each import each
 from ..scalar import Codes, MinMSE, Nearest, grid_of_bits
 from .batches import read_batches
 from .curvature import derivatives, signs
+from .functional import check_values
 from .gather import Gather
 from .mesh import on_auto_axes
 from .program import Program
@@ -70,6 +71,7 @@ def budget(
         )
     rule = rule or Rule(".*", bits=widths[0])
     functional = on_auto_axes(adapt(model, variables, params, kwargs))
+    check_values(zip(functional.paths, functional.leaves, strict=True), "budget")
     with context(functional.leaves):
         return _budget(functional, batches, average_bits, widths, rule, key)
 

@@ -22,6 +22,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ..matrix.automatic import automatic
 from . import leaves as one
 from .activation import Rounded
 from .disk import digest, to_disk
@@ -313,7 +314,7 @@ def _quantized(document, arrays, model, variables, params, kwargs, shardings):
         biases=tuple(map(_text, document["biases"])),
         output_error=NOT_FINITE.get(error, 0.0) if isinstance(error, str) else error,
         peak_bytes=document["peak_bytes"],
-        _functional=dataclasses.replace(functional, leaves=tuple(leaves)),
+        _functional=dataclasses.replace(functional, leaves=tuple(map(automatic, leaves))),
         _model=rebuilt.get("model"),
         _variables=rebuilt.get("variables"),
         _shapes=_batch(document["batch"]),

@@ -9,6 +9,7 @@ from ..matrix.automatic import context
 from ..matrix.gram import at_least_float32
 from .affine import Affine, value
 from .batches import read_batches
+from .functional import check_values
 from .mesh import like, on_auto_axes
 from .program import trace
 from .quantize import adapt
@@ -40,6 +41,7 @@ def fold_batchnorm(
         >>> folded = jpfq.fold_batchnorm(net, X, variables=net.init(key, X))
     """
     given = adapt(model, variables, params, kwargs)
+    check_values(zip(given.paths, given.leaves, strict=True), "fold_batchnorm")
     with context(given.leaves):
         leaves = _leaves(on_auto_axes(given), batch)
     rebuilt = given.rebuild([like(new, old) for new, old in zip(leaves, given.leaves, strict=True)])

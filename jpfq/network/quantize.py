@@ -16,7 +16,7 @@ from .activation import Activations
 from .batches import Shaped, read_batches, shapes_of
 from .bias import find_biases
 from .curvature import curvatures
-from .functional import Functional, from_function
+from .functional import PARTITION, Functional, check_arrays, check_values, from_function
 from .hosts import check_hosts, leaves_of, spans_hosts
 from .linen import from_linen, is_linen
 from .mesh import check_runs, devices_of, like, on_auto_axes, on_mesh_of
@@ -132,7 +132,10 @@ def place(
         batches = list(batches)
         if spans_hosts([*placed.leaves, *leaves_of(batches)]):
             check_hosts(placed, batches, settings)
+    check_values(zip(placed.paths, placed.leaves, strict=True), "Quantizing")
     shaped = read_batches(batches, on_host=offload)
+    of_batches = ((f"an input of a batch of shape {x.shape}", x) for g in shaped for leaves in g.leaves for x in leaves)
+    check_values([*zip(placed.paths, placed.leaves, strict=True), *of_batches], "Quantizing")
     devices = devices_of([*placed.leaves, *(x for group in shaped for leaves in group.leaves for x in leaves)])
     if any(a is not b for a, b in zip(functional.leaves, placed.leaves, strict=True)):
         check_runs(placed, shaped[0].example)
@@ -184,7 +187,9 @@ def assemble(
     rebuilt = functional.rebuild(leaves)
     tensors, info, inputs = walked.tensors, walked.info, walked.inputs
     home = dict(zip(functional.paths, functional.leaves, strict=True))
-    if not any(map(is_traced, jax.tree.leaves(walked.tensors))):  # codes lie as their kernel does, and all else beside them
+    if not any(
+        map(is_traced, jax.tree.leaves(walked.tensors))
+    ):  # codes lie as their kernel does, and all else beside them
         tensors = {path: _placed(tensor, home[path]) for path, tensor in tensors.items()}
         info, inputs = ({path: on_mesh_of(home[path], x) for path, x in found.items()} for found in (info, inputs))
     return Quantized(
@@ -272,14 +277,26 @@ def adapt(model: Any, variables: Any, params: Any, kwargs: dict | None) -> Funct
         if value is not None and name != wanted:
             raise ValueError(f"{kind} takes {wanted or 'neither variables nor params'}; got {name}=...")
     if is_linen(model):
-        return from_linen(model, variables, kwargs)
-    if is_nnx(model):
-        return from_nnx(model, kwargs)
+        functional = from_linen(model, variables, kwargs)
+    elif is_nnx(model):
+        functional = from_nnx(model, kwargs)
+    else:
+        _check_function(model, params)
+        functional = from_function(model, params, kwargs)
+    check_arrays(functional.paths, functional.leaves)
+    return functional
+
+
+def _check_function(model, params):
+    """Raises for what is no function of parameters and inputs."""
     if not callable(model):
         raise ValueError(f"model is a Linen module, an NNX model or a function fn(params, *inputs); got {model!r}.")
     if params is None:
+        if not jax.tree_util.all_leaves([model]):
+            raise ValueError(
+                f"model is {type(model).__name__}, a pytree that has its parameters within itself. {PARTITION}"
+            )
         raise ValueError("A function needs its parameters: jpfq.quantize(fn, batches, rules, params=params).")
-    return from_function(model, params, kwargs)
 
 
 class Traced(NamedTuple):

@@ -71,7 +71,9 @@ class Quantized:
     def moved(self, f: Callable[[Any], Any]) -> "Quantized":
         """This result with every array moved by `f`, but for those that its compiled functions take."""
         old = {name: getattr(self, name) for name in ("tensors", "info", "inputs")}
-        new = {name: {path: moved(f, x) for path, x in found.items()} for name, found in old.items()}  # keeps their order
+        new = {
+            name: {path: moved(f, x) for path, x in found.items()} for name, found in old.items()
+        }  # keeps their order
         params = moved(f, self.params)
         if params is self.params and all(x is old[name][path] for name in new for path, x in new[name].items()):
             return self

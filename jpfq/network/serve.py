@@ -50,7 +50,9 @@ class Served:
     @property
     def home(self) -> Any:
         """The mesh with Explicit axes that this lies on; None for another or none."""
-        return next((x.sharding.mesh for x in jax.tree.leaves((self.leaves, self.inputs)) if automatic(x) is not x), None)
+        return next(
+            (x.sharding.mesh for x in jax.tree.leaves((self.leaves, self.inputs)) if automatic(x) is not x), None
+        )
 
     def moved(self, f: Callable[[Any], Any]) -> "Served":
         """This with every array moved by `f`."""

@@ -29,7 +29,9 @@ def writable(text: str) -> str:
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        return text.replace("\N{BOX DRAWINGS LIGHT HORIZONTAL}", "-").encode(encoding, "backslashreplace").decode(encoding)
+        return (
+            text.replace("\N{BOX DRAWINGS LIGHT HORIZONTAL}", "-").encode(encoding, "backslashreplace").decode(encoding)
+        )
     except LookupError:  # an encoding of somebody's own
         pass
     return text
