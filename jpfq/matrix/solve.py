@@ -120,7 +120,7 @@ def _check(W, data, recipe, key):
         raise ValueError(
             f"data is a jpfq.Gram or jpfq.Rows; got {type(data).__name__}. Try jpfq.Gram.from_data(X, Xq)."
         )
-    devices = {x.sharding.device_set for x in jax.tree.leaves((W, data)) if not is_traced(x) and x.committed}
+    devices = {frozenset(x.sharding.device_set) for x in jax.tree.leaves((W, data)) if not is_traced(x) and x.committed}
     if len(devices) > 1:
         places = " and ".join(sorted(", ".join(sorted(map(str, found))) for found in devices))
         raise ValueError(f"W and the data lie apart, on {places}: put them on one device or mesh, by jax.device_put.")

@@ -78,16 +78,20 @@ def _arrays(leaves, number):
     return ((x, _array(x, number)) for x in leaves)
 
 
-def _array(x, number, what="inputs"):
+def _refuse_traced(x, number, what):
     if is_traced(x):
         raise ValueError(
             f"Batch {number} has {what} that are traced, {x.aval}: there are no values inside jit, vmap or grad. Call this "
             "outside of them."
         )
+
+
+def _array(x, number):
+    _refuse_traced(x, number, "inputs")
     try:
         if isinstance(x, jax.ShapeDtypeStruct):
             raise ValueError(
-                f"Batch {number} holds a shape, {x}, and values are needed: give arrays; jpfq.plan takes shapes."
+                f"Batch {number} holds a shape, {x}, and values are needed: give arrays. jpfq.plan takes shapes."
             )
         if isinstance(x, (bool, str)):
             raise TypeError("a constant, not data")
@@ -115,7 +119,8 @@ def _check_like(first, here, number):
 
 
 def _check_weights(weights, leaves, number):
-    weights = _array(weights, number, "row weights").astype(jnp.float32)
+    _refuse_traced(weights, number, "row weights")
+    weights = automatic(jnp.asarray(weights)).astype(jnp.float32)
     if weights.ndim == 0 or not any(x.shape[: weights.ndim] == weights.shape for x in leaves):
         shapes = ", ".join(str(x.shape) for x in leaves)
         raise ValueError(

@@ -362,7 +362,9 @@ def _unbound(document, paths, trainable, leaves):
     def fn(leaves, batch):
         raise ValueError("This result was loaded without its model, so it cannot be run: jpfq.load(folder, model).")
 
-    return Functional(fn, paths, tuple(leaves), trainable, rebuilt)
+    known = {name: document[name] for name in ("model", "structure")}
+    origin = lambda: (_unbound, (known, paths, trainable, range(len(paths))))
+    return Functional(fn, paths, tuple(leaves), trainable, rebuilt, origin=origin)
 
 
 def _full(paths, trainable, kind):

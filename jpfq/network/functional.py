@@ -11,8 +11,8 @@ from .compat import key_name
 
 PARTITION = (
     "Give the arrays alone, and the rest within the function: of an Equinox module, params, static = "
-    "eqx.partition(module, eqx.is_array) and jpfq.quantize(lambda params, x: eqx.combine(params, static)(x), batches, rules, "
-    "params=params)."
+    "eqx.partition(module, eqx.is_array) and jpfq.quantize(lambda params, x: eqx.combine(params, static)(x), batches, "
+    "rules, params=params)."
 )
 
 
@@ -26,6 +26,17 @@ class Functional:
     trainable: tuple[bool, ...]  # False for state such as BatchNorm statistics, which is never quantized
     rebuild: Callable[[Sequence], dict[str, Any]]  # new leaves -> what a `Quantized` offers: params, variables or model
     identity: Any = None  # equal for equal `fn` and `rebuild`, and hashable; None where nothing is known to be
+    origin: Callable[[], tuple] | None = None  # (function, arguments) that make this again, but for its leaves
+
+    def __reduce__(self):
+        """Pickled as what it was made of, since `fn` and `rebuild` are closures."""
+        if self.origin is None:
+            raise TypeError("This model cannot be pickled: save the result with quantized.save(folder).")
+        return _again, (*self.origin(), self.leaves)
+
+
+def _again(make, arguments, leaves):
+    return dataclasses.replace(make(*arguments), leaves=leaves)
 
 
 def from_function(fn: Callable, params: Any, kwargs: dict) -> Functional:
@@ -38,6 +49,7 @@ def from_function(fn: Callable, params: Any, kwargs: dict) -> Functional:
         (True,) * len(leaves),
         lambda leaves: {"params": tree.unflatten(leaves)},
         identity_of(fn, tree, kwargs),
+        lambda: (from_function, (fn, tree.unflatten(range(len(paths))), kwargs)),
     )
 
 
@@ -85,7 +97,7 @@ def check_values(named: Iterable[tuple[str, Any]], what: str) -> None:
             if here[1] != first[1]:
                 (one, at), (other, there) = ((n, ", ".join(sorted(map(str, devices)))) for n, devices in (first, here))
                 raise ValueError(
-                    f"{what} runs the whole model where its arrays lie, and {one} lies on {at} while {other} lies on {there}: "
+                    f"{what} runs the model where its arrays lie, and {one} lies on {at} while {other} lies on {there}: "
                     "put all of them on one device or one mesh, by jax.device_put."
                 )
 

@@ -52,6 +52,10 @@ class Quantized:
     _variables: Any = None
     _shapes: Any = None  # of a batch
 
+    def __getstate__(self):
+        """The fields, without what is compiled."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     @property
     def arrays(self) -> tuple:
         """All arrays of the model with the quantized ones, on Auto axes where they lie on a mesh."""

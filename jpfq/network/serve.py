@@ -37,6 +37,10 @@ class Served:
         leaves = tuple(Packed.of(tensors[path]) if ours and path in tensors else leaf for path, leaf, ours in named)
         return cls(leaves, inputs, dataclasses.replace(functional, leaves=()))
 
+    def __getstate__(self):
+        """The fields, without what is compiled."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     @property
     def arrays(self) -> tuple:
         """All its arrays."""

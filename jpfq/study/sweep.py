@@ -41,6 +41,7 @@ from ..network.quantize import (
     streams_of,
     typed,
 )
+from ..network.rules import Assignment
 from ..network.table import table
 from ..network.walk import Making, Walked, stops, walk
 from .plot import loss_against_bits
@@ -86,7 +87,7 @@ class Sweep:
     """
 
     records: list[dict[str, Any]]
-    _settings: list[_Setting]
+    _assignments: list[Assignment]
     _chunks: list[_Chunk]
     _functional: Functional
     _example: Any  # shapes of a batch
@@ -100,7 +101,7 @@ class Sweep:
         """The quantized network of a setting: what `quantize` returns for it."""
         number = range(len(self.records))[number]
         chunk = next(chunk for chunk in self._chunks if number in chunk.numbers)
-        own = self._settings[number].first.assignment
+        own = self._assignments[number]
         walked = _lane_of(chunk.walked, chunk.numbers.index(number), own)
         if self._mesh is not None:
             walked = self._mesh.back(walked, self._functional.leaves[0])
@@ -242,7 +243,7 @@ def sweep(
             shaped_tensors = jax.eval_shape(lambda tensors: lane(tensors, 0), chunk.walked.tensors)
         for where, number in enumerate(chunk.numbers):
             records[number] = _record(settings[number], chunk, where, shaped_tensors, losses.get(number))
-    return Sweep(records, settings, chunks, functional, example, mesh)
+    return Sweep(records, [setting.first.assignment for setting in settings], chunks, functional, example, mesh)
 
 
 class _Size(NamedTuple):

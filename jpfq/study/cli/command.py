@@ -153,7 +153,9 @@ def _ours(file):
 def _open_outputs() -> bool:
     """Lets everything be written, whatever the encoding of the terminal; returns whether nobody reads the answer."""
     closed = sys.stdout is None
-    sys.stdout, sys.stderr = (open(os.devnull, "w") if x is None else x for x in (sys.stdout, sys.stderr))
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, open until the end
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     return closed
