@@ -59,15 +59,22 @@ def context(arrays: Iterable = ()) -> contextlib.AbstractContextManager:
     """What to run a model in: the mesh of the first array that lies on one, else the mesh that is set; its axes Auto."""
     set_mesh = _set_mesh()
     if set_mesh is None or set_mesh.empty:
-        return contextlib.nullcontext()
+        return _within(None)
     mesh = automatic_mesh(_mesh_of(arrays) or set_mesh)
-    return contextlib.nullcontext() if mesh == set_mesh else jax.set_mesh(mesh)
+    return _within(None if mesh == set_mesh else mesh)
 
 
 def no_mesh() -> contextlib.AbstractContextManager:
     """What to compute in where no model runs."""
     mesh = _set_mesh()
-    return contextlib.nullcontext() if mesh is None or mesh.empty else jax.set_mesh(NONE)
+    return _within(None if mesh is None or mesh.empty else NONE)
+
+
+@contextlib.contextmanager
+def _within(mesh):
+    """A mesh, or the one that is set. Settings go to the device and figures come back, whatever guards other transfers."""
+    with jax.transfer_guard("allow"), contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        yield
 
 
 def run(f: Callable, *args: Any, model: bool = False, **settings: Any) -> Any:
@@ -79,11 +86,12 @@ def run(f: Callable, *args: Any, model: bool = False, **settings: Any) -> Any:
     given = args, settings
     if set_mesh is None or any(map(is_traced, jax.tree.leaves(given))):
         return f(*args, **settings)
-    args, settings = placed = moved(automatic, given)
+    with _within(None):
+        args, settings = placed = moved(automatic, given)
     explicit = (mesh for a, b in zip(*map(jax.tree.leaves, (given, placed)), strict=True) if (mesh := _left(a, b)))
     home = next(explicit, set_mesh if is_explicit(set_mesh) else None)
     if model and (mesh := _mesh_of(_arrays(placed))) is not None:
-        args, settings = moved(lambda x: _within(mesh, x), placed)  # a batch made within another mesh
+        args, settings = moved(lambda x: _brought(mesh, x), placed)  # a batch made within another mesh
     with context(_arrays(placed)) if model else no_mesh():
         out = f(*args, **settings)
     if home is None:
@@ -111,7 +119,8 @@ def runs_anywhere(f: F) -> F:
 
 def inside_jit() -> bool:
     """Whether a function is being compiled, so that whatever is computed here becomes part of it."""
-    return isinstance(jnp.zeros(()), Tracer)
+    with _within(None):
+        return isinstance(jnp.zeros(()), Tracer)
 
 
 def _set_mesh() -> Mesh | None:
@@ -128,7 +137,7 @@ def _mesh_of(arrays):
     return next((s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)), None)
 
 
-def _within(mesh, x):
+def _brought(mesh, x):
     """An array bound to other devices than those of a mesh, whole on these."""
     elsewhere = isinstance(x, jax.Array) and x.committed and x.sharding.device_set != set(mesh.devices.flat)
     return jax.device_put(x, NamedSharding(mesh, P())) if elsewhere else x

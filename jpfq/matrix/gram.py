@@ -13,8 +13,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from ..scalar.pytree import register_dataclass
+from .automatic import anywhere, no_mesh
 from .automatic import is_traced as is_traced
-from .automatic import no_mesh
 from .split import Split, diagonal, permuted
 
 HALVES = 256  # inputs from which on half of a symmetric product costs more than to copy it
@@ -42,6 +42,7 @@ class Gram:
     count: jax.Array  # ()  rows seen, or the sum of their weights
 
     @classmethod
+    @anywhere
     def from_data(cls, X: jax.Array, Xq: jax.Array | None = None, weights: jax.Array | None = None) -> Self:
         """The Gram of one batch.
 

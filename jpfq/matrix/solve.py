@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..scalar import Grid
+from .automatic import anywhere
 from .gram import Gram, Rows, at_least_float32, is_finite, is_traced
 from .layout import DotLayout
 from .qtensor import Info, QTensor, code_dtype
@@ -14,6 +15,7 @@ from .recipe import Recipe, recipe_of
 from .stages import solve_all
 
 
+@anywhere
 def solve(
     W: jax.Array,
     data: Gram | Rows,

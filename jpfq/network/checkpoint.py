@@ -22,13 +22,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ..matrix.automatic import automatic
+from ..matrix.automatic import anywhere, automatic
 from . import leaves as one
 from .activation import Rounded
 from .disk import digest, to_disk
 from .functional import Functional, numbered
 from .infos import SUFFIX, read_infos, read_noted, read_reach, write_infos
 from .linen import is_linen
+from .mesh import like
 from .nnx import is_nnx
 from .quantize import adapt
 from .quantized import Quantized
@@ -96,6 +97,7 @@ def save(
     return sum((folder / file).stat().st_size for file in (arrays_name(document), MANIFEST))
 
 
+@anywhere
 def load(
     folder: str | os.PathLike,
     model: Any = None,
@@ -296,7 +298,8 @@ def _quantized(document, arrays, model, variables, params, kwargs, shardings):
         functional = adapt(model, variables, params, kwargs)
         _check_model(functional, paths, leaves)
         leaves = [
-            _placed(new, getattr(old, "sharding", None)) for new, old in zip(leaves, functional.leaves, strict=True)
+            like(new, old) if isinstance(old, jax.Array) else _placed(new, getattr(old, "sharding", None))
+            for new, old in zip(leaves, functional.leaves, strict=True)
         ]
     elif variables is not None or params is not None or kwargs is not None:
         raise ValueError("variables, params and kwargs go with a model: jpfq.load(folder, model, ...).")
@@ -383,6 +386,13 @@ def _check_model(functional, paths, leaves):
         )
     of = lambda x: (jnp.shape(x), getattr(x, "dtype", type(x)))
     for path, new, old in zip(paths, leaves, functional.leaves, strict=True):
+        kinds = [x.dtype.name if hasattr(x, "dtype") else type(x).__name__ for x in (new, old)]
+        if jnp.shape(new) == jnp.shape(old) and kinds[0] != kinds[1]:
+            raise ValueError(
+                f"{path} was saved in {kinds[0]}, and is of {kinds[1]} in what is given: loading changes no type. Load it "
+                f"with the model, variables or params in {kinds[0]}, and convert what it holds afterwards, as by jax.tree.map("
+                f"lambda x: x.astype({kinds[1]!r}), quantized.params); or quantize the {kinds[1]} model itself."
+            )
         if of(new) != of(old):
             raise ValueError(f"The model is another one: {path} is {of(old)} in it, and was {of(new)}.")
 

@@ -56,7 +56,7 @@ def like(new: jax.Array, old: Any) -> Any:
 
     JAX cannot set an array free that lies on a mesh or is bound to a device, so that one goes through the host.
     """
-    if is_traced(new) or is_traced(old):
+    if not isinstance(new, jax.Array) or is_traced(new) or is_traced(old):
         return new
     if isinstance(old, jax.Array) and old.committed:
         return jax.device_put(new, old.sharding)
