@@ -390,7 +390,7 @@ def _check_model(functional, paths, leaves):
         if jnp.shape(new) == jnp.shape(old) and kinds[0] != kinds[1]:
             raise ValueError(
                 f"{path} was saved in {kinds[0]}, and is of {kinds[1]} in what is given: loading changes no type. Load it "
-                f"with the model, variables or params in {kinds[0]}, and convert what it holds afterwards, as by jax.tree.map("
+                f"with the model, variables or params in {kinds[0]}, and convert its arrays afterwards, as by jax.tree.map("
                 f"lambda x: x.astype({kinds[1]!r}), quantized.params); or quantize the {kinds[1]} model itself."
             )
         if of(new) != of(old):

@@ -90,8 +90,12 @@ USED = {
 }
 
 
-@pytest.mark.parametrize("made", list(MADE))
-def test_a_result_serves_within_any_mesh(made, tmp_path):
+PLACES = [("in none", "Explicit"), ("Explicit, split", "other"), ("Explicit, free", "none")]
+SLOW = [(made, used) for made in MADE for used in USED if (made, used) not in PLACES]
+
+
+@pytest.mark.parametrize(("made", "used"), [*PLACES, *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW)])
+def test_a_result_serves_within_any_mesh(made, used, tmp_path):
     mesh, how, inside = MADE[made]
     with within(mesh if inside else None):
         params, x = placed(mesh, how)
@@ -102,38 +106,37 @@ def test_a_result_serves_within_any_mesh(made, tmp_path):
     kernels = {path: codes * step for path, (codes, step) in tensors.items()}  # this grid has no zero point
     size, said = quantized.save(tmp_path / "first"), quantized.summary()
     outputs = None
-    for name, used in USED.items():
-        with within(used):
-            batch = jnp.asarray(X)
-            assert quantized.summary() == said
-            assert quantized.save(tmp_path / name) == size
-            loaded = jpfq.load(tmp_path / name, layers, params=params)
-            for made_of in (
-                {path: t.dequantize() for path, t in quantized.tensors.items()},
-                {path: jpfq.Packed.of(t).dequantize() for path, t in quantized.tensors.items()},
-                {path: t.rounded(t.dequantize()).dequantize() for path, t in quantized.tensors.items()},
-                jpfq.fake_quant(quantized.params, quantized),
-                jpfq.fake_quant(quantized.tunable, quantized),
-                jpfq.dequantize(quantized.serve().params),
-                quantized.tuned(quantized.tunable).params,
-                loaded.params,
-            ):
-                for path, kernel in kernels.items():
-                    np.testing.assert_allclose(np.asarray(made_of[path]), kernel, rtol=1e-6, atol=1e-7)
-            for run in (quantized.apply, quantized.serve(), quantized.apply_integer, loaded.apply, loaded.serve()):
-                found = np.asarray(run(batch))
-                outputs = found if outputs is None else outputs
-                np.testing.assert_allclose(found, outputs, rtol=1e-4, atol=1e-4)
-            errors = [float(info.relative_error) for info in quantized.info.values()]
-            np.testing.assert_allclose(
-                errors,
-                [float(np.sqrt(i.square_error / i.energy)) for i in map(host, quantized.info.values())],
-                rtol=1e-5,
-            )
-            assert jpfq.certify(quantized, bits=16, tile=8).holds
-            figures = evaluate(Subject("m", layers, params, [x], None), quantized)
-            assert figures["output_error"] == pytest.approx(quantized.output_error, rel=1e-3)
-            assert len(jpfq.plan(layers, batch, RULE, params=params).lines) == 2
+    with within(USED[used]):
+        batch = jnp.asarray(X)
+        assert quantized.summary() == said
+        assert quantized.save(tmp_path / "second") == size
+        loaded = jpfq.load(tmp_path / "second", layers, params=params)
+        for made_of in (
+            {path: t.dequantize() for path, t in quantized.tensors.items()},
+            {path: jpfq.Packed.of(t).dequantize() for path, t in quantized.tensors.items()},
+            {path: t.rounded(t.dequantize()).dequantize() for path, t in quantized.tensors.items()},
+            jpfq.fake_quant(quantized.params, quantized),
+            jpfq.fake_quant(quantized.tunable, quantized),
+            jpfq.dequantize(quantized.serve().params),
+            quantized.tuned(quantized.tunable).params,
+            loaded.params,
+        ):
+            for path, kernel in kernels.items():
+                np.testing.assert_allclose(np.asarray(made_of[path]), kernel, rtol=1e-6, atol=1e-7)
+        for run in (quantized.apply, quantized.serve(), quantized.apply_integer, loaded.apply, loaded.serve()):
+            found = np.asarray(run(batch))
+            outputs = found if outputs is None else outputs
+            np.testing.assert_allclose(found, outputs, rtol=1e-4, atol=1e-4)
+        errors = [float(info.relative_error) for info in quantized.info.values()]
+        np.testing.assert_allclose(
+            errors,
+            [float(np.sqrt(i.square_error / i.energy)) for i in map(host, quantized.info.values())],
+            rtol=1e-5,
+        )
+        assert jpfq.certify(quantized, bits=16, tile=8).holds
+        figures = evaluate(Subject("m", layers, params, [x], None), quantized)
+        assert figures["output_error"] == pytest.approx(quantized.output_error, rel=1e-3)
+        assert len(jpfq.plan(layers, batch, RULE, params=params).lines) == 2
 
 
 def host(info):
@@ -152,6 +155,7 @@ def test_outputs_lie_on_the_mesh_that_is_set():
     assert all(np.abs(np.asarray(g)).max() > 0 for g in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_a_sweep_serves_within_any_mesh():
     mesh = mesh_of(AxisType.Explicit)
     with jax.set_mesh(mesh):
