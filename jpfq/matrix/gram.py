@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from ..scalar.pytree import register_dataclass
+from .automatic import anywhere, no_mesh
+from .automatic import is_traced as is_traced
 from .split import Split, diagonal, permuted
 
 SUMS = ("H", "C", "drift", "sum_X", "sum_Xq", "count")
@@ -44,6 +45,7 @@ class Gram:
     power: int = dataclasses.field(default=0, metadata={"static": True})  # the sums are of inputs times 2^power
 
     @classmethod
+    @anywhere
     def from_data(cls, X: jax.Array, Xq: jax.Array | None = None, weights: jax.Array | None = None) -> Self:
         """The Gram of one batch.
 
@@ -401,14 +403,9 @@ def at_least_float32(x):
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-def is_traced(x) -> bool:
-    """Whether an array is a stand-in under jit or vmap, whose values cannot be looked at."""
-    return isinstance(x, Tracer)
-
-
 def is_finite(x) -> bool:
     """Whether no entry of an array is infinite or NaN; also while something else is traced."""
-    with jax.ensure_compile_time_eval():
+    with no_mesh(), jax.ensure_compile_time_eval():
         return bool(all_finite(x))
 
 

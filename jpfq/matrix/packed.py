@@ -10,6 +10,7 @@ import numpy as np
 from ..scalar import Grid
 from ..scalar.bits import MAX_LEVELS, pack, packed_size, unpack
 from ..scalar.pytree import register_dataclass
+from .automatic import anywhere
 from .layout import Layout
 from .qtensor import QTensor, code_dtype
 from .rotate import Hadamard
@@ -44,6 +45,7 @@ class Packed:
     rotated: tuple[Hadamard, Layout] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
+    @anywhere
     def of(cls, tensor: QTensor) -> "Packed":
         """Packs a tensor along the axis that wastes least, the last if all are alike.
 
@@ -62,6 +64,7 @@ class Packed:
             words = pack(jnp.moveaxis(tensor.codes.astype(jnp.int32) - lo, axis, -1), levels)
         return cls(words, tensor.step, zero, grid, tensor.shape, axis, tensor.dtype, tensor.rotated)
 
+    @anywhere
     def unpack(self) -> QTensor:
         """The tensor it was made of.
 

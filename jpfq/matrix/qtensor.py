@@ -11,6 +11,7 @@ import numpy as np
 from ..scalar import Grid, Levels, Reach
 from ..scalar.exponent import aligned
 from ..scalar.pytree import register_dataclass
+from .automatic import anywhere
 from .gram import is_traced
 from .layout import Layout
 from .neurons import ALL, Neurons
@@ -64,12 +65,14 @@ class QTensor:
         return 8 * self.nbytes / self.codes.size
 
     @property
+    @anywhere
     def levels(self) -> Levels:
         """The levels of every weight: step and zero in the shape of the codes."""
         lo, hi, *_ = self.grid.alphabet()
         lo, hi = (jnp.asarray(x, self.step.dtype) for x in (lo, hi))
         return Levels(_spread(self.step, self.shape), _spread(self.zero, self.shape), lo, hi)
 
+    @anywhere
     def dequantize(self) -> jax.Array:
         """The kernel these codes stand for, in its own dtype.
 
@@ -80,6 +83,7 @@ class QTensor:
         """
         return _dequantize(self.codes, self.step, self.zero, self.dtype, self.rotated)
 
+    @anywhere
     def rounded(self, kernel: jax.Array) -> "QTensor":
         """Another kernel of this shape at the nearest of the same levels. Undoes `dequantize` where no step is 0.
 
@@ -93,6 +97,7 @@ class QTensor:
         """
         return dataclasses.replace(self, codes=self.levels.encode(self.turned(kernel)).astype(self.codes.dtype))
 
+    @anywhere
     def turned(self, kernel: jax.Array) -> jax.Array:
         """A kernel in the coordinates and the type in which it is rounded."""
         kernel = kernel.astype(self.step.dtype)
@@ -159,6 +164,7 @@ class Info:
         """
         return self._relative(self.square_rounding)
 
+    @anywhere
     def _relative(self, square):
         return _relative(square, self.energy)
 

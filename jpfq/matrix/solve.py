@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..scalar import Grid
+from .automatic import anywhere
 from .gram import Gram, Rows, at_least_float32, is_finite, is_traced
 from .layout import DotLayout
 from .qtensor import Info, QTensor, code_dtype
@@ -14,6 +15,7 @@ from .recipe import Recipe, recipe_of
 from .stages import solve_all
 
 
+@anywhere
 def solve(
     W: jax.Array,
     data: Gram | Rows,
@@ -51,7 +53,10 @@ def solve(
         ((32, 8), (1, 8))
     """
     recipe = recipe_of(bits, grid, **settings)
-    W = jnp.asarray(W)
+    try:
+        W = jnp.asarray(W)
+    except TypeError as error:
+        raise ValueError(f"W must be a real floating matrix (in, out); got {W!r}, which holds no numbers.") from error
     if isinstance(data, Rows):
         data = jax.tree.map(at_least_float32, data)
     data = _checked(W, data, recipe, key)
@@ -118,6 +123,10 @@ def _checked(W, data, recipe, key):
         raise ValueError(
             f"data is a jpfq.Gram or jpfq.Rows; got {type(data).__name__}. Try jpfq.Gram.from_data(X, Xq)."
         )
+    devices = {frozenset(x.sharding.device_set) for x in jax.tree.leaves((W, data)) if not is_traced(x) and x.committed}
+    if len(devices) > 1:
+        places = " and ".join(sorted(", ".join(sorted(map(str, found))) for found in devices))
+        raise ValueError(f"W and the data lie apart, on {places}: put them on one device or mesh, by jax.device_put.")
     width = data.diagonal.shape[0]
     if width != W.shape[0]:
         raise ValueError(f"W has {W.shape[0]} input coordinates (rows) but the data have {width}.")

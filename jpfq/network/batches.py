@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..matrix.automatic import automatic
-from ..matrix.gram import all_finite
+from ..matrix.gram import all_finite, is_traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +117,25 @@ def naming(finite: Sequence[list[tuple[int, list]]]) -> Iterator[None]:
 def shapes_of(batch: Any) -> Any:
     """A batch as shapes, for a plan: arrays and `jax.ShapeDtypeStruct`s may stand in it."""
     batch = batch.batch if isinstance(batch, Weighted) else batch
-    return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(_array(x, 0)), batch)
+    known = lambda x: isinstance(x, jax.ShapeDtypeStruct) or is_traced(x)
+    return jax.tree.map(lambda x: x if known(x) else jax.typeof(_array(x, 0)), batch)
+
+
+def _refuse_traced(x, number, what):
+    if is_traced(x):
+        raise ValueError(
+            f"Batch {number} has {what} that are traced, {x.aval}: there are no values inside jit, vmap or grad. Call this "
+            "outside of them."
+        )
 
 
 def _array(x, number):
+    _refuse_traced(x, number, "inputs")
     try:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"Batch {number} holds a shape, {x}, and values are needed: give arrays. jpfq.plan takes shapes."
+            )
         if isinstance(x, (bool, str)):
             raise TypeError("a constant, not data")
         return automatic(jnp.asarray(x))
@@ -173,6 +187,7 @@ def _check_weights(weights, leaves, tree, number):
 
 
 def _as_weights(weights, number):
+    _refuse_traced(weights, number, "row weights")
     weights = automatic(jnp.asarray(weights)).astype(jnp.float32)
     if weights.ndim == 0:
         raise ValueError(f"Batch {number} has one number for row weights; they are an array, such as (batch,).")

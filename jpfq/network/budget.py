@@ -17,12 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..matrix import Gram, solve_all
+from ..matrix.automatic import context
 from ..matrix.each import each
 from ..scalar import Codes, MinMSE, Nearest, grid_of_bits
 from ..scalar.exponent import exponent_of, reduced
 from .batches import naming, read_batches
 from .curvature import derivatives, signs, weigh
+from .functional import check_values
 from .gather import Gather
+from .mesh import on_auto_axes
 from .program import Program
 from .quantize import adapt, analyse, check_key, typed
 from .row_weights import of_outputs
@@ -70,7 +73,13 @@ def budget(
             f"{list(candidates)}."
         )
     rule = rule or Rule(".*", bits=widths[0])
-    functional = adapt(model, variables, params, kwargs)
+    functional = on_auto_axes(adapt(model, variables, params, kwargs))
+    check_values(zip(functional.paths, functional.leaves, strict=True), "budget")
+    with context(functional.leaves):
+        return _budget(functional, batches, average_bits, widths, rule, key)
+
+
+def _budget(functional, batches, average_bits, widths, rule, key):
     (shaped, *others) = read_batches(batches)
     if others:
         raise ValueError("budget takes batches of one shape: drop the smaller last one.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..matrix.automatic import context
+from ..matrix.automatic import runs_anywhere
 from .integer import integer_sites
 from .table import table
 
@@ -115,6 +115,7 @@ class Certificate:
         return "\n\n".join(text)
 
 
+@runs_anywhere
 def certify(quantized: "Quantized", *, bits: int | None = None, tile: int | None = None) -> Certificate:
     """The exact worst case of every integer sum of a quantized network, over all inputs there can be.
 
@@ -149,8 +150,7 @@ def certify(quantized: "Quantized", *, bits: int | None = None, tile: int | None
             "What was saved of this result does not say of which shapes a batch is, so its products are not known: certify "
             "what jpfq.quantize returns."
         )
-    with context():
-        _, sites = integer_sites(quantized._functional, quantized.tensors, quantized.inputs, quantized._shapes)
+    _, sites = integer_sites(quantized._functional, quantized.tensors, quantized.inputs, quantized._shapes)
     found = [_certified(at.path, np.asarray(at.weights.codes, np.int64), at.inputs, tile) for at in sites]
     return Certificate(found, tuple(path for path in quantized.tensors if path not in quantized.inputs), bits)
 

@@ -22,12 +22,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ..matrix.automatic import anywhere, automatic
 from . import leaves as one
 from .activation import Rounded
 from .disk import HIDDEN, TURN, digest, hidden, read_limited, to_disk, turn, writing
 from .functional import Functional, numbered
 from .infos import SUFFIX, read_infos, read_noted, read_reach, write_infos
 from .linen import is_linen
+from .mesh import like
 from .nnx import is_nnx
 from .outputs import OutputError
 from .quantize import adapt
@@ -160,6 +162,7 @@ def _own_arrays(home) -> set[str]:
     return {path.name for path in found if path.name == known or digest(path).startswith(named(path))}
 
 
+@anywhere
 def load(
     folder: str | os.PathLike,
     model: Any = None,
@@ -395,7 +398,8 @@ def made(
         functional = adapt(model, variables, params, kwargs)
         _check_model(functional, paths, leaves)
         leaves = [
-            _placed(new, getattr(old, "sharding", None)) for new, old in zip(leaves, functional.leaves, strict=True)
+            like(new, old) if isinstance(old, jax.Array) else _placed(new, getattr(old, "sharding", None))
+            for new, old in zip(leaves, functional.leaves, strict=True)
         ]
     elif variables is not None or params is not None or kwargs is not None:
         raise ValueError("variables, params and kwargs go with a model: jpfq.load(folder, model, ...).")
@@ -413,7 +417,7 @@ def made(
         biases=tuple(map(_text, document["biases"])),
         output_error=NOT_FINITE.get(error, 0.0) if isinstance(error, str) else error,
         peak_bytes=document["peak_bytes"],
-        _functional=dataclasses.replace(functional, leaves=tuple(leaves)),
+        _functional=dataclasses.replace(functional, leaves=tuple(map(automatic, leaves))),
         _model=rebuilt.get("model"),
         _variables=rebuilt.get("variables"),
         _shapes=_batch(document["batch"]),
@@ -471,7 +475,9 @@ def _unbound(document, paths, trainable, leaves):
     def fn(leaves, batch):
         raise ValueError("This result was loaded without its model, so it cannot be run: jpfq.load(folder, model).")
 
-    return Functional(fn, paths, tuple(leaves), trainable, rebuilt)
+    known = {name: document[name] for name in ("model", "structure")}
+    origin = lambda: (_unbound, (known, paths, trainable, range(len(paths))))
+    return Functional(fn, paths, tuple(leaves), trainable, rebuilt, origin=origin)
 
 
 def _full(paths, trainable, kind):
@@ -490,6 +496,13 @@ def _check_model(functional, paths, leaves):
         )
     of = lambda x: (jnp.shape(x), getattr(x, "dtype", type(x)))
     for path, new, old in zip(paths, leaves, functional.leaves, strict=True):
+        kinds = [x.dtype.name if hasattr(x, "dtype") else type(x).__name__ for x in (new, old)]
+        if jnp.shape(new) == jnp.shape(old) and kinds[0] != kinds[1]:
+            raise ValueError(
+                f"{path} was saved in {kinds[0]}, and is of {kinds[1]} in what is given: loading changes no type. Load it "
+                f"with the model, variables or params in {kinds[0]}, and convert its arrays afterwards, as by jax.tree.map("
+                f"lambda x: x.astype({kinds[1]!r}), quantized.params); or quantize the {kinds[1]} model itself."
+            )
         if of(new) != of(old):
             raise ValueError(f"The model is another one: {path} is {of(old)} in it, and was {of(new)}.")
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from ..matrix.automatic import context
 from ..matrix.gram import at_least_float32
 from .affine import Affine, value
 from .batches import read_batches
-from .mesh import like
+from .functional import check_values
+from .mesh import like, on_auto_axes
 from .program import trace
 from .quantize import adapt
 from .sites import find_sites
@@ -39,7 +41,16 @@ def fold_batchnorm(
         >>> net = nn.Sequential([nn.Dense(8), nn.BatchNorm(use_running_average=True)])
         >>> folded = jpfq.fold_batchnorm(net, X, variables=net.init(key, X))
     """
-    functional = adapt(model, variables, params, kwargs)
+    given = adapt(model, variables, params, kwargs)
+    check_values(zip(given.paths, given.leaves, strict=True), "fold_batchnorm")
+    with context(given.leaves):
+        leaves = _leaves(on_auto_axes(given), batch)
+    rebuilt = given.rebuild([like(new, old) for new, old in zip(leaves, given.leaves, strict=True)])
+    return rebuilt.get("model", rebuilt.get("variables", rebuilt["params"]))
+
+
+def _leaves(functional, batch):
+    """The leaves of the folded model."""
     group = read_batches([batch])[0]
     program = trace(functional.fn, functional.paths, functional.leaves, group.example)
     read = Stream(program, functional.leaves, [], [], []).value
@@ -53,11 +64,7 @@ def fold_batchnorm(
         raise ValueError(
             "There is no BatchNorm to fold: none follows a quantizable kernel directly, with a scale of its own."
         )
-    leaves = [
-        like(changes[i].astype(leaf.dtype), leaf) if i in changes else leaf for i, leaf in enumerate(functional.leaves)
-    ]
-    rebuilt = functional.rebuild(leaves)
-    return rebuilt.get("model", rebuilt.get("variables", rebuilt["params"]))
+    return [changes[i].astype(leaf.dtype) if i in changes else leaf for i, leaf in enumerate(functional.leaves)]
 
 
 def _folded(affine: Affine, site, trainable, read: Callable) -> list[tuple]:

@@ -51,7 +51,8 @@ def from_linen(module: linen.Module, variables: Any, kwargs: dict) -> Functional
 
     paths = tuple(path.removeprefix("params/") for path in full)
     rebuild = lambda leaves: _rebuild(tree.unflatten(leaves))
-    return Functional(fn, paths, leaves, trainable, rebuild, identity_of(module, tree, kwargs))
+    origin = lambda: (from_linen, (module, tree.unflatten(range(len(paths))), kwargs))
+    return Functional(fn, paths, leaves, trainable, rebuild, identity_of(module, tree, kwargs), origin)
 
 
 def _rebuild(variables):

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..matrix import Devices
-from ..matrix.automatic import automatic_mesh
+from ..matrix.automatic import automatic, automatic_mesh
 from ..matrix.each import LANES
 from ..matrix.gram import is_traced
 from .functional import Functional
@@ -37,17 +37,30 @@ def _axes(spec):
     return [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
 
 
+def on_auto_axes(functional: Functional) -> Functional:
+    """A model with its arrays on Auto axes."""
+    return dataclasses.replace(functional, leaves=tuple(map(automatic, functional.leaves)))
+
+
 def on_mesh_of(leaf: Any, tree: Any) -> Any:
-    """A tree of small arrays, whole on every device of the mesh that `leaf` lies on, if it lies on one."""
-    if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
-        return tree
-    return jax.device_put(tree, NamedSharding(leaf.sharding.mesh, P()))
+    """A tree of small arrays, whole on every device of the mesh that `leaf` lies on; on its device if it lies on none."""
+    whole = None
+    if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+        whole = NamedSharding(leaf.sharding.mesh, P())
+    place = lambda x: like(x, leaf) if whole is None else jax.device_put(x, whole)
+    return jax.tree.map(lambda x: place(x) if isinstance(x, jax.Array) else x, tree)
 
 
 def like(new: jax.Array, old: Any) -> Any:
-    """A new leaf placed as the old one was."""
-    placed = isinstance(old, jax.Array) and not is_traced(old)
-    return jax.device_put(new, old.sharding) if placed else new
+    """A new leaf placed as the old one was: where nothing has bound that to a device, the new one is free to go too.
+
+    JAX cannot set an array free that lies on a mesh or is bound to a device, so that one goes through the host.
+    """
+    if not isinstance(new, jax.Array) or is_traced(new) or is_traced(old):
+        return new
+    if isinstance(old, jax.Array) and old.committed:
+        return jax.device_put(new, old.sharding)
+    return jax.device_put(jax.device_get(new)) if new.committed else new
 
 
 @dataclasses.dataclass(frozen=True)

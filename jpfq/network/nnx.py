@@ -35,6 +35,7 @@ def from_nnx(model: nnx.Module, kwargs: dict) -> Functional:
         leaves + state_leaves,
         (True,) * count + (False,) * len(state_leaves),
         lambda leaves: {"model": merge(leaves), "params": tree.unflatten(leaves[:count])},
+        origin=lambda: (from_nnx, (merge(range(count + len(state_leaves))), kwargs)),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from ..matrix import Natural, Recipe
+from ..matrix.automatic import context
 from ..matrix.correlate import at_a_time, copies, correlates
 from ..matrix.gram import HALVES
 from ..matrix.layout import ConvLayout, Layout
@@ -16,6 +17,7 @@ from ..scalar import Bounded
 from .batches import shapes_of
 from .compat import is_literal
 from .gather import at_once, rows_shape
+from .mesh import on_auto_axes
 from .quantize import Analysis, adapt, analyse
 from .rules import Rule, as_rules
 from .sites import Site, Tap
@@ -114,7 +116,9 @@ def plan(
         kernel ...
         2 kernels with 1,280 weights to quantize, 0 left as they are. Peak memory ...
     """
-    return plan_of(analyse(adapt(model, variables, params, kwargs), as_rules(rules), shapes_of(batch)), batches)
+    functional = on_auto_axes(adapt(model, variables, params, kwargs))
+    with context(functional.leaves):
+        return plan_of(analyse(functional, as_rules(rules), shapes_of(batch)), batches)
 
 
 def plan_of(analysis: Analysis, batches: int) -> Plan:

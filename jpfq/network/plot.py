@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..matrix import Info, QTensor
+from ..matrix.automatic import anywhere
 from .quantized import Quantized, any_codes_bits
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Swept(Protocol):
     def front(self) -> Sequence[int]: ...
 
 
+@anywhere
 def errors(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     """Relative errors of the kernels' outputs on the calibration data, in per cent.
 
@@ -58,6 +60,7 @@ def errors(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     return _finish(ax, "relative error, %", len(found))
 
 
+@anywhere
 def bits(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     """Bits per weight of the kernels as they are stored, steps included, and the entropy of their codes.
 
@@ -75,6 +78,7 @@ def bits(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     return _finish(ax, "bits per weight", len(stored))
 
 
+@anywhere
 def sizes(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     """Sizes of the kernels, packed, beside those before; in kB, or in MB where one has more.
 
@@ -94,6 +98,7 @@ def sizes(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     return _finish(ax, unit, len(tensors))
 
 
+@anywhere
 def saturation(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     """Shares of each kernel's weights that wanted to go more than half a step beyond the grid, in per cent.
 
@@ -110,6 +115,7 @@ def saturation(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     return _finish(ax, "saturated, %", len(shares))
 
 
+@anywhere
 def accumulators(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     """Bits of the accumulators of the kernels whose sums are bounded: asked for, needed, and what any codes might need.
 
@@ -146,6 +152,7 @@ def accumulators(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
+@anywhere
 def histogram(tensor: QTensor, weights: Any = None, ax: "Axes | None" = None) -> "Axes":
     """How the codes of a kernel spread over its levels, and how the float weights lay between them.
 

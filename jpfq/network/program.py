@@ -67,11 +67,10 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> P
         return out
 
     closed = jax.make_jaxpr(flat)(list(params), leaves)
-    inliner = _Inliner()
 
     def inlined(params, leaves):
         fixed = [True] * len(params) + [False] * len(leaves)
-        return inliner.run(closed, [*params, *leaves], fixed)[0]
+        return _Inliner().run(closed, [*params, *leaves], fixed)[0]
 
     jaxpr, constants = opened(jax.make_jaxpr(inlined)(list(params), leaves))
     equations = _live(jaxpr)

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 
 from ..matrix import Devices
 from ..matrix.automatic import automatic, context
-from ..matrix.gram import is_finite
+from ..matrix.gram import is_finite, is_traced
 from ..matrix.layout import ConvLayout
 from .activation import Activations
 from .batches import Shaped, naming, read_batches, shapes_of
 from .bias import find_biases
 from .curvature import curvatures
-from .functional import Functional, from_function
+from .functional import PARTITION, Functional, check_arrays, check_values, from_function
 from .hosts import check_hosts, leaves_of, spans_hosts
 from .linen import from_linen, is_linen
-from .mesh import check_runs, devices_of, like, on_mesh_of
+from .mesh import check_runs, devices_of, like, on_auto_axes, on_mesh_of
 from .nnx import from_nnx, is_nnx
 from .program import Program, trace_twice
 from .progress import progress_bar
@@ -92,9 +92,9 @@ def quantize(
         >>> list(quantized.tensors), list(quantized.skipped)
         (['hidden/kernel'], ['head/kernel'])
     """
-    with context(), contextlib.ExitStack() as held:
-        rules = as_rules(rules)
-        functional = adapt(model, variables, params, kwargs)
+    rules = as_rules(rules)
+    functional = adapt(model, variables, params, kwargs)
+    with context(functional.leaves), contextlib.ExitStack() as held:
         check_choice("reference", reference, ("float", "block"))
         fresh = None if isinstance(batches, Iterable) or not callable(batches) else batches
         settings = {"rules": rules, "key": key, "reference": reference, "offload": offload, "strict": strict}
@@ -124,7 +124,7 @@ def quantize(
             block = block_of if rebases else None
             refresh = _refresh(fresh, shapes, offload, kept, finite) if fresh else None
             (walked,), peak = walk(streams, [making], report, block, refresh, devices, kept)
-        return assemble(functional, walked, first.assignment.skipped, peak, example, devices, uses_of(first.sites))
+        return assemble(functional, walked, first.assignment.skipped, peak, example, uses_of(first.sites))
 
 
 def place(
@@ -134,12 +134,15 @@ def place(
 
     Several hosts are compared first, in `settings` too.
     """
-    placed = dataclasses.replace(functional, leaves=tuple(map(automatic, functional.leaves)))
+    placed = on_auto_axes(functional)
     if jax.process_count() > 1 and isinstance(batches, Iterable):
         batches = list(batches)
         if spans_hosts([*placed.leaves, *leaves_of(batches)]):
             check_hosts(placed, batches, settings)
+    check_values(zip(placed.paths, placed.leaves, strict=True), "Quantizing")
     shaped = read_batches(batches, on_host=offload)
+    of_batches = ((f"an input of a batch of shape {x.shape}", x) for g in shaped for leaves in g.leaves for x in leaves)
+    check_values([*zip(placed.paths, placed.leaves, strict=True), *of_batches], "Quantizing")
     devices = devices_of([*placed.leaves, *(x for group in shaped for leaves in group.leaves for x in leaves)])
     if any(a is not b for a, b in zip(functional.leaves, placed.leaves, strict=True)):
         check_runs(placed, shaped[0].example)
@@ -179,10 +182,9 @@ def assemble(
     skipped: dict[str, str],
     peak: int,
     example: Any,
-    devices: Devices | None = None,
     uses: dict[str, int] | None = None,
 ) -> Quantized:
-    """The result of a walk over batches of the shapes of `example`. Without `devices`, pure in the arrays of `walked`."""
+    """The result of a walk over batches of the shapes of `example`. Pure where `walked` is traced."""
     leaves = list(functional.leaves)
     for index, path in enumerate(functional.paths):
         if functional.trainable[index]:
@@ -193,8 +195,10 @@ def assemble(
     rebuilt = functional.rebuild(leaves)
     outputs = walked.output_error.whole
     tensors, info, inputs = walked.tensors, walked.info, walked.inputs
-    if devices is not None:  # codes lie as their kernel does, and all else on its mesh
-        home = dict(zip(functional.paths, functional.leaves, strict=True))
+    home = dict(zip(functional.paths, functional.leaves, strict=True))
+    if not any(
+        map(is_traced, jax.tree.leaves(walked.tensors))
+    ):  # codes lie as their kernel does, and all else beside them
         tensors = {path: _placed(tensor, home[path]) for path, tensor in tensors.items()}
         info, inputs = ({path: on_mesh_of(home[path], x) for path, x in found.items()} for found in (info, inputs))
     return Quantized(
@@ -289,14 +293,26 @@ def adapt(model: Any, variables: Any, params: Any, kwargs: dict | None) -> Funct
         if value is not None and name != wanted:
             raise ValueError(f"{kind} takes {wanted or 'neither variables nor params'}; got {name}=...")
     if is_linen(model):
-        return from_linen(model, variables, kwargs)
-    if is_nnx(model):
-        return from_nnx(model, kwargs)
+        functional = from_linen(model, variables, kwargs)
+    elif is_nnx(model):
+        functional = from_nnx(model, kwargs)
+    else:
+        _check_function(model, params)
+        functional = from_function(model, params, kwargs)
+    check_arrays(functional.paths, functional.leaves)
+    return functional
+
+
+def _check_function(model, params):
+    """Raises for what is no function of parameters and inputs."""
     if not callable(model):
         raise ValueError(f"model is a Linen module, an NNX model or a function fn(params, *inputs); got {model!r}.")
     if params is None:
+        if not jax.tree_util.all_leaves([model]):
+            raise ValueError(
+                f"model is {type(model).__name__}, a pytree that has its parameters within itself. {PARTITION}"
+            )
         raise ValueError("A function needs its parameters: jpfq.quantize(fn, batches, rules, params=params).")
-    return from_function(model, params, kwargs)
 
 
 class Traced(NamedTuple):

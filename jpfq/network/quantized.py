@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from ..matrix import Info, QTensor
-from ..matrix.automatic import automatic, context
+from ..matrix.automatic import anywhere, automatic, moved, runs_anywhere
 from ..scalar import Guard, Reach
 from .activation import Rounded
 from .apply import run
@@ -60,6 +61,40 @@ class Quantized:
     uses: dict[str, int] = dataclasses.field(default_factory=dict)
     outputs: OutputError | None = None
 
+    def __getstate__(self):
+        """The fields, without what is compiled."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def arrays(self) -> tuple:
+        """All arrays of the model with the quantized ones, on Auto axes where they lie on a mesh."""
+        return self._functional.leaves
+
+    @functools.cached_property
+    def on_auto_axes(self) -> "Quantized":
+        """This result with everything on Auto axes, so that it can be computed with: see `jpfq.matrix.automatic`."""
+        return self.moved(automatic)
+
+    @property
+    def home(self) -> Any:
+        """The mesh with Explicit axes that this result lies on; None for another or none."""
+        found = jax.tree.leaves((self.params, self.tensors, self.info, self.inputs))
+        return next((x.sharding.mesh for x in found if automatic(x) is not x), None)
+
+    def moved(self, f: Callable[[Any], Any]) -> "Quantized":
+        """This result with every array moved by `f`, but for those that its compiled functions take."""
+        old = {name: getattr(self, name) for name in ("tensors", "info", "inputs")}
+        new = {
+            name: {path: moved(f, x) for path, x in found.items()} for name, found in old.items()
+        }  # keeps their order
+        params = moved(f, self.params)
+        if params is self.params and all(x is old[name][path] for name in new for path, x in new[name].items()):
+            return self
+        rebuilt = self._functional.rebuild(tuple(map(f, self._functional.leaves)))
+        return dataclasses.replace(
+            self, **new, params=params, _model=rebuilt.get("model"), _variables=rebuilt.get("variables")
+        )
+
     @property
     def model(self) -> Any:
         """The quantized NNX model."""
@@ -75,6 +110,7 @@ class Quantized:
             raise AttributeError(f"quantized.{name} exists after quantizing {kind}; here take quantized.params.")
         return value
 
+    @runs_anywhere
     def apply(self, batch: Any) -> Any:
         """The network's outputs with weights and activations as quantized, for a batch of the form calibrated on.
 
@@ -87,14 +123,13 @@ class Quantized:
             >>> quantized.apply(X).shape
             (64, 8)
         """
-        inputs, batch = jax.tree.map(automatic, (self.inputs, batch))
-        with context():
-            return self._run(self._functional.leaves, inputs, batch)
+        return self._run(self._functional.leaves, self.inputs, batch)
 
     @functools.cached_property
     def _run(self):
         return jax.jit(functools.partial(run, dataclasses.replace(self._functional, leaves=())))
 
+    @runs_anywhere
     def apply_integer(self, batch: Any, *, accumulator: Guard | None = None, overflow: Overflow = "wrap") -> Any:
         """`apply` with the products of kernels whose inputs are quantized made of integers, scales applied afterwards.
 
@@ -115,18 +150,19 @@ class Quantized:
         if accumulator is not None and not isinstance(accumulator, Guard):
             raise ValueError(f"accumulator is such as jpfq.Accumulator(16, tile=64); got {accumulator!r}.")
         bits, tile = (32, None) if accumulator is None else (accumulator.bits, accumulator.tile)
-        with context():
-            return self._integers(jax.tree.map(automatic, batch), bits, tile, overflow)
+        return self._integers(batch, bits, tile, overflow)
 
     @functools.cached_property
     def _integers(self):
-        return Integers(self._functional, self.tensors, jax.tree.map(automatic, self.inputs))
+        return Integers(self._functional, self.tensors, self.inputs)
 
     @property
+    @anywhere
     def tunable(self) -> Any:
         """The parameters to train with codes fixed: `params`, with a `Steps` in place of each quantized kernel."""
         return tunable(self.params, self.tensors)
 
+    @anywhere
     def tuned(self, params: Any) -> "Quantized":
         """This with trained parameters, given as `fake_quant` takes them: the network that was trained, on its grids.
 
@@ -161,6 +197,7 @@ class Quantized:
             _variables=rebuilt.get("variables"),
         )
 
+    @anywhere
     def serve(self) -> Served:
         """The network with its kernels packed in memory, for inference: a function of a batch.
 
@@ -172,6 +209,7 @@ class Quantized:
         """
         return Served.of(self._functional, self.tensors, self.inputs)
 
+    @anywhere
     def save(self, folder: str | os.PathLike, *, entropy_coded: bool = False, overwrite: bool = False) -> int:
         """Writes all of this result, but the model's own code, into a folder that `jpfq.load` reads.
 
@@ -200,6 +238,7 @@ class Quantized:
 
         return save(self, folder, entropy_coded=entropy_coded, overwrite=overwrite)
 
+    @anywhere
     def report(
         self,
         path: str | os.PathLike,
@@ -234,6 +273,7 @@ class Quantized:
 
         return report(self, path, params=params, sweep=sweep, title=title, overwrite=overwrite)
 
+    @runs_anywhere
     def to_qwix(self, batch: Any, model: Any = None, kwargs: dict | None = None) -> Any:
         """The network for the runtime of qwix, with integer kernels: for serving where that is in use.
 
@@ -260,6 +300,7 @@ class Quantized:
 
         return to_qwix(self, batch, model, kwargs)
 
+    @anywhere
     def export(self, kind: Literal["compressed-tensors"], folder: str | os.PathLike, **options: Any) -> dict[str, str]:
         """Writes the result in a format of others. "compressed-tensors" is what vLLM loads: see `jpfq.network.export`.
 
@@ -290,6 +331,7 @@ class Quantized:
         """Mean packed bits of the quantized weights, steps included."""
         return 8 * self.nbytes / max(1, sum(tensor.codes.size for tensor in self.tensors.values()))
 
+    @anywhere
     def summary(self) -> str:
         """A table of all kernels: what became of each, and at what error.
 

@@ -70,6 +70,12 @@ class Followed(NamedTuple):
             )
         return self.weights.get(v)
 
+    def of_output(self, v: Any) -> Weights:
+        """The weights of the entries of an output; all 0 where they are lost, so that it counts as nothing."""
+        if is_literal(v):
+            return None
+        return jnp.zeros((1,) * v.aval.ndim, jnp.float32) if v in self.lost else self.weights.get(v)
+
 
 class RowWeights:
     """Finds the weights of some variables of a program, for any batch of its shape."""

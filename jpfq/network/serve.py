@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from ..matrix import Packed, QTensor, dequantize
+from ..matrix.automatic import automatic, moved, runs_anywhere
 from .activation import Rounded
 from .apply import run
 from .functional import Functional
@@ -35,6 +37,33 @@ class Served:
         leaves = tuple(Packed.of(tensors[path]) if ours and path in tensors else leaf for path, leaf, ours in named)
         return cls(leaves, inputs, dataclasses.replace(functional, leaves=()))
 
+    def __getstate__(self):
+        """The fields, without what is compiled."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def arrays(self) -> tuple:
+        """All its arrays."""
+        return tuple(jax.tree.leaves(self.leaves))
+
+    @functools.cached_property
+    def on_auto_axes(self) -> "Served":
+        """This with everything on Auto axes, so that it can be computed with: see `jpfq.matrix.automatic`."""
+        return self.moved(automatic)
+
+    @property
+    def home(self) -> Any:
+        """The mesh with Explicit axes that this lies on; None for another or none."""
+        return next(
+            (x.sharding.mesh for x in jax.tree.leaves((self.leaves, self.inputs)) if automatic(x) is not x), None
+        )
+
+    def moved(self, f: Callable[[Any], Any]) -> "Served":
+        """This with every array moved by `f`."""
+        fields = self.leaves, self.inputs
+        new = moved(f, fields)
+        return self if new is fields else dataclasses.replace(self, leaves=new[0], inputs=new[1])
+
     @property
     def params(self) -> Any:
         """The parameters, as the model has them, with `Packed` kernels: a pytree to save, shard, or give to a `jit`.
@@ -48,6 +77,7 @@ class Served:
         """Bytes of the packed kernels, as they are on the device."""
         return sum(leaf.nbytes for leaf in self.leaves if isinstance(leaf, Packed))
 
+    @runs_anywhere
     def __call__(self, batch: Any) -> Any:
         """The network's outputs with weights and activations as quantized."""
         return self._run(self.leaves, self.inputs, batch)

@@ -184,9 +184,9 @@ class Stream:
     def _of_output(self, batch, v, mixed) -> jax.Array | None:
         """The weights of the entries of an output; all 0 where there are none to rely on."""
         followed = self.followed[batch]
-        if followed is None or is_literal(v) or not (mixed or v in followed.lost):
-            return self._weights(batch, v, "the outputs")
-        return jnp.zeros((1,) * v.aval.ndim, jnp.float32)
+        if followed is None:
+            return None
+        return jnp.zeros((1,) * v.aval.ndim, jnp.float32) if mixed else followed.of_output(v)
 
     def _padding_reaches(self, v, name) -> bool:
         """Whether a variable depends on what stands in rows of weight 0, in rows that count."""

@@ -1,6 +1,7 @@
 """Plain-text tables."""
 
 import io
+import sys
 from collections.abc import Sequence
 
 from rich import box
@@ -19,7 +20,21 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     out = io.StringIO()
     # text, also where rich would show the table itself (notebooks) or colour it
     Console(file=out, width=1000, markup=False, emoji=False, force_jupyter=False, force_terminal=False).print(drawn)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
+    return writable("\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n"))
+
+
+def writable(text: str) -> str:
+    """A text as the standard output can write it: with plain lines and escaped letters where its encoding has no others."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return (
+            text.replace("\N{BOX DRAWINGS LIGHT HORIZONTAL}", "-").encode(encoding, "backslashreplace").decode(encoding)
+        )
+    except LookupError:  # an encoding of somebody's own
+        pass
+    return text
 
 
 def _is_number(text):

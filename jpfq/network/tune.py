@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ..matrix import QTensor
+from ..matrix.automatic import anywhere
 from ..scalar import register_dataclass
 from .functional import flatten
 
@@ -45,6 +46,7 @@ def tunable(params: Any, tensors: Mapping[str, QTensor]) -> Any:
     return _replaced(params, tensors, lambda _, tensor: Steps(jnp.ones_like(tensor.step)))
 
 
+@anywhere
 def fake_quant(params: Any, quantized: "Quantized | Mapping[str, QTensor]") -> Any:
     """Parameters for the forward pass of training: every quantized kernel at levels of its grid. Pure, and differentiable.
 

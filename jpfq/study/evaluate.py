@@ -7,13 +7,18 @@ from typing import Any
 
 import jax
 
-from ..matrix.automatic import automatic, context
+from ..matrix.automatic import automatic, runs_anywhere
 from ..network import Quantized, Weighted
 from ..network.apply import run
+from ..network.batches import read_batches
+from ..network.mesh import on_auto_axes
 from ..network.outputs import Comparison, OutputError
+from ..network.program import trace
+from ..network.row_weights import RowWeights
 from .compare import Subject
 
 
+@runs_anywhere
 def evaluate(subject: Subject, quantized: Quantized) -> dict[str, Any]:
     """Figures of a quantized network of a subject.
 
@@ -24,17 +29,18 @@ def evaluate(subject: Subject, quantized: Quantized) -> dict[str, Any]:
     output_error: likewise with the inputs of layers rounded too, as `quantized.apply` does; the same where there are none.
     weights_unmatched, output_unmatched: how many outputs are NaN or infinite in one of the networks only.
     """
-    functional = subject.functional
+    functional = on_auto_axes(subject.functional)
     outputs = jax.jit(functools.partial(run, dataclasses.replace(functional, leaves=())))
     weights, whole = [], []
-    with context():
-        inputs = jax.tree.map(automatic, quantized.inputs)
-        leaves, new = (tuple(map(automatic, x)) for x in (functional.leaves, quantized._functional.leaves))
-        for batch in subject.batches:
-            batch = jax.tree.map(automatic, batch.batch if isinstance(batch, Weighted) else batch)
-            exact, made = outputs(leaves, {}, batch), outputs(new, {}, batch)
-            weights.append(_compared(exact, made))
-            whole.append(_compared(exact, outputs(new, inputs, batch)) if inputs else weights[-1])
+    leaves, new, inputs = functional.leaves, quantized._functional.leaves, quantized.inputs
+    for batch in subject.batches:
+        counted = None
+        if isinstance(batch, Weighted):
+            batch, counted = _counted(functional, batch)
+        batch = jax.tree.map(automatic, batch)
+        exact, made = outputs(leaves, {}, batch), outputs(new, {}, batch)
+        weights.append(_compared(exact, made, counted))
+        whole.append(_compared(exact, outputs(new, inputs, batch), counted) if inputs else weights[-1])
     weights, whole = (functools.reduce(operator.add, parts).error.whole for parts in (weights, whole))
     return {
         "float_score": subject.score(),
@@ -47,8 +53,18 @@ def evaluate(subject: Subject, quantized: Quantized) -> dict[str, Any]:
     }
 
 
-def _compared(exact, made) -> Comparison:
-    return Comparison.of(jax.tree.leaves(exact), jax.tree.leaves(made))
+def _counted(functional, weighted):
+    """A batch as the model takes it, and weights of the entries of each output; None where all count."""
+    (group,) = read_batches([weighted])
+    if group.weights[0] is None:
+        return group.example, None
+    program = trace(functional.fn, functional.paths, functional.leaves, group.example)
+    followed = RowWeights(program, program.outputs)(functional.leaves, group.leaves[0], group.weights[0])
+    return group.example, [followed.of_output(v) for v in program.outputs]
+
+
+def _compared(exact, made, counted) -> Comparison:
+    return Comparison.of(jax.tree.leaves(exact), jax.tree.leaves(made), (), counted)
 
 
 def _figure(outputs: OutputError) -> float | None:

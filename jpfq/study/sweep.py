@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from ..matrix import Devices, code_dtype
-from ..matrix.automatic import automatic, context
+from ..matrix import code_dtype
+from ..matrix.automatic import anywhere, automatic, context, no_mesh
 from ..matrix.each import lane, over_lanes, stack
 from ..network import Quantized
 from ..network.batches import Shaped, naming, shapes_of
@@ -42,6 +42,7 @@ from ..network.quantize import (
     typed,
     uses_of,
 )
+from ..network.rules import Assignment
 from ..network.table import table
 from ..network.walk import Making, Walked, stops, walk
 from .plot import loss_against_bits
@@ -87,26 +88,26 @@ class Sweep:
     """
 
     records: list[dict[str, Any]]
-    _settings: list[_Setting]
+    _assignments: list[Assignment]
+    _uses: list[dict[str, int]]  # as of `Quantized`
     _chunks: list[_Chunk]
     _functional: Functional
     _example: Any  # shapes of a batch
-    _devices: Devices | None
     _mesh: LanesMesh | None
 
     def __len__(self):
         return len(self.records)
 
+    @anywhere
     def __getitem__(self, number: int) -> Quantized:
         """The quantized network of a setting: what `quantize` returns for it."""
         number = range(len(self.records))[number]
         chunk = next(chunk for chunk in self._chunks if number in chunk.numbers)
-        own = self._settings[number].first.assignment
+        own = self._assignments[number]
         walked = _lane_of(chunk.walked, chunk.numbers.index(number), own)
         if self._mesh is not None:
             walked = self._mesh.back(walked, self._functional.leaves[0])
-        uses = uses_of(self._settings[number].first.sites)
-        return assemble(self._functional, walked, own.skipped, chunk.peak, self._example, self._devices, uses)
+        return assemble(self._functional, walked, own.skipped, chunk.peak, self._example, self._uses[number])
 
     @property
     def front(self) -> list[int]:
@@ -226,8 +227,8 @@ def sweep(
         raise ValueError(f"lanes is a positive number of settings, or None; got {lanes!r}.")
     if callable(batches) and not isinstance(batches, Iterable):
         raise ValueError("A sweep takes batches, and no function that makes fresh ones for each layer.")
-    with context():
-        functional = adapt(model, variables, params, kwargs)
+    functional = adapt(model, variables, params, kwargs)
+    with context(functional.leaves):
         compared = {"space": [tuple(map(str, point.items())) for point in space.points], "key": key, "lanes": lanes}
         placed, shaped, devices = place(functional, batches, compared, offload)
         mesh = None if sharding is None else LanesMesh.of(sharding)
@@ -244,14 +245,16 @@ def sweep(
                 for numbers in walks:
                     chunks += _walk(placed, shaped, settings, numbers, size, offload, report, devices)
             example = shapes_of(shaped[0].example)
-            leaves = functional.leaves if mesh is None else placed.leaves
-            losses = {} if evaluate is None else _losses(functional, leaves, settings, chunks, evaluate, example)
+            losses = {} if evaluate is None else _losses(functional, placed.leaves, settings, chunks, evaluate, example)
     records: list = [None] * len(settings)
     for chunk in chunks:
-        shaped_tensors = jax.eval_shape(lambda tensors: lane(tensors, 0), chunk.walked.tensors)
+        with no_mesh():
+            shaped_tensors = jax.eval_shape(lambda tensors: lane(tensors, 0), chunk.walked.tensors)
         for where, number in enumerate(chunk.numbers):
             records[number] = _record(settings[number], chunk, where, shaped_tensors, losses.get(number))
-    return Sweep(records, settings, chunks, functional, example, devices, mesh)
+    assignments = [setting.first.assignment for setting in settings]
+    uses = [uses_of(setting.first.sites) for setting in settings]
+    return Sweep(records, assignments, uses, chunks, functional, example, mesh)
 
 
 class _Size(NamedTuple):

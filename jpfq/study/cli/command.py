@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.metadata
+import io
 import os
 import platform
 import re
@@ -31,15 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status, of which its help tells."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = None
+    closed = _open_outputs()
     try:
         try:
             options = _parse(arguments)
             answer = _run(options)
             if answer is not None:
                 print(as_json(answer.document) if _json(options) else answer.text)
-            return YES if answer is None else answer.status
+            return BROKEN_PIPE if closed else YES if answer is None else answer.status
         finally:
-            sys.stdout.flush()
+            _flush()
     except BrokenPipeError:
         _drop_output()
         return BROKEN_PIPE
@@ -146,6 +148,27 @@ def _explain(error, what):
 
 def _ours(file):
     return os.path.dirname(file) == os.path.dirname(__file__) or "importlib" in file
+
+
+def _open_outputs() -> bool:
+    """Lets everything be written, whatever the encoding of the terminal; returns whether nobody reads the answer."""
+    closed = sys.stdout is None
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, io.StringIO())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return closed
+
+
+def _flush():
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise OSError(f"The answer cannot be written to the standard output: {error}.") from error
 
 
 def _drop_output():

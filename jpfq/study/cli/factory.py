@@ -101,7 +101,7 @@ def _check_runs(subject, name):
     if not subject.batches:
         raise ValueError(f"{name} returns no batches, and quantization needs data.")
     functional = subject.functional
-    with context():
+    with context(functional.leaves):
         leaves, batch = tuple(map(automatic, functional.leaves)), shapes_of(subject.batches[0])
         try:
             jax.eval_shape(functional.fn, leaves, batch)

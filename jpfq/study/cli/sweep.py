@@ -78,7 +78,7 @@ def check_compiles(subject: Subject, name: str) -> None:
     functional = subject.functional
     key, score = next(iter(subject.given), "model"), cast(Callable, subject.evaluate)
     try:
-        with context():
+        with context(functional.leaves):
             jax.eval_shape(lambda leaves: score(functional.rebuild(leaves)[key]), functional.leaves)
     except TRACING as error:
         raise ValueError(
