@@ -148,7 +148,7 @@ def _left(given: Any, placed) -> Any:
     """The mesh with Explicit axes that a leaf was taken from."""
     if given is placed:
         return None
-    return given.sharding.mesh if isinstance(given, jax.Array) else given.home
+    return getattr(given.sharding, "mesh", None) if isinstance(given, jax.Array) else given.home
 
 
 def _arrays(tree):

@@ -267,9 +267,10 @@ class Kept:
             try:
                 file.write(content)
                 file.flush()
-                to_disk(file.name)
+                os.fsync(file.fileno())  # not by its name, which a run that begins at the same time may clear away
             except BaseException:
-                os.unlink(file.name)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(file.name)
                 raise
         return file.name
 
