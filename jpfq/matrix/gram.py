@@ -18,6 +18,7 @@ from .automatic import anywhere, no_mesh
 from .automatic import is_traced as is_traced
 from .split import Split, diagonal, permuted
 
+_STEP = 14  # powers by which inputs are scaled are multiples of it, so that few programs are compiled
 SUMS = ("H", "C", "drift", "sum_X", "sum_Xq", "count")
 HALVES = 256  # inputs from which on half of a symmetric product costs more than to copy it
 
@@ -345,9 +346,14 @@ class Shown(NamedTuple):
     @classmethod
     def of(cls, diagonal: jax.Array, X: jax.Array, Xq: jax.Array, count: jax.Array) -> "Shown":
         """From diag(H), sums or means of both networks' inputs, and the count, with any leading axes. Reads them once."""
-        finite_X, finite_Xq, rows, inputs, small, large = np.asarray(_shown(diagonal, X, Xq, count))
-        power = 2 * _third(diagonal.dtype) * (int(small) - int(large))
-        return cls(bool(finite_X), bool(finite_Xq), bool(rows), bool(inputs), power)
+        *told, size = np.asarray(_shown(diagonal, X, Xq, count))
+        finite_X, finite_Xq, rows, inputs = map(bool, told)
+        third, power = _third(diagonal.dtype), 0
+        if finite_X and finite_Xq and inputs and not 4.0**-third <= size <= 4.0**third:
+            lost = size == 0 or np.isinf(size)  # how far it is from 1 is lost
+            most = third * (1 if size < 1 else -1)
+            power = 2 * most if lost else _STEP * round(-np.log2(size) / 2 / _STEP)
+        return cls(finite_X, finite_Xq, rows, inputs, int(power))
 
     def refuse(self, name: str) -> None:
         """Raises for data that show nothing."""
@@ -368,10 +374,8 @@ def _shown(diagonal, X, Xq, count):
     finite_X, finite_Xq = jnp.isfinite(X).all(), jnp.isfinite(Xq).all()
     largest, rows = diagonal.max(), jnp.maximum(count.max(), 1).astype(diagonal.dtype)
     inputs = jnp.any(X != 0) | jnp.any(Xq != 0) | ~(largest <= 0)
-    extreme = jnp.asarray(4.0, largest.dtype) ** _third(largest.dtype)
-    small = inputs & (largest / rows < 1 / extreme)
-    large = ~(largest / rows <= extreme) & finite_X & finite_Xq
-    return jnp.stack([finite_X, finite_Xq, count.max() > 0, inputs, small, large])
+    size = jnp.where(jnp.isnan(largest), jnp.inf, largest) / rows  # NaN of infinities that meet
+    return jnp.stack([*(x.astype(size.dtype) for x in (finite_X, finite_Xq, count.max() > 0, inputs)), size])
 
 
 def _third(dtype) -> int:
