@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jpfq
+from jpfq.network.plan import Memory
 from jpfq.network.program import trace
 from jpfq.network.stream import Stream, needs
 from tests.network import zoo
@@ -159,6 +160,32 @@ def test_fresh_batches_leave_nothing_of_those_before(monkeypatch):
     assert max(kernels.in_walk) <= DEPTH + AT_WORK
     assert max(activations) <= 2  # of the stop before: in the float and in the quantized network
     assert live() == 0
+
+
+@pytest.mark.parametrize("name", ["function", "cast", "shared"])
+def test_the_plan_counts_the_weights_that_live(name):
+    """Of calibration, those at work; of the end, the caller's, the codes and the result's."""
+    given = MODELS[name]()
+    many = jax.ShapeDtypeStruct((4000, WIDTH), jnp.float32)  # so that most is needed between two solves
+    plan = jpfq.plan(given["model"], many, zoo.plain(bits=4, form="gram"), params=given["params"])
+    of_kernels = lambda itemsize: DEPTH * WIDTH**2 * itemsize
+    itemsize = 2 if name == "cast" else 4
+    assert plan.stages["result"] == Memory(of_kernels(itemsize), codes=of_kernels(1), result=of_kernels(itemsize))
+    calibration = plan.stages["calibration"]
+    assert calibration.parameters == of_kernels(itemsize)
+    assert 0 < calibration.kernels <= AT_WORK * WIDTH**2 * 4
+    assert plan.memory == max(calibration.total, plan.stages["result"].total)
+
+
+def test_the_plan_says_what_memory_is_for():
+    shape = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)
+    fn = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]
+    x = jax.ShapeDtypeStruct((1, 512), jnp.bfloat16)
+    rule = zoo.plain(bits=9, form="data")
+    plan = jpfq.plan(fn, x, [jpfq.Rule("b", skip=True), rule], params={"a": shape, "b": shape})
+    assert plan.stages["result"] == Memory(2 * 2 * 512**2, codes=2 * 512**2, result=2 * 512**2)
+    assert "Peak memory about" in str(plan)
+    assert "calibration: parameters 1.0 MiB, activations" in str(plan)
 
 
 @pytest.mark.slow
