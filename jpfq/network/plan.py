@@ -1,13 +1,14 @@
 """`plan`: what `quantize` would do, from shapes alone: which kernels, how, which not and why, memory and arithmetic."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from ..matrix import Natural, Recipe
+from ..matrix import Natural, Recipe, code_dtype
 from ..matrix.automatic import context
 from ..matrix.correlate import at_a_time, copies, correlates
 from ..matrix.gram import HALVES
@@ -21,7 +22,7 @@ from .mesh import on_auto_axes
 from .quantize import Analysis, adapt, analyse
 from .rules import Rule, as_rules
 from .sites import Site, Tap
-from .stream import forks
+from .stream import forks, needs
 from .table import table
 from .walk import served, stops
 
@@ -41,10 +42,29 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes at the largest moment of a stage, by what they are for."""
+
+    parameters: int  # the caller's own
+    activations: int = 0  # of both networks, all batches
+    kernels: int = 0  # made of parameters, or dequantized, while a product needs them
+    workspace: int = 0  # Grams and solves, curvature, derivatives
+    codes: int = 0  # of the kernels that are done
+    result: int = 0  # the dequantized parameters that are returned
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """The plan of a run. Print it.
 
     lines: one for each matrix of a kernel that will be quantized. skipped: by path of every other kernel, the reason.
+    stages: what memory is for, by stage: "calibration", "result", and "derivatives" where neurons are coupled. The process
+        itself and what JAX compiles come beside it.
 
     Example:
         >>> plan = jpfq.plan(model, batches[0], 4, variables=variables, batches=2)
@@ -54,8 +74,13 @@ class Plan:
 
     lines: list[Line]
     skipped: dict[str, str]
-    memory: int  # bytes at the peak: parameters, live activations of both networks, statistics, solve
+    stages: dict[str, Memory]
     flops: float  # of forward passes at the sites, statistics and recursions
+
+    @property
+    def memory(self) -> int:
+        """Bytes of arrays at the peak."""
+        return max(stage.total for stage in self.stages.values())
 
     def __str__(self) -> str:
         by_path: dict[str, list[Line]] = {}
@@ -76,9 +101,12 @@ class Plan:
         if self.skipped:
             text.append(table(("left as it is", "because"), list(self.skipped.items())))
         weights = sum(math.prod(line.dims) for line in self.lines)
+        stage, peak = max(self.stages.items(), key=lambda item: item[1].total)
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in dataclasses.asdict(peak).items() if size)
         text.append(
             f"{len(by_path)} kernels with {weights:,} weights to quantize, {len(self.skipped)} left as they are. "
-            f"Peak memory about {_size(self.memory)}; arithmetic about {self.flops:.3g} operations."
+            f"Peak memory about {_size(self.memory)} ({stage}: {parts}), beside the process itself and what it compiles; "
+            f"arithmetic about {self.flops:.3g} operations."
         )
         return "\n\n".join(text)
 
@@ -130,9 +158,13 @@ def plan_of(analysis: Analysis, batches: int) -> Plan:
     lines = {first: _line(sites, variables, analysis, batches) for first, sites in uses.items()}
     of_batch = lambda site: math.prod(rows_shape(site.layout, site.data.aval.shape))
     forward = sum(4.0 * batches * of_batch(site) * math.prod(site.layout.dims) for site in analysis.sites)
-    memory = max(_peak(analysis, equations, lines, batches) + _curvature(analysis), _backward(analysis))
+    stages = {"calibration": _calibration(analysis, equations, lines, batches), "result": _result(analysis, lines)}
+    if curvature := _curvature(analysis):
+        program = analysis.program  # every value of one batch with its derivative
+        made = sum(_bytes(v) for e in program.equations if not program.is_fixed(e) for v in e.outvars)
+        stages["derivatives"] = Memory(_parameters(analysis), activations=2 * made, workspace=2 * curvature)
     flops = forward + sum(line.flops for line in lines.values())
-    return Plan(list(lines.values()), analysis.assignment.skipped, memory, flops)
+    return Plan(list(lines.values()), analysis.assignment.skipped, stages, flops)
 
 
 def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -> Line:
@@ -197,16 +229,21 @@ def _gram(layout: Layout, shape: tuple[int, ...], rows: int, whole: bool, networ
     return matrices * rows * n * n, together * (patches * networks + networks - 1)
 
 
-def _peak(analysis: Analysis, forked_equations: set[int], lines: dict[int, Line], batches: int) -> int:
+def _calibration(analysis: Analysis, forked_equations: set[int], lines: dict[int, Line], batches: int) -> Memory:
     """The walk with sizes in place of arrays."""
     program, groups = analysis.program, stops(analysis.sites)
     ends = [min(analysis.sites[i].first for i in group) for group in groups]
     solved = served([[analysis.sites[i] for i in group] for group in groups])
+    first_need, last_need = needs(program)
     live = {v: _bytes(v) for v in program.inputs}  # of one batch
-    codes = 0  # of the kernels that are done
-    start, peak = 0, 0
+    kernels: dict = {}  # by what they are, their bytes and the last equation that needs them
+    codes, start, moments = 0, 0, []
+    moment = functools.partial(Memory, _parameters(analysis))
+    curvature = _curvature(analysis)
     for number, end in enumerate([*ends, len(program.equations)]):
         before, inside = sum(live.values()), 0
+        made = [v for i, need in first_need.items() if start <= need < end for v in program.equations[i].outvars]
+        kernels.update((v, (_bytes(v), last_need[v])) for v in made if v in last_need)
         for index, eqn in enumerate(program.equations[start:end], start):
             if not program.is_fixed(eqn):
                 inside = max([inside, *map(_bytes, eqn.outvars)])
@@ -217,29 +254,38 @@ def _peak(analysis: Analysis, forked_equations: set[int], lines: dict[int, Line]
             live.update({data: _bytes(data)} if isinstance(data, Tap) else {})  # rounded inputs
         moving = sum(live.values()) + 2 * inside  # one batch at a time holds what it had and what it makes
         live = {v: size for v, size in live.items() if program.last_use.get(v, -1) >= end}
-        if number < len(groups):
-            waiting = (batches - 1) * max(before, sum(live.values()))
-            here = [analysis.sites[i] for p, i in enumerate(groups[number]) if (number, p) in solved]
-            workspace = max((lines[site.first].workspace for site in here), default=0)
-            peak = max(peak, codes + waiting + moving, codes + batches * sum(live.values()) + workspace)
-            codes += sum(site.weight.aval.size for site in here)
-        else:  # outputs are compared and let go batch by batch
-            peak = max(peak, codes + (batches - 1) * before + moving)
+        waiting = (batches - 1) * (max(before, sum(live.values())) if number < len(groups) else before)
+        held = sum(size for size, _ in kernels.values())
+        moments.append(moment(waiting + moving, held, curvature, codes))
+        if number == len(groups):
+            break  # outputs are compared and let go batch by batch
+        kernels = {v: (size, last) for v, (size, last) in kernels.items() if last >= end}
+        for site in [analysis.sites[i] for p, i in enumerate(groups[number]) if (number, p) in solved]:
+            held, workspace = sum(size for size, _ in kernels.values()), lines[site.first].workspace + curvature
+            moments.append(moment(batches * sum(live.values()), held, workspace, codes))
+            uses = site.shares or (site.index,)
+            kernels[site.path, site.first] = _bytes(site.weight), max(uses)
+            codes += site.weight.aval.size * code_dtype(lines[site.first].recipe.grid).itemsize
         start = end
-    return sum(map(_bytes, program.params)) + peak
+    return max(moments, key=lambda moment: moment.total)
+
+
+def _result(analysis: Analysis, lines: dict[int, Line]) -> Memory:
+    """Everything is done: parameters, codes, and the dequantized kernels made of these one by one."""
+    codes = sum(math.prod(line.dims) * code_dtype(line.recipe.grid).itemsize for line in lines.values())
+    params = zip(analysis.program.paths, analysis.program.params, strict=True)
+    result = sum(_bytes(v) for path, v in params if path in analysis.assignment.recipes)
+    return Memory(_parameters(analysis), codes=codes, result=result)
+
+
+def _parameters(analysis: Analysis) -> int:
+    return sum(map(_bytes, analysis.program.params))
 
 
 def _curvature(analysis: Analysis) -> int:
-    """Matrices (out, out) of coupled neurons, held until their site is done."""
+    """Matrices (out, out) of coupled neurons, held until all are done."""
     coupled = [s.layout.dims for s in analysis.sites if analysis.assignment.rules[s.path].coupling is not None]
     return sum(4 * B * out * out for B, _, out in coupled)
-
-
-def _backward(analysis: Analysis) -> int:
-    """Parameters, and every value of one batch with its derivative, where neurons are coupled."""
-    curvature, program = _curvature(analysis), analysis.program
-    made = sum(_bytes(v) for e in program.equations if not program.is_fixed(e) for v in e.outvars)
-    return sum(map(_bytes, program.params)) + 2 * (curvature + made) if curvature else 0
 
 
 def _bytes(v) -> int:

@@ -79,7 +79,8 @@ class Stream:
         self.program, self.weights, self.stops, self.offload = program, weights, stops, offload
         self.at = 0  # equations before this one are done
         self.fixed = dict(program.constants) | dict(zip(program.params, params, strict=True))
-        self.kept = set(program.params)
+        self.kept = set(program.params)  # the caller's own arrays
+        self.first_need, self.last_need = needs(program)
         self.params, self.rebases, self.keeps = params, rebases, keeps
         self.tracks = [Track(axis, {}, {}) for axis in laned]
         self.batches: list[Networks] = []
@@ -135,6 +136,18 @@ class Stream:
             for values in (networks.shared, *networks.forked):
                 values.clear()
             self._leave(batch)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Lets everything go but the parameters: no batch will be taken further."""
+        self.at = len(self.program.equations)
+        for values in [pool for networks in self.batches for pool in (networks.shared, *networks.forked)]:
+            values.clear()
+        for track in self.tracks:
+            track.replaced.clear()
+            track.history.clear()
+        self.other = None
+        self._drop_fixed()
 
     def anew(self, batches: Sequence[Sequence], weights: Sequence, number: int) -> "Stream":
         """A stream of other batches, up to a stop, through what has been quantized in this one."""
@@ -216,8 +229,8 @@ class Stream:
         for index, eqn in enumerate(program.equations[start:end], start):
             if not program.is_fixed(eqn):
                 (forked if index in self.forked_equations else common).append(eqn)
-            elif eqn.outvars[0] not in program.broadcasts:
-                self._evaluate(eqn)
+        for index in (i for i, need in self.first_need.items() if start <= need < end):
+            self._evaluate(program.equations[index])
         used_here = {v for e in forked for v in e.invars if not is_literal(v)}
         both = Segment(self._with_broadcasts(common), lambda v: self._later(v, end) or v in used_here)
         each = Segment(self._with_broadcasts(forked), lambda v: self._later(v, end))
@@ -258,9 +271,11 @@ class Stream:
         return self.program.last_use.get(v, -1) >= end and v not in self.program.broadcasts
 
     def _drop_fixed(self):
-        for values in (self.fixed, *(track.replaced for track in self.tracks)):
-            for v in [v for v in values if not self._later(v, self.at) and v not in self.kept]:
-                del values[v]
+        for v in [v for v in self.fixed if self.last_need.get(v, -1) < self.at and v not in self.kept]:
+            del self.fixed[v]
+        for track in self.tracks:
+            for v in [v for v in track.replaced if self.last_need.get(v, -1) < self.at]:
+                del track.replaced[v]
 
     def inputs(self, site: Site, track: int = 0) -> Iterator[tuple[jax.Array, jax.Array | None, jax.Array | None]]:
         """Per batch: input for the reference and the quantized network (None where they agree), weights of its entries."""
@@ -375,6 +390,30 @@ def _on_device(networks: Networks) -> int:
     pools = (networks.shared, *networks.forked)
     arrays = {id(x): x for values in pools for x in values.values() if isinstance(x, jax.Array)}
     return sum(x.nbytes for x in arrays.values())
+
+
+def needs(program: Program) -> tuple[dict[int, int], dict[Any, int]]:
+    """When fixed values are needed, as a program may compute all of them before it touches data.
+
+    Returns:
+        By index of each fixed equation that is evaluated, in order, the first equation on data that needs it; and by fixed
+        variable the last one that does. Outputs count as read by the last equation.
+    """
+    first: dict[int, int] = {}
+    span: dict = {v: (len(program.equations) - 1,) * 2 for v in program.outputs if not is_literal(v)}
+    for index, eqn in reversed(list(enumerate(program.equations))):
+        here = [(index, index)]
+        if program.is_fixed(eqn):
+            here = [span[v] for v in eqn.outvars if v in span] + here * bool(eqn.effects)
+            if not here:
+                continue
+            if not any(v in program.broadcasts for v in eqn.outvars):
+                first[index] = min(low for low, _ in here)
+        for v in eqn.invars:
+            if not is_literal(v) and v in program.fixed:
+                every = [*here, span[v]] if v in span else here
+                span[v] = min(low for low, _ in every), max(high for _, high in every)
+    return dict(reversed(first.items())), {v: high for v, (_, high) in span.items()}
 
 
 def forks(program: Program, sites: Sequence[Site]) -> tuple[set, set[int]]:

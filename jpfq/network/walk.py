@@ -145,7 +145,9 @@ def walk(
             kept and kept.read(number, position, _asked(stop, position, makings[0])) for position in range(len(stop))
         ]
         if refresh is not None and number and (None in known or number == len(first.stops) - 1):
-            streams = [refresh(stream, number) for stream in streams]
+            before, streams = streams, [refresh(stream, number) for stream in streams]
+            for stream in before:
+                stream.let_go()
         for stream in streams:
             stream.advance(number)
         if block is not None and (here is None or block(stop[0]) != here):

@@ -460,7 +460,7 @@ def _check_memory(settings, walks, shaped, lanes, offload, memory):
         plan = plan_of(settings[numbers[0]].first, sum(len(group.leaves) for group in shaped))
         solving = max(line.workspace for line in plan.lines)
         count = len(numbers)
-        held = (plan.memory - solving) * (1 if offload else count)
+        held = (plan.stages["calibration"].total - solving) * (1 if offload else count)
         total = held + solving * min(lanes or count, count)
         if total <= limit:
             continue
