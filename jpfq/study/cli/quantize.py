@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
+from ...network.progress import LOG
 from ..compare import METHODS, SHOWN, Subject, Trial, attempt, trial_table
 from ..plot import score_against_bits
-from .answer import Answer, note, progress
+from .answer import Answer, note
 from .factory import HELP, add_factory, check_name, subject_of
 from .keep import add_saving, check_model, check_picture, check_saving, keep, kept_lines
 from .settings import add_settings, check_settings, choose, grid_of, method_of, rules_of
@@ -100,7 +101,7 @@ def _study(jobs: Sequence, how: dict[str, Any], options, summary: bool) -> Answe
     trials: list[Trial] = []
     kept: dict[str, Any] = {}
     for number, (subject, grid, method, rules) in enumerate(jobs, 1):
-        progress(f"[{number}/{len(jobs)}] {subject.name}: {grid}, {method}")
+        LOG.info(f"[{number}/{len(jobs)}] {subject.name}: {grid}, {method}")
         trial, quantized = attempt(subject, grid, method, rules, **how)
         trials.append(trial)
         if len(jobs) == 1:
