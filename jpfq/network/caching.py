@@ -51,7 +51,7 @@ def cache_compilations(folder: str | os.PathLike | None = None) -> str:
     if given and own is not None and os.path.abspath(given) != own:
         raise ValueError(
             f"JAX keeps compiled programs in {given} already, by JAX_COMPILATION_CACHE_DIR or jax.config; got "
-            f"folder={os.fspath(folder)!r}. Leave folder out to use that one, or do not tell JAX of it."
+            f"folder={str(folder)!r}. Leave folder out to use that one, or do not tell JAX of it."
         )
     if not given:
         given = str(user_cache() / "jpfq") if own is None else own

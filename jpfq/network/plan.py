@@ -158,14 +158,15 @@ def steps_of(
     through = lambda i: sum(_forward(a.sites[i], n) for a, n in zip(analyses, batches, strict=True))
     forward = [sum(map(through, group)) for group in groups]
     forward = list(itertools.accumulate(forward)) if fresh else forward
-    numbers, found = itertools.count(1), []
+    numbers, found, waiting = itertools.count(1), [], 0.0  # for the last use of a shared matrix
     for number, group in enumerate(groups):
         here = [(p, i) for p, i in enumerate(group) if (number, p) in uses]
+        passed, waiting = (waiting + forward[number], 0.0) if here else (0.0, waiting + forward[number])
         steps = []
         for position, i in here:
             site, known = sites[i], (number, position) in solved
             own = [of[site.first] for of in lines]
-            work = forward[number] / len(here) + sum(0 if known else line.flops for line in own)
+            work = passed / len(here) + sum(0 if known else line.flops for line in own)
             how = jax.tree.structure((assignment.recipes[site.path], site.activations))
             data = tuple(
                 (a.sites[i].data.aval.shape, a.sites[i].data in v) for a, v in zip(analyses, forked, strict=True)

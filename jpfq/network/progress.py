@@ -63,8 +63,8 @@ class Progress(Report):
             show: told of every change, and whether a layer is done.
         """
         self.steps, self.show = steps, show
-        self.number, self.what, self.error = 0, "gathering", None  # of the layer at work, or of the one just done
-        self.finished = 0
+        self.number, self.what = 0, "gathering"  # of the layer at work, or of the one just done
+        self.finished, self.error = 0, None  # layers, and the error of the last of them
         self.compiler = Compiler(lambda: show(self, False))
         self.start, self.end = time.monotonic(), None  # when it will end, as far as is known
 
@@ -85,7 +85,7 @@ class Progress(Report):
 
     def doing(self, what: str) -> None:
         if self.finished < len(self.steps):
-            self.number, self.what, self.error = self.finished, what, None
+            self.number, self.what = self.finished, what
             self.show(self, False)
 
     def done(self, error: float | None = None) -> None:
@@ -102,9 +102,9 @@ class Progress(Report):
 
     @property
     def state(self) -> str:
-        """What is done with the layer, or its error."""
-        if self.error is not None:
-            return f"error {self.error:.2%}"
+        """What is done with the layer; its error where it is done."""
+        if self.number < self.finished:
+            return self.what if self.error is None else f"error {self.error:.2%}"
         return "compiling" if self.compiler.at_work else self.what
 
     @property
@@ -238,8 +238,8 @@ def _bar(console: Console, total: int) -> Iterator[Callable[[Progress, bool], No
     told: list[Progress] = []
     columns = (
         _Told(told, lambda progress: progress.step.name),
-        BarColumn(20),
-        _Told(told, lambda progress: f"{progress.state}, {progress.times}"),
+        BarColumn(12),
+        _Told(told, _words),
         _Told(told, lambda progress: progress.step.path, ratio=1),
     )
     own = _is_terminal(sys.stdout)  # what the model prints goes above the bar, but a file keeps it
@@ -252,6 +252,14 @@ def _bar(console: Console, total: int) -> Iterator[Callable[[Progress, bool], No
             bar.update(task, completed=progress.finished)
 
         yield show
+
+
+def _words(progress: Progress) -> str:
+    """State, error and time in a few words."""
+    at_work = progress.number == progress.finished
+    before = f"last error {progress.error:.2%}, " if at_work and progress.error is not None else ""
+    times = f"{clock(progress.gone)} gone" if progress.left is None else f"{clock(progress.left)} left"
+    return f"{progress.state}, {before}{times}"
 
 
 class _Told(ProgressColumn):
