@@ -33,6 +33,18 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def begun(what: str) -> None:
+    """Likewise, of something that takes a while: where somebody watches."""
+    if sys.stderr.isatty():
+        note(what)
+
+
+def ended(what: str, seconds: float) -> None:
+    """The log has it once it is done."""
+    if not sys.stderr.isatty():
+        LOG.info(f"{what}: {seconds:.1f} s")
+
+
 @contextlib.contextmanager
 def log_to_stderr() -> Iterator[None]:
     """Lets the log through to the standard error; the library itself leaves logging to its users."""
