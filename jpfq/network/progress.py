@@ -229,7 +229,9 @@ def _lines(write: Callable[[str], None]) -> Iterator[Callable[[Progress, bool], 
 
 
 def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # a run does not end because nobody reads how far it is
+        if sys.stderr is not None:
+            print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -304,4 +306,5 @@ def _notebook() -> Iterator[Callable[[Progress, bool], None]]:
 
 def _is_terminal(file: Any) -> bool:
     """Whether a file is a terminal, whatever the environment says of it."""
-    return bool(getattr(file, "isatty", lambda: False)())
+    isatty = getattr(file, "isatty", None)
+    return isatty is not None and not getattr(file, "closed", False) and isatty()

@@ -206,6 +206,18 @@ def test_nobody_is_told_anything_that_they_do_not_ask_for(often, capsys, caplog)
     assert err.endswith("all layers done, 0:00 gone\n")
 
 
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_run_goes_on_where_nobody_reads(often, monkeypatch, tmp_path, forced):
+    if forced:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    (closed := (tmp_path / "log").open("w")).close()
+    for file in (None, closed):
+        monkeypatch.setattr(sys, "stderr", file)
+        run(show=True)
+        run()
+    assert (tmp_path / "log").read_text() == ""
+
+
 def test_being_told_compiles_nothing(often, caplog, compilations):
     jpfq.quantize(apply, [X], RULE, params=PARAMS, progress=False)
     compilations.clear()
