@@ -73,6 +73,7 @@ from .network import Steps as Steps
 from .network import Weighted as Weighted
 from .network import best as best
 from .network import budget as budget
+from .network import cache_compilations as cache_compilations
 from .network import certify as certify
 from .network import fake_quant as fake_quant
 from .network import fold_batchnorm as fold_batchnorm

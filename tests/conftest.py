@@ -9,10 +9,13 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
 )
 
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the command writes nothing into the user's own
+    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 import jax
 import pytest
 
-from jpfq.network import segments
+from jpfq.network import caching, segments
 
 MAPS = Path("/proc/self/maps")  # on Linux
 MANY = 20_000  # of the 65,530 that a process may have by default; every compiled program takes several
@@ -35,6 +38,18 @@ def compilations():
     listener = lambda event, duration, **_: seen.append(event) if event.endswith("backend_compile_duration") else None
     jax.monitoring.register_event_duration_secs_listener(listener)
     return seen
+
+
+@pytest.fixture
+def cache_settings():
+    """JAX may keep compiled programs, as far as its settings say, and is told nothing of it; as before at the end."""
+    names = (caching.SWITCH, caching.FOLDER, caching.LEAST_TIME)
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (True, None, caching.JAX_LEAST_TIME), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(autouse=True)

@@ -119,10 +119,12 @@ def assert_runs(name, doc, names):
 
 @pytest.mark.filterwarnings("ignore:'VariableState' was removed")  # which qwix still asks for
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in PUBLIC])
-def test_its_example_runs(name, names, tmp_path, monkeypatch):
+def test_its_example_runs(name, names, tmp_path, monkeypatch, request):
     if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
         pytest.skip(f"{NEEDS[name]} is not installed")
     monkeypatch.chdir(tmp_path)
+    if name == "cache_compilations":
+        request.getfixturevalue("cache_settings")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         assert_runs(name, own_doc(PUBLIC[name]), dict(names))
 

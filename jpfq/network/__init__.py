@@ -5,6 +5,7 @@ from .activation import Activations as Activations
 from .batches import Weighted as Weighted
 from .best import best as best
 from .budget import budget as budget
+from .caching import cache_compilations as cache_compilations
 from .certify import Certificate as Certificate
 from .certify import certify as certify
 from .checkpoint import load as load

@@ -26,7 +26,9 @@ from .curvature import derivatives, signs, weigh
 from .functional import check_values
 from .gather import Gather
 from .mesh import on_auto_axes
+from .plan import steps_of
 from .program import Program
+from .progress import progress_of
 from .quantize import adapt, analyse, check_key, typed
 from .row_weights import of_outputs
 from .rules import Rule
@@ -46,11 +48,12 @@ def budget(
     params: Any = None,
     kwargs: dict | None = None,
     key: jax.Array | None = None,
+    progress: bool | None = None,
 ) -> list[Rule]:
     """Rules that give each kernel its own width, of at most `average_bits` per weight on average.
 
     Args:
-        model, batches, variables, params, kwargs: as for `jpfq.quantize`.
+        model, batches, variables, params, kwargs, progress: as for `jpfq.quantize`.
         average_bits: mean width of the codes over all weights that are quantized; steps not counted.
         candidates: widths to choose from.
         rule: the settings of all kernels but for their width; left out, what is recommended.
@@ -76,10 +79,10 @@ def budget(
     functional = on_auto_axes(adapt(model, variables, params, kwargs))
     check_values(zip(functional.paths, functional.leaves, strict=True), "budget")
     with context(functional.leaves):
-        return _budget(functional, batches, average_bits, widths, rule, key)
+        return _budget(functional, batches, average_bits, widths, rule, key, progress)
 
 
-def _budget(functional, batches, average_bits, widths, rule, key):
+def _budget(functional, batches, average_bits, widths, rule, key, progress):
     (shaped, *others) = read_batches(batches)
     if others:
         raise ValueError("budget takes batches of one shape: drop the smaller last one.")
@@ -97,26 +100,32 @@ def _budget(functional, batches, average_bits, widths, rule, key):
     sizes = dict.fromkeys(paths, 0)
     costs = {path: np.zeros(len(widths)) for path in paths}
     uses = served(stream.stops)
-    for number, group in enumerate(groups):
-        stream.advance(number)
-        at = functools.cache(lambda stop: Gather([stream], stop, typed(key)))
-        for position, i in enumerate(group):
-            if (number, position) not in uses:
-                continue  # a shared matrix waits for its last use
-            site, recipe = sites[i], analysis.assignment.recipes[sites[i].path]
-            W = site.matrices(stream.value(program.params[site.leaf]))
-            plain = dataclasses.replace(recipe, scale=MinMSE(), finish=None, rounding=Nearest(), form="gram")
-            with naming([shaped.finite]):
-                grams: dict[Any, Any] = {use: at(use[0]).of(Gram).data for use in uses[number, position]}
-            gram = functools.reduce(Gram.merge, grams.values())
-            sizes[site.path] += W.size
-            for j, bits in enumerate(widths):
-                q = solve_all(W, gram, dataclasses.replace(plain, grid=Codes.of(grid_of_bits(bits))), None).q
-                for (stop, where), own in grams.items():
-                    influence = weights[stream.stops[stop][where].index]
-                    most = float(influence.max()) or 1.0
-                    cost, k = _cost(own, W, q, jnp.asarray(influence / most, W.dtype))
-                    costs[site.path][j] += math.ldexp(most * float(cost), 2 * int(k))
+    steps = lambda: [step for stop in steps_of([analysis], [len(shaped.leaves)]) for step in stop]
+    with progress_of(steps, progress) as report:
+        for number, group in enumerate(groups):
+            report.doing("gathering")
+            stream.advance(number)
+            at = functools.cache(lambda stop: Gather([stream], stop, typed(key)))
+            for position, i in enumerate(group):
+                if (number, position) not in uses:
+                    continue  # a shared matrix waits for its last use
+                report.doing("gathering")
+                site, recipe = sites[i], analysis.assignment.recipes[sites[i].path]
+                W = site.matrices(stream.value(program.params[site.leaf]))
+                plain = dataclasses.replace(recipe, scale=MinMSE(), finish=None, rounding=Nearest(), form="gram")
+                with naming([shaped.finite]):
+                    grams: dict[Any, Any] = {use: at(use[0]).of(Gram).data for use in uses[number, position]}
+                gram = functools.reduce(Gram.merge, grams.values())
+                sizes[site.path] += W.size
+                report.doing("solving")
+                for j, bits in enumerate(widths):
+                    q = solve_all(W, gram, dataclasses.replace(plain, grid=Codes.of(grid_of_bits(bits))), None).q
+                    for (stop, where), own in grams.items():
+                        influence = weights[stream.stops[stop][where].index]
+                        most = float(influence.max()) or 1.0
+                        cost, k = _cost(own, W, q, jnp.asarray(influence / most, W.dtype))
+                        costs[site.path][j] += math.ldexp(most * float(cost), 2 * int(k))
+                report.done()
     if wrong := [path for path in paths if not np.isfinite(costs[path]).all()]:
         raise ValueError(f"The calibration data of {wrong[0]} overflow: its Gram is not finite. Scale the inputs down.")
     chosen = allocate(np.stack([costs[p] for p in paths]), [sizes[p] for p in paths], widths, average_bits)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +20,13 @@ from .batches import shapes_of
 from .compat import is_literal
 from .gather import at_once, rows_shape
 from .mesh import on_auto_axes
+from .progress import Step
 from .quantize import Analysis, adapt, analyse
 from .rules import Rule, as_rules
 from .sites import Site, Tap
 from .stream import forks, needs
 from .table import table
-from .walk import served, stops
+from .walk import Place, served, stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,12 +154,10 @@ def plan(
 def plan_of(analysis: Analysis, batches: int) -> Plan:
     """The plan of a model that is analysed already."""
     variables, equations = forks(analysis.program, analysis.sites)
-    uses: dict[int, list[Site]] = {}  # by the first product of a matrix
-    for site in analysis.sites:
-        uses.setdefault(site.first, []).append(site)
-    lines = {first: _line(sites, variables, analysis, batches) for first, sites in uses.items()}
-    of_batch = lambda site: math.prod(rows_shape(site.layout, site.data.aval.shape))
-    forward = sum(4.0 * batches * of_batch(site) * math.prod(site.layout.dims) for site in analysis.sites)
+    lines = _lines(analysis, variables, batches)
+    for line in lines.values():
+        line.recipe.refuse(line.rows, line.dims[1], line.path)
+    forward = sum(_forward(site, batches) for site in analysis.sites)
     stages = {"calibration": _calibration(analysis, equations, lines, batches), "result": _result(analysis, lines)}
     if curvature := _curvature(analysis):
         program = analysis.program  # every value of one batch with its derivative
@@ -165,6 +165,61 @@ def plan_of(analysis: Analysis, batches: int) -> Plan:
         stages["derivatives"] = Memory(_parameters(analysis), activations=2 * made, workspace=2 * curvature)
     flops = forward + sum(line.flops for line in lines.values())
     return Plan(list(lines.values()), analysis.assignment.skipped, stages, flops)
+
+
+def steps_of(
+    analyses: Sequence[Analysis],
+    batches: Sequence[int],
+    *,
+    solved: Container[Place] = (),
+    fresh: bool = False,
+) -> list[list[Step]]:
+    """The layers as they will be done, by stop, and the work of each.
+
+    Args:
+        analyses: of each shape of batch.
+        batches: how many there are of each.
+        solved: those that need not be solved again.
+        fresh: whether other batches run through all layers before each stop.
+    """
+    forked = [forks(a.program, a.sites)[0] for a in analyses]
+    lines = [_lines(a, variables, n) for a, variables, n in zip(analyses, forked, batches, strict=True)]
+    sites, assignment = analyses[0].sites, analyses[0].assignment
+    groups = stops(sites)
+    uses = served([[sites[i] for i in group] for group in groups])
+    through = lambda i: sum(_forward(a.sites[i], n) for a, n in zip(analyses, batches, strict=True))
+    forward = [sum(map(through, group)) for group in groups]
+    forward = list(itertools.accumulate(forward)) if fresh else forward
+    numbers, found, waiting = itertools.count(1), [], 0.0  # for the last use of a shared matrix
+    for number, group in enumerate(groups):
+        here = [(p, i) for p, i in enumerate(group) if (number, p) in uses]
+        passed, waiting = (waiting + forward[number], 0.0) if here else (0.0, waiting + forward[number])
+        steps = []
+        for position, i in here:
+            site, known = sites[i], (number, position) in solved
+            own = [of[site.first] for of in lines]
+            work = passed / len(here) + sum(0 if known else line.flops for line in own)
+            how = jax.tree.structure((assignment.recipes[site.path], site.activations))
+            data = tuple(
+                (a.sites[i].data.aval.shape, a.sites[i].data in v) for a, v in zip(analyses, forked, strict=True)
+            )
+            kind = None if known else (site.layout, str(site.data.aval.dtype), data, own[0].form, how)
+            steps.append(Step(f"layer {next(numbers)} of {len(uses)}", site.path, work, kind))
+        found.append(steps)
+    return found
+
+
+def _lines(analysis: Analysis, forked: set, batches: int) -> dict[int, Line]:
+    """By the first product of each matrix, what will happen to it; `forked` are the variables that differ."""
+    uses: dict[int, list[Site]] = {}
+    for site in analysis.sites:
+        uses.setdefault(site.first, []).append(site)
+    return {first: _line(sites, forked, analysis, batches) for first, sites in uses.items()}
+
+
+def _forward(site: Site, batches: int) -> float:
+    """Operations of a product in both networks."""
+    return 4.0 * batches * math.prod(rows_shape(site.layout, site.data.aval.shape)) * math.prod(site.layout.dims)
 
 
 def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -> Line:
@@ -179,7 +234,6 @@ def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -
     counts = [math.prod(rows) if drawn is None else drawn for drawn, rows in zip(picked, windows, strict=True)]
     rows = sum(counts) * batches
     recipe = analysis.assignment.recipes[path]
-    recipe.refuse(rows, n, path)
     networks = 2 if any(site.data in forked for site in uses) else 1
     if recipe.prefers_rows(rows, n, out):
         work = B * (2 * networks * rows * n + 3 * rows * out + 6 * n * out)

@@ -1,29 +1,310 @@
-"""A progress bar on a terminal; nothing where there is none."""
+"""Progress of a run: a bar on a terminal and in Jupyter, lines of the log elsewhere.
+
+The log is that of the logger "jpfq", at the level INFO. Nobody is told anything, and nothing is counted, where it is not
+enabled for that.
+"""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import html
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn
+from rich.progress import Progress as Bar
+from rich.table import Column
+from rich.text import Text
+
+LOG = logging.getLogger("jpfq")
+EVERY = 5.0  # seconds from one line to the next at least,
+SILENT = 15.0  # and to one about a layer that is not done
+REDRAW = 0.5  # and from one picture in Jupyter to the next
+COMPILE = "/jax/core/compile/"  # events of JAX: tracing, lowering, compiling
+LEAST = 2e8  # operations that take as long as what every layer needs besides
+
+
+class Step(NamedTuple):
+    """A layer that will be done."""
+
+    name: str  # "layer 7 of 42"
+    path: str
+    work: float  # operations
+    kind: Hashable  # of layers of one kind the first compiles; None where nothing is compiled
+
+
+class Report:
+    """What a walk tells of its progress. Nobody listens to this one."""
+
+    def doing(self, what: str) -> None:
+        """Something is done for the next layer, such as "solving"."""
+
+    def done(self, error: float | None = None) -> None:
+        """The next layer is done, with this relative error."""
+
+
+SILENCE = Report()
+
+
+class Progress(Report):
+    """How far a run is, and how long it will take.
+
+    Time left is work left at the speed so far, and for each kind of layer that is still to come what one took to compile.
+    """
+
+    def __init__(self, steps: Sequence[Step], show: Callable[["Progress", bool], None]):
+        """
+        Args:
+            steps: the layers, in the order in which they are done.
+            show: told of every change, and whether a layer is done.
+        """
+        self.steps, self.show = steps, show
+        self.number, self.what = 0, "gathering"  # of the layer at work, or of the one just done
+        self.finished, self.error = 0, None  # layers, and the error of the last of them
+        self.compiler = Compiler(lambda: show(self, False))
+        self.start, self.end = time.monotonic(), None  # when it will end, as far as is known
+
+    @property
+    def step(self) -> Step:
+        """The layer that is told of."""
+        return self.steps[self.number]
+
+    @property
+    def gone(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.start
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to the end, about; None until a layer is done."""
+        return None if self.end is None else max(self.end - time.monotonic(), 0)
+
+    def doing(self, what: str) -> None:
+        if self.finished < len(self.steps):
+            self.number, self.what = self.finished, what
+            self.show(self, False)
+
+    def done(self, error: float | None = None) -> None:
+        self.number, self.what, self.error = self.finished, "done", error
+        self.finished += 1
+        done, after = self.steps[: self.finished], self.steps[self.finished :]
+        work = lambda steps: sum(LEAST + step.work for step in steps)
+        kinds = {step.kind for step in done} - {None}
+        new = {step.kind for step in after} - kinds - {None}
+        compiling = self.compiler.seconds
+        left = (self.gone - compiling) / work(done) * work(after) + len(new) * compiling / max(len(kinds), 1)
+        self.end = time.monotonic() + left
+        self.show(self, True)
+
+    @property
+    def state(self) -> str:
+        """What is done with the layer; its error where it is done."""
+        if self.number < self.finished:
+            return self.what if self.error is None else f"error {self.error:.2%}"
+        return "compiling" if self.compiler.at_work else self.what
+
+    @property
+    def times(self) -> str:
+        """Seconds gone and left, and how many were spent on compiling."""
+        left = "" if self.left is None or self.finished == len(self.steps) else f", about {clock(self.left)} left"
+        seconds = self.compiler.seconds
+        return f"{clock(self.gone)} gone{left}" + (f" (compiling {clock(seconds)})" if seconds >= 1 else "")
+
+    def __str__(self) -> str:
+        return f"{self.step.name}, {self.step.path}: {self.state}, {self.times}"
+
+
+class Compiler:
+    """How long this process has been compiling, by what JAX says; while it is entered."""
+
+    def __init__(self, changed: Callable[[], None]):
+        """
+        Args:
+            changed: called when the thread that made this begins to compile.
+        """
+        self._own, self._changed, self._lock = threading.get_ident(), changed, threading.Lock()
+        self._depth: dict[int, int] = {}  # by thread: tracing calls for tracing
+        self._total, self._since = 0.0, None
+
+    @property
+    def at_work(self) -> bool:
+        """Whether the thread that made this is compiling."""
+        return self._own in self._depth
+
+    @property
+    def seconds(self) -> float:
+        """Time in which any thread compiled."""
+        since = self._since
+        return self._total + (0 if since is None else time.monotonic() - since)
+
+    def __enter__(self) -> "Compiler":
+        jax.monitoring.register_scalar_listener(self._begin)
+        jax.monitoring.register_event_duration_secs_listener(self._end)
+        return self
+
+    def __exit__(self, *error) -> None:
+        with contextlib.suppress(AssertionError, ValueError):  # somebody has cleared all listeners
+            jax.monitoring.unregister_scalar_listener(self._begin)
+        with contextlib.suppress(AssertionError, ValueError):
+            jax.monitoring.unregister_event_duration_listener(self._end)
+
+    def _begin(self, event: str, value: float, **_: Any) -> None:
+        if not event.startswith(COMPILE):
+            return
+        thread = threading.get_ident()
+        with self._lock:
+            if not self._depth:
+                self._since = time.monotonic()
+            began = thread not in self._depth
+            self._depth[thread] = self._depth.get(thread, 0) + 1
+        if began and thread == self._own:
+            self._changed()
+
+    def _end(self, event: str, duration_secs: float, **_: Any) -> None:
+        thread = threading.get_ident()
+        if not event.startswith(COMPILE) or thread not in self._depth:
+            return
+        with self._lock:
+            self._depth[thread] -= 1
+            if not self._depth[thread]:
+                del self._depth[thread]
+            if not self._depth and self._since is not None:
+                self._total, self._since = self.seconds, None
 
 
 @contextlib.contextmanager
-def progress_bar(total: int, show: bool | None) -> Iterator[Callable[[str, float], None]]:
-    """A function to be told each site and its relative error.
+def progress_of(steps: Callable[[], Sequence[Step]], show: bool | None) -> Iterator[Report]:
+    """What a walk reports to.
 
     Args:
-        total: number of sites.
-        show: True or False; None shows the bar on a terminal only.
+        steps: the layers that will be done; called where somebody is to be told.
+        show: True or False; None decides by where it runs. Where there is neither a terminal nor Jupyter, True prints lines
+            to the standard error, and None writes them into the log.
     """
     console = Console(stderr=True)
+    terminal = console.is_terminal and not console.is_dumb_terminal and _is_terminal(console.file)
+    quiet = not (show or console.is_jupyter or terminal or LOG.isEnabledFor(logging.INFO))
+    layers = [] if show is False or quiet else steps()
+    if not layers:
+        yield SILENCE
+        return
+    if console.is_jupyter:
+        view = _notebook()
+    elif terminal:
+        view = _bar(console, len(layers))
+    else:
+        view = _lines(LOG.info if show is None else _print)
+    with view as shown:
+        progress = Progress(layers, shown)
+        with progress.compiler:
+            yield progress
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, and hours where there are any."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+@contextlib.contextmanager
+def _lines(write: Callable[[str], None]) -> Iterator[Callable[[Progress, bool], None]]:
+    """A line every few seconds, and one at the end."""
+    last, seen = time.monotonic(), None
+
+    def show(progress: Progress, done: bool):
+        nonlocal last, seen
+        seen = progress
+        if progress.finished < len(progress.steps) and time.monotonic() >= last + (EVERY if done else SILENT):
+            write(str(progress))
+            last = time.monotonic()
+
+    yield show
+    if seen is not None:
+        write(f"all layers done, {seen.times}")
+
+
+def _print(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a run does not end because nobody reads how far it is
+        if sys.stderr is not None:
+            print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _bar(console: Console, total: int) -> Iterator[Callable[[Progress, bool], None]]:
+    """A bar on a terminal, which is gone at the end."""
+    told: list[Progress] = []
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("error {task.fields[error]:.2%}"),
-        TimeRemainingColumn(),
+        _Told(told, lambda progress: progress.step.name),
+        BarColumn(12),
+        _Told(told, _words),
+        _Told(told, lambda progress: progress.step.path, ratio=1),
     )
-    disable = not (console.is_terminal if show is None else show)
-    with Progress(*columns, console=console, disable=disable, transient=True) as progress:
-        task = progress.add_task("calibrating", total=total, error=0.0)
-        yield lambda path, error: progress.update(task, advance=1, description=path, error=error)
+    own = _is_terminal(sys.stdout)  # what the model prints goes above the bar, but a file keeps it
+    settings = {"transient": True, "expand": True, "refresh_per_second": 4, "redirect_stdout": own}
+    with Bar(*columns, console=console, **settings) as bar:
+        task = bar.add_task("", total=total)
+
+        def show(progress: Progress, done: bool):
+            told[:] = [progress]
+            bar.update(task, completed=progress.finished)
+
+        yield show
+
+
+def _words(progress: Progress) -> str:
+    """State, error and time in a few words."""
+    at_work = progress.number == progress.finished
+    before = f"last error {progress.error:.2%}, " if at_work and progress.error is not None else ""
+    times = f"{clock(progress.gone)} gone" if progress.left is None else f"{clock(progress.left)} left"
+    return f"{progress.state}, {before}{times}"
+
+
+class _Told(ProgressColumn):
+    """A column that says something of what was told last."""
+
+    def __init__(self, told: list[Progress], say: Callable[[Progress], str], ratio: int | None = None):
+        super().__init__(Column(no_wrap=True, overflow="ellipsis", ratio=ratio))
+        self._told, self._say = told, say
+
+    def render(self, task: Any) -> Text:
+        return Text("".join(map(self._say, self._told)))
+
+
+@contextlib.contextmanager
+def _notebook() -> Iterator[Callable[[Progress, bool], None]]:
+    """A bar in Jupyter, in one place of the cell's output; nothing for what takes no time."""
+    from IPython.display import display  # pyright: ignore[reportMissingImports]  # there, as it runs the notebook
+
+    last, seen, handle = time.monotonic(), None, None
+
+    def draw(text: str):
+        nonlocal handle
+        assert seen is not None
+        bar = f'<progress value="{seen.finished}" max="{len(seen.steps)}"></progress> <code>{html.escape(text)}</code>'
+        data = {"text/plain": text, "text/html": bar}
+        if handle is None:
+            handle = display(data, raw=True, display_id=True)
+        else:
+            handle.update(data, raw=True)
+
+    def show(progress: Progress, done: bool):
+        nonlocal last, seen
+        seen = progress
+        if time.monotonic() >= last + REDRAW:
+            draw(str(progress))
+            last = time.monotonic()
+
+    yield show
+    if seen is not None and handle is not None:
+        draw(f"all layers done, {seen.times}")
+
+
+def _is_terminal(file: Any) -> bool:
+    """Whether a file is a terminal, whatever the environment says of it."""
+    isatty = getattr(file, "isatty", None)
+    return isatty is not None and not getattr(file, "closed", False) and isatty()

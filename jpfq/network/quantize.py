@@ -24,7 +24,7 @@ from .linen import from_linen, is_linen
 from .mesh import check_runs, devices_of, like, on_auto_axes, on_mesh_of
 from .nnx import from_nnx, is_nnx
 from .program import Program, trace_twice
-from .progress import progress_bar
+from .progress import Step, progress_of
 from .quantized import Quantized, check_choice
 from .resume import Kept, stoppable
 from .rules import Assignment, Rule, as_rules, assign
@@ -78,7 +78,8 @@ def quantize(
             While the call runs, another process that is given the folder is refused.
             SIGTERM, as of a machine that is taken away, lets the layer at work end and then exits with status 143. Delete
             the folder when done.
-        progress: whether to show a progress bar; None shows it on a terminal only.
+        progress: whether to tell how far it is. None shows a bar on a terminal and in Jupyter, and elsewhere writes a line
+            every few seconds into the log (the logger "jpfq", at INFO); True writes these to the standard error there.
 
     Returns:
         A `Quantized`. What was given is not changed.
@@ -117,14 +118,26 @@ def quantize(
         streams = streams_of(
             placed, analyses, shaped, groups, offload=offload, rebases=rebases, keeps=fresh is not None
         )
+        counts, solved = [len(group.leaves) for group in shaped], kept.sites if kept else ()
         shapes, example = [x.shape for x in shaped[0].leaves[0]], shapes_of(shaped[0].example)
         finite = [group.finite for group in shaped]
         del shaped  # the streams let inputs go once they are used
-        with progress_bar(len(first.sites), progress) as report, stoppable(kept), naming(finite):
+        with (
+            progress_of(lambda: steps(analyses, counts, solved, fresh is not None), progress) as report,
+            stoppable(kept),
+            naming(finite),
+        ):
             block = block_of if rebases else None
             refresh = _refresh(fresh, shapes, offload, kept, finite) if fresh else None
             (walked,), peak = walk(streams, [making], report, block, refresh, devices, kept)
         return assemble(functional, walked, first.assignment.skipped, peak, example, uses_of(first.sites))
+
+
+def steps(analyses: "Sequence[Analysis]", counts: Sequence[int], solved: Container, fresh: bool) -> list[Step]:
+    """The layers as a walk does them."""
+    from .plan import steps_of  # a plan is one of what is here
+
+    return [step for stop in steps_of(analyses, counts, solved=solved, fresh=fresh) for step in stop]
 
 
 def place(

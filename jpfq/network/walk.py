@@ -39,6 +39,7 @@ from .activation import Activations, Rounded, choose, round_by
 from .curvature import Coupling
 from .gather import Gather, Joint, fold_in
 from .outputs import Comparison, OutputError
+from .progress import SILENCE, Report
 from .sites import CASTS, Site
 from .solved import Asked, Solved
 from .stream import Stream
@@ -115,7 +116,7 @@ def served(stops: Sequence[Sequence[Site]]) -> dict[Place, list[Place]]:
 def walk(
     streams: Sequence[Stream],
     makings: Sequence[Making],
-    report: Callable[[str, float], None] = lambda path, error: None,
+    report: Report = SILENCE,
     block: Callable[[Site], Any] | None = None,
     refresh: Callable[[Stream, int], Stream] | None = None,
     devices: Devices | None = None,
@@ -126,7 +127,7 @@ def walk(
     Args:
         streams: the batches, one stream per shape; their stops correspond, and their tracks are the makings.
         makings: one for each track.
-        report: told the path and the relative error of each site that is done on a track, the mean over its lanes.
+        report: told of each site that is done on a track, and of its relative error, the mean over its lanes.
         block: names the block of a site; where it changes, the reference starts anew from the quantized network. None
             for a reference that is the float network throughout.
         refresh: takes the stream of the stop before to one over other batches, for each stop but the first.
@@ -144,6 +145,7 @@ def walk(
         known = [
             kept and kept.read(number, position, _asked(stop, position, makings[0])) for position in range(len(stop))
         ]
+        report.doing("gathering")
         if refresh is not None and number and (None in known or number == len(first.stops) - 1):
             before, streams = streams, [refresh(stream, number) for stream in streams]
             for stream in before:
@@ -186,15 +188,16 @@ def _visit(streams, number, track, uses, waiting, report, devices, known, kept):
             continue
         solved, places = known[position], uses[number, position]
         if solved is None:
+            report.doing("gathering")
             data = gather(*dict.fromkeys(stop for stop, _ in places))
-            solved = _solved(streams[0], number, position, track, data, devices)._replace(rounded=rounded)
+            solved = _solved(streams[0], number, position, track, data, devices, report)._replace(rounded=rounded)
             if kept is not None:
                 kept.write(number, position, solved)
         _take(streams, number, position, track, solved, waiting, places)
-        report(site.path, float(jnp.mean(solved.solution.info.relative_error)))
+        report.done(float(jnp.mean(solved.solution.info.relative_error)))
 
 
-def _solved(first, number, position, track, gather, devices) -> Solved:
+def _solved(first, number, position, track, gather, devices, report) -> Solved:
     """Solves a site."""
     site, making = first.stops[number][position], track.making
     recipe = making.recipes[site.path]
@@ -203,6 +206,7 @@ def _solved(first, number, position, track, gather, devices) -> Solved:
     draw = None if draw is None else fold_in(draw, len(track.parts.get(site.path, ())))
     recipe.refuse(gather.count, W.shape[1], site.path)
     gathered = gather(recipe, W.shape, centred=site.bias is not None)
+    report.doing("solving")
     coupled = making.coupled.get((number, position))
     solve = functools.partial(_solve_lanes, data_laned=gather.laned) if track.laned else _solve
     solution = solve(W, gathered.data, recipe, draw, coupled, devices)

@@ -26,8 +26,8 @@ from ..network import Quantized
 from ..network.batches import Shaped, naming, shapes_of
 from ..network.functional import Functional
 from ..network.mesh import LanesMesh
-from ..network.plan import plan_of
-from ..network.progress import progress_bar
+from ..network.plan import plan_of, steps_of
+from ..network.progress import Report, Step, progress_of
 from ..network.quantize import (
     Analysis,
     activations_of,
@@ -241,7 +241,9 @@ def sweep(
             _check_memory(settings, walks, shaped, lanes, offload, memory)
             chunks, size = [], _Size(lanes, 1 if mesh is None else mesh.size)
             finite = [group.finite for group in shaped]
-            with progress_bar(sum(len(s.first.sites) for s in settings), progress) as report, naming(finite):
+            counts = [len(group.leaves) for group in shaped]
+            steps = lambda: [step for numbers in walks for step in _steps(settings, numbers, size, counts)]
+            with progress_of(steps, progress) as report, naming(finite):
                 for numbers in walks:
                     chunks += _walk(placed, shaped, settings, numbers, size, offload, report, devices)
             example = shapes_of(shaped[0].example)
@@ -292,27 +294,38 @@ def _settings(functional, shaped, space, key, strict) -> list[_Setting]:
     return settings
 
 
-def _walk(
-    functional, shaped: Sequence[Shaped], settings, numbers, lanes: _Size, offload, report, devices
-) -> list[_Chunk]:
-    """One walk of the model for settings that stop at the same places."""
-    first = settings[numbers[0]]
-    groups = stops(first.first.sites)
+def _parts(settings, numbers, lanes: _Size) -> list[list[int]]:
+    """The settings of a walk by track, the last of each repeated to fill it up."""
     parts = []
     for alike in _partition(settings, numbers, _track_key):
         size = lanes.of(len(alike))
         for start in range(0, len(alike), size):
             part = alike[start : start + size]
             parts.append(part + part[-1:] * (size - len(part)))  # one size, one program
+    return parts
+
+
+def _steps(settings, numbers, lanes: _Size, counts: Sequence[int]) -> list[Step]:
+    """The layers of a walk as they will be done: at each stop those of one track after the other."""
+    found = []
+    for part in _parts(settings, numbers, lanes):
+        size = len(set(part))
+        of = f", {size} of {len(settings)} settings" if size < len(settings) else ""
+        stops = steps_of(settings[part[0]].analyses, counts)
+        found.append([[s._replace(name=s.name + of, work=len(part) * s.work) for s in stop] for stop in stops])
+    return [step for tracks in zip(*found, strict=True) for stop in tracks for step in stop]
+
+
+def _walk(
+    functional, shaped: Sequence[Shaped], settings, numbers, lanes: _Size, offload, report: Report, devices
+) -> list[_Chunk]:
+    """One walk of the model for settings that stop at the same places."""
+    first = settings[numbers[0]]
+    groups = stops(first.first.sites)
+    parts = _parts(settings, numbers, lanes)
     makings = [_making(functional, shaped, settings, part, groups) for part in parts]
     streams = streams_of(functional, first.analyses, shaped, groups, offload=offload, laned=[True] * len(parts))
-    counts = iter(len(set(part)) for _ in first.first.sites for part in parts)
-
-    def told(path, error):  # once for each track; the bar counts settings
-        for _ in range(next(counts)):
-            report(path, error)
-
-    walked, peak = walk(streams, makings, told, devices=devices)
+    walked, peak = walk(streams, makings, report, devices=devices)
     return [_Chunk(part, found, peak) for part, found in zip(parts, walked, strict=True)]
 
 

@@ -1,6 +1,7 @@
 """The command line: the demo's claim, a user's own model, what is kept of it, exit statuses, and readable errors."""
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -228,6 +229,19 @@ def test_a_result_is_saved_as_quantize_makes_it(own, w4a8, capsys):
     again = ["quantize", "own:uncalled", "--method", "MSQ", "--save", "w4a8"]
     assert main(again) == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_the_log_goes_to_the_standard_error_and_nowhere_else(own, capsys, caplog):
+    log = logging.getLogger("jpfq")
+    before = log.level, log.propagate, list(log.handlers)
+    caplog.set_level(logging.INFO)  # of somebody who listens to all logs
+    answer(capsys, "quantize", "own:plain", "--method", "MSQ", "OPTQ")
+    assert main(["quantize", "own:plain", "--method", "MSQ"]) == 0
+    err = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"all layers done, 0:\d\d gone( \(.*\))?", err[-2])
+    assert re.fullmatch(r"\[1/1\] function: Integer\(4\), MSQ: [\d.]+ s", err[-1])
+    assert [record for record in caplog.records if record.name == "jpfq"] == []
+    assert (log.level, log.propagate, log.handlers) == before
 
 
 def test_evaluate_scores_a_result_beside_the_float_model(own, w4a8, capsys):

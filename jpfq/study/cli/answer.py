@@ -1,12 +1,16 @@
 """What a command says: text for people, a document for programs, and the exit status."""
 
+import contextlib
 import json
+import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from ...network.progress import LOG
 
 YES, NO, UNUSABLE = 0, 1, 2  # exit statuses, of which the help of the command tells
 
@@ -29,10 +33,31 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def progress(text: str) -> None:
-    """Likewise, where somebody watches."""
+def begun(what: str) -> None:
+    """Likewise, of something that takes a while: where somebody watches."""
     if sys.stderr.isatty():
-        note(text)
+        note(what)
+
+
+def ended(what: str, seconds: float) -> None:
+    """The log has it once it is done."""
+    if not sys.stderr.isatty():
+        LOG.info(f"{what}: {seconds:.1f} s")
+
+
+@contextlib.contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Lets the log through to the standard error; the library itself leaves logging to its users."""
+    handler, level, propagate = logging.StreamHandler(), LOG.level, LOG.propagate
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    LOG.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOG.removeHandler(handler)
+        LOG.setLevel(level)
+        LOG.propagate = propagate
 
 
 def _plain(x):

@@ -12,8 +12,9 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 
+from ...network.caching import cache_compilations, is_enabled
 from . import quantize, saved, sweep
-from .answer import UNUSABLE, YES, Answer, as_json, note
+from .answer import UNUSABLE, YES, Answer, as_json, log_to_stderr, note
 from .factory import ForeignError
 from .settings import nearest
 
@@ -76,9 +77,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(arguments):
-    # each subcommand knows --debug too, so that it may stand on either side of its name
+    # each subcommand knows these too, so that they may stand on either side of its name
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    common.add_argument(
+        "--no-cache",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="keep no compiled programs; else they are in the user's folder for caches, or where JAX is told",
+    )
     settings = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "parents": [common]}
     parser = _Parser(
         prog="jpfq",
@@ -119,8 +126,13 @@ def _parse(arguments):
 
 def _run(options) -> Answer | None:
     """The answer. Where it is JSON, what the user's code prints goes to the standard error."""
+    if not getattr(options, "no_cache", False) and is_enabled():
+        try:
+            cache_compilations()
+        except (OSError, ValueError) as error:
+            note(f"jpfq: compiled programs are not kept for later: {error}")
     aside = contextlib.redirect_stdout(sys.stderr) if _json(options) else contextlib.nullcontext()
-    with aside:
+    with aside, log_to_stderr():
         return options.run(options)
 
 

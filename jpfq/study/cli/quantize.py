@@ -8,7 +8,7 @@ import jax
 
 from ..compare import METHODS, SHOWN, Subject, Trial, attempt, trial_table
 from ..plot import score_against_bits
-from .answer import Answer, note, progress
+from .answer import Answer, begun, ended, note
 from .factory import HELP, add_factory, check_name, subject_of
 from .keep import add_saving, check_model, check_picture, check_saving, keep, kept_lines
 from .settings import add_settings, check_settings, choose, grid_of, method_of, rules_of
@@ -100,8 +100,10 @@ def _study(jobs: Sequence, how: dict[str, Any], options, summary: bool) -> Answe
     trials: list[Trial] = []
     kept: dict[str, Any] = {}
     for number, (subject, grid, method, rules) in enumerate(jobs, 1):
-        progress(f"[{number}/{len(jobs)}] {subject.name}: {grid}, {method}")
+        what = f"[{number}/{len(jobs)}] {subject.name}: {grid}, {method}"
+        begun(what)
         trial, quantized = attempt(subject, grid, method, rules, **how)
+        ended(what, trial.seconds)
         trials.append(trial)
         if len(jobs) == 1:
             kept |= keep(options, quantized, subject)
