@@ -74,7 +74,17 @@ class Gram:
 
     @classmethod
     def scaled(cls, X: jax.Array, Xq: jax.Array | None, weights: jax.Array | None, power: int = 0) -> Self:
-        """`from_data` of the inputs times 2^power."""
+        """`from_data` of the inputs times 2^power, of which the Gram keeps note.
+
+        Args:
+            X, Xq, weights: as for `from_data`.
+            power: a whole number.
+
+        Example:
+            >>> gram = jpfq.Gram.scaled(1e-25 * X, None, None, power=80)
+            >>> gram.power, bool(jnp.allclose(gram.mean_X, (1e-25 * X).mean(0), atol=0))
+            (80, True)
+        """
         X, Xq = raised(at_least_float32(X), power), None if Xq is None else raised(at_least_float32(Xq), power)
         rows = X.shape[:-1]
         weight = jnp.ones(rows, X.dtype) if weights is None else _over_rows(weights, rows).astype(X.dtype)
@@ -124,11 +134,24 @@ class Gram:
         return type(self)(**{name: add(name) for name in SUMS}, power=power)
 
     def shown(self) -> "Shown":
-        """What the Gram shows; reads it."""
+        """What the Gram shows; reads it.
+
+        Example:
+            >>> gram.shown().inputs  # whether any is not 0
+            True
+        """
         return Shown.of(self.diagonal, self.sum_X, self.sum_Xq, self.count)
 
     def to_power(self, power: int) -> Self:
-        """The same Gram as sums of inputs times another 2^power."""
+        """The same Gram as sums of inputs times another 2^power.
+
+        Args:
+            power: a whole number.
+
+        Example:
+            >>> bool(jnp.allclose(gram.to_power(3).H, 4**3 * gram.H))
+            True
+        """
         more = power - self.power
         if not more:
             return self
@@ -179,6 +202,10 @@ class Gram:
         """The Gram as if dead coordinates were independent inputs of the mean energy of the others, or of 1 for want of any.
 
         What trades one weight against another then counts theirs as any, for all that is known of new rows.
+
+        Example:
+            >>> bool((gram.awake().diagonal > 0).all())
+            True
         """
         mean = mean_energy(self.diagonal)
         unseen = jnp.where(self.diagonal > 0, 0, jnp.where(mean > 0, mean, 1))

@@ -82,7 +82,14 @@ class Quantized:
         return next((x.sharding.mesh for x in found if automatic(x) is not x), None)
 
     def moved(self, f: Callable[[Any], Any]) -> "Quantized":
-        """This result with every array moved by `f`, but for those that its compiled functions take."""
+        """This result with every array moved by `f`, but for those that its compiled functions take.
+
+        Args:
+            f: takes an array, and returns it elsewhere.
+
+        Example:
+            >>> elsewhere = quantized.moved(lambda x: jax.device_put(x, jax.devices()[0]))
+        """
         old = {name: getattr(self, name) for name in ("tensors", "info", "inputs")}
         new = {
             name: {path: moved(f, x) for path, x in found.items()} for name, found in old.items()
