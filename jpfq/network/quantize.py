@@ -213,7 +213,10 @@ def assemble(
         map(is_traced, jax.tree.leaves(walked.tensors))
     ):  # codes lie as their kernel does, and all else beside them
         tensors = {path: _placed(tensor, home[path]) for path, tensor in tensors.items()}
-        info, inputs = ({path: on_mesh_of(home[path], x) for path, x in found.items()} for found in (info, inputs))
+        info = {path: on_mesh_of(home[path], x) for path, x in info.items()}
+        seen: dict = {}  # kernels that read the same share one rounding
+        place = lambda path, rounded: seen.setdefault(id(rounded), on_mesh_of(home[path], rounded))
+        inputs = {path: [place(path, rounded) for rounded in found] for path, found in inputs.items()}
     return Quantized(
         rebuilt["params"],
         tensors,
