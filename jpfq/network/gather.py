@@ -96,8 +96,9 @@ class Gather:
                 total += math.prod(rows_shape(layout, x.shape)) if picked is None else picked.shape[-1]
         if not total:
             raise ValueError(
-                f"No row of positive weight reaches {self.path}: each of its rows is made of some of weight 0. Give batches "
-                "without padding, one for each length, or leave this kernel out by a rule with skip=True."
+                f"The calibration data of {self.path} hold no rows that count: there are none, or each is made of some rows "
+                "of weight 0. Give batches without padding, one for each length, or leave this kernel out by a rule with "
+                "skip=True."
             )
         return total
 
