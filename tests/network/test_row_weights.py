@@ -157,9 +157,9 @@ def test_random_programs():
 
 @pytest.mark.slow
 def test_many_random_programs():
-    found = holds_for_all(320)
-    assert len(found) >= 300
-    assert found.count(True) > 60
+    found = holds_for_all(120)
+    assert len(found) >= 100
+    assert found.count(True) > 20
 
 
 @pytest.mark.parametrize("name", ["attention", "strided", "positions first", "causal", "memory", "heads", "patches"])
