@@ -177,7 +177,10 @@ def test_hadamard_turns_the_gram(x64):
 
 
 def test_a_rotated_solve(x64):
-    """The codes are those of R^T W on the inputs X R; the kernel that comes out is in the coordinates that went in."""
+    """The codes are those of R^T W on the inputs X R; the kernel that comes out is in the coordinates that went in.
+
+    A dead input, which the rotation would let any other outvote, is taken to have been seen with mean energy.
+    """
     X, Xq, W = case()
     W = W.copy()
     W[5, 2] = 30  # an outlier, which the rotation spreads over eight inputs
@@ -186,7 +189,10 @@ def test_a_rotated_solve(x64):
     tensor, info = jpfq.solve(W, jpfq.Gram.from_data(X, Xq), rotation=turn, **settings)
     R = np.asarray(turn.back(jnp.eye(N)))
     levels = jpfq.AbsMax()(jnp.asarray(R.T @ W), GRID)
-    expected = gpfq.gpfq_state(R.T @ W, X @ R, Xq @ R, level_lists(levels, W.shape))
+    seen = np.eye(N)[list(DEAD)] * np.sqrt((Xq**2).sum() / (N - len(DEAD)))
+    expected = gpfq.gpfq_state(
+        R.T @ W, np.vstack([X, seen]) @ R, np.vstack([Xq, seen]) @ R, level_lists(levels, W.shape)
+    )
     assert_codes_equal(tensor.codes, expected.index - 4)
     assert_close(tensor.dequantize(), R @ expected.q)
     assert_close(info.relative_error, gpfq.relative_error(X, W, Xq, tensor.dequantize()))

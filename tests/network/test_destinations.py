@@ -304,8 +304,9 @@ def test_what_a_killed_save_left_goes_with_the_next_and_never_while_it_lives(tmp
 HOLDING = """
 lock = disk.Lock.of(sys.argv[1])
 if os.fork() == 0:
-    time.sleep(60)
-print("held", flush=True)
+    print("forked", flush=True)
+    time.sleep(3)
+    os._exit(0)
 time.sleep(60)
 """
 
@@ -314,7 +315,7 @@ time.sleep(60)
 def test_a_lock_dies_with_its_process_and_not_with_its_forks(tmp_path):
     file = tmp_path / "file"
     file.touch()
-    with process(HOLDING.replace("sleep(60)\nprint", "sleep(3)\n    os._exit(0)\nprint"), file):
+    with process(HOLDING, file):
         assert disk.Lock.of(file) is None
         assert disk.Lock.of(file, shared=True) is None
     lock = disk.Lock.of(file)  # while the fork sleeps
