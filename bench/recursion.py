@@ -41,10 +41,10 @@ def forms(n: int, out: int, seed: int) -> tuple[Form, list[Form]]:
     gram, rows, method, grid = Gram.from_data(X), Rows(X[: n // 8]), GPFQ(), jpfq.Integer(4)
     system = jax.jit(method)(W, gram)
     fed = system.base, system.L, system.about
-    recursion = lambda W: Recursion(jpfq.AbsMax()(W, grid), jnp.arange(n), out, jpfq.Nearest())
-    levels = recursion(W)._replace(out=None)
-    plain = lambda base, L, about, r, block: substitute(base, L, r._replace(out=out), block=block, about=about)
-    data = lambda W, rows, r: follow(W, rows, method, r._replace(out=out))
+    levels = jpfq.AbsMax()(W, grid)
+    recursion = lambda levels: Recursion(levels, jnp.arange(n), out, jpfq.Nearest())
+    plain = lambda base, L, about, levels, block: substitute(base, L, recursion(levels), block=block, about=about)
+    data = lambda W, rows, levels: follow(W, rows, method, recursion(levels))
     whole = [("AbsMax", jpfq.AbsMax()), ("MinMSE", jpfq.MinMSE())]
     bare = {"method": method, "order": jpfq.Natural(), "finish": None, "shrinkage": None}
     recipe = lambda scale: recipe_of(None, grid, scale=scale, **bare)
