@@ -23,9 +23,11 @@ SLOPE = 16  # rows that the slope common to all coordinates is worth
 class Shrinkage:
     """The Gram as if `share` times n more rows had been seen, of inputs that are independent of each other.
 
-    With k = share n / m: H + k diag(H), in which correlations are worth m / (m + share n) of what they were. Those of X - Xq
-    with Xq lose what sampling alone would make of them, sum (1 - c^2)^2 / m of their sum of squares sum c^2. A large number
-    of rows leaves both as they are. Figures in `Info` are always those of the data themselves.
+    With k = share n / m: H + k diag(H), in which correlations are worth m / (m + share n) of what they were. Before, they
+    lose what sampling alone would make of them: with a sum of squares sum c^2, of which sum (1 - c^2)^2 / m is by chance,
+    they are multiplied by 1 - chance / sum c^2. So are those of X - Xq with Xq. Inputs that are independent are thus
+    rounded by themselves, and a large number of rows leaves all as it is. Figures in `Info` are always those of the data
+    themselves.
     Inputs that were 0 on all rows count as independent ones of mean energy: their weights are rounded by themselves, and
     steps have to suit them too.
 
@@ -58,18 +60,27 @@ class Shrinkage:
         more = k * (1 - trust) * (2 * rows / n + 2 / (rows + 2)) * mean
         rare = jnp.maximum(RARE * mean / rows - gram.diagonal, 0)
         awake = gram.awake()
-        H = awake.H + k * jnp.diag(awake.diagonal) + jnp.diag(jnp.where(live, more + (1 + k) * rare, 0))
+        H = _without_chance(awake.H, gram.diagonal, gram.diagonal, rows, trust)
+        H += k * jnp.diag(awake.diagonal) + jnp.diag(jnp.where(live, more + (1 + k) * rare, 0))
         if gram.C is None or gram.drift is None:
             return dataclasses.replace(gram, H=H)
-        C, diagonal = gram.C, jnp.diag(jnp.diagonal(gram.C))
-        root = lambda d: jnp.where(d > 0, 1 / jnp.sqrt(jnp.where(d > 0, d, 1)), 0)
-        c2 = ((C - diagonal) * root(gram.diagonal)[:, None] * root(jnp.diagonal(gram.drift))[None]) ** 2
-        others = live[:, None] & (jnp.diagonal(gram.drift) > 0)[None] & ~jnp.eye(n, dtype=bool)
-        chance = jnp.sum(jnp.where(others, (1 - trust * c2) ** 2, 0)) / rows
-        kept = 1 - jnp.clip(chance / jnp.where(c2.sum() > 0, c2.sum(), 1), 0, 1)
-        C = (1 + k) * (kept * C + (1 - kept) * diagonal)
+        diagonal = jnp.diag(jnp.diagonal(gram.C))
+        C = (1 + k) * _without_chance(gram.C, gram.diagonal, jnp.diagonal(gram.drift), rows, trust)
         prior = SLOPE * (1 - trust) * mean / rows + rare
         slope = jnp.trace(diagonal) / jnp.where(live.any(), gram.diagonal.sum(), 1)
         slopes = (jnp.diagonal(diagonal) + prior * slope) / jnp.where(live, gram.diagonal + prior, 1)
         few = ((trust < 1) | (rare > 0))[:, None] & live[:, None] & jnp.eye(n, dtype=bool)
         return dataclasses.replace(gram, H=H, C=jnp.where(few, jnp.diag(slopes * jnp.diagonal(H)), C))
+
+
+def _without_chance(M, left, right, rows, trust):
+    """M (n, n), entries off its diagonal times the share of their correlations' squares that is not by chance.
+
+    `left` and `right` (n,) are the square norms of the inputs that its rows and its columns are of.
+    """
+    root = lambda d: jnp.where(d > 0, 1 / jnp.sqrt(jnp.where(d > 0, d, 1)), 0)[:, None]
+    others = (left > 0)[:, None] & (right > 0)[None] & ~jnp.eye(left.size, dtype=bool)
+    c2 = jnp.where(others, M * root(left) * root(right).T, 0) ** 2
+    chance = jnp.sum(jnp.where(others, (1 - trust * c2) ** 2, 0)) / rows
+    kept = 1 - jnp.clip(chance / jnp.where(c2.sum() > 0, c2.sum(), 1), 0, 1)
+    return jnp.where(jnp.eye(left.size, dtype=bool), M, kept * M)

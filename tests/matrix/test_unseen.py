@@ -7,6 +7,7 @@ import pytest
 import jpfq
 from jpfq.matrix import Shrinkage
 from tests.helpers import PLAIN, assert_close, assert_codes_equal, problem
+from tests.reference.shrinkage import without_chance
 
 N, OUT = 32, 6
 ROUNDED = {"method": jpfq.MSQ(), "scale": jpfq.MinMSE(), "shrinkage": None, "finish": None}
@@ -27,18 +28,16 @@ def test_few_rows_are_trusted_less(x64):
     more = k * (1 - t) * (2 * 5 / N + 2 / (5 + 2)) * mean
     rare = np.maximum(4 * mean / 5 - energy, 0)
     assert 0 < (rare > 0).sum() < N
-    expected = H + np.diag(np.where(energy > 0, k * energy + more + (1 + k) * rare, (1 + k) * mean))
+    expected = without_chance(H, energy, energy, 5, t)
+    expected += np.diag(np.where(energy > 0, k * energy + more + (1 + k) * rare, (1 + k) * mean))
     assert_close(found.H, expected)
-    pairs = [(i, j) for i in range(N) for j in range(N) if i != j and i != 3]
-    c2 = np.array([C[i, j] ** 2 / (H[i, i] * drift[j, j]) for i, j in pairs])
-    kept = 1 - min(max(((1 - t * c2) ** 2).sum() / 5 / c2.sum(), 0), 1)
     prior = 16 * (1 - t) * mean / 5 + rare
     slopes = (np.diag(C) + prior * np.trace(C) / energy.sum()) / (energy + prior)
-    assert_close(
-        found.C, np.where(np.eye(N) > 0, np.diag(slopes * np.diag(expected) * (energy > 0)), (1 + k) * kept * C)
-    )
+    kept = (1 + k) * without_chance(C, energy, np.diag(drift), 5, t)
+    assert_close(found.C, np.where(np.eye(N) > 0, np.diag(slopes * np.diag(expected) * (energy > 0)), kept))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drift", [0, 0.1])
 def test_recommended_rules_bear_few_rows(drift):
     """On new rows at most 1.1 times as far off as plain rounding, from one row on; an input that sleeps changes nothing."""
@@ -58,6 +57,7 @@ def test_recommended_rules_bear_few_rows(drift):
             assert ours <= 1.1 * plain, (bits, m, ours / plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-20, 1e18])
 def test_codes_do_not_depend_on_the_size_of_inputs(size):
     """Neither in the Gram form, summed batch by batch, nor in the data form; what is small is not dead."""
