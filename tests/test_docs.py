@@ -44,7 +44,9 @@ INNER = {  # public to the rest of the package, or an override of what is docume
 HELP = {"plot.given_or_new", "plot.Swept"}  # what jpfq.plot needs itself
 SLOW = {
     "budget",
+    "certify",
     "fake_quant",
+    "plot.accumulators",
     "Certificate",
     "MalySaab",
 }  # programs of their own, which the README or other tests run as well

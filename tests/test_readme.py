@@ -18,6 +18,7 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
@@ -28,6 +29,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     assert "kernels quantized to" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_commands_for_an_own_model_run_in_order(tmp_path, monkeypatch, capsys):
     (own,) = [block for block in blocks("python") if block.startswith("# mymodel.py")]
     (tmp_path / "mymodel.py").write_text(own)

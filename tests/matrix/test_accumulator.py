@@ -69,6 +69,7 @@ def compiled(T, run):
     return _compiled.setdefault(T, jax.jit(run))
 
 
+@pytest.mark.slow
 def test_descent_under_the_bound_lowers_the_error():
     """From codes that fit to codes that fit."""
     settings = {"scale": jpfq.AbsMax(), "shrinkage": None, "method": jpfq.GPFQ()}
@@ -76,6 +77,7 @@ def test_descent_under_the_bound_lowers_the_error():
     assert errors[0] > errors[1]
 
 
+@pytest.mark.slow
 def test_steps_chosen_with_the_accumulator_in_view_lose_less():
     """By far, where the bound binds: the published order of things keeps the steps and drops weights."""
     own = {"finish": None, "shrinkage": None}

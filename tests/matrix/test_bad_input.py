@@ -203,6 +203,7 @@ def test_a_factorisation_that_fails(settings):
         jpfq.solve(W, jpfq.Gram.from_data(X, 2 * X), bits=4, **settings)
 
 
+@pytest.mark.slow
 def test_what_is_known_while_tracing_is_checked():
     """Weights that a traced function closes over have values; its arguments have none."""
     W, rows = problem32(70)

@@ -170,6 +170,7 @@ SWEEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SWEEPS)
 def test_jit_of_vmap_over_numbers_and_matrices_is_the_loop(name):
     numbers = np.float32([[0.2, 0.01, 0.3, 0.9], [0.9, 0.1, 0.6, 0.7], [0.5, 0.05, 0.1, 0.4]])

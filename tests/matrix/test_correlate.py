@@ -24,6 +24,7 @@ def layout_of(x, window, padding, groups=1, numbers=NHWC, strides=(1, 1), dilati
     return site.layout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("window", "padding", "groups"),
     [
@@ -54,6 +55,7 @@ def test_the_gram_of_all_patches(x64, window, padding, groups):
     assert alone.C is None
 
 
+@pytest.mark.slow
 def test_sums_of_parts_are_those_of_all():
     x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 5, 6, 4)), jnp.float32)
     layout = layout_of(x.transpose(0, 3, 1, 2), (3, 3), "SAME", numbers=("NCHW", "OIHW", "NCHW"))

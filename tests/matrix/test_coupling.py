@@ -56,6 +56,7 @@ def test_the_effect_is_a_sum_over_blocks_of_their_own_errors(block, x64):
     assert own == pytest.approx(effect(F, H, E), rel=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "settings"), [(1, PLAIN), (3, {}), (16, PLAIN)])
 def test_neurons_that_are_not_coupled_get_their_own_codes(block, settings, x64):
     W, gram, _ = problem(C=False)
@@ -69,6 +70,7 @@ def test_neurons_that_are_not_coupled_get_their_own_codes(block, settings, x64):
         assert float(getattr(one.info, name)) == pytest.approx(float(getattr(two.info, name)), rel=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [1, 3])
 def test_blocks_of_neurons_one_after_the_other(block, x64):
     """The codes of a loop that aims each block at weights that make up for those before it."""
@@ -96,6 +98,7 @@ def test_blocks_of_neurons_one_after_the_other(block, x64):
             E[:, here] = goal[:, here] - np.asarray(tensor.dequantize())
 
 
+@pytest.mark.slow
 def test_the_effect_on_the_outputs_shrinks():
     """Though the layer's own error grows."""
     W, gram, F = problem()

@@ -27,6 +27,7 @@ def truth(X, Xq, W, tensor):
     return np.linalg.norm(outputs - Xq @ (step * (codes - zero))) / np.linalg.norm(outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [PLAIN | {"method": jpfq.GPFQ()}, {}], ids=["GPFQ", "best"])
 def test_weights_and_inputs_of_any_size(settings):
     """Powers of two change nothing but the unit: neither codes nor relative figures, though squares leave float32."""
@@ -94,6 +95,7 @@ def solved(W, X, Xq, bits):
     return jax.lax.map(lambda x: one(*x), (W, X, Xq))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("m", "n", "out"), [(1, 8, 1), (2, 8, 2)])
 def test_figures_where_much_cancels(m, n, out):
     """Codes that fit one row or two almost exactly: the error is known to within its rounding, and no bound is below it."""

@@ -113,6 +113,7 @@ def test_any_order_of_axes(numbers):
     np.testing.assert_array_equal(layout.matrices(move(W, "HWIO", numbers[1])), straight.matrices(W))
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True, max_examples=8)
 @given(st.data())
 def test_random_convolutions(data):

@@ -124,6 +124,7 @@ def test_float32_is_stable():
     assert (((z > low + 1e-4) & (z < high - 1e-4)).sum(0) <= M).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [jpfq.Binary(), jpfq.Symmetric(2)], ids=str)
 def test_the_published_method(x64, grid):
     """The walk, then rounding: on one bit the error is far below that of rounding alone."""

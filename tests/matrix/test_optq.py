@@ -114,6 +114,7 @@ def test_blocks_change_nothing(x64, method):
         assert_codes_equal(codes_of(METHODS[method][0], W, gram, levels, p, block), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
 def test_groups_refit_on_the_way(x64, kind):
     """Each group's grid is fitted to what its weights have become when the recursion reaches it."""

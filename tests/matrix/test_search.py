@@ -17,6 +17,7 @@ def case(seed=85):
     return X, Xq, jnp.asarray(W), jpfq.Gram.from_data(X, Xq)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "per"), [(jpfq.Qronos(), jpfq.PerGroup(SIZE)), (jpfq.GPFQ(), jpfq.PerTensor())], ids=["groups", "tensor"]
 )

@@ -65,14 +65,17 @@ def assert_silent(results):
                 assert case["loops"] == [], name
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_codes_of_one(few):
     assert assert_same(few) == 4
 
 
+@pytest.mark.slow
 def test_nothing_is_sent_inside_the_recursion(few):
     assert_silent(few)
 
 
+@pytest.mark.slow
 def test_a_split_gram_comes_a_block_of_rows_at_a_time(few):
     """Eight rows for the recursion, sixteen for the products."""
     assert few["split"]["float64"]["loops"] == ["all-reduce f64[16,40]", "all-reduce f64[8,40]"]

@@ -96,6 +96,7 @@ def test_where_the_networks_agree(x64, name, form):
     assert form == "data" or info.relative_floor == 0
 
 
+@pytest.mark.slow
 @each_form
 def test_descending_is_the_permuted_problem_put_back(x64, form):
     """Each coordinate keeps the step of its own group: that of its place in the kernel."""
@@ -144,6 +145,7 @@ def test_a_fine_grid_returns_the_weights(x64, form):
 # Float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "order"), [("gram", jpfq.Natural()), ("data", jpfq.Descending())], ids=["gram", "data"]
 )
@@ -174,6 +176,7 @@ def test_the_helper_for_ties_sees_errors():
         assert_codes_equal_but_for_ties(wrong[:100], codes[:100], position[:100])
 
 
+@pytest.mark.slow
 @each_form
 def test_low_precision_data_are_widened_first(form):
     X, Xq, W = problem(27, n=N, out=OUT)
@@ -209,6 +212,7 @@ def test_more_bits_have_less_error():
 # Forms
 
 
+@pytest.mark.slow
 def test_many_more_inputs_than_rows_take_the_data_form(monkeypatch):
     X, Xq, W = (jnp.asarray(x, jnp.float32) for x in problem(50, m=8, n=128, out=4))
     rows = jpfq.Rows(X, Xq)

@@ -5,6 +5,7 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jpfq
 from jpfq.matrix import recipe_of, solve_all
@@ -15,6 +16,7 @@ N, OUT = 40, 6
 GPFQ = PLAIN | {"method": jpfq.GPFQ()}
 
 
+@pytest.mark.slow
 def test_vmap_over_numbers_is_the_loop():
     """Over the width of the grid and the factor of the scale at once."""
     W, gram = problem32()
@@ -28,6 +30,7 @@ def test_vmap_over_numbers_is_the_loop():
         assert_close(infos.relative_error[i], info.relative_error)
 
 
+@pytest.mark.slow
 def test_several_matrices_at_once_are_the_loop():
     cases = [problem32(seed) for seed in (31, 32, 33)]
     W, grams = jax.tree.map(lambda *x: jnp.stack(x), *cases)

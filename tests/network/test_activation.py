@@ -24,7 +24,7 @@ def outputs(case, quantized):
     return [case(given, b) for b in case.batches], [quantized.apply(b) for b in case.batches]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param("lm", marks=pytest.mark.slow), "experts"])
 def test_apply_runs_what_was_calibrated(name):
     case = CASES[name]()
     quantized = jpfq.quantize(case.model, case.batches, zoo.plain(bits=6, activation_bits=6), **case.given)
@@ -34,6 +34,7 @@ def test_apply_runs_what_was_calibrated(name):
     assert 0 < error < 0.5
 
 
+@pytest.mark.slow
 def test_without_activations_apply_is_the_model():
     case = zoo.lm()
     quantized = jpfq.quantize(case.model, case.batches, zoo.plain(bits=4), **case.given)
@@ -64,6 +65,7 @@ def rounded(x, step, zero, lo, hi):
     return step * (np.clip(np.floor(x / step + zero + 0.5), lo, hi) - zero)
 
 
+@pytest.mark.slow
 def test_a_static_step_by_hand():
     model, batches, variables = two()
     rule = zoo.plain(bits=8, activations=jpfq.Activations(jpfq.Asymmetric(5), ranges.Max()))
@@ -101,6 +103,7 @@ def test_a_step_per_row_follows_each_row():
     assert error.max() < 0.2  # a tie moves one entry by one level
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [jpfq.GPFQ(), jpfq.Qronos()], ids=str)
 def test_weights_correct_for_rounded_inputs(method):
     """Against weights that were solved as if inputs stayed exact, in the same network with rounded inputs."""
@@ -116,6 +119,7 @@ def test_weights_correct_for_rounded_inputs(method):
     assert relative(exact, run(aware._functional.leaves)) < 0.97 * relative(exact, run(unaware._functional.leaves))
 
 
+@pytest.mark.slow
 def test_steps_per_channel_fold_into_a_depthwise_convolution_only():
     class Depthwise(nn.Module):
         @nn.compact
@@ -141,6 +145,7 @@ def test_steps_per_channel_fold_into_a_depthwise_convolution_only():
         jpfq.quantize(dense, batches, settle("channel"), variables=given)
 
 
+@pytest.mark.slow
 def test_padding_does_not_widen_the_range():
     model, batches, variables = two()
     mask = jnp.arange(64) < 50
@@ -224,6 +229,7 @@ def by_row(x):
     return step, np.floor(-low / step + 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "per"), [("function", "tensor"), ("function", "row"), ("linen", "tensor"), ("nnx", "row")]
 )

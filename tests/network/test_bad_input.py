@@ -272,6 +272,7 @@ def attends(params, inputs):
     return jax.nn.softmax(q @ k.mT + bias) @ v @ params["out"], labels
 
 
+@pytest.mark.slow
 def test_a_bias_of_minus_infinity_is_the_models_own_affair():
     """Scores of -inf are those of -1e30, to the last code; labels of NaN meet no layer."""
     params = {"qkv": zoo.normal(40, 8, 24), "out": zoo.normal(41, 8, 6)}

@@ -51,6 +51,7 @@ def test_bits_alone_mean_the_recommended_parts(quantized):
             np.testing.assert_array_equal(again.tensors[name].step, bare.tensors[name].step)
 
 
+@pytest.mark.slow
 def test_the_recommended_beat_path_following_and_that_beats_rounding(quantized):
     best, gpfq, msq = (
         quantized(rules).output_error for rules in (3, zoo.plain(bits=3), zoo.plain(bits=3, method=jpfq.MSQ()))

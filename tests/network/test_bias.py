@@ -52,6 +52,7 @@ def captured(model, variables, batch):
     return state["intermediates"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [jpfq.MSQ(), jpfq.Qronos()], ids=str)
 def test_no_mean_error_is_left(method):
     """At every layer, in the network that comes back: behind BatchNorm, a bias before BatchNorm, and a plain bias."""
@@ -107,6 +108,7 @@ def test_the_same_codes_as_with_a_column_of_ones_that_is_not_rounded():
     np.testing.assert_allclose(quantized.params["bias"], X.mean(0) @ (W - q), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_and_gram_agree(x64):
     """Exactly, behind a convolution and a dense layer, with weights of rows and without."""
 

@@ -47,6 +47,7 @@ def network(params, x):
     return jnp.tanh(x @ params["first"]) @ params["second"]
 
 
+@pytest.mark.slow
 def test_influence_is_the_mean_square_derivative():
     params = {"first": zoo.normal(0, 6, 8), "second": zoo.normal(1, 8, 5)}
     x = zoo.normal(2, 200, 6)
@@ -62,6 +63,7 @@ def test_influence_is_the_mean_square_derivative():
     np.testing.assert_allclose(second, np.ones(5))  # the last layer's outputs are the network's
 
 
+@pytest.mark.slow
 def test_a_budget_beats_one_width_for_all():
     """A network whose layers matter very differently, at the same number of bits."""
     params = {name: zoo.normal(i, 24, 24) / 24**0.5 for i, name in enumerate("abcd")}
@@ -85,6 +87,7 @@ def test_an_average_that_no_widths_give(average, candidates):
         jpfq.budget(network, [zoo.normal(2, 9, 6)], average, candidates=candidates, params=params)
 
 
+@pytest.mark.slow
 def test_weights_whose_squares_float32_does_not_hold():
     """Scaling a kernel scales every cost alike, so that the widths stay."""
     fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]

@@ -36,6 +36,7 @@ def by_brute_force(k, inputs, tile):
     return np.stack(most), np.stack(least)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [jpfq.Asymmetric(2), jpfq.Integer(2)], ids=["unsigned", "signed"])
 def test_equals_brute_force(grid):
     quantized = small(activation_bits=None, activations=jpfq.Activations(grid))

@@ -477,6 +477,7 @@ def places(tree, at=()):
         yield from places(value, (*at, key))
 
 
+@pytest.mark.slow
 def test_a_record_with_any_value_replaced_and_resealed_loads_as_such_or_is_refused(copied):
     """Whoever writes a right checksum may still lie in all else. Nothing but ValueError, and nothing is made in vain."""
     folder, document, _ = copied

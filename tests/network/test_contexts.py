@@ -216,6 +216,7 @@ def test_what_has_no_values_is_refused_in_a_sentence():
     assert len(jpfq.plan(layers, shape, rule, params=jax.eval_shape(lambda: PARAMS)).lines) == 2
 
 
+@pytest.mark.slow
 def test_a_model_on_two_devices_is_refused():
     first, second = jax.devices()[:2]
     here, there = jax.device_put(PARAMS["a"], first), jax.device_put(PARAMS["b"], second)
@@ -231,6 +232,7 @@ def test_a_model_on_two_devices_is_refused():
     np.testing.assert_array_equal(*(np.asarray(q.tensors["b"].codes) for q in (free, bound)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy, copy.copy])
 def test_results_pickle_and_copy(again, tmp_path):
     linen, variables = Linen(), {"params": {name: {"kernel": jnp.asarray(x)} for name, x in PARAMS.items()}}

@@ -76,6 +76,7 @@ def network():
     return lambda params, x: jnp.tanh(x @ params["a"]) @ (b @ c), {"a": a}, zoo.batches(64, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["outputs", "logits"])
 def test_the_error_of_the_outputs_shrinks(of):
     fn, params, batches = network()
@@ -85,6 +86,7 @@ def test_the_error_of_the_outputs_shrinks(of):
     assert coupled.info["a"].relative_error > alone.info["a"].relative_error
 
 
+@pytest.mark.slow
 def test_batches_of_two_sizes_and_the_hosts_memory_change_nothing():
     """With one output the curvature is exact, whatever is drawn."""
     fn, params, _ = network()
@@ -95,6 +97,7 @@ def test_batches_of_two_sizes_and_the_hosts_memory_change_nothing():
     assert np.mean(np.asarray(whole.tensors["a"].codes) == np.asarray(parts.tensors["a"].codes)) > 0.99
 
 
+@pytest.mark.slow
 def test_kernels_of_other_rules_stay_as_they_were():
     """Those before the coupled one get the codes they had; and each kernel can have settings of its own."""
     fn = lambda params, x: jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) @ params["c"]

@@ -63,6 +63,7 @@ def two_convolutions(params, x):
 PARAMS = {"first": zoo.normal(0, 3, 3, 4, 4), "bias": zoo.normal(1, 4), "second": zoo.normal(2, 3, 3, 4, 4)}
 
 
+@pytest.mark.slow
 def test_choices_of_patches_in_a_network():
     batches = zoo.batches(4, 12, 12, 4)
     rule = lambda **settings: zoo.plain(bits=4, **settings)
@@ -80,6 +81,7 @@ def test_choices_of_patches_in_a_network():
         jpfq.quantize(two_convolutions, batches, rule(patches=jpfq.patches.Random(0.5)), params=PARAMS)
 
 
+@pytest.mark.slow
 def test_batches_that_wait_on_the_host_change_nothing():
     batches = zoo.batches(4, 12, 12, 4, count=6)
     rule = zoo.plain(bits=4, activation_bits=8, correct_bias=True)
@@ -91,6 +93,7 @@ def test_batches_that_wait_on_the_host_change_nothing():
     assert offloaded.peak_bytes < 0.4 * held.peak_bytes
 
 
+@pytest.mark.slow
 def test_more_batches_on_the_host_take_no_more_of_the_device(monkeypatch):
     """What is live while a model is calibrated, by JAX's own list: four times the batches, at most a tenth more."""
     on_device = lambda: sum(x.nbytes for x in jax.live_arrays())

@@ -41,6 +41,7 @@ def at_sites(quantized, batch, tile, overflow):
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("cnn", "experts", "scanned", "mlp")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lm", *SLOW])
 def test_products_are_those_of_floats(name):
     """Strides, dilation, groups, padding, batched kernels, stacks, attention: with tiles, wrapped and saturated alike."""
@@ -98,6 +99,7 @@ def accumulated(x, k, P, tile, overflow):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overflow", ["wrap", "saturate"])
 def test_overflow_is_that_of_a_register(overflow):
     quantized, x, codes, step, zero = one()

@@ -114,6 +114,7 @@ def test_presets_mean_all_kernels_that_rules_before_them_leave():
     assert str(quantized.tensors["b"].grid) == "Integer(2)"
 
 
+@pytest.mark.slow
 def test_presets_of_accumulators_fit_them():
     """AXE and EP-init with the steps of their papers; fewer bits by the widths alone, the most that fit."""
     for rules in (paper.axe(3, 8, 12, 8), paper.ep_init(3, 8, 12, 8)):

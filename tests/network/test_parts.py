@@ -29,6 +29,7 @@ def both(rules, x=X, batches=1):
     yield lambda: jpfq.quantize(fn, [x] * batches, rules, params=PARAMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [jpfq.OPTQ, jpfq.Qronos])
 def test_a_factorisation_that_fails_names_its_kernel(method):
     """Of fewer rows than inputs, without damping."""
@@ -68,6 +69,7 @@ def image(params, x):
     return jnp.tanh(x).reshape(x.shape[0], -1) @ params["dense"]
 
 
+@pytest.mark.slow
 def test_a_rotation_is_folded_into_kernels():
     """Dense and convolution; the kernel that the network gets is the one that the codes stand for."""
     params = {"conv": zoo.normal(0, 3, 2, 2, 6), "dense": zoo.normal(1, 36, 5)}  # of 12 and 36 inputs
@@ -119,6 +121,7 @@ def test_a_rotation_of_an_odd_number_of_inputs_names_the_kernel():
         jpfq.quantize(run, [X[:, :15]], rule, params=params)
 
 
+@pytest.mark.slow
 def test_codes_depend_on_the_key_and_on_nothing_else(x64):
     """Not on how the data are split, nor on the block of the recursion."""
     params, x = {name: {"kernel": zoo.normal(i, 16, 16)} for i, name in enumerate(PARAMS)}, zoo.normal(9, 30, 16)
@@ -134,6 +137,7 @@ def test_codes_depend_on_the_key_and_on_nothing_else(x64):
     assert (codes([x], seed=1) != whole).mean() > 0.1
 
 
+@pytest.mark.slow
 def test_kernels_of_equal_weights_and_inputs_draw_apart():
     """Each path has numbers of its own, and so has each expert."""
     W = zoo.normal(1, 16, 16)

@@ -27,6 +27,7 @@ def evaluate(program, leaves, batch):
     return [out[v] for v in program.outputs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.CASES)
 def test_outputs_equal_the_models(name):
     case = zoo.CASES[name]()

@@ -31,7 +31,7 @@ def parameters(case, quantized):
     )
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("cnn", "lm"))) for n in zoo.CASES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("experts", "computed"))) for n in zoo.CASES])
 def test_every_model_comes_back_whole(name, monkeypatch):
     case = zoo.CASES[name]()
     streamed = []
@@ -100,6 +100,7 @@ def test_convolutions_follow_their_true_patches(x64):
         np.testing.assert_array_equal(got, codes)
 
 
+@pytest.mark.slow
 def test_a_smaller_last_batch_counts_like_the_others(x64):
     fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
     params = {"a": zoo.normal(0, 8, 8), "b": zoo.normal(1, 8, 8)}
@@ -132,6 +133,7 @@ def test_rows_of_weight_zero_are_left_out(x64, shape, form):
         np.testing.assert_array_equal(masked.tensors[name].codes, kept.tensors[name].codes)
 
 
+@pytest.mark.slow
 def test_data_and_gram_form_agree(x64):
     params = {"w": zoo.normal(0, 300, 8)}
     x = zoo.normal(1, 20, 300)
@@ -165,6 +167,7 @@ def test_the_given_model_is_not_touched():
         quantized.variables  # noqa: B018
 
 
+@pytest.mark.slow
 def test_parameters_keep_type_and_placement():
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
@@ -204,6 +207,7 @@ def test_per_group_scales_land_on_the_kernel():
     np.testing.assert_array_equal(quantized.params["w"], tensor.dequantize())
 
 
+@pytest.mark.slow
 def test_a_per_tensor_scale_is_one_number_for_all_groups():
     W, x = zoo.normal(0, 3, 3, 1, 6), zoo.normal(1, 4, 8, 8, 6)
     fn = lambda params, x: zoo.convolve(x, params, groups=6)
@@ -212,6 +216,7 @@ def test_a_per_tensor_scale_is_one_number_for_all_groups():
     np.testing.assert_allclose(tensor.step.item(), 3 * np.median(np.abs(W)) / 7, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_boxed_parameters_and_transposed_convolutions():
     """Parameters in a box with axis names keep it, and their paths do not show it."""
 
@@ -266,6 +271,7 @@ def test_a_constant_factor_on_a_kernel_goes_into_the_steps(scaled, x64):
     np.testing.assert_array_equal(4 * one.params, two.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["gram", "data"])
 def test_one_input_per_batch_entry_is_one_row(form, x64):
     """A product that has batch axes alone, and no axis of rows besides."""
@@ -276,6 +282,7 @@ def test_one_input_per_batch_entry_is_one_row(form, x64):
     np.testing.assert_array_equal(one.params, jnp.stack([q.params for q in two]))
 
 
+@pytest.mark.slow
 def test_what_a_model_maps_over_devices_by_hand_is_part_of_it():
     mesh, spec = jax.sharding.Mesh(jax.devices()[:1], ("data",)), jax.sharding.PartitionSpec("data")
     doubled = jax.shard_map(lambda x: 2 * x, mesh=mesh, in_specs=spec, out_specs=spec)

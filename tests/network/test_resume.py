@@ -226,6 +226,7 @@ def test_fresh_batches_of_another_stop_or_run_are_refused(tmp_path):
         kept.meet(4, shaped)
 
 
+@pytest.mark.slow
 def test_curvature_is_measured_for_what_is_missing_only(tmp_path, monkeypatch):
     """Of sites that are measured together for all of them, so that it is the same to the bit."""
     coupled = lambda path, samples: zoo.plain(path, bits=3, coupling=jpfq.Coupling(block=4, samples=samples))

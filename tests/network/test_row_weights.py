@@ -152,13 +152,13 @@ def holds_for_all(examples):
 
 
 def test_random_programs():
-    assert {True, None} <= set(holds_for_all(12))
+    assert {True, None} <= set(holds_for_all(6))
 
 
 @pytest.mark.slow
 def test_many_random_programs():
-    found = holds_for_all(120)
-    assert len(found) >= 100
+    found = holds_for_all(320)
+    assert len(found) >= 300
     assert found.count(True) > 20
 
 
@@ -172,6 +172,7 @@ def test_what_mixes_rows_is_refused(x64, name):
     assert as_without_padding([name, "dense"], "rows", 4, 1000.0) is None
 
 
+@pytest.mark.slow
 def test_a_stride_and_rounded_inputs():
     """The range of the inputs, the codes and the error of the outputs are those of the positions that count."""
 
@@ -283,6 +284,7 @@ def test_recurrence_over_time(x64):
         np.testing.assert_array_equal(found[path], expected[path])
 
 
+@pytest.mark.slow
 def test_experts_that_take_sorted_tokens(x64):
     """Tokens sorted by their expert, half to each: rows of each matrix have weights of their own."""
 
@@ -310,6 +312,7 @@ def test_weights_that_are_lost_are_refused():
     codes(fn, [jpfq.Weighted(x, np.full(8, 0.5))], params)  # all rows count alike, wherever they are
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["gram", "data"])
 def test_a_unit_of_weight_does_not_matter(x64, form):
     fn, params = lambda p, x: jnp.tanh(x @ p["k0"] + p["bias"]) @ p["k1"], kernels((WIDTH, WIDTH), (WIDTH, WIDTH))
@@ -320,6 +323,7 @@ def test_a_unit_of_weight_does_not_matter(x64, form):
         np.testing.assert_allclose(small.params[path], large.params[path], rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["budget", "coupling"])
 def test_derivatives_of_padding_do_not_count(x64, how):
     fn, params = language_model(masked=True)

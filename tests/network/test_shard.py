@@ -84,6 +84,7 @@ def test_the_settings_of_a_sweep_on_an_axis_of_the_mesh():
     assert "the axis of the settings" in found["the same axis"]
 
 
+@pytest.mark.slow
 def test_hosts_find_what_they_were_given_differently():
     for host in on_two_hosts():
         for name, part in {

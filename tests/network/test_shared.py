@@ -94,6 +94,7 @@ def test_each_use_rounds_its_own_inputs():
     assert len(jpfq.certify(found).sites) == 4
 
 
+@pytest.mark.slow
 def test_every_way_to_run_it(tmp_path):
     rule = zoo.plain(bits=3, activation_bits=6)
     run = lambda batches=BATCHES, **given: jpfq.quantize(towers, batches, rule, params=PARAMS, **given)

@@ -45,6 +45,7 @@ def assert_same(one, two):
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+@pytest.mark.slow
 def test_both_ways_start_at_the_quantized_network():
     """With codes fixed exactly; straight through the rounding of what is at levels already, exactly too."""
     q = quantized()
@@ -142,6 +143,7 @@ def linen():
     return zoo.Case(Linen(), zoo.initial(Linen(), X), [X], set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [linen, zoo.mlp])
 def test_both_frameworks(case):
     """Types and structure stay; the model runs on what comes back."""

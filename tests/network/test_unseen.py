@@ -37,6 +37,7 @@ def test_units_that_sleep_keep_their_weights():
     assert error("best") < error("plain")
 
 
+@pytest.mark.slow
 def test_experts_are_counted_by_rows():
     """The third expert gets none: it is rounded to nearest, and the summary says so."""
     params = {"w": normal(0, 4, 16, 8)}
@@ -55,6 +56,7 @@ def test_experts_are_counted_by_rows():
     assert "Rows of the 4 matrices of w: 0 to 40. Rounded to nearest for want of any: 2." in quantized.summary()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correct_bias", [False, True])
 def test_small_and_large_inputs_give_the_same_codes(correct_bias):
     params = {"a": normal(0, 16, 8), "b": normal(1, 8), "c": normal(2, 8, 4)}

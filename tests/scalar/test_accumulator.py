@@ -95,6 +95,7 @@ def cases(seed, plain=False):
     return (f32(A), f32(L), f32(about), i32(order), f32(step), f32(top), i32(P), i32(lo), i32(hi))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "T"), [("soft", 7), ("hard", 1), ("drawn", None), ("EP-init", 5)])
 @settings(deadline=None, derandomize=True, max_examples=25)
 @given(st.integers(0, 2**31))

@@ -139,6 +139,7 @@ def test_the_demo_shows_gpfq_ahead_of_rounding_and_best_ahead_of_both(tmp_path, 
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own(own, capsys):
     arguments = ["quantize", "own:scored", "--bits", "2", "ternary", "--summary", "--picture", "own.png", "--skip", "b"]
     assert main(arguments) == 0
@@ -231,6 +232,7 @@ def test_a_result_is_saved_as_quantize_makes_it(own, w4a8, capsys):
     assert "--overwrite" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_log_goes_to_the_standard_error_and_nowhere_else(own, capsys, caplog):
     log = logging.getLogger("jpfq")
     before = log.level, log.propagate, list(log.handlers)
@@ -291,6 +293,7 @@ def test_report_writes_a_page(own, w4a8, capsys):
 SWEEP = ["sweep", "own:scored", "--method", "MSQ", "--bits", "2", "4", "--c", "0.7", "1.0"]
 
 
+@pytest.mark.slow
 def test_a_sweep_keeps_its_best_within_a_budget(own, capsys):
     found = answer(capsys, *SWEEP, "--save", "swept", "--bits-per-weight", "6.5", "--picture", "swept.png")
     records = found["records"]

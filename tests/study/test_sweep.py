@@ -101,6 +101,7 @@ def check_rows(points):
     return run
 
 
+@pytest.mark.slow
 def test_each_row_is_the_single_run(x64, compilations):
     """Scales, activations, corrected biases, draws and patches in lanes; another method on a track of its own."""
     run = check_rows([{"kind": kind, "number": number, "seed": seed} for kind, number, seed in (*ALL, ONE)])
@@ -153,6 +154,7 @@ def swept():
     return jpfq.sweep(simple, X, SPACE, params=SIMPLE, evaluate=loss)
 
 
+@pytest.mark.slow
 def test_what_a_sweep_reports(tmp_path):
     run = swept()
     assert [(r["bits"], r["c"]) for r in run.records] == [(b, c) for b in (2, 3, 4) for c in (0.6, 1.0)]
@@ -179,6 +181,7 @@ def test_what_a_sweep_reports(tmp_path):
     assert list(frame.columns) == ["bits", "c", *sweep_module.FIGURES]
 
 
+@pytest.mark.slow
 def test_fewer_lanes_at_a_time_change_nothing():
     few = jpfq.sweep(simple, X, SPACE, params=SIMPLE, lanes=4, evaluate=loss)
     assert [chunk.numbers for chunk in few._chunks] == [[0, 1, 2, 3], [4, 5, 5, 5]]
