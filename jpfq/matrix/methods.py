@@ -16,6 +16,7 @@ follows from taking the inner product of their state u with the next column of X
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from ..scalar.grid import Number, is_number
 from ..scalar.pytree import register_dataclass
 from .gram import Gram, Rows, matmul
-from .split import lower
+from .split import lower, triangular
 
 
 class System(NamedTuple):
@@ -52,6 +53,11 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def __call__(self, W: jax.Array, gram: Gram) -> System:
         """The system for weights W (in, out)."""
+
+    @property
+    def quadratic(self) -> Callable[[Gram, jax.Array, jax.Array], jax.Array] | None:
+        """e^T H e per neuron (out,), of the Gram, of e (in, out) and of L e; None where that takes a product by itself."""
+        return None
 
     @property
     def local(self) -> bool:
@@ -97,8 +103,12 @@ class GPFQ(Method):
 
     def __call__(self, W, gram):
         inverse = inverse_of(gram.diagonal)
-        base = W if gram.C is None else W + inverse * matmul(lower(gram.C), W)
+        base = W if gram.C is None else W + inverse * triangular(gram.C, W)
         return System(base, inverse * lower(gram.H, -1), W, gram.diagonal)
+
+    @property
+    def quadratic(self):
+        return lambda gram, e, fed: jnp.sum(gram.diagonal[:, None] * e * (2 * fed + e), 0)
 
     @property
     def local(self):
@@ -131,6 +141,10 @@ class UNI(Method):
         inverse = inverse_of(gram.diagonal) / self.scaling
         base = W if gram.C is None else W + inverse * matmul(lower(gram.C, -1), W)
         return System(base, inverse * lower(gram.H, -1), W, _any_errors(gram.diagonal))
+
+    @property
+    def quadratic(self):
+        return lambda gram, e, fed: jnp.sum(gram.diagonal[:, None] * e * (2 * self.scaling * fed + e), 0)
 
     @property
     def local(self):

@@ -82,6 +82,11 @@ class Recipe:
         return self.form == "data" or any(p.needs_rows for p in self.prepare)
 
     @property
+    def untouched(self) -> bool:
+        """Whether the recursion is fed the weights and the Gram themselves, and leaves codes and steps as they end up."""
+        return (self.shrinkage, self.rotation, self.finish, self.refits) == (None,) * 4 and self.prepare == ()
+
+    @property
     def needs_gram(self) -> bool:
         """Whether something in the recipe works on the Gram only."""
         return _needs_gram(self) is not None

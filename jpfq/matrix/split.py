@@ -14,6 +14,7 @@ from jax.scipy.linalg import solve_triangular
 from ..scalar.pytree import register_dataclass
 
 AT_ONCE = 128  # rows that a product takes at a time
+RUN, RUNS = 256, 8  # coordinates in a run at least, and runs at most: each is compiled
 
 
 @register_dataclass
@@ -114,6 +115,24 @@ def lower(M: Square, k: int = 0) -> Square:
 def upper(M: Square, k: int = 0) -> Square:
     """M with 0 below its k-th diagonal."""
     return dataclasses.replace(M, least=k) if isinstance(M, Split) else jnp.triu(M, k)
+
+
+def triangular(M: Square, B: jax.Array, *, above: bool = False) -> jax.Array:
+    """tril(M) B, or with `above` the product of what is above the diagonal; at little more than half the price of M B."""
+    if isinstance(M, Split):
+        return (upper(M, 1) if above else lower(M)).times(B)
+    parts, n = [], B.shape[0]
+    for first, last in halves(n):
+        rows = M[first:last]
+        near = jnp.triu(rows[:, first:], 1) if above else jnp.tril(rows[:, :last], first)
+        parts.append(jnp.matmul(near, B[first:] if above else B[:last], precision="highest"))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def halves(n: int) -> list[tuple[int, int]]:
+    """Runs of coordinates by which half of a square matrix is visited: as few as spare most of the other half."""
+    size = -(-n // min(RUNS, max(1, n // RUN)))
+    return [(first, min(first + size, n)) for first in range(0, n, size)]
 
 
 def permuted(M: Square, p: jax.Array) -> Square:

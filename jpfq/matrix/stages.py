@@ -17,6 +17,7 @@ from ..scalar import Bounded, Codes, Levels, Reach
 from ..scalar.exponent import exponent_of, reduced
 from .bounds import resolution, rounding, square_bound, target
 from .each import each
+from .figures import Squares
 from .gram import Gram, Rows, as_gram, mean_energy
 from .neurons import ALL, Neurons
 from .pathfollow import follow
@@ -132,18 +133,22 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
             W, data = part(W, data, recursion.spread())
     carry, told = recipe.rounding.meet(W, job.order)
     recursion = recursion._replace(carry=carry)
+    squares = Squares.of(job.data, job.W, neurons, reduce, recipe.method if recipe.untouched else None)
+    system = None
     if isinstance(data, Rows) and not recipe.needs_gram:
         given = told(recursion.spread())
         path, _ = follow(W, data, recipe.method, recursion, block=recipe.block, given=given)
         floor, bound, failed = jnp.nan, jnp.nan, 0
     else:
         system = recipe.method(W, as_gram(data))
+        recursion = recursion._replace(keeps=squares.quadratic is not None and not recipe.moves_step)
         path, recursion = _run(system, job, recursion, recipe, told, reduce)
         exact = recipe.prepare == () and isinstance(job.data, Gram) and job.data.C is None  # then W0 is W
         floor, vague = 0.0, 0.0
         if not exact:
-            both = reduce(job.W), reduce(target(system))
-            floor, vague = neurons.sum(job.data.square_error(*both)), neurons.sum(rounding(job.data, *both))
+            W0 = target(system)
+            floor, rest = squares.error(reduce(W0), reduce(W0 - system.base))
+            vague = neurons.sum(rounding(job.data, squares.W, reduce(W0))) + rest
         bound = jnp.nan
         if system.cost is not None:
             most = reduce(recipe.rounding.error(recursion.spread()))
@@ -167,12 +172,14 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
     groups = levels.step.shape[0]
     nonzero = jnp.any(weights.reshape(groups, -1, weights.shape[1]) != 0, axis=1)
     as_number = lambda x: jnp.asarray(x, W.dtype)
-    W, made, none = reduce(job.W), reduce(q), jnp.zeros_like(q)
-    error, energy = (neurons.sum(job.data.square_error(W, x)) for x in (made, none))
-    vague = resolution(error, energy, *(neurons.sum(rounding(job.data, W, x)) for x in (made, none)))
+    fed = None if system is None or path.arguments is None else reduce(path.arguments - system.base)
+    made, none = reduce(q), jnp.zeros_like(q)
+    error, rest = squares.error(made, fed)
+    of_error, of_energy = (neurons.sum(rounding(job.data, squares.W, x)) for x in (made, none))
+    vague = resolution(error, squares.energy, of_error + rest, of_energy)
     figures = {
         "square_error": error,
-        "energy": energy,
+        "energy": squares.energy,
         "saturation": neurons.mean(path.saturated),
         "dead": job.dead,
         "sparsity": neurons.mean(q == 0),
@@ -197,7 +204,7 @@ def _run(system, job, recursion, recipe, told, reduce) -> tuple[Path, Recursion]
     def run(recursion):
         given = () if recursion.refit else told(recursion.spread())
         path = substitute(system.base, system.L, recursion, block=block, about=system.about, given=given)
-        return path._replace(shift=None)
+        return path._replace(shift=None, arguments=path.arguments if path.shift is None else None)
 
     multiples = recipe.scale.multiples(system.base.dtype)
     if multiples is None:

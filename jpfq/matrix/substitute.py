@@ -33,6 +33,7 @@ class Path(NamedTuple):
     saturated: jax.Array  # whether the argument A - L q lay beyond the grid by more than half a step
     refit: Levels | None = None  # the levels of each block (blocks, out), where they are refit on the way
     shift: jax.Array | None = None  # what was fed back beyond q; None for nothing
+    arguments: jax.Array | None = None  # A - L q, where the recursion keeps them
 
     @property
     def fed(self) -> jax.Array:
@@ -51,6 +52,7 @@ class Recursion(NamedTuple):
     carry: Any = None  # of the rounding, for each neuron (out, ..); None starts with `rounding.init()`
     refit: Callable[[jax.Array], Levels] | None = None  # the levels of a block, from its weights as they have become
     neurons: Neurons = ALL  # which of the matrix's these are
+    keeps: bool = False  # whether the path is to have the arguments
     kernel: Kernel | None = None  # runs each block in one launch; None is the scan, but on platforms where kernels win
 
     @property
@@ -98,6 +100,7 @@ class Recursion(NamedTuple):
             rows = Levels(spread(step), spread(zero), levels.lo, levels.hi)
             carry, codes, arguments = kernel(self, A, L, about, rows, carry, given)
             path = Path(codes, rows.decode(codes), rows.saturates(arguments))
+            path = path._replace(arguments=arguments) if self.keeps else path
             return carry, path if self.refit is None else path._replace(refit=levels)
 
         def neuron(A, about, given, step, zero, carry, o):
@@ -113,6 +116,7 @@ class Recursion(NamedTuple):
                 key = None if draw is None else jax.random.fold_in(draw, i)
                 carry, code = self.rounding(carry, a, Here(here, key, given))
                 path = Path(code, here.decode(code), here.saturates(a), shift=self.rounding.shift(carry))
+                path = path._replace(arguments=a) if self.keeps else path
                 return (carry, e.at[t].set(b - path.fed)), path
 
             coordinates = (jnp.arange(A.shape[0]), index, A, about, L, given, (step, zero) if grouped else ())

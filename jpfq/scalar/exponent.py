@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 ORDINARY = 30  # numbers from 2^-30 to 2^30 are squared as they are: sums of many fit, and so do small errors
 
@@ -23,8 +24,14 @@ def exponent_of(*largest: jax.Array) -> jax.Array:
 def reduced(x: jax.Array, k: jax.Array) -> jax.Array:
     """x / 2^k. In two steps, as 2^k itself may be out of range."""
     half = -k // 2
-    power = lambda k: jnp.ldexp(jnp.ones((), x.dtype), k)
-    return x * power(half) * power(-k - half)
+    return x * _power(half, x.dtype) * _power(-k - half, x.dtype)
+
+
+def _power(k, dtype):
+    """2^k of a type, by its bits: a small program, where `ldexp` is a long one."""
+    told = jnp.finfo(dtype)
+    bits = (jnp.clip(k, told.minexp, told.maxexp - 1) + (told.maxexp - 1)).astype(f"int{told.bits}") << told.nmant
+    return lax.bitcast_convert_type(bits, dtype)
 
 
 def aligned(squares: Any, exponents: Any) -> tuple[Any, Any]:

@@ -31,7 +31,9 @@ def parameters(case, quantized):
     )
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("experts", "computed"))) for n in zoo.CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("experts", "computed"))) for n in zoo.CASES]
+)
 def test_every_model_comes_back_whole(name, monkeypatch):
     case = zoo.CASES[name]()
     streamed = []
