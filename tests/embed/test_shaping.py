@@ -165,6 +165,7 @@ def test_nan_is_not_stable():
 # One program, whatever is around it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", [SigmaDelta(2, 15, K=2), Memoryless.stochastic(2)], ids=repr)
 def test_rows_are_independent_and_may_be_sharded(quantizer):
     """Under vmap, in chunks, with more axes, and with rows on two devices: the same codes."""

@@ -22,6 +22,7 @@ def solve(P, T, inputs=U8, bits=4, seed=0, **settings):
     return jpfq.solve(*gram(seed), bits=bits, accumulator=jpfq.Accumulator(P, T), inputs=inputs, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("T", "settings"),
     [

@@ -189,6 +189,7 @@ def test_low_precision_data_are_widened_first(form):
 # What path following is for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("grid", [jpfq.Ternary(), jpfq.Integer(3)], ids=str)
 def test_path_following_has_less_output_error_and_more_weight_error(seed, grid):
@@ -242,6 +243,7 @@ def test_many_more_rows_than_inputs_take_the_gram_form():
 # Edges
 
 
+@pytest.mark.slow
 @each_form
 def test_a_neuron_of_zeros_gives_zeros(form):
     X, Xq, W = (np.float32(x) for x in problem(51, n=N, out=OUT))

@@ -56,6 +56,7 @@ def test_matrices_share_a_step_per_tensor():
     assert_close(found.q, found.step * found.codes)
 
 
+@pytest.mark.slow
 def test_jit_of_solve():
     W, gram = problem32()
     tensor, info = jax.jit(lambda W, gram: jpfq.solve(W, gram, bits=4, **GPFQ))(W, gram)

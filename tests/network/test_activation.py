@@ -90,6 +90,7 @@ def test_a_static_step_by_hand():
         assert error.max() <= hidden_step * np.abs(kernels[1]).max() + 1e-5  # a tie moves one input by one level
 
 
+@pytest.mark.slow
 def test_a_step_per_row_follows_each_row():
     model, batches, variables = two()
     rule = zoo.plain(bits=8, activations=jpfq.Activations(jpfq.Integer(4), per="row"))
@@ -158,6 +159,7 @@ def test_padding_does_not_widen_the_range():
         assert (masked.tensors[path].codes == alone.tensors[path].codes).mean() > 0.99
 
 
+@pytest.mark.slow
 def test_rules_choose_activations_layer_by_layer():
     case = zoo.lm()
     rules = [

@@ -167,6 +167,7 @@ def test_layers_of_a_stack_have_biases_and_ranges_of_their_own():
     assert len(set(steps)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_folded_batchnorms_change_no_output(framework):
     if framework == "linen":
@@ -206,6 +207,7 @@ def test_nothing_to_fold_is_said():
         jpfq.fold_batchnorm(model, batches[0], variables=variables)
 
 
+@pytest.mark.slow
 def test_a_shared_bias_is_left():
     def fn(params, x):
         for name in ("a", "b"):

@@ -60,6 +60,7 @@ def test_equals_brute_force(grid):
                 assert site.widths[0, :, o].tolist() == expected
 
 
+@pytest.mark.slow
 def test_what_was_asked_for_holds_and_one_more_does_not():
     quantized = small(activation_bits=8, bits=4, accumulator=jpfq.Accumulator(11, 4))
     certificate = jpfq.certify(quantized, bits=11, tile=4)

@@ -90,11 +90,9 @@ USED = {
 }
 
 
-PLACES = [("in none", "Explicit"), ("Explicit, split", "other"), ("Explicit, free", "none")]
-SLOW = [(made, used) for made in MADE for used in USED if (made, used) not in PLACES]
-
-
-@pytest.mark.parametrize(("made", "used"), [*PLACES, *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("used", USED)
+@pytest.mark.parametrize("made", MADE)
 def test_a_result_serves_within_any_mesh(made, used, tmp_path):
     mesh, how, inside = MADE[made]
     with within(mesh if inside else None):

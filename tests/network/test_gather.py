@@ -118,6 +118,7 @@ def test_more_batches_on_the_host_take_no_more_of_the_device(monkeypatch):
     assert claimed[1] < 1.1 * claimed[0]
 
 
+@pytest.mark.slow
 def test_fresh_batches_for_every_layer():
     """Each stop sees its own batches, brought through what is quantized by then; the same ones give the same codes."""
     batches, rule = zoo.batches(4, 12, 12, 4), zoo.plain(bits=4, activation_bits=6, correct_bias=True)

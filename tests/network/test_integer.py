@@ -118,6 +118,7 @@ def test_overflow_is_that_of_a_register(overflow):
     assert max(apart[3], apart[7]) < 1e-5  # 32 do not
 
 
+@pytest.mark.slow
 def test_results_that_differ_in_numbers_share_one_program(compilations):
     """Bits, steps and zero points, codes, the accumulator; and another result is another all the same."""
     (first, x, *_), (second, *_) = one(), one(bits=3, activation_bits=6, scale=jpfq.AbsMax(0.8))

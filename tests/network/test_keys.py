@@ -43,6 +43,7 @@ def assert_same(one, two):
     assert one.output_error == pytest.approx(two.output_error, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [jax.random.key, pytest.param(jax.random.PRNGKey, marks=pytest.mark.slow)])
 def test_a_key_in_the_batch_is_an_input_like_another(kind, tmp_path):
     """Alone, resumed, offloaded, swept, saved and evaluated: codes and outputs are those of the noise itself."""
@@ -87,6 +88,7 @@ class Noisy(nnx.Module):
         return self.b(self.drop(self.a(x), rngs=rngs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linen", "nnx rngs", pytest.param("nnx key", marks=pytest.mark.slow)])
 def test_noise_of_a_framework_takes_its_key_from_the_batch(kind):
     """The inputs of the second layer are half zero, and those zeros are the same in both networks."""
@@ -120,6 +122,7 @@ def in_a_loop(params, x, key):
     return jax.lax.scan(step, (x, key), jnp.arange(3.0))[0][0] @ params["b"]
 
 
+@pytest.mark.slow
 def test_a_key_that_is_carried_beside_layers_is_still_the_batchs():
     params = {"b": PARAMS["b"], "c": zoo.normal(2, 8, 8)}
     quantized = jpfq.quantize(in_a_loop, [(XS[0], jax.random.key(0))], RULE, params=params)

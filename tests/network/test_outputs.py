@@ -133,6 +133,7 @@ def test_nan_is_said_everywhere(tmp_path):
     assert f"{unmatched} outputs are NaN or infinite" in trial_table([trial], {"model": None})
 
 
+@pytest.mark.slow
 def test_a_sweep_prefers_what_is_finite():
     swept = jpfq.sweep(rooted, [X], jpfq.Space(lambda bits: zoo.plain(bits=bits), bits=[2, 12]), params=PARAMS)
     assert np.isnan(swept.records[0]["output_error"])

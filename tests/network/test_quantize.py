@@ -114,6 +114,7 @@ def test_a_smaller_last_batch_counts_like_the_others(x64):
     assert whole.output_error == pytest.approx(split.output_error, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4,), (4, 6)])
 @pytest.mark.parametrize("form", ["gram", "data"])
 def test_rows_of_weight_zero_are_left_out(x64, shape, form):

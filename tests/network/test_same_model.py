@@ -136,9 +136,7 @@ def differences(pair, rules):
     return wrong, total, one, two
 
 
-@pytest.mark.parametrize(
-    "written", [pytest.param(f, marks=[pytest.mark.slow] * (f not in (vmapped, grouped))) for f in PAIRS]
-)
+@pytest.mark.parametrize("written", [pytest.param(f, marks=[pytest.mark.slow] * (f is not grouped)) for f in PAIRS])
 def test_exactly_in_float64(written, x64):
     wrong, _, one, two = differences(written(jnp.float64), zoo.plain(**SETTINGS))
     assert not wrong

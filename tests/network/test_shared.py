@@ -136,6 +136,7 @@ def after_head(params, left, right):
     return jnp.tanh(left @ params["shared"]), jnp.tanh(jnp.tanh(right @ params["own"]) @ params["shared"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["gram", pytest.param("data", marks=pytest.mark.slow)])
 def test_uses_that_differ_in_the_networks_and_uses_that_do_not(form):
     params = {"own": PARAMS["a"], "shared": PARAMS["b"]}

@@ -58,6 +58,7 @@ def test_both_ways_start_at_the_quantized_network():
     assert shapes["bias"] == (8,)
 
 
+@pytest.mark.slow
 def test_tensors_may_be_arguments_of_a_compiled_function():
     q = quantized()
     found = jax.jit(jpfq.fake_quant)(q.tunable, q.tensors)

@@ -18,6 +18,7 @@ def apply(params, x):
     return jax.nn.relu(x @ params["a"] + params["b"]) @ params["c"]
 
 
+@pytest.mark.slow
 def test_units_that_sleep_keep_their_weights():
     """Units that are off on all 64 rows: as plain rounding has them, and new rows err no more than by it."""
     params = {"a": normal(0, 64, 256) / 8, "b": normal(4, 256) - 1.5, "c": normal(1, 256, 10) / 16}

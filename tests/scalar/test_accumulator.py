@@ -110,6 +110,7 @@ def test_no_input_overflows_any_sum(kind, T, seed):
         assert codes.max() <= top
 
 
+@pytest.mark.slow
 def test_without_the_constraint_the_check_fails():
     drawn = cases(0)
     free = jax.tree_util.Partial(lambda P, T: Free())
@@ -180,6 +181,7 @@ def test_the_threshold_is_that_of_the_projection(x64):
         assert (found == 0).all() == (P == 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [16, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("inputs", "P"), [((0, 255), 13), ((-128, 127), 14), ((0, 15), 8), ((0, 255), 32)])
 def test_codes_are_those_of_brevitas(x64, inputs, P, T):

@@ -308,6 +308,7 @@ def test_a_sweep_keeps_its_best_within_a_budget(own, capsys):
     assert scores["output_error"] == pytest.approx(kept["output_error"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_sweep_by_error_and_one_that_finds_nothing(own, capsys):
     found = answer(capsys, *SWEEP, "--by-error")
     assert found["loss"] == "output_error"

@@ -124,6 +124,7 @@ def test_each_row_is_the_single_run_for_every_kind(x64, batch, request):
     assert len(run._chunks) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stack", pytest.param("experts", marks=pytest.mark.slow)])
 def test_stacked_kernels_and_experts(x64, name):
     case = zoo.CASES[name]()
@@ -190,6 +191,7 @@ def test_fewer_lanes_at_a_time_change_nothing():
         assert few.records[i] == pytest.approx(record, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_float_network_runs_once(monkeypatch):
     """As often as in a single run, however many settings there are; and other numbers compile nothing."""
     calls, run = [], segments.Segment.__call__
