@@ -45,21 +45,24 @@ class Squares(NamedTuple):
         cross = 0.0 if CW is None else 2 * neurons.sum(jnp.sum(small * CW, 0))
         return cls(data, small, neurons, CW, jnp.maximum(own + cross + shift, 0), shift, quadratic)
 
-    def error(self, q: jax.Array, fed: jax.Array | None = None) -> tuple[jax.Array, jax.Array | float]:
-        """||X W - Xq q||^2 (), and how far rounding of `fed` may have moved it, beyond `bounds.rounding`.
+    def error(
+        self, q: jax.Array, base: jax.Array | None = None, arguments: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | float]:
+        """||X W - Xq q||^2 (), and how far rounding of the arguments may have moved it, beyond `bounds.rounding`.
 
         Args:
-            q: (in, out), reduced.
-            fed: L (W - q) of the method's system (in, out), reduced, where it is known.
+            q: (in, out), reduced like all others.
+            base: of the method's system (in, out).
+            arguments: base + L (W - q), where they are known.
         """
         if isinstance(self.data, Rows):
             return self.neurons.sum(self.data.square_error(self.W, q)), 0.0
         e, moved = self.W - q, 0.0
-        if self.quadratic is None or fed is None:
+        if self.quadratic is None or base is None or arguments is None:
             total = jnp.sum(e * matmul(self.data.H, e), 0)
         else:
-            total = self.quadratic(self.data, e, fed)
-            size = self.quadratic(self.data, jnp.abs(e), jnp.abs(fed) + 2 * jnp.abs(self.W))
+            total = self.quadratic(self.data, e, arguments - base)
+            size = self.quadratic(self.data, jnp.abs(e), jnp.abs(arguments) + jnp.abs(base))
             moved = jnp.finfo(e.dtype).eps * self.neurons.sum(size)
         if self.CW is not None:
             total += 2 * jnp.sum(e * self.CW, 0)

@@ -24,7 +24,7 @@ class Shrinkage:
     """The Gram as if `share` times n more rows had been seen, of inputs that are independent of each other.
 
     With k = share n / m: H + k diag(H), in which correlations are worth m / (m + share n) of what they were. Before, they
-    lose what sampling alone would make of them: with a sum of squares sum c^2, of which sum (1 - c^2)^2 / m is by chance,
+    lose what sampling alone would make of them: with a sum of squares sum c^2, of which sum (1 - c^2)^2 / (m - 1) is by chance,
     they are multiplied by 1 - chance / sum c^2. So are those of X - Xq with Xq. Inputs that are independent are thus
     rounded by themselves, and a large number of rows leaves all as it is. Figures in `Info` are always those of the data
     themselves.
@@ -35,7 +35,7 @@ class Shrinkage:
     none may be large elsewhere. With t = min(m / (n + 16), 1), less than 1 only there,
 
         H      has k (1 - t) (2 m / n + 2 / (m + 2)) mean(diag(H)) more on its diagonal: a variance of m rows errs by 2 / m
-        chance is sum (1 - t c^2)^2 / m
+        chance is sum (1 - t c^2)^2 / (m - 1)
         C_ii   goes to the slope that all coordinates share, sum C_ii / sum H_ii, as if 16 (1 - t) more rows had shown it
 
     Of any number of rows, an input of less energy than 4 mean rows has it raised to that, in H and in its slope.
@@ -81,6 +81,6 @@ def _without_chance(M, left, right, rows, trust):
     root = lambda d: jnp.where(d > 0, 1 / jnp.sqrt(jnp.where(d > 0, d, 1)), 0)[:, None]
     others = (left > 0)[:, None] & (right > 0)[None] & ~jnp.eye(left.size, dtype=bool)
     c2 = jnp.where(others, M * root(left) * root(right).T, 0) ** 2
-    chance = jnp.sum(jnp.where(others, (1 - trust * c2) ** 2, 0)) / rows
+    chance = jnp.sum(jnp.where(others, (1 - trust * c2) ** 2, 0)) / jnp.maximum(rows - 1, 1)
     kept = 1 - jnp.clip(chance / jnp.where(c2.sum() > 0, c2.sum(), 1), 0, 1)
     return jnp.where(jnp.eye(left.size, dtype=bool), M, kept * M)

@@ -146,9 +146,9 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
         exact = recipe.prepare == () and isinstance(job.data, Gram) and job.data.C is None  # then W0 is W
         floor, vague = 0.0, 0.0
         if not exact:
-            W0 = target(system)
-            floor, rest = squares.error(reduce(W0), reduce(W0 - system.base))
-            vague = neurons.sum(rounding(job.data, squares.W, reduce(W0))) + rest
+            W0, base = reduce(target(system)), reduce(system.base)
+            floor, rest = squares.error(W0, base, W0)
+            vague = neurons.sum(rounding(job.data, squares.W, W0)) + rest
         bound = jnp.nan
         if system.cost is not None:
             most = reduce(recipe.rounding.error(recursion.spread()))
@@ -172,9 +172,9 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
     groups = levels.step.shape[0]
     nonzero = jnp.any(weights.reshape(groups, -1, weights.shape[1]) != 0, axis=1)
     as_number = lambda x: jnp.asarray(x, W.dtype)
-    fed = None if system is None or path.arguments is None else reduce(path.arguments - system.base)
+    known = () if system is None or path.arguments is None else (reduce(system.base), reduce(path.arguments))
     made, none = reduce(q), jnp.zeros_like(q)
-    error, rest = squares.error(made, fed)
+    error, rest = squares.error(made, *known)
     of_error, of_energy = (neurons.sum(rounding(job.data, squares.W, x)) for x in (made, none))
     vague = resolution(error, squares.energy, of_error + rest, of_energy)
     figures = {
