@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from ..scalar.grid import Number, is_number
 from ..scalar.pytree import register_dataclass
 from .gram import Gram, Rows, matmul
-from .split import lower, triangular
+from .half import triangular
+from .split import lower
 
 
 class System(NamedTuple):
@@ -55,13 +56,16 @@ class Method(abc.ABC):
         """The system for weights W (in, out)."""
 
     @property
-    def quadratic(self) -> Callable[[Gram, jax.Array, jax.Array], jax.Array] | None:
-        """e^T H e per neuron (out,), of the Gram, of e (in, out) and of L e; None where that takes a product by itself."""
+    def below(self) -> Callable[[Gram, jax.Array, jax.Array], jax.Array] | None:
+        """e^T H e + 2 e^T tril(C) W per neuron (out,), from the Gram, e = W - q and a - W (in, out), a the arguments of q.
+
+        None for methods whose arguments do not tell it: it takes products then.
+        """
         return None
 
     @property
     def local(self) -> bool:
-        """Whether the system of a block of coordinates follows from that block's rows and the residual u alone."""
+        """True if the system of a block of coordinates follows from that block's rows and the residual u alone."""
         return False
 
     def block(self, W: jax.Array, rows: Rows, u: jax.Array) -> System:
@@ -107,8 +111,8 @@ class GPFQ(Method):
         return System(base, inverse * lower(gram.H, -1), W, gram.diagonal)
 
     @property
-    def quadratic(self):
-        return lambda gram, e, fed: jnp.sum(gram.diagonal[:, None] * e * (2 * fed + e), 0)
+    def below(self):
+        return lambda gram, e, moved: jnp.sum(gram.diagonal[:, None] * e * (2 * moved + e), 0)
 
     @property
     def local(self):
@@ -139,12 +143,8 @@ class UNI(Method):
 
     def __call__(self, W, gram):
         inverse = inverse_of(gram.diagonal) / self.scaling
-        base = W if gram.C is None else W + inverse * matmul(lower(gram.C, -1), W)
+        base = W if gram.C is None else W + inverse * triangular(gram.C, W, -1)
         return System(base, inverse * lower(gram.H, -1), W, _any_errors(gram.diagonal))
-
-    @property
-    def quadratic(self):
-        return lambda gram, e, fed: jnp.sum(gram.diagonal[:, None] * e * (2 * self.scaling * fed + e), 0)
 
     @property
     def local(self):

@@ -73,26 +73,26 @@ class Recipe:
 
     @property
     def moves_step(self) -> bool:
-        """Whether steps may end up elsewhere than the scale laid them, each matrix's by itself."""
+        """True if steps may end up elsewhere than the scale laid them, each matrix's by itself."""
         return isinstance(self.scale, MinError) or (self.finish is not None and self.finish.frees_step)
 
     @property
     def needs_rows(self) -> bool:
-        """Whether the calibration rows themselves are asked for."""
+        """True if the calibration rows themselves are asked for."""
         return self.form == "data" or any(p.needs_rows for p in self.prepare)
 
     @property
     def untouched(self) -> bool:
-        """Whether the recursion is fed the weights and the Gram themselves, and leaves codes and steps as they end up."""
+        """True if the recursion is fed the weights and the Gram as they are given, and nothing follows it."""
         return (self.shrinkage, self.rotation, self.finish, self.refits) == (None,) * 4 and self.prepare == ()
 
     @property
     def needs_gram(self) -> bool:
-        """Whether something in the recipe works on the Gram only."""
+        """True if something in the recipe works on the Gram only."""
         return _needs_gram(self) is not None
 
     def prefers_rows(self, rows: int, n: int, out: int) -> bool:
-        """Whether the data form is to be used for `rows` calibration rows, n inputs and `out` neurons.
+        """True if the data form is to be used for `rows` calibration rows, n inputs and `out` neurons.
 
         It is where it takes fewer operations (6 rows n (out + block) against 6 rows n^2 + 4 n^2 out) and no more memory
         (2 rows n + 3 rows out against 3 n^2 numbers): for many more inputs than rows.
@@ -184,7 +184,7 @@ def _check_kind(name, value, kind, example):
 
 
 def _defaults(settings) -> dict:
-    """What we recommend for all that is left out, next to what is given.
+    """The recommended settings for all that is left out, next to what is given.
 
     The finish rounds to nearest, so a rounding that draws or prunes gets none; a step given as `Fixed` stays as it is.
     """

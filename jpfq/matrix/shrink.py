@@ -25,9 +25,9 @@ class Shrinkage:
 
     With k = share n / m: H + k diag(H), in which correlations are worth m / (m + share n) of what they were. Before, they
     lose what sampling alone would make of them: with a sum of squares sum c^2, of which sum (1 - c^2)^2 / (m - 1) is by
-    chance, they are multiplied by 1 - chance / sum c^2. So are those of X - Xq with Xq. Inputs that are independent are
-    thus rounded by themselves, and a large number of rows leaves all as it is. Figures in `Info` are always those of the
-    data themselves.
+    chance, they are multiplied by 1 - chance / sum c^2; one row counts as two there. So are those of X - Xq with Xq.
+    Inputs that are independent are thus rounded by themselves, and a large number of rows leaves all as it is. Figures in
+    `Info` are always those of the data themselves.
 
     Inputs that were 0 on all rows count as independent ones of mean energy: their weights are rounded by themselves, and
     steps have to suit them too.

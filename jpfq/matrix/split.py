@@ -14,7 +14,6 @@ from jax.scipy.linalg import solve_triangular
 from ..scalar.pytree import register_dataclass
 
 AT_ONCE = 128  # rows that a product takes at a time
-RUN, RUNS = 256, 8  # coordinates in a run at least, and runs at most: each is compiled
 
 
 @register_dataclass
@@ -38,7 +37,7 @@ class Split:
 
     @property
     def dtype(self):
-        """Of its entries."""
+        """The dtype of its entries."""
         return self.mine.dtype
 
     def __rmul__(self, column: jax.Array) -> Self:
@@ -65,7 +64,7 @@ class Split:
         return jnp.pad(block, ((0, 0), (0, self.more)))
 
     def diagonal(self) -> jax.Array:
-        """Of M[order][:, order] (n,)."""
+        """The diagonal of M[order][:, order] (n,)."""
         here = jnp.arange(self.mine.shape[0])
         mine = jnp.take_along_axis(self.mine, (self._first + here)[:, None], 1)[:, 0]
         whole = lax.all_gather(mine, self.axis, tiled=True)
@@ -117,24 +116,6 @@ def upper(M: Square, k: int = 0) -> Square:
     return dataclasses.replace(M, least=k) if isinstance(M, Split) else jnp.triu(M, k)
 
 
-def triangular(M: Square, B: jax.Array, *, above: bool = False) -> jax.Array:
-    """tril(M) B, or with `above` the product of what is above the diagonal; at little more than half the price of M B."""
-    if isinstance(M, Split):
-        return (upper(M, 1) if above else lower(M)).times(B)
-    parts, n = [], B.shape[0]
-    for first, last in halves(n):
-        rows = M[first:last]
-        near = jnp.triu(rows[:, first:], 1) if above else jnp.tril(rows[:, :last], first)
-        parts.append(jnp.matmul(near, B[first:] if above else B[:last], precision="highest"))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-
-def halves(n: int) -> list[tuple[int, int]]:
-    """Runs of coordinates by which half of a square matrix is visited: as few as spare most of the other half."""
-    size = -(-n // min(RUNS, max(1, n // RUN)))
-    return [(first, min(first + size, n)) for first in range(0, n, size)]
-
-
 def permuted(M: Square, p: jax.Array) -> Square:
     """M[p][:, p]."""
     if not isinstance(M, Split):
@@ -149,7 +130,7 @@ def padded(M: Any, more: int) -> Any:
 
 
 def infinite(M: Square) -> jax.Array:
-    """How many entries are not finite; of a split matrix, before its rows are multiplied."""
+    """The number of entries that are not finite; of a split matrix, before its rows are multiplied."""
     if not isinstance(M, Split):
         return jnp.sum(~jnp.isfinite(M))
     return lax.psum(jnp.sum(~jnp.isfinite(M.mine)), M.axis)

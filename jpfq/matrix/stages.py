@@ -133,23 +133,23 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
             W, data = part(W, data, recursion.spread())
     carry, told = recipe.rounding.meet(W, job.order)
     recursion = recursion._replace(carry=carry)
-    squares = Squares.of(job.data, job.W, neurons, reduce, recipe.method if recipe.untouched else None)
     system = None
     if isinstance(data, Rows) and not recipe.needs_gram:
         given = told(recursion.spread())
         path, _ = follow(W, data, recipe.method, recursion, block=recipe.block, given=given)
-        floor, bound, failed = jnp.nan, jnp.nan, 0
     else:
         system = recipe.method(W, as_gram(data))
-        recursion = recursion._replace(keeps=squares.quadratic is not None and not recipe.moves_step)
         path, recursion = _run(system, job, recursion, recipe, told, reduce)
+    known = None if path.arguments is None else recipe.method
+    squares = Squares.of(job.data, reduce(job.W), neurons, known)
+    floor, bound, failed = jnp.nan, jnp.nan, 0
+    if system is not None:
         exact = recipe.prepare == () and isinstance(job.data, Gram) and job.data.C is None  # then W0 is W
         floor, vague = 0.0, 0.0
         if not exact:
-            W0, base = reduce(target(system)), reduce(system.base)
-            floor, rest = squares.error(W0, base, W0)
+            W0 = reduce(target(system))
+            floor, rest = squares.error(W0, W0)  # on an infinitely fine grid arguments are codes
             vague = neurons.sum(rounding(job.data, squares.W, W0)) + rest
-        bound = jnp.nan
         if system.cost is not None:
             most = reduce(recipe.rounding.error(recursion.spread()))
             bound = (jnp.sqrt(floor + vague) + jnp.sqrt(neurons.sum(square_bound(system.cost, most)))) ** 2
@@ -172,9 +172,8 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
     groups = levels.step.shape[0]
     nonzero = jnp.any(weights.reshape(groups, -1, weights.shape[1]) != 0, axis=1)
     as_number = lambda x: jnp.asarray(x, W.dtype)
-    known = () if system is None or path.arguments is None else (reduce(system.base), reduce(path.arguments))
     made, none = reduce(q), jnp.zeros_like(q)
-    error, rest = squares.error(made, *known)
+    error, rest = squares.error(made, None if path.arguments is None else reduce(path.arguments))
     of_error, of_energy = (neurons.sum(rounding(job.data, squares.W, x)) for x in (made, none))
     vague = resolution(error, squares.energy, of_error + rest, of_energy)
     figures = {
@@ -208,7 +207,7 @@ def _run(system, job, recursion, recipe, told, reduce) -> tuple[Path, Recursion]
 
     multiples = recipe.scale.multiples(system.base.dtype)
     if multiples is None:
-        path = run(recursion)
+        path = run(recursion._replace(keeps=recipe.untouched and recipe.method.below is not None))
         return path, recursion if path.refit is None else recursion._replace(levels=path.refit)
 
     least, rounds = multiples

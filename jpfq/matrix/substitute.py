@@ -26,7 +26,7 @@ PANELS = 8  # at most so many of them: each is compiled
 
 
 class Path(NamedTuple):
-    """What the recursion leaves behind, each (in, out)."""
+    """The results of the recursion, each (in, out)."""
 
     codes: jax.Array  # integers, as floats
     q: jax.Array  # their values
@@ -37,7 +37,7 @@ class Path(NamedTuple):
 
     @property
     def fed(self) -> jax.Array:
-        """What later coordinates were to make up for."""
+        """The values that later coordinates were to make up for."""
         return self.q if self.shift is None else self.q + self.shift
 
 
@@ -57,7 +57,7 @@ class Recursion(NamedTuple):
 
     @property
     def shared(self) -> bool:
-        """Whether one step serves all neurons."""
+        """True if one step serves all neurons."""
         return self.levels.step.shape[1] == 1 and self.neurons.shared
 
     def start(self) -> Any:

@@ -114,7 +114,7 @@ def check_free(folder: str | os.PathLike, overwrite: bool) -> None:
 
 
 def occupied(folder: str | os.PathLike) -> str:
-    """What a folder holds: "a saved result", "something else", or "" where a result may be written."""
+    """Describes the content of a folder: "a saved result", "something else", or "" where a result may be written."""
     home = Path(os.path.realpath(folder))
     if not home.is_dir():
         return "something else" if home.exists() else ""
@@ -364,7 +364,7 @@ def _ordered(document, unique):
 def made(
     document: dict, arrays: dict, model: Any = None, *, variables=None, params=None, kwargs=None, shardings=None
 ) -> Quantized:
-    """What `read` returned as a result; `arrays` is used up. For the rest see `load`."""
+    """Builds a result from what `read` returned; `arrays` is used up. For the rest see `load`."""
     kind, records = document["model"], {one.check(record): record for record in document["leaves"]}
     if len(records) != len(document["leaves"]):
         raise ValueError("Two parameters have one name.")
@@ -443,7 +443,7 @@ def _batch_record(example):
 
 
 def _batch(record):
-    """What `_batch_record` noted."""
+    """Restores the batch, as shapes, that `_batch_record` noted."""
     if record is None:
         return None
     if len(record) != 2:

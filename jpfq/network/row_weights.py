@@ -439,7 +439,7 @@ def _gather(eqn, own, values):
 
 
 def _scatter(eqn, own, values):
-    """What is written counts as far as the most of what lands there; entries that nothing reaches, as before."""
+    """Entries written count as far as the most of what lands there; entries that nothing reaches, as before."""
     if values is None:
         return Lost("scatter inside a loop")
     p, (whole, _, part) = eqn.params, (v.aval.shape for v in eqn.invars)
@@ -561,7 +561,7 @@ def _pooled(eqn, w, windows, cut):
 
 
 def _starts_late(counts, axis):
-    """Whether rows that count come after padding anywhere along an axis."""
+    """True if rows that count come after padding anywhere along an axis."""
     return (~lax.index_in_dim(counts, 0, axis, False) & counts.any(axis)).any()
 
 

@@ -28,9 +28,9 @@ def reduced(x: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _power(k, dtype):
-    """2^k of a type, by its bits: a small program, where `ldexp` is a long one."""
-    told = jnp.finfo(dtype)
-    bits = (jnp.clip(k, told.minexp, told.maxexp - 1) + (told.maxexp - 1)).astype(f"int{told.bits}") << told.nmant
+    """2^k of a type, for k within its normal range, by its bits: a small program, where `ldexp` is a long one."""
+    kind = jnp.finfo(dtype)
+    bits = (jnp.clip(k, kind.minexp, kind.maxexp - 1) + (kind.maxexp - 1)).astype(f"int{kind.bits}") << kind.nmant
     return lax.bitcast_convert_type(bits, dtype)
 
 
