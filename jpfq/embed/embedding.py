@@ -41,12 +41,12 @@ class Embedding(abc.ABC):
     @property
     @abc.abstractmethod
     def m(self) -> int:
-        """How many measurements it makes of a vector."""
+        """The number of measurements it makes of a vector."""
 
     @property
     @abc.abstractmethod
     def norm(self) -> jax.Array:
-        """What condensed codes are multiplied by."""
+        """The factor that condensed codes are multiplied by."""
 
     @abc.abstractmethod
     def measure(self, X: jax.Array) -> jax.Array:
@@ -67,7 +67,7 @@ class Embedding(abc.ABC):
 
     @property
     def bytes_per_vector(self) -> int:
-        """What `store` takes: whole bits for each number, whole bytes for each vector."""
+        """The bytes that `store` takes: whole bits for each number, whole bytes for each vector."""
         return -(-self._numbers * self._bits // 8)
 
     @property
@@ -96,7 +96,7 @@ class Embedding(abc.ABC):
         return run(_transform, self, self._vectors(X), key, first)
 
     def features(self, X: jax.Array) -> jax.Array:
-        """What `condense` would return (.., p) if nothing were quantized.
+        """The vectors (.., p) that `condense` would return if nothing were quantized.
 
         Args:
             X: vectors.
@@ -122,7 +122,7 @@ class Embedding(abc.ABC):
         return run(_condense, self, self._codes(codes))
 
     def store(self, codes: jax.Array) -> jax.Array:
-        """What need be kept of codes (.., m), packed: uint8 (.., bytes_per_vector).
+        """Packs what must be kept of codes (.., m) into uint8 (.., bytes_per_vector).
 
         Args:
             codes: from `transform`.

@@ -31,12 +31,12 @@ class Map(abc.ABC):
     @property
     @abc.abstractmethod
     def m(self) -> int:
-        """How many numbers come out."""
+        """The length of the vectors that come out."""
 
     @property
     @abc.abstractmethod
     def dtype(self) -> np.dtype:
-        """Of its entries."""
+        """The dtype of its entries."""
 
     @abc.abstractmethod
     def __call__(self, X: jax.Array) -> jax.Array:

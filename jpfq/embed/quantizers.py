@@ -133,7 +133,7 @@ class Quantizer(abc.ABC):
         return System(Y.T, feedback(rounding.taps, rounding.lags, m, self.run(m)), Y.T, None)
 
     def blocks(self, m: int) -> int:
-        """How many numbers m codes are condensed to."""
+        """The number of values that m codes are condensed to."""
         if m % self.width or not m:
             near = [k * self.width for k in (m // self.width, m // self.width + 1) if k]
             raise ValueError(
@@ -150,16 +150,16 @@ class Quantizer(abc.ABC):
 
     @property
     def stores_sums(self) -> bool:
-        """Whether sums <v, codes> are whole numbers, and hence what is stored; else the codes are."""
+        """True if sums <v, codes> are whole numbers, and hence what is stored; else the codes are."""
         return isinstance(self.weights, np.ndarray)
 
     @property
     def stored_levels(self) -> int:
-        """How many values a stored number may take."""
+        """The number of values that a stored number may take."""
         return (2 * self.K - 1) * int(sum(self.weights)) + 1 if self.stores_sums else 2 * self.K
 
     def to_store(self, codes: jax.Array) -> jax.Array:
-        """What is stored of codes (.., m): small whole numbers."""
+        """The small whole numbers that are stored for codes (.., m)."""
         self.blocks(codes.shape[-1])
         whole = codes.astype(jnp.int32)
         return self.fold(whole) if self.stores_sums else whole

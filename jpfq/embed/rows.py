@@ -12,7 +12,7 @@ LEAST = 64  # rows in a block: the recursion takes its steps in all of them at o
 
 
 def at_once() -> int:
-    """How many numbers of measurements exist at a time: what stays in a processor's cache, or fills an accelerator."""
+    """The number of measurements in memory at a time: what stays in a processor's cache, or fills an accelerator."""
     return 2**18 if jax.default_backend() == "cpu" else 2**26
 
 

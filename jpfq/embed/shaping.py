@@ -44,7 +44,7 @@ class Shaped(Rounding):
 
     @property
     def random(self) -> bool:  # type: ignore[override]
-        """Whether the rounding inside draws."""
+        """True if the rounding inside draws."""
         return self.then.random
 
     def init(self):
@@ -65,7 +65,7 @@ class Shaped(Rounding):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stability:
-    """How large the states became. Beyond the bound the errors of rounding no longer cancel as they should.
+    """The size that the states reached. Beyond the bound the errors of rounding no longer cancel as they should.
 
     The bound holds where no |y| exceeds the quantizer's `reach`. A vector with NaN counts as unstable.
 
@@ -82,7 +82,7 @@ class Stability:
 
     @property
     def stable(self) -> jax.Array:
-        """Whether each vector's states stayed within the bound, but for rounding errors."""
+        """True where a vector's states stayed within the bound, but for rounding errors."""
         return self.peak <= self.bound * (1 + 1000 * jnp.finfo(self.peak.dtype).eps)
 
 

@@ -34,7 +34,7 @@ def automatic(x: Any) -> Any:
 
 
 def is_traced(x) -> bool:
-    """Whether an array is a stand-in under jit or vmap, whose values cannot be looked at."""
+    """True if an array is a tracer, as under jit or vmap, whose values cannot be looked at."""
     return isinstance(x, Tracer)
 
 
@@ -46,7 +46,7 @@ def moved(f: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def is_explicit(mesh: Any) -> bool:
-    """Whether any axis of a mesh is Explicit."""
+    """True if any axis of a mesh is Explicit."""
     return AxisType.Explicit in (mesh.axis_types or ())
 
 
@@ -56,7 +56,7 @@ def automatic_mesh(mesh: Any) -> Mesh:
 
 
 def context(arrays: Iterable = ()) -> contextlib.AbstractContextManager:
-    """What to run a model in: the mesh of the first array that lies on one, else the mesh that is set; its axes Auto."""
+    """A context to run a model in: the mesh of the first array that lies on one, else the set one; its axes Auto."""
     set_mesh = _set_mesh()
     if set_mesh is None or set_mesh.empty:
         return _within(None)
@@ -65,7 +65,7 @@ def context(arrays: Iterable = ()) -> contextlib.AbstractContextManager:
 
 
 def no_mesh() -> contextlib.AbstractContextManager:
-    """What to compute in where no model runs."""
+    """A context without a mesh, to compute in where no model runs."""
     mesh = _set_mesh()
     return _within(None if mesh is None or mesh.empty else NONE)
 
@@ -119,7 +119,7 @@ def runs_anywhere(f: F) -> F:
 
 
 def inside_jit() -> bool:
-    """Whether a function is being compiled, so that whatever is computed here becomes part of it."""
+    """True if a function is being compiled, so that whatever is computed here becomes part of it."""
     with _within(None):
         return isinstance(jnp.zeros(()), Tracer)
 

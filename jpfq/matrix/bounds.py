@@ -1,4 +1,4 @@
-"""What can be said of the error before and after quantizing. The constants are our own derivations, not the papers'.
+"""Bounds on the error before and after quantizing. The constants are our own derivations, not the papers'.
 
 Throughout, no argument lies beyond the grid ("nothing saturates"), `error` is the largest |a - q| of one rounding (half a
 step for nearest, a step for stochastic rounding: `Rounding.error`), and `cost` that of `System`.
@@ -30,7 +30,7 @@ def square_bound(cost: jax.Array, error: jax.Array) -> jax.Array:
 
 
 def rounding(data: Gram | Rows, W: jax.Array, q: jax.Array) -> jax.Array:
-    """How far rounding in floating point may move `square_error(W, q)`, per neuron (out,).
+    """The amount by which rounding in floating point may move `square_error(W, q)`, per neuron (out,).
 
     eps (sum_t |w_t - q_t| ||Xq_t|| + |w_t| ||X_t - Xq_t||)^2: a Gram holds products to within eps of their size, whatever
     cancels among them.
@@ -44,7 +44,7 @@ def rounding(data: Gram | Rows, W: jax.Array, q: jax.Array) -> jax.Array:
 
 
 def resolution(error: jax.Array, energy: jax.Array, of_error: jax.Array, of_energy: jax.Array) -> jax.Array:
-    """How far rounding may move a square error, for the energy that it is divided by, from `rounding` of the two.
+    """The amount by which rounding may move error / energy, times energy, from `rounding` of the two.
 
     The kernel that codes stand for is itself rounded, by eps |q|, which moves the error by s, s^2 = eps `of_energy`.
     """

@@ -28,7 +28,7 @@ Padding = tuple[tuple[int, int], ...]
 
 
 def correlates(layout: Layout, shape: tuple[int, ...]) -> bool:
-    """Whether the Gram of this product, for a data operand of that shape, can be made so, and with less arithmetic."""
+    """True if the Gram of this product, for a data operand of that shape, can be made so, and with less arithmetic."""
     if not isinstance(layout, ConvLayout) or math.prod(layout.window) == 1:
         return False
     if any(n != 1 for n in (*layout.strides, *layout.dilation, *layout.data_dilation)):
@@ -107,12 +107,12 @@ class Correlations:
 
 
 def copies(layout: ConvLayout, networks: int) -> int:
-    """How many copies of the input are made on the way."""
+    """The number of copies of the input that are made on the way."""
     return networks * len(_differences(layout.window))
 
 
 def at_a_time(layout: ConvLayout, size: int, networks: int, numbers: int) -> int:
-    """How many samples of `size` numbers to sum together: their copies come to so many `numbers`, or to twice the sums."""
+    """The number of samples of `size` numbers to sum together: their copies come to `numbers`, or to twice the sums."""
     k = networks * layout.shape[layout.spec[1]]
     sums = layout.groups * _regions(layout) * k * (k * copies(layout, 1) + 1)
     return max(1, max(numbers, 2 * sums) // (copies(layout, networks) * size))
@@ -133,7 +133,7 @@ def _grouped(layout, x):
 
 
 def _edges(size, padding):
-    """How many positions at the beginning and at the end of an axis some offset does not see."""
+    """The numbers of positions at the beginning and at the end of an axis that some offset does not see."""
     low, high = padding
     return max(0, size - 1 - low), max(0, size - 1 - high)
 

@@ -21,7 +21,7 @@ from .gram import matmul, mean_energy
 
 
 class Damping(abc.ABC):
-    """How much is added to the diagonal of H before it is factored."""
+    """The amount that is added to the diagonal of H before it is factored."""
 
     share: Number
 

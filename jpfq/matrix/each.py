@@ -57,7 +57,7 @@ def _over_lanes(f, args, laned):
 
 
 def batches_lanes() -> bool:
-    """Whether lanes are computed as a batch, rather than one after the other."""
+    """True if lanes are computed as a batch, rather than one after the other."""
     return jax.default_backend() != "cpu"
 
 

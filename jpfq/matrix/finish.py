@@ -1,4 +1,4 @@
-"""What may be done to the codes after the recursion: all of it lowers ||X W - Xq q||, whichever method the codes are from.
+"""Finishers, applied to the codes after the recursion: all lower ||X W - Xq q||, whichever method the codes are from.
 
     Refit           steps times c* = <X w, Xq q> / ||Xq q||^2 per neuron
     Descend         cyclic coordinate descent: every code in turn takes its best level, the others held
@@ -33,12 +33,12 @@ class Finish(abc.ABC):
 
     @property
     def descends(self) -> bool:
-        """Whether codes change."""
+        """True if codes change."""
         return True
 
     @property
     def frees_step(self) -> bool:
-        """Whether each neuron's steps change."""
+        """True if each neuron's steps change."""
         return True
 
     @abc.abstractmethod

@@ -1,4 +1,4 @@
-"""What a method needs to know of the data: sums over calibration rows, streamed batch by batch.
+"""The data that a method needs: sums over calibration rows, streamed batch by batch.
 
 X are the inputs of a layer in the float network, Xq its inputs in the network quantized so far; both have the shape
 (*rows, in). Every field of `Gram` is a sum over rows, so two of them add: over batches, over devices, over hosts.
@@ -134,7 +134,7 @@ class Gram:
         return type(self)(**{name: add(name) for name in SUMS}, power=power)
 
     def shown(self) -> "Shown":
-        """What the Gram shows; reads it.
+        """The properties of the data as a `Shown`; reads the Gram.
 
         Example:
             >>> gram.shown().inputs  # whether any is not 0
@@ -227,7 +227,7 @@ class Gram:
 
     @property
     def unseen(self) -> jax.Array:
-        """Whether each input coordinate is 0 on all rows of the quantized side, or never changes if `centred` (in,).
+        """True where an input coordinate is 0 on all rows of the quantized side, or never changes if `centred` (in,).
 
         The square of a small input may underflow next to large ones; its sum does not.
         """
@@ -337,7 +337,7 @@ class Rows:
         return type(self)(self.X[:, p], None if self.Xq is None else self.Xq[:, p], self.power)
 
     def shown(self) -> "Shown":
-        """What the rows show; reads them."""
+        """The properties of the rows as a `Shown`; reads them."""
         X, Xq = (jnp.abs(x).max(-2, initial=0) for x in (self.X, self.quantized))
         return Shown.of(self.diagonal, X, Xq, jnp.asarray(self.X.shape[-2]))
 
@@ -362,7 +362,7 @@ def mean_energy(diagonal: jax.Array) -> jax.Array:
 
 
 class Shown(NamedTuple):
-    """What data show, as far as it decides whether they can be used and in which units."""
+    """The properties of data that decide whether they can be used and in which units."""
 
     finite_X: bool
     finite_Xq: bool
@@ -435,7 +435,7 @@ def at_least_float32(x):
 
 
 def is_finite(x) -> bool:
-    """Whether no entry of an array is infinite or NaN; also while something else is traced."""
+    """True if no entry of an array is infinite or NaN; also while something else is traced."""
     with no_mesh(), jax.ensure_compile_time_eval():
         return bool(all_finite(x))
 

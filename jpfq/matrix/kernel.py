@@ -80,7 +80,7 @@ def refusal(recursion: "Recursion") -> str | None:
 
 
 def chosen(recursion: "Recursion", platform: str | None = None) -> Kernel | None:
-    """What runs a block: the recursion's own kernel; else a kernel where it wins and can; else None, the scan."""
+    """The kernel that runs a block: the recursion's own; else one where it wins and can; else None, the scan."""
     wins = (platform or jax.default_backend()) in WINS and refusal(recursion) is None
     return recursion.kernel if recursion.kernel is not None else Kernel() if wins else None
 

@@ -17,19 +17,19 @@ from jax import lax
 
 
 class Layout(abc.ABC):
-    """How the weight operand and the data operand of one product become matrices. Hashable, hence static under jit."""
+    """A rule that turns the weight and the data of one product into matrices. Hashable, hence static under jit."""
 
     shape: tuple[int, ...]  # of the weight operand
 
     @property
     @abc.abstractmethod
     def rows_key(self) -> Any:
-        """What decides `rows`: layouts with equal keys turn one data operand into the same rows."""
+        """The key that decides `rows`: layouts with equal keys turn one data operand into the same rows."""
 
     @property
     @abc.abstractmethod
     def matrices_key(self) -> Any:
-        """What decides `matrices`: layouts with equal keys turn one weight operand into the same matrices."""
+        """The key that decides `matrices`: layouts with equal keys turn one weight operand into the same matrices."""
 
     @abc.abstractmethod
     def matrices(self, W: jax.Array) -> jax.Array:
@@ -76,7 +76,7 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def product(self, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """What the program's product returns, from rows times matrices (B, *rows, out) and the shape of the data operand."""
+        """The program's product, from rows times matrices (B, *rows, out) and the shape of the data operand."""
 
     @property
     def dims(self) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Which neurons of a matrix are at hand: all of them, or on one of many devices a run of them.
+"""The neurons of a matrix that are at hand: all of them, or on one of many devices a run of them.
 
 Every stage of a solve works on each neuron by itself, but for steps that neurons share, figures about all of them, and the
 numbers that random draws are folded by. Those go through here. Alone, each of these is what it says; on many devices
@@ -63,7 +63,7 @@ class Neurons:
         return lax.all_gather(x, self.axis, axis=x.ndim - 1, tiled=True)[..., : self.count]
 
     def own(self, x: jax.Array) -> jax.Array:
-        """Of x (.., count), what belongs to the neurons here (.., here)."""
+        """The part of x (.., count) that belongs to the neurons here (.., here)."""
         if self.axis is None:
             return x
         here = -(-self.count // lax.axis_size(self.axis))

@@ -20,7 +20,7 @@ class Patches(abc.ABC):
 
     @property
     def random(self) -> bool:
-        """Whether a key is needed."""
+        """True if a key is needed."""
         return False
 
     @abc.abstractmethod

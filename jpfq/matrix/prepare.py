@@ -1,4 +1,4 @@
-"""What may be done to the weights before the recursion.
+"""Preparations, applied to the weights before the recursion.
 
     Align          W with Xq W near X W, close to the old W, by passes over the coordinates     (SPFQ, phase I)
     LeastSquares   W + alpha (H + lam)^-1 C W: the limit of many passes                          (QEP's correction)

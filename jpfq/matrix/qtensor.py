@@ -110,7 +110,7 @@ class QTensor:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """What one kernel's quantization was like, on the calibration data.
+    """The errors and other figures of one kernel's quantization, on the calibration data.
 
     Example:
         >>> info = quantized.info["hidden/kernel"]
@@ -158,7 +158,7 @@ class Info:
 
     @property
     def relative_rounding(self) -> jax.Array:
-        """How sharp `relative_error` is in float32: its square and that of the true error differ by this square at most.
+        """The resolution of `relative_error` in float32: its square is off the true one by this square at most.
 
         An error far below it, as of codes that fit a single row almost exactly, is not told apart from 0.
         """
@@ -170,7 +170,7 @@ class Info:
 
     @classmethod
     def join(cls, infos: "list[Info]") -> "Info":
-        """Of a kernel quantized in equal parts (the layers of a stack)."""
+        """The `Info` of a kernel quantized in equal parts (the layers of a stack)."""
         reach = Reach.join([info.reach for info in infos])
         found = [jnp.atleast_1d(info.rows) for info in infos if info.rows is not None]
         rows = jnp.concatenate(found) if found else None
@@ -196,7 +196,7 @@ def _relative(square, energy):
 
 @functools.partial(jax.jit, static_argnames=("dtype", "rotated"))
 def _dequantize(codes, step, zero, dtype, rotated):
-    """Of any grid by one program."""
+    """Dequantizes codes of any grid by one program."""
     kernel = _spread(step, codes.shape) * (codes.astype(step.dtype) - _spread(zero, codes.shape))
     if rotated is not None:
         rotation, layout = rotated

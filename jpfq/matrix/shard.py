@@ -43,12 +43,12 @@ class Devices:
 
     @property
     def count(self) -> int:
-        """How many runs of neurons there are."""
+        """The number of runs of neurons."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
     @property
     def rows(self) -> NamedSharding:
-        """How a Gram's matrices (B, in, in) are split over their rows."""
+        """The sharding of a Gram's matrices (B, in, in), split over their rows."""
         return NamedSharding(self.mesh, P(None, self.axes, None))
 
     def rows_of(self, n: int) -> NamedSharding | None:
@@ -56,7 +56,7 @@ class Devices:
         return self.rows if n * n > WHOLE and n % self.count == 0 else None
 
     def splits(self, data: Gram | Rows) -> bool:
-        """Whether the data are a Gram that lies split, or is to."""
+        """True if the data are a Gram that lies split, or is to."""
         if not isinstance(data, Gram) or data.H.shape[1] % self.count:
             return False
         lies_split = not is_traced(data.H) and data.H.sharding.is_equivalent_to(self.rows, 3)
@@ -86,7 +86,7 @@ def _arguments(W, data, recipe, key, devices):
 
 
 def by_rows(recipe: Recipe) -> bool:
-    """Whether a solve gets by with a few rows of H and C at a time."""
+    """True if a solve needs only a few rows of H and C at a time."""
     whole = (recipe.rotation, recipe.shrinkage, *recipe.prepare)
     return recipe.method.local and not any(whole) and not isinstance(recipe.order, MinPivot)
 
@@ -127,7 +127,7 @@ def _solve_sharded(W, data, recipe, key, devices, split_gram):
 
 
 def _of_info(recipe, whole, split):
-    """How `Info` lies on the devices: its figures are of all neurons, but for the sums of each."""
+    """The partition specs of `Info`: its figures are of all neurons, but for the sums of each."""
     fields: dict[str, Any] = {f.name: whole for f in dataclasses.fields(Info)}
     fields["reach"] = Reach(whole, split) if isinstance(recipe.rounding, Bounded) else None
     return Info(**fields)

@@ -93,7 +93,7 @@ def raise_on(info: Info, recipe: Recipe, name: str, data: Gram | Rows) -> None:
 
 @jax.jit
 def all_well(info: Info, data: Gram | Rows) -> jax.Array:
-    """Whether there is nothing to raise, for each lane where there are lanes."""
+    """True where there is nothing to raise, for each lane where there are lanes."""
     finite = jnp.isfinite(data.diagonal).all((-2, -1)) & jnp.isfinite(info.square_error)
     return finite & (info.failed == 0) & (info.zero_steps == 0)
 

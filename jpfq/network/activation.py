@@ -25,7 +25,7 @@ Per = Literal["tensor", "channel", "row"]
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """How the input of a layer is quantized.
+    """The settings by which the input of a layer is quantized.
 
     Args:
         grid: `Asymmetric(8)` stores unsigned integers with a zero point (0 after ReLU), `Integer(8)` signed ones.

@@ -1,4 +1,4 @@
-"""What follows a product, as long as each neuron's values are only moved, multiplied and shifted: biases, BatchNorms."""
+"""The steps after a product, as long as neurons' values are only moved, multiplied and shifted: biases, BatchNorms."""
 
 import collections
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ class Step(NamedTuple):
 
     @property
     def per_neuron(self) -> bool:
-        """Whether the operand has a number for each neuron."""
+        """True if the operand has a number for each neuron."""
         if is_literal(self.operand):
             return False
         size = lambda axes, shape: [n for a, n in zip(axes, shape, strict=True) if a not in self.rows]
@@ -92,7 +92,7 @@ class Affine:
         return steps
 
     def _over_rows(self, v, rows, ndim):
-        """What is repeated over the rows to make a fixed operand, and the axes it lies along; None for anything else."""
+        """The value repeated over the rows to make a fixed operand, and the axes it lies along; else None."""
         if is_literal(v) or v in self.program.fixed:
             if v.aval.ndim == 0:
                 return v, ()

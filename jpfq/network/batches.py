@@ -197,7 +197,7 @@ def _as_weights(weights, number):
 
 
 def is_data(x: jax.Array, weights: jax.Array) -> bool:
-    """Whether an input of floating numbers tells more than which rows count, as a mask in numbers does not."""
+    """True if an input of floating numbers tells more than which rows count, as a mask in numbers does not."""
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         return False
     counts = over_rows(weights, x.ndim) > 0
@@ -212,7 +212,7 @@ def over_rows(weights: jax.Array, ndim: int) -> jax.Array:
 
 @jax.jit
 def _tells_rows_apart(x, counts):
-    """Whether all rows that count hold one number, and all others one other, which is no NaN."""
+    """True if all rows that count hold one number, and all others one other, which is no NaN."""
     x = x.real if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
     one = lambda which: jnp.where(which, x, jnp.inf).min() == jnp.where(which, x, -jnp.inf).max()
     none = lambda which: ~jnp.broadcast_to(which, x.shape).any()

@@ -1,4 +1,4 @@
-"""What we recommend."""
+"""The recommended rules."""
 
 from ..scalar import Grid
 from ..scalar.grid import Number

@@ -33,7 +33,7 @@ class Bias:
         return self.steps[-1].operand
 
     def change(self, site: Site, error: jax.Array, read: Callable) -> jax.Array:
-        """What to add to the operand against a mean error (B, out) of the product, given a way to read fixed variables."""
+        """The array to add to the operand against a mean error (B, out) of the product; `read` gives fixed values."""
         x = -site.layout.at_outputs(error, self.ndim)
         for step in self.steps:
             if step.name == "transpose":
@@ -59,7 +59,7 @@ def find_biases(program: Program, sites: list[Site], trainable: list[bool]) -> d
 
 
 def _one(bias, other):
-    """Whether two products with one matrix have one bias too, behind the same steps."""
+    """True if two products with one matrix have one bias too, behind the same steps."""
     by = lambda bias: [(step.name, step.order, step.operand) for step in bias.steps]
     return other is not None and (bias.leaf, bias.chain, by(bias)) == (other.leaf, other.chain, by(other))
 

@@ -134,7 +134,7 @@ def _budget(functional, batches, average_bits, widths, rule, key, progress):
 
 
 def allocate(costs: np.ndarray, sizes: Sequence[int], widths: Sequence[int], average: float) -> list[int]:
-    """Which width each kernel gets: as little cost as bits allow, bought where a bit saves most.
+    """Chooses the width of each kernel: as little cost as bits allow, bought where a bit saves most.
 
     Args:
         costs: (kernels, widths), made convex: a step that saves less than what it makes possible is taken with it.

@@ -65,7 +65,7 @@ def cache_compilations(folder: str | os.PathLike | None = None) -> str:
 
 
 def is_enabled() -> bool:
-    """Whether JAX may keep compiled programs at all."""
+    """True if JAX may keep compiled programs at all."""
     return getattr(jax.config, SWITCH)
 
 

@@ -86,7 +86,7 @@ class Certificate:
 
     @property
     def holds(self) -> bool:
-        """Whether no sum can overflow the width that was asked about."""
+        """True if no sum can overflow the width that was asked about."""
         return self.bits is not None and self.needed <= self.bits and not self.left
 
     @property

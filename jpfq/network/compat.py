@@ -15,7 +15,7 @@ def opened(jaxpr: Any) -> tuple[Any, tuple]:
 
 
 def is_jaxpr(x: Any) -> bool:
-    """Whether `x` is a jaxpr of either kind."""
+    """True if `x` is a jaxpr of either kind."""
     return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
 
 
@@ -42,7 +42,7 @@ def call_body(eqn) -> Any | None:
 
 
 def scan_arity(eqn) -> tuple[int, int]:
-    """How many constants and carries a scan has. Told by rank, as newer releases rename the parameters that say so."""
+    """Counts the constants and carries of a scan. Told by rank, as newer releases rename the parameters that say so."""
     body, _ = opened(eqn.params["jaxpr"])
     carries = sum(o.aval.ndim == v.aval.ndim for o, v in zip(eqn.outvars, body.outvars, strict=True))
     scanned = sum(v.aval.ndim == b.aval.ndim + 1 for v, b in zip(eqn.invars, body.invars, strict=True))
@@ -58,7 +58,7 @@ def bind(eqn, values: list) -> list:
 
 
 def is_literal(variable) -> bool:
-    """Whether an equation's input is a constant written into the program."""
+    """True if an equation's input is a constant written into the program."""
     return isinstance(variable, Literal)
 
 

@@ -1,4 +1,4 @@
-"""How the outputs of a network depend on what each layer puts out: derivatives of the float network, backwards."""
+"""The dependence of a network's outputs on what each layer puts out: derivatives of the float network, backwards."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ class Coupling:
 
     @property
     def measured(self) -> tuple[str, int]:
-        """What is drawn, and how often. Sites with the same are measured together."""
+        """The kind of draws, and their number. Sites with the same are measured together."""
         return self.of, self.samples
 
     def __post_init__(self):

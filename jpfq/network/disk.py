@@ -106,7 +106,7 @@ class Lock:
 
 
 def _try(handle, shared, wait) -> bool | None:
-    """Whether a lock was got; None where there are none."""
+    """True if a lock was acquired; None where there are no locks."""
     if sys.platform == "win32":
         if shared:
             return None

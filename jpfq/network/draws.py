@@ -41,7 +41,7 @@ def _follow(equations, sources: dict):
 
 
 def _through(eqn, given: list) -> list:
-    """What the outputs of an equation depend on."""
+    """The sources that the outputs of an equation depend on."""
     bodies, name = inner_jaxprs(eqn), eqn.primitive.name
     every = Sources().union(*given)
     if name == "scan":
@@ -68,7 +68,7 @@ def _through(eqn, given: list) -> list:
 
 
 def _run(body, given: Sequence) -> list:
-    """What the outputs of a jaxpr depend on."""
+    """The sources that the outputs of a jaxpr depend on."""
     jaxpr = opened(body)[0]
     sources = dict(zip(jaxpr.invars, given, strict=True))
     _follow(jaxpr.eqns, sources)
@@ -76,7 +76,7 @@ def _run(body, given: Sequence) -> list:
 
 
 def _loop(run, state: list) -> list:
-    """What the outputs of a loop depend on, whose body takes and returns its state first."""
+    """The sources of the outputs of a loop whose body takes and returns its state first."""
     while True:
         out = run(state)
         grown = [a | b for a, b in zip(state, out, strict=False)]

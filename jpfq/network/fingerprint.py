@@ -1,4 +1,4 @@
-"""What the codes depend on, as short figures: to tell whether two runs are of the same model, data and settings."""
+"""Short figures of all that the codes depend on: to tell whether two runs are of the same model, data and settings."""
 
 import importlib.metadata
 import re
@@ -14,7 +14,7 @@ PACKAGES = ("jax", "jaxlib", "jpfq", "flax", "numpy")
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that compute; None for one that is not installed."""
+    """The versions of the packages that compute; None for one that is not installed."""
     return {name: _version(name) for name in PACKAGES}
 
 
@@ -24,7 +24,7 @@ def shape_of(x: Any) -> list:
 
 
 def checksum(x: Any) -> int:
-    """Of the values of an array that this host holds whole; 0 for others."""
+    """The checksum of the values of an array that this host holds whole; 0 for others."""
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if isinstance(x, jax.Array):
@@ -62,7 +62,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(name, a, b):
-    """What differs, with both values where they are short texts."""
+    """Describes a difference, with both values where they are short texts."""
     if a == b:
         return ""
     was, now = (x[0] if isinstance(x, list) and x and isinstance(x[0], str) else x for x in (a, b))

@@ -54,7 +54,7 @@ def from_function(fn: Callable, params: Any, kwargs: dict) -> Functional:
 
 
 def identity_of(model: Any, tree: Any, kwargs: dict) -> Any:
-    """What tells a model, the tree of its parameters and its arguments apart from others; None if it cannot be hashed."""
+    """The identity of a model with the tree of its parameters and its arguments; None if it cannot be hashed."""
     identity = model, tree, tuple(kwargs.items())
     try:
         hash(identity)

@@ -75,7 +75,7 @@ class Gather:
 
     @functools.cached_property
     def used(self) -> jax.Array | None:
-        """Of experts, matrices that each have rows of their own: how many rows of each are not 0, or their weights."""
+        """The number of nonzero rows, or their weights, of each expert: experts are matrices with rows of their own."""
         layout = self.streams[0][1].layout
         if not isinstance(layout, DotLayout) or not layout.batch:
             return None
@@ -122,7 +122,7 @@ class Gather:
                 number += 1
 
     def _laned(self, picked):
-        """Whether the input of the quantized networks has lanes, and whether the numbers of the rows to take have."""
+        """(True if the input of the quantized networks has lanes, True if the numbers of the rows to take have)."""
         return self.forked, picked is not None and picked.ndim > 1
 
     def _gram(self, centred):
@@ -269,12 +269,12 @@ def fold_in(key: jax.Array, number: int) -> jax.Array:
 
 
 def at_once() -> int:
-    """How many numbers of patches exist at a time: what stays in a processor's cache, or fills an accelerator."""
+    """The number of patch entries in memory at a time: what stays in a processor's cache, or fills an accelerator."""
     return 2**21 if jax.default_backend() == "cpu" else 2**26
 
 
 def _merges(x) -> bool:
-    """Whether axes of rows may become one, which multiplies faster: where they are not split over devices."""
+    """True if axes of rows may become one, which multiplies faster: where they are not split over devices."""
     return len(x.sharding.device_set) == 1
 
 
@@ -351,7 +351,7 @@ def _merge(total, gram):
 
 @functools.partial(jax.jit, static_argnames=("layout", "laned"))
 def _used(layout, x, weights, laned):
-    """How many rows of each matrix (B,) are not 0, or the sum of their weights."""
+    """The number of rows of each matrix (B,) that are not 0, or the sum of their weights."""
 
     def one(x, weights):
         shown = jnp.any(layout.rows(x) != 0, -1)

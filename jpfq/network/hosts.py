@@ -14,7 +14,7 @@ from .functional import Functional
 
 
 def spans_hosts(arrays: Iterable) -> bool:
-    """Whether any array lies on devices of other processes too."""
+    """True if any array lies on devices of other processes too."""
     return any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in arrays)
 
 

@@ -23,7 +23,7 @@ LARGEST = 2**31 - 1
 
 
 class Noted(NamedTuple):
-    """What is noted of one kernel: which sums, (matrices, tiles, out) of them, their unit, and bits of each in it."""
+    """A record of one kernel: which sums, (matrices, tiles, out) of them, their unit, and bits of each in it."""
 
     sums: Sums
     shape: tuple[int, int, int]
@@ -51,13 +51,13 @@ def write_infos(infos: Sequence[Info]) -> tuple[dict[str, Any], dict[int, np.nda
 
 
 def _is_told(x, name):
-    """Whether a figure is anything but its default."""
+    """True if a figure is anything but its default."""
     default = getattr(Info, name, None)
     return NEEDED[name] or (x is not None and (default is None or bool(np.any(np.asarray(x) != default))))
 
 
 def read_infos(columns: Mapping[str, Any], paths: Sequence[str], reaches: Mapping[str, Reach]) -> dict[str, Info]:
-    """What `write_infos` noted, by path; how far sums go is read before.
+    """The `Info` of each kernel that `write_infos` noted, by path; how far sums go is read before.
 
     Raises:
         ValueError: anything that it would not have noted. Likewise `read_noted` and `read_reach`.
@@ -73,7 +73,7 @@ def read_infos(columns: Mapping[str, Any], paths: Sequence[str], reaches: Mappin
 
 
 def read_noted(columns: Mapping[str, Any], count: int) -> dict[int, Noted]:
-    """What is noted of bounded sums, by number of the kernel, of `count`."""
+    """The records of bounded sums, by number of the kernel, of `count`."""
     if "reach" not in columns:
         return {}
     record = columns["reach"]
@@ -89,7 +89,7 @@ def read_noted(columns: Mapping[str, Any], count: int) -> dict[int, Noted]:
 
 
 def read_reach(noted: Noted, words: np.ndarray, tensor: QTensor, name: str) -> Reach:
-    """How far the sums of a kernel go, from what is noted of them and its packed sums."""
+    """The `Reach` of a kernel's sums, from the record of them and its packed sums."""
     matrices, tiles, out = noted.shape
     n, more = divmod(tensor.codes.size, matrices * out)
     if more or not n or noted.sums.tiles(n) != tiles or tensor.grid.alphabet().zero is None:

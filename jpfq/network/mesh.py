@@ -82,7 +82,7 @@ class LanesMesh:
 
     @property
     def size(self) -> int:
-        """How many shares there are."""
+        """The number of shares."""
         return self.given.shape[self.axis]
 
     @functools.cached_property

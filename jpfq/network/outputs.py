@@ -1,4 +1,4 @@
-"""How far the outputs of a quantized network are from those of the float network.
+"""The error of the outputs of a quantized network against those of the float network.
 
 Outputs that are the same infinity in both networks agree, as where logits are masked, and so do those that are NaN in both.
 Any other that is NaN or infinite in one of them has no error that could be told: it is counted, the error of all outputs is
@@ -20,7 +20,7 @@ from ..scalar.exponent import aligned, exponent_of, reduced
 
 
 class OutputError(NamedTuple):
-    """What is known of the outputs of a network: numbers, or arrays (.., outputs) with one of each for every output array.
+    """Figures of a network's outputs: numbers, or arrays (.., outputs) with one of each for every output array.
 
     error: relative error of the outputs that are finite in both networks; nan where there are none.
     unmatched: how many are NaN or infinite in one network, and not the same in the other.
@@ -67,7 +67,7 @@ class Comparison:
         lanes: tuple[int, ...] = (),
         weights: Sequence[jax.Array | None] | None = None,
     ) -> Self:
-        """Of one batch. With `lanes`, their number, those of `made` that have an axis more have one of them.
+        """The sums over one batch. With `lanes`, their number, those of `made` that have an axis more have one of them.
 
         weights: of the entries of each output; those of weight 0 are not compared.
         """
@@ -86,7 +86,7 @@ class Comparison:
 
     @property
     def error(self) -> OutputError:
-        """What they say of every output array."""
+        """The error and the counts of every output array."""
         (error, energy), (k, of) = (np.moveaxis(x, -1, 0) for x in (self.squares, self.exponents))
         unmatched, compared, finite = np.moveaxis(self.counts, -1, 0)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -133,6 +133,6 @@ def in_words(error: float, outputs: OutputError | None) -> str:
 
 
 def unmatched_in_words(outputs: OutputError) -> str:
-    """How many outputs are not finite in one network only."""
+    """The number of outputs that are not finite in one network only, in words."""
     count = f"{outputs.unmatched:,} of {outputs.compared:,}"
     return f"{count} outputs are NaN or infinite in one of the two networks only"

@@ -1,4 +1,4 @@
-"""Whether what stands in rows of weight 0 reaches rows that count: the float network, run on other padding.
+"""A check that what stands in rows of weight 0 does not reach rows that count: the float network, run on other padding.
 
 Weights say which rows are padding, not that a model keeps them apart: attention without a mask, a mean over positions or
 a normalization over them mixes all rows. So one batch runs a second time with other data in its rows of weight 0 (copies
@@ -34,7 +34,7 @@ class OtherPadding:
 
     @classmethod
     def of(cls, program: Program, batches: Sequence, weights: Sequence, followed: Sequence) -> Self | None:
-        """Of the first batch that has padding; None where there is none, or nothing to change in it."""
+        """The values of the first batch that has padding; None where there is none, or nothing to change in it."""
         for number, (leaves, given) in enumerate(zip(batches, weights, strict=True)):
             if given is None or not any(bool((w == 0).any()) for w in given if w is not None):
                 continue
@@ -54,7 +54,7 @@ class OtherPadding:
             self.values[v] = _swapped(self.values[v], w)
 
     def reaches(self, value: jax.Array, other: jax.Array, weights: jax.Array | None) -> bool:
-        """Whether a value of the float network differs with other padding, in entries that count."""
+        """True if a value of the float network differs with other padding, in entries that count."""
         if not jnp.issubdtype(value.dtype, jnp.floating):
             return False
         return not bool(_agree(value, other, jnp.ones((1,) * value.ndim) if weights is None else weights))

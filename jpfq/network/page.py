@@ -68,7 +68,7 @@ def breakable(name: str) -> Markup:
 
 
 def folded(title: str, *inside: object) -> Markup:
-    """What is shown when asked for."""
+    """An element that is shown when asked for."""
     return tag("details", tag("summary", title), *inside)
 
 

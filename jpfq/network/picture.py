@@ -89,7 +89,7 @@ class Pictures:
         self._numbers = itertools.count(1)
 
     def __call__(self, draw: "Callable[[Axes], Any]", frame: Frame, label: str) -> Markup:
-        """What `draw` puts on axes, as SVG. `label` says what is to be seen to those who do not see it."""
+        """Renders what `draw` puts on axes as SVG. `label` says what is to be seen to those who do not see it."""
         import matplotlib
         from matplotlib.figure import Figure
 

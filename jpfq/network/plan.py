@@ -31,7 +31,7 @@ from .walk import Place, served, stops
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What will happen to one matrix of a kernel, or to the few that one product has."""
+    """The plan for one matrix of a kernel, or for the few that one product has."""
 
     path: str
     dims: tuple[int, int, int]  # matrices, inputs, neurons
@@ -114,7 +114,7 @@ class Plan:
 
 
 def _sums(rounding):
-    """Which sums of integers a rounding keeps within bounds."""
+    """Describes the sums of integers that a rounding keeps within bounds."""
     if not isinstance(rounding, Bounded):
         return "of any size"
     sums = rounding.sums
@@ -131,7 +131,7 @@ def plan(
     kwargs: dict | None = None,
     batches: int = 1,
 ) -> Plan:
-    """What `quantize` would do with `batches` batches like `batch`. Looks at shapes only and allocates nothing.
+    """Plans what `quantize` would do with `batches` batches like `batch`. Looks at shapes only and allocates nothing.
 
     Args:
         model, rules, variables, params, kwargs: as for `quantize`; `jax.ShapeDtypeStruct`s may stand for arrays.
@@ -255,7 +255,7 @@ def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -
 
 
 def _picked(site: Site, layout: Layout) -> int | None:
-    """How many rows of a batch are drawn; None where all are taken."""
+    """The number of rows of a batch that are drawn; None where all are taken."""
     if not (site.patches and site.patches.random):
         return None
     windows = rows_shape(layout, site.data.aval.shape)
@@ -264,7 +264,7 @@ def _picked(site: Site, layout: Layout) -> int | None:
 
 
 def _gram(layout: Layout, shape: tuple[int, ...], rows: int, whole: bool, networks: int) -> tuple[float, int]:
-    """Of the Gram of one batch and one matrix: products of two numbers, and the numbers that exist at a time.
+    """The cost of the Gram of one batch and one matrix: products of two numbers, and the numbers that exist at a time.
 
     whole: whether all rows are taken, which allows for correlations. That rows have weights, or lie on several devices, is
     not known here; correlations are not made then.

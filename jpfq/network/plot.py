@@ -29,7 +29,7 @@ PART = 2**24  # weights counted at a time
 
 
 class Swept(Protocol):
-    """What a picture takes of a sweep: its settings with their figures, and the numbers of those that none beats."""
+    """The parts of a sweep in a picture: its settings with their figures, and the numbers of those that none beats."""
 
     @property
     def records(self) -> Sequence[dict[str, Any]]: ...
@@ -154,7 +154,7 @@ def accumulators(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
 
 @anywhere
 def histogram(tensor: QTensor, weights: Any = None, ax: "Axes | None" = None) -> "Axes":
-    """How the codes of a kernel spread over its levels, and how the float weights lay between them.
+    """Plots how the codes of a kernel spread over its levels, and how the float weights lay between them.
 
     The axis is in steps, so that levels are at integers whatever step each weight has; heights are shares of the weights for
     one step, in per cent. Of many levels several share a bar. Float weights far beyond the grid count at the rim.
@@ -283,7 +283,7 @@ def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[f
 
 
 def _counts(values: np.ndarray, bins: int, number: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """How many values have each number below `bins`; a part at a time, since kernels may be large."""
+    """Counts the values that have each number below `bins`; a part at a time, since kernels may be large."""
     parts = np.array_split(values, values.size // PART + 1)
     return sum((np.bincount(number(part), minlength=bins) for part in parts), np.zeros(bins, np.int64))
 

@@ -39,7 +39,7 @@ class Program:
     last_use: dict  # variable -> index of the last equation that reads it; len(equations) for outputs
 
     def is_fixed(self, eqn) -> bool:
-        """Whether an equation depends on parameters and constants alone."""
+        """True if an equation depends on parameters and constants alone."""
         return all(is_literal(v) or v in self.fixed for v in eqn.invars)
 
     def in_order(self, order: Sequence[int]) -> "Program":
@@ -143,7 +143,7 @@ def evaluate(program: Program, leaves: Sequence, inputs: Sequence, visit: Callab
 
 
 def has_product(jaxpr: Any) -> bool:
-    """Whether a jaxpr holds a matrix product, at any depth."""
+    """True if a jaxpr holds a matrix product, at any depth."""
     equations = opened(jaxpr)[0].eqns
     return any(e.primitive.name in PRODUCTS or any(map(has_product, inner_jaxprs(e))) for e in equations)
 
@@ -204,7 +204,7 @@ class _Inliner:
 
 
 def _stacks_layers(eqn, fixed):
-    """Whether a scan runs over parameters, and so is a stack of layers rather than a loop over time."""
+    """True if a scan runs over parameters, and so is a stack of layers rather than a loop over time."""
     constants, carries = scan_arity(eqn)
     return any(fixed[constants + carries :]) and eqn.params["length"] <= UNROLL and has_product(eqn.params["jaxpr"])
 
@@ -258,5 +258,5 @@ def _last_use(equations, outputs, broadcasts):
 
 
 def _may_seed(dtype):
-    """Whether numbers of this type are random keys or their counters."""
+    """True if numbers of this type are random keys or their counters."""
     return jnp.issubdtype(dtype, jax.dtypes.prng_key) or jnp.issubdtype(dtype, jnp.unsignedinteger)

@@ -38,7 +38,7 @@ class Step(NamedTuple):
 
 
 class Report:
-    """What a walk tells of its progress. Nobody listens to this one."""
+    """A report of a walk's progress. Nobody listens to this one."""
 
     def doing(self, what: str) -> None:
         """Something is done for the next layer, such as "solving"."""
@@ -51,7 +51,7 @@ SILENCE = Report()
 
 
 class Progress(Report):
-    """How far a run is, and how long it will take.
+    """The progress of a run, and the time that it will take.
 
     Time left is work left at the speed so far, and for each kind of layer that is still to come what one took to compile.
     """
@@ -102,7 +102,7 @@ class Progress(Report):
 
     @property
     def state(self) -> str:
-        """What is done with the layer; its error where it is done."""
+        """The work at hand on the layer; its error where it is done."""
         if self.number < self.finished:
             return self.what if self.error is None else f"error {self.error:.2%}"
         return "compiling" if self.compiler.at_work else self.what
@@ -119,7 +119,7 @@ class Progress(Report):
 
 
 class Compiler:
-    """How long this process has been compiling, by what JAX says; while it is entered."""
+    """The time that this process has spent compiling, by what JAX says; while it is entered."""
 
     def __init__(self, changed: Callable[[], None]):
         """
@@ -132,7 +132,7 @@ class Compiler:
 
     @property
     def at_work(self) -> bool:
-        """Whether the thread that made this is compiling."""
+        """True if the thread that made this is compiling."""
         return self._own in self._depth
 
     @property
@@ -178,7 +178,7 @@ class Compiler:
 
 @contextlib.contextmanager
 def progress_of(steps: Callable[[], Sequence[Step]], show: bool | None) -> Iterator[Report]:
-    """What a walk reports to.
+    """Yields the `Report` that a walk reports to.
 
     Args:
         steps: the layers that will be done; called where somebody is to be told.
@@ -305,6 +305,6 @@ def _notebook() -> Iterator[Callable[[Progress, bool], None]]:
 
 
 def _is_terminal(file: Any) -> bool:
-    """Whether a file is a terminal, whatever the environment says of it."""
+    """True if a file is a terminal, whatever the environment says of it."""
     isatty = getattr(file, "isatty", None)
     return isatty is not None and not getattr(file, "closed", False) and isatty()

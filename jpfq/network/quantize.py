@@ -165,7 +165,7 @@ def place(
 def rule_all(
     functional: Functional, traced: "Sequence[Traced]", rules: Sequence[Rule], strict: bool
 ) -> "list[Analysis]":
-    """What the rules make of a model, for each shape of batch it is traced on; the same kernels must be quantized."""
+    """Applies the rules to a model, for each shape of batch it is traced on; the same kernels must be quantized."""
     analyses = [ruled(functional, one, rules, strict) for one in traced]
     for other in analyses[1:]:
         if [_product(s) for s in other.sites] != [_product(s) for s in analyses[0].sites]:
@@ -382,7 +382,7 @@ def find_all_kernels(functional: Functional, shaped: Sequence[Shaped]) -> list[T
 
 
 def _product(site):
-    """What must be the same on batches of all shapes; the padding of a convolution may depend on sizes."""
+    """The parts of a site that all shapes of batches must share; the padding of a convolution may depend on sizes."""
     layout = site.layout
     layout = dataclasses.replace(layout, padding=()) if isinstance(layout, ConvLayout) else layout
     return site.path, layout
@@ -437,7 +437,7 @@ def _check_rotation(path, sites, program):
 
 
 def activations_of(assignment: Assignment) -> dict[str, Activations | None]:
-    """How the inputs of each kernel are quantized."""
+    """The settings by which the inputs of each kernel are quantized."""
     return {path: rule.inputs() for path, rule in assignment.rules.items()}
 
 

@@ -392,7 +392,7 @@ class Quantized:
 
 
 def _experts(path, info):
-    """What calibration has shown of each matrix of a kernel."""
+    """Describes the calibration rows of each matrix of a kernel."""
     rows = np.atleast_1d(info.rows)
     line = f"Rows of the {rows.size} matrices of {path}: {rows.min():,.6g} to {rows.max():,.6g}."
     if (rows > 0).all():

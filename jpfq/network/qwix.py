@@ -77,7 +77,7 @@ def to_qwix(quantized: Any, batch: Any, model: Any = None, kwargs: dict | None =
 
 
 class _Leaves:
-    """What stands at each place of a qwix model."""
+    """The leaf at each place of a qwix model."""
 
     def __init__(self, array, kernels: dict[str, Signed], kinds: dict[str, Any], inputs: dict[str, list[Rounded]]):
         self.array, self.kernels, self.kinds, self.inputs = array, kernels, kinds, inputs

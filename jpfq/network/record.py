@@ -65,7 +65,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any, kind: type | tuple[type, ...]) -> Any:
-    """What `encode` made: one of the classes named, or an array (`jax.Array`).
+    """Decodes what `encode` made: one of the classes named, or an array (`jax.Array`).
 
     Raises:
         ValueError: anything that `encode` would not have made of these.
@@ -122,7 +122,7 @@ def uncolumn(value: Any, count: int) -> list:
 
 
 def _is_default(value, field):
-    """Whether a field of a setting is what it is when left out, and so need not be written."""
+    """True if a field of a setting is what it is when left out, and so need not be written."""
     x = getattr(value, field.name)
     return type(x) in (bool, int, float, str, type(None)) and type(x) is type(field.default) and x == field.default
 

@@ -56,7 +56,7 @@ def fingerprint(
     rules: Sequence[Rule],
     **settings: Any,
 ) -> dict[str, Any]:
-    """What the codes depend on, in terms of JSON; of arrays a checksum each."""
+    """The figures of all that the codes depend on, in terms of JSON; of arrays a checksum each."""
     named = zip(numbered(functional.paths), functional.leaves, strict=True)
     return {
         "versions": versions(),

@@ -19,7 +19,7 @@ _static = {"static": True}
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How the kernels are quantized whose whole path matches a regular expression.
+    """The settings to quantize the kernels whose whole path matches a regular expression.
 
     Args:
         pattern: matched against the '/'-joined path from end to end: "head/.*", ".*kernel".
@@ -96,7 +96,7 @@ class Rule:
                 raise ValueError(f"Rule({self.pattern!r}): {name} is such as jpfq.{example}; got {value!r}.")
 
     def matches(self, path: str) -> bool:
-        """Whether the pattern covers the whole path."""
+        """True if the pattern covers the whole path."""
         return re.fullmatch(self.pattern, path) is not None
 
     def recipe(self) -> Recipe:
@@ -114,7 +114,7 @@ class Rule:
         return recipe
 
     def inputs(self) -> Activations | None:
-        """How the inputs of these kernels are quantized; None if they are not."""
+        """The settings by which the inputs of these kernels are quantized; None if they are not."""
         if self.activation_bits is None:
             return self.activations
         if self.activations is not None:
@@ -122,7 +122,7 @@ class Rule:
         return Activations(Asymmetric(self.activation_bits))
 
     def _around(self):
-        """What is set of the layer rather than of its matrix."""
+        """The settings of the layer rather than of its matrix."""
         names = ("activation_bits", "activations", "patches", "coupling")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return given | ({"correct_bias": True} if self.correct_bias else {})
@@ -136,7 +136,7 @@ class Rule:
 
 
 class Assignment(NamedTuple):
-    """What the rules decide."""
+    """The decisions of the rules."""
 
     recipes: dict[str, Recipe]  # kernels to quantize
     rules: dict[str, Rule]  # by which

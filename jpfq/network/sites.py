@@ -59,7 +59,7 @@ class Chain:
 
     @property
     def factor(self) -> float:
-        """What values are multiplied by on the way."""
+        """The factor that values are multiplied by on the way."""
         return math.prod(factor(eqn) or 1.0 for eqn, _ in self.steps)
 
     @staticmethod
@@ -101,12 +101,12 @@ class Site:
 
     @property
     def matrix(self) -> tuple:
-        """What sites with the very same matrices have in common."""
+        """The key that sites with the very same matrices have in common."""
         return self.leaf, self.chain, self.layout.matrices_key
 
     @property
     def reads(self) -> tuple:
-        """What sites with one Gram have in common: the data, and how they become rows."""
+        """The key that sites with one Gram have in common: the data, and how they become rows."""
         return self.data, self.layout.rows_key, self.activations, self.patches
 
     def matrices(self, leaf: jax.Array) -> jax.Array:
@@ -297,7 +297,7 @@ def joined(program: Program, sites: Sequence[Site]) -> tuple[Program, list[Site]
 
 
 def is_step(eqn) -> bool:
-    """Whether an equation is a structural step of one operand: nothing is repeated, nothing picked by data."""
+    """True if an equation is a structural step of one operand: nothing is repeated, nothing picked by data."""
     if eqn.primitive.name in FACTORS:
         return factor(eqn) is not None
     if eqn.primitive.name not in STRUCTURAL or not all(map(is_literal, eqn.invars[1:])):
@@ -324,7 +324,7 @@ def _use(eqn):
 
 
 def product_layout(eqn, side: int) -> Layout | str:
-    """How a product becomes matrices, or why it cannot; `side` is the operand that is the weight."""
+    """The layout by which a product becomes matrices, or why it has none; `side` is the operand that is the weight."""
     name, p, shape = eqn.primitive.name, eqn.params, eqn.invars[side].aval.shape
     if jnp.issubdtype(dtype := eqn.invars[1 - side].aval.dtype, jnp.complexfloating):
         return f"it multiplies {dtype} numbers"

@@ -24,7 +24,7 @@ FIELDS = {"q", "places", "rounded", "sums"}
 
 
 class Solved(NamedTuple):
-    """What quantizing one site made, as far as later sites and the result depend on it."""
+    """The outcome of quantizing one site, as far as later sites and the result depend on it."""
 
     solution: Solution
     error: jax.Array | None  # mean error of each neuron (B, out), which its bias takes; None where that stays as it is
@@ -32,7 +32,7 @@ class Solved(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a run asks of a site, which a record must fit."""
+    """The demands of a run on a site, which a record must fit."""
 
     dims: tuple[int, int, int]  # matrices, inputs, neurons
     recipe: Recipe
@@ -42,7 +42,7 @@ class Asked(NamedTuple):
 
 
 def write_solved(solved: Solved) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What is solved, as JSON and arrays by name."""
+    """Encodes a solved site as JSON and arrays by name."""
     solution, reach = solved.solution, solved.solution.info.reach
     figures = {name: getattr(solution.info, name.removeprefix("info.")) for name in FIGURES}
     found = {"codes": solution.codes, "step": solution.step, "zero": solution.zero}
@@ -130,7 +130,7 @@ def _check_arrays(arrays, asked, sums):
 
 
 def _rounded(value, asked):
-    """How the input is rounded, as the run asks for."""
+    """Decodes the rounding of the input, and checks that it is what the run asks for."""
     if value is None or asked.activations is None:
         if value is not None or asked.activations is not None:
             raise ValueError(f"its input is {'not ' if value is None else ''}rounded")
@@ -166,7 +166,7 @@ def _values(arrays, dtype):
 
 
 def _place(x) -> list | None:
-    """How an array is split over the axes of its mesh; None for one that is on no mesh."""
+    """The partition spec of an array on its mesh; None for one that is on no mesh."""
     if not isinstance(x.sharding, NamedSharding):
         return None
     return [list(entry) if isinstance(entry, tuple) else entry for entry in x.sharding.spec]

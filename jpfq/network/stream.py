@@ -41,7 +41,7 @@ class Networks(NamedTuple):
 
 
 class Track(NamedTuple):
-    """What makes the quantized networks of one track."""
+    """The values that make the quantized networks of one track."""
 
     laned: bool
     replaced: dict  # fixed variable -> its value in the quantized network
@@ -202,7 +202,7 @@ class Stream:
         return jnp.zeros((1,) * v.aval.ndim, jnp.float32) if mixed else followed.of_output(v)
 
     def _padding_reaches(self, v, name) -> bool:
-        """Whether a variable depends on what stands in rows of weight 0, in rows that count."""
+        """True if a variable depends on what stands in rows of weight 0, in rows that count."""
         other = self.other
         if other is None or is_literal(v) or v in self.program.fixed or v in other.weights.lost:
             return False
@@ -288,7 +288,7 @@ class Stream:
                 yield self._read(v, {}, {}, networks.shared), None, weights
 
     def has_lanes(self, variable: Any, track: int) -> bool:
-        """Whether a value that depends on data has lanes in the quantized networks of a track."""
+        """True if a value that depends on data has lanes in the quantized networks of a track."""
         return self.tracks[track].laned and variable in self.forks
 
     def round_inputs(self, tap: Tap, track: int, rounded: Callable[[jax.Array], jax.Array]) -> None:
@@ -376,7 +376,7 @@ class Waiting(NamedTuple):
 
 
 def _source(v):
-    """What a tap would round; any other variable itself."""
+    """The variable that a tap would round; any other variable itself."""
     return getattr(v, "source", v)
 
 

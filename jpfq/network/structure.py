@@ -59,7 +59,7 @@ def rebuild(structure: Any, leaves: Sequence) -> Any:
 
 
 def _keys(children):
-    """Whether children have keys that a dict can have, each another one, and that JAX can sort."""
+    """True if children have keys that a dict can have, each another one, and that JAX can sort."""
     kinds = {type(key) for key, _ in children}
     return kinds in (set(), {str}, {int}) and len({key for key, _ in children}) == len(children)
 

@@ -46,7 +46,7 @@ from .stream import Stream
 
 
 class Making(NamedTuple):
-    """How the quantized networks of one track are made. With lanes, every array has a leading axis of them."""
+    """The settings of the quantized networks of one track. With lanes, every array has a leading axis of them."""
 
     recipes: dict[str, Recipe]  # by path of the parameter
     activations: dict[str, Activations | None]  # likewise
@@ -56,7 +56,7 @@ class Making(NamedTuple):
 
 
 class Walked(NamedTuple):
-    """What a walk found on one track. With lanes, every array has a leading axis of them."""
+    """The results of a walk on one track. With lanes, every array has a leading axis of them."""
 
     tensors: dict[str, QTensor]
     info: dict[str, Info]
@@ -66,7 +66,7 @@ class Walked(NamedTuple):
 
 
 class Keeps(Protocol):
-    """What remembers the sites of an earlier run; of one track without lanes. Sites are numbered by stop and position."""
+    """A store of the sites of an earlier run; of one track without lanes. Sites are numbered by stop and position."""
 
     def read(self, stop: int, position: int, asked: Asked) -> Solved | None:
         """A site that was solved before."""
@@ -78,7 +78,7 @@ class Keeps(Protocol):
 
 
 class _Track:
-    """What a track has so far."""
+    """The results of a track so far."""
 
     def __init__(self, number: int, making: Making):
         self.number, self.making, self.laned = number, making, making.lanes is not None
@@ -165,7 +165,7 @@ def walk(
 
 
 def _asked(stop, position, making) -> Asked:
-    """What is asked of a site; the input of a stop is rounded as that of its first one."""
+    """The demands on a site; the input of a stop is rounded as that of its first one."""
     site, first = stop[position], stop[0]
     return Asked(
         site.layout.dims,

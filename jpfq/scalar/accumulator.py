@@ -34,7 +34,7 @@ _static = {"static": True}
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """Which sums are bounded, and by what: over tiles of inputs, by 2^(P-1) - 1. `tile` None is one sum over all inputs."""
+    """The sums that are bounded: those over tiles of inputs, by 2^(P-1) - 1. `tile` None is one sum over all inputs."""
 
     bits: Number
     lo: Number  # mu, the least input code
@@ -55,7 +55,7 @@ class Sums:
         return -(-n // self.size(n))
 
     def spent(self, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What integer codes may add to the largest sum, and take from the least."""
+        """The amounts that integer codes may add to the largest sum, and take from the least."""
         up, down = jnp.maximum(k, 0), jnp.maximum(-k, 0)
         nu, mu = _int(self.hi), -_int(self.lo)
         return nu * up + mu * down, mu * up + nu * down
@@ -86,7 +86,7 @@ class Sums:
 
 
 class Told(NamedTuple):
-    """What AXE is told of a coordinate."""
+    """The information that AXE gets about a coordinate."""
 
     tile: jax.Array
     after: jax.Array  # the tile of the next coordinate
@@ -98,7 +98,7 @@ class Told(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What AXE carries, for one neuron.
+    """The carry of AXE, for one neuron.
 
     The limits are made at the coordinate before, once its code is known: what is carried XLA computes once, and not again
     for each value that depends on it; and rooms are written before they are read, which it does in place.
@@ -366,7 +366,7 @@ class EPInit(Guard):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Reach:
-    """How far the sums of a quantized matrix go.
+    """The largest and the least sums of a quantized matrix.
 
     sums: which, with the accumulator asked for. ends: the largest of each tile over all inputs, and less the least one
     (matrices, tiles, out, 2).
@@ -391,7 +391,7 @@ class Reach:
 
     @classmethod
     def join(cls, reaches: "list[Reach | None]") -> "Reach | None":
-        """Of matrices one after the other; None where they bound nothing."""
+        """The reach of matrices one after the other; None where they bound nothing."""
         found = [reach for reach in reaches if reach is not None]
         return cls(found[0].sums, jnp.concatenate([reach.ends for reach in found])) if found else None
 
@@ -445,7 +445,7 @@ def started(rounding: Rounding, carry: Any, out: int) -> Any:
 
 
 def scales_with_radius(rounding: Rounding) -> bool:
-    """Whether a threshold is in units of the top level, which moves where a grid is narrowed."""
+    """True if a threshold is in units of the top level, which moves where a grid is narrowed."""
     nested = getattr(rounding, "then", None)
     return (isinstance(rounding, _Threshold) and rounding.unit == "radius") or (
         nested is not None and scales_with_radius(nested)

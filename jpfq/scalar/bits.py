@@ -118,7 +118,7 @@ def _chunk(levels: int) -> tuple[int, int]:
 
 
 def _base(levels: int) -> int:
-    """Of the digits of a byte; a power of two where that holds as many, which makes divisions shifts."""
+    """The base of the digits of a byte; a power of two where that holds as many, which makes divisions shifts."""
     power = 2 ** _width(levels)
     return power if power ** _chunk(levels)[0] <= 2**8 else levels
 

@@ -48,7 +48,7 @@ class Grid(abc.ABC):
 
     @property
     def levels(self) -> Number:
-        """How many values a weight may take."""
+        """The number of values that a weight may take."""
         lo, hi, *_ = self.alphabet()
         return hi - lo + 1
 
@@ -258,7 +258,7 @@ class Levels:
         return self.step * (code - self.zero)
 
     def saturates(self, v):
-        """Whether `v` lies more than half a step outside the range."""
+        """True where `v` lies more than half a step outside the range."""
         x = self.position(v)
         return (x < self.lo - 0.5) | (x > self.hi + 0.5)
 
@@ -270,7 +270,7 @@ def grid_of_bits(bits: Number) -> Grid:
 
 
 def is_number(x) -> bool:
-    """Whether `x` is a plain number that can be checked: not a tracer, nor a placeholder of a tree operation."""
+    """True if `x` is a plain number that can be checked: not a tracer, nor a placeholder of a tree operation."""
     return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 

@@ -23,7 +23,7 @@ BINS = 2048
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-    """How many numbers fall into each of equal bins over [low, high]; histograms over one interval add.
+    """The counts of numbers in equal bins over [low, high]; histograms over one interval add.
 
     Fields: `counts` (bins,) over equal bins from `low` to `high`, the least and the largest number.
 
@@ -67,7 +67,7 @@ class Range(abc.ABC):
 
     @property
     def needs_counts(self) -> bool:
-        """Whether more is asked for than the least and the largest number."""
+        """True if more is asked for than the least and the largest number."""
         return True
 
     @abc.abstractmethod

@@ -25,7 +25,7 @@ Unit = Literal["weight", "step", "radius"]
 
 
 class Here(NamedTuple):
-    """What a rounding knows of the coordinate it is at."""
+    """The information that a rounding has about the coordinate it is at."""
 
     levels: Levels  # scalars
     key: Any  # of this neuron and coordinate; None where no key was given
@@ -43,7 +43,7 @@ class Rounding(abc.ABC):
         return ()
 
     def meet(self, W: jax.Array, order: jax.Array) -> tuple[Any, Callable[[Levels], Any]]:
-        """What it starts from and is told, for weights W (in, out) in the order of the recursion.
+        """The initial carry and what coordinates are told, for weights W (in, out) in the order of the recursion.
 
         Returns the carry of every neuron (out, ..), None for `init()`; and a function from the levels of all weights to the
         tree of arrays (in, out) or (in,) of which each coordinate sees its own entries.
@@ -63,7 +63,7 @@ class Rounding(abc.ABC):
         """Rounds the argument `a` of one coordinate (a scalar) to a code; returns the new carry and the code."""
 
     def shift(self, carry: Any) -> jax.Array | None:
-        """What is fed back beyond the value of the code just made, by the carry after it; None for nothing."""
+        """The amount fed back beyond the value of the code just made, by the carry after it; None for nothing."""
         del carry
 
     @abc.abstractmethod
@@ -72,7 +72,7 @@ class Rounding(abc.ABC):
 
     @property
     def settled(self) -> "Rounding | None":
-        """What coordinate descent rounds by afterwards; None if it would undo this rounding."""
+        """The rounding that coordinate descent uses afterwards; None if it would undo this rounding."""
         return self
 
 

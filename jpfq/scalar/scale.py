@@ -29,7 +29,7 @@ def _check_positive(x, what):
 
 
 class Per(abc.ABC):
-    """Which weights of a matrix W (in, out) share one step."""
+    """The groups of weights of a matrix W (in, out) that share one step."""
 
     @abc.abstractmethod
     def split(self, W: jax.Array) -> jax.Array:
@@ -105,17 +105,17 @@ class Scale(abc.ABC):
 
     @property
     def shared(self) -> bool:
-        """Whether one step serves all neurons."""
+        """True if one step serves all neurons."""
         return isinstance(self.per, PerTensor)
 
     @property
     def local(self) -> bool:
-        """Whether the steps of a neuron follow from its own weights."""
+        """True if the steps of a neuron follow from its own weights."""
         return not self.shared
 
     @property
     def runs(self) -> int:
-        """How many times the recursion runs until the steps are found."""
+        """The number of times that the recursion runs until the steps are found."""
         return 1
 
     def multiples(self, dtype) -> tuple[jax.Array, list[jax.Array]] | None:

@@ -29,7 +29,7 @@ class Subject:
         return quantize(self.model, self.batches, rules, **self.given, **options)
 
     def score(self, quantized: Quantized | None = None) -> float | None:
-        """What `evaluate` says of the float model, or of a quantized one."""
+        """The score that `evaluate` gives to the float model, or to a quantized one."""
         if self.evaluate is None:
             return None
         if quantized is None:
@@ -37,7 +37,7 @@ class Subject:
         return float(self.evaluate(self.state_of(quantized)))
 
     def state_of(self, quantized: Quantized) -> Any:
-        """What `evaluate` takes, of a quantized network."""
+        """The argument that `evaluate` takes, of a quantized network."""
         return getattr(quantized, next(iter(self.given), "model"))
 
     @property

@@ -1,4 +1,4 @@
-"""How good a quantized network is: its score, and how far its outputs are from those of the float network."""
+"""The quality of a quantized network: its score, and the error of its outputs against those of the float network."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What a saved result holds, kernel by kernel."""
+"""The contents of a saved result, kernel by kernel."""
 
 import os
 from typing import Any

@@ -260,7 +260,7 @@ def sweep(
 
 
 class _Size(NamedTuple):
-    """How many settings go as lanes of one program."""
+    """The number of settings that go as lanes of one program."""
 
     most: int | None  # as asked for
     multiple: int  # shares of devices, each of which has as many
@@ -279,7 +279,7 @@ def _on(mesh: LanesMesh, functional: Functional, shaped: Sequence[Shaped]) -> tu
 
 
 def _settings(functional, shaped, space, key, strict) -> list[_Setting]:
-    """What each point of a space means for the model."""
+    """Turns each point of a space into a setting for the model."""
     traced = find_all_kernels(functional, shaped)
     settings = []
     for point in space.points:
@@ -330,7 +330,7 @@ def _walk(
 
 
 def _making(functional, shaped, settings, part, groups) -> Making:
-    """How the settings of a chunk are made, as lanes."""
+    """The `Making` of the settings of a chunk, as lanes."""
     mine = [settings[i] for i in part]
     assignments = [setting.first.assignment for setting in mine]
     recipes = stack([assignment.recipes for assignment in assignments])
@@ -423,7 +423,7 @@ def _lane_of(walked: Walked, i: int, assignment) -> Walked:
 
 
 def _record(setting: _Setting, chunk: _Chunk, where: int, shaped: dict, loss: float | None) -> dict[str, Any]:
-    """What is known of one setting; sizes follow from the shapes of its tensors."""
+    """The record of one setting; sizes follow from the shapes of its tensors."""
     recipes = setting.first.assignment.recipes
     tensors = [dataclasses.replace(tensor, grid=recipes[path].grid) for path, tensor in shaped.items()]
     nbytes = sum(tensor.nbytes for tensor in tensors)
@@ -446,7 +446,7 @@ def _partition(settings, numbers: Iterable[int], key: Callable) -> list[list[int
 
 
 def _walk_key(setting: _Setting):
-    """What settings of one walk have in common: where it stops, and what is looked at there."""
+    """The key that settings of one walk have in common: where it stops, and what is looked at there."""
     return tuple(
         (
             tuple((s.path, s.index, s.patches, s.bias is not None, s.activations is not None) for s in analysis.sites),
@@ -457,7 +457,7 @@ def _walk_key(setting: _Setting):
 
 
 def _track_key(setting: _Setting):
-    """What settings of one program have in common: all but their numbers."""
+    """The key that settings of one program have in common: all but their numbers."""
     assignment = setting.first.assignment
     couplings = {path: rule.coupling for path, rule in assignment.rules.items()}
     leaves, structure = jax.tree.flatten((assignment.recipes, activations_of(assignment), couplings))

@@ -1,4 +1,4 @@
-"""What a command says: text for people, a document for programs, and the exit status."""
+"""The answer of a command: text for people, a document for programs, and the exit status."""
 
 import contextlib
 import json

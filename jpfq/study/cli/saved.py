@@ -80,7 +80,7 @@ def run_evaluate(options) -> Answer:
 
 
 def run_inspect(options) -> Answer:
-    """What is in the folder."""
+    """Describes the contents of the folder."""
     check_result(options.folder)
     figures = inspect(options.folder)
     return Answer(inspected(figures), figures)
