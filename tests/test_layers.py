@@ -17,7 +17,7 @@ ONLY_IN = {
     "flax": {"network/linen.py", "network/nnx.py", "study/demo.py", "study/models.py"},
     "optax": {"study/demo.py", "study/models.py"},
     "matplotlib": {"network/picture.py", "network/plot.py", "study/plot.py"},
-    "safetensors": {"network/checkpoint.py", "network/export.py", "network/resume.py"},
+    "safetensors": {"network/store.py", "network/export.py", "network/resume.py"},
     "constriction": {"network/entropy.py"},
     "qwix": {"network/qwix.py"},
 }

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 
-from ..network.checkpoint import made, read, seal
+from ..network.checkpoint import made
 from ..network.leaves import SUFFIXES
 from ..network.outputs import in_words
+from ..network.store import read, seal
 from ..network.table import table
 
 

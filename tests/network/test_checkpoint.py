@@ -18,8 +18,8 @@ import pytest
 from flax import nnx
 
 import jpfq
-import jpfq.network.checkpoint as checkpoint
 import jpfq.network.infos as infos
+import jpfq.network.store as store
 from jpfq.matrix.layout import DotLayout
 from jpfq.network.activation import Rounded
 from tests.network import zoo
@@ -217,14 +217,14 @@ def test_how_far_sums_go_comes_back_to_the_bit_in_few_bits(tmp_path):
     loaded = jpfq.load(tmp_path / "r")
     assert_same(loaded.info, quantized.info)
     assert loaded.summary() == quantized.summary()
-    document, arrays = checkpoint.read(tmp_path / "r")
+    document, arrays = store.read(tmp_path / "r")
     held = {name.removesuffix(".reach"): x.nbytes for name, x in arrays.items() if name.endswith(".reach")}
     for name, (_, reach) in REACHES.items():
         unit = 1 if int(reach.sums.lo) == -128 else int(reach.sums.hi)
         most = (2 ** (int(reach.sums.bits) - 1) - 1) // unit
         assert held.pop(name) <= -(-reach.ends.size * most.bit_length() // 8)
     assert not held
-    before, others = checkpoint.read(tmp_path / "free")  # without accumulators: nothing of it, in the format of before
+    before, others = store.read(tmp_path / "free")  # without accumulators: nothing of it, in the format of before
     assert (before["format"], document["format"]) == (1, 2)
     assert document["info"].keys() - before["info"].keys() == {"reach"}
     assert not [name for name in others if name.endswith(".reach")]
@@ -271,7 +271,7 @@ def test_entropy_coding_comes_near_the_entropy_and_below_the_packed_file(tmp_pat
         coded = quantized.save(tmp_path / f"{grid}-coded", entropy_coded=True)
         share = np.bincount(codes.ravel() - int(lo)) / codes.size
         ideal = -(share * np.log2(share)).sum() * codes.size / 8
-        words = checkpoint.read(tmp_path / f"{grid}-coded")[1]["w.codes"]
+        words = store.read(tmp_path / f"{grid}-coded")[1]["w.codes"]
         assert ideal <= words.nbytes <= 1.01 * ideal + 4 * 17
         assert coded < packed
         assert_same(jpfq.load(tmp_path / f"{grid}-coded").params, quantized.params)
@@ -291,7 +291,7 @@ def test_nothing_is_overwritten_unasked(small, saved, tmp_path):
 
 def test_interrupted_anywhere_the_old_result_or_the_new_one_loads_whole(small, tmp_path, monkeypatch):
     other = result(linear, {"a/kernel": tensor((12, 4), (3, 4), jpfq.Asymmetric(4), seed=5)}, params=small.params)
-    steps = [(checkpoint, "to_disk"), (checkpoint, "digest"), (pathlib.Path, "replace"), (pathlib.Path, "unlink")]
+    steps = [(store, "to_disk"), (store, "digest"), (pathlib.Path, "replace"), (pathlib.Path, "unlink")]
     steps += [(pathlib.Path, "write_text"), (pathlib.Path, "rename")]
     left = [0]
 
@@ -347,7 +347,7 @@ def test_orbax_keeps_parameters_and_packed_kernels_in_both_directions(small, tmp
 
 
 def _reseal(folder, document):
-    (folder / checkpoint.MANIFEST).write_text(checkpoint.seal(document))
+    (folder / store.MANIFEST).write_text(store.seal(document))
 
 
 @pytest.fixture
@@ -357,14 +357,14 @@ def copied(saved, tmp_path):
     folder.mkdir()
     for path in saved.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    document, _ = checkpoint.read(folder)
-    return folder, document, folder / checkpoint.arrays_name(document)
+    document, _ = store.read(folder)
+    return folder, document, folder / store.arrays_name(document)
 
 
 def test_truncated_or_flipped_anywhere_it_does_not_load(copied):
     folder, _, arrays = copied
     rng = np.random.default_rng(0)
-    for file in (folder / checkpoint.MANIFEST, arrays):
+    for file in (folder / store.MANIFEST, arrays):
         whole = file.read_bytes()
         damaged = [whole[:n] for n in {0, 1, 7, 8, 9, len(whole) // 2, len(whole) - 1}] + [whole + b" ", whole + whole]
         for at in rng.integers(0, len(whole), 150):
@@ -399,7 +399,7 @@ def test_truncated_or_flipped_anywhere_it_does_not_load(copied):
 )
 def test_what_is_no_record_is_refused(copied, text):
     folder, *_ = copied
-    (folder / checkpoint.MANIFEST).write_bytes(text.encode("utf-8", "surrogatepass"))
+    (folder / store.MANIFEST).write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match="cannot be loaded"):
         jpfq.load(folder)
 
@@ -506,7 +506,7 @@ def test_sums_that_are_not_those_of_their_kernel_are_refused(copied, small):
     """One by one; and whatever else stands in their place makes sums that an accumulator could hold, or is refused."""
     folder, document, _ = copied
     reach, kernel = document["info"]["reach"], small.tensors["b/c/0"]
-    words = np.asarray(checkpoint.read(folder)[1]["b/c/0.reach"])
+    words = np.asarray(store.read(folder)[1]["b/c/0.reach"])
     wrong = [
         ({"kernels": [2]}, "numbers of 2 kernels"),
         ({"kernels": [0]}, "a/kernel.reach is missing"),
@@ -548,8 +548,8 @@ def test_sums_that_are_not_those_of_their_kernel_are_refused(copied, small):
 def test_reading_can_run_nothing():
     """No name of what could: in the files that read, nothing unpickles, evaluates, imports by name or starts a process."""
     runs = {"eval", "exec", "compile", "pickle", "marshal", "subprocess", "import_module", "__import__"}
-    for file in ("checkpoint.py", "infos.py", "leaves.py", "record.py", "structure.py", "entropy.py"):
-        tree = ast.parse((pathlib.Path(checkpoint.__file__).parent / file).read_text())
+    for file in ("checkpoint.py", "store.py", "infos.py", "leaves.py", "record.py", "structure.py", "entropy.py"):
+        tree = ast.parse((pathlib.Path(store.__file__).parent / file).read_text())
         names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
         names |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
         names |= {a.name for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}

@@ -21,7 +21,7 @@ import pytest
 import safetensors
 
 import jpfq
-from jpfq.network import checkpoint, disk
+from jpfq.network import disk, store
 from jpfq.study import compare
 from jpfq.study.cli import main
 from tests.network.saved import assert_same, result, tensor
@@ -69,7 +69,7 @@ def test_a_result_goes_wherever_a_folder_can_be(kind, tmp_path, monkeypatch):
         folder = pathlib.Path(".")
     if kind == "left":  # by a save that was killed between its two files
         small().save(home)
-        (home / checkpoint.MANIFEST).unlink()
+        (home / store.MANIFEST).unlink()
         (home / "lost+found").mkdir()  # of a file system
     inode = home.stat().st_ino if home.exists() else None
     size = small(1).save(folder)
@@ -158,7 +158,7 @@ def fill(monkeypatch, left):
         (pathlib.Path, "write_text", none),
         (pathlib.Path, "mkdir", none),
         (disk.tempfile, "mkdtemp", none),
-        (checkpoint, "to_disk", none),
+        (store, "to_disk", none),
     ):
         monkeypatch.setattr(owner, name, full(getattr(owner, name), error))
     return full
@@ -332,7 +332,7 @@ def test_a_lock_dies_with_its_process_and_not_with_its_forks(tmp_path):
 def test_a_reader_reads_again_what_is_replaced_meanwhile(at, tmp_path, monkeypatch):
     folder, count = tmp_path / "r", [0]
     small().save(folder)
-    owner = checkpoint if at == "digest" else safetensors
+    owner = store if at == "digest" else safetensors
     do = getattr(owner, at)
 
     def replaced(*args, **kwargs):
@@ -346,7 +346,7 @@ def test_a_reader_reads_again_what_is_replaced_meanwhile(at, tmp_path, monkeypat
     monkeypatch.setattr(owner, at, replaced)
     assert_same(jpfq.load(folder).params, small(3).params)
     assert count == [3]
-    monkeypatch.setattr(checkpoint, "ATTEMPTS", 2)
+    monkeypatch.setattr(store, "ATTEMPTS", 2)
     count[0] = 0
     with pytest.raises(ValueError, match="replaced 2 times while it was read"):
         jpfq.load(folder)
@@ -402,10 +402,10 @@ def test_overwriting_takes_only_what_is_ours(tmp_path):
     assert {name for name in mine if (folder / name).read_text() == "mine"} == mine
     assert len(names(folder)) == 2 + len(mine)
     (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / checkpoint.MANIFEST).write_text('{"model": "of another program"}')
+    (tmp_path / "foreign" / store.MANIFEST).write_text('{"model": "of another program"}')
     with pytest.raises(ValueError, match="holds something else"):
         small().save(tmp_path / "foreign", overwrite=True)
-    assert names(tmp_path / "foreign") == [checkpoint.MANIFEST]
+    assert names(tmp_path / "foreign") == [store.MANIFEST]
 
 
 @pytest.mark.parametrize(
@@ -414,20 +414,20 @@ def test_overwriting_takes_only_what_is_ours(tmp_path):
 def test_a_structure_that_jax_cannot_flatten_is_refused(keys, tmp_path):
     params = {"a": jnp.ones(2), "b": {"c": jnp.zeros(3)}}
     result(linear, {}, params=params).save(tmp_path / "r")
-    document, _ = checkpoint.read(tmp_path / "r")
+    document, _ = store.read(tmp_path / "r")
     deep = ["dict", [["x", ["dict", [[key, i] for i, key in enumerate(keys)]]]]]
     for structure in (["dict", [[key, i] for i, key in enumerate(keys)]], deep):
-        (tmp_path / "r" / checkpoint.MANIFEST).write_text(checkpoint.seal(document | {"structure": structure}))
+        (tmp_path / "r" / store.MANIFEST).write_text(store.seal(document | {"structure": structure}))
         with pytest.raises(ValueError, match="cannot be loaded: Expected the structure of a pytree"):
             jpfq.load(tmp_path / "r")
     whole = ["dict", [[1, 0], [5, 1]]]
-    (tmp_path / "r" / checkpoint.MANIFEST).write_text(checkpoint.seal(document | {"structure": whole}))
+    (tmp_path / "r" / store.MANIFEST).write_text(store.seal(document | {"structure": whole}))
     assert jax.tree.structure(jpfq.load(tmp_path / "r").params) == jax.tree.structure({1: 0, 5: 0})
 
 
 def test_a_record_of_absurd_size_is_refused_unread(tmp_path):
     small().save(tmp_path / "r")
-    with open(tmp_path / "r" / checkpoint.MANIFEST, "r+b") as file:
+    with open(tmp_path / "r" / store.MANIFEST, "r+b") as file:
         file.truncate(2**33)  # of which the disk holds only the beginning
     tracemalloc.start()
     with pytest.raises(ValueError, match=r"cannot be loaded: quantized\.json has 8,589,934,592 bytes"):
@@ -443,7 +443,7 @@ def test_a_record_of_absurd_size_is_refused_unread(tmp_path):
 def test_results_that_earlier_versions_saved_load_to_the_bit(form, tmp_path):
     """Written by version 0.1.0 as it was before records had a size limit, with the weights that it had in memory."""
     loaded = jpfq.load(DATA / f"format-{form}")
-    assert json.loads((DATA / f"format-{form}" / checkpoint.MANIFEST).read_text())["format"] == form
+    assert json.loads((DATA / f"format-{form}" / store.MANIFEST).read_text())["format"] == form
     with np.load(DATA / f"format-{form}.npz") as expected:
         assert loaded.output_error == float(expected["output_error"])
         for name, x in loaded.params.items():

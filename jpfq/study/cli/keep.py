@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...network.checkpoint import MANIFEST, check_leaves, destination, occupied
+from ...network.checkpoint import check_leaves
 from ...network.disk import hidden, writing
 from ...network.picture import check_matplotlib
+from ...network.store import MANIFEST, destination, occupied
 from ..compare import Subject
 from ..sweep import Sweep
 from .settings import nearest
