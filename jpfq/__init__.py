@@ -1,10 +1,10 @@
 """jpfq: post-training quantization of JAX networks by path following.
 
 `quantize` takes a model, calibration batches and `Rule`s, and returns a `Quantized`; a number of bits in place of rules
-means what `best` recommends. `solve` is the same for one matrix. The README is a guide by task; `jpfq.matrix` has the theory
-on one page; `jpfq.embed` random features and binary embeddings; `jpfq.paper` the published methods, `jpfq.ranges` the ranges
-of activations and `jpfq.patches` the windows of convolutions, which lie in `jpfq.network.paper`, `jpfq.scalar.ranges` and
-`jpfq.matrix.patches`.
+means what `best` recommends. `solve` is the same for one matrix. The folder `jpfq/guides` has a guide for each task;
+`jpfq.matrix` has the theory on one page; `jpfq.embed` random features and binary embeddings; `jpfq.paper` the published
+methods, `jpfq.ranges` the ranges of activations and `jpfq.patches` the windows of convolutions, which lie in
+`jpfq.network.paper`, `jpfq.scalar.ranges` and `jpfq.matrix.patches`.
 
 The examples below, and those of all classes and functions, run one by one. They take these names for granted:
 
