@@ -97,6 +97,10 @@ nearest and step for stochastic rounding, and let nothing saturate.
 
 from .coupling import solve_coupled as solve_coupled
 from .damping import Damping as Damping
+from .buckets import Bucket as Bucket
+from .buckets import buckets as buckets
+from .buckets import cut as cut
+from .buckets import fill as fill
 from .damping import MeanDiagonal as MeanDiagonal
 from .damping import TopEigenvalue as TopEigenvalue
 from .finish import CosineDescend as CosineDescend

@@ -31,6 +31,8 @@ from .substitute import Recursion, substitute
 class Finish(abc.ABC):
     """A last improvement of codes and steps."""
 
+    passes = 0  # over all coordinates
+
     @property
     def descends(self) -> bool:
         """True if codes change."""

@@ -44,6 +44,7 @@ class Gram:
     sum_Xq: jax.Array  # (in,)
     count: jax.Array  # ()  rows seen, or the sum of their weights
     power: int = dataclasses.field(default=0, metadata={"static": True})  # the sums are of inputs times 2^power
+    inputs: jax.Array | None = None  # ()  how many coordinates there are, where more of zeros follow; see buckets.py
 
     @classmethod
     @anywhere
@@ -208,7 +209,7 @@ class Gram:
             True
         """
         mean = mean_energy(self.diagonal)
-        unseen = jnp.where(self.diagonal > 0, 0, jnp.where(mean > 0, mean, 1))
+        unseen = jnp.where((self.diagonal > 0) | ~self.real, 0, jnp.where(mean > 0, mean, 1))
         return dataclasses.replace(self, H=self.H + jnp.diag(unseen))
 
     @property
@@ -231,7 +232,17 @@ class Gram:
 
         The square of a small input may underflow next to large ones; its sum does not.
         """
-        return (self.diagonal == 0) & (self.sum_Xq == 0)
+        return (self.diagonal == 0) & (self.sum_Xq == 0) & self.real
+
+    @property
+    def n(self) -> int | jax.Array:
+        """The number of input coordinates, without those that only fill up."""
+        return self.sum_Xq.shape[-1] if self.inputs is None else self.inputs
+
+    @property
+    def real(self) -> jax.Array:
+        """True for the input coordinates, False for those that only fill up, which come last (in,)."""
+        return jnp.arange(self.sum_Xq.shape[-1]) < self.n
 
     @property
     def G(self) -> jax.Array:

@@ -127,4 +127,5 @@ def _system(W, gram, damping, alpha) -> System:
     base = W
     if alpha is not None and gram.C is not None:
         base = W + alpha * factored.feedback(matmul(gram.C, W))
-    return System(jnp.where(gram.diagonal[:, None] > 0, base, W), factored.L, W, factored.diagonal**2)
+    live = gram.diagonal > 0  # no error of a dead coordinate reaches the output, whatever its place in the factor
+    return System(jnp.where(live[:, None], base, W), factored.L, W, jnp.where(live, factored.diagonal**2, 0))

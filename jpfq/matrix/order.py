@@ -15,6 +15,8 @@ from .gram import Gram, Rows, as_gram
 class Order(abc.ABC):
     """A permutation of the input coordinates, from the data."""
 
+    fills = False  # whether inputs of 0 at the end stay there and change nothing for the others
+
     @abc.abstractmethod
     def __call__(self, data: Gram | Rows) -> jax.Array | None:
         """The coordinates in the order of their visit; None leaves them as they are."""
@@ -30,6 +32,8 @@ class Natural(Order):
         True
     """
 
+    fills = True
+
     def __call__(self, data):
         return None
 
@@ -44,6 +48,8 @@ class Descending(Order):
         >>> int(order[0]) == int(gram.diagonal.argmax())
         True
     """
+
+    fills = True
 
     def __call__(self, data):
         return jnp.argsort(-data.diagonal, stable=True)

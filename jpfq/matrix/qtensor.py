@@ -214,11 +214,16 @@ def code_dtype(grid: Grid) -> np.dtype:
     return np.dtype(next(k for k in kinds if np.iinfo(k).min <= lo and hi <= np.iinfo(k).max))
 
 
-def entropy(codes: jax.Array, neurons: Neurons = ALL) -> jax.Array:
-    """Entropy of integer codes (.., out) in bits; codes 2^16 and more above the lowest are counted together."""
+def entropy(codes: jax.Array, neurons: Neurons = ALL, filling: jax.Array | int = 0) -> jax.Array:
+    """Entropy of integer codes (.., out) in bits; codes 2^16 and more above the lowest are counted together.
+
+    `filling` is how many of them are only there to fill up, all of them 0.
+    """
     codes = codes.astype(jnp.int32)
-    above = jnp.minimum(codes - neurons.min(codes), 2**16 - 1)
+    lowest = neurons.min(codes)
+    above = jnp.minimum(codes - lowest, 2**16 - 1)
     counts = neurons.add(jnp.bincount(neurons.where(above, 2**16).ravel(), length=2**16))  # none at 2^16
+    counts = counts.at[-lowest].add(-jnp.asarray(filling, counts.dtype))
     share = counts / counts.sum()
     return -jnp.sum(share * jnp.log2(jnp.where(share > 0, share, 1)))
 

@@ -64,14 +64,19 @@ class Devices:
 
 
 def solve_sharded(
-    W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None, devices: Devices | None
+    W: jax.Array,
+    data: Gram | Rows,
+    recipe: Recipe,
+    key: jax.Array | None,
+    devices: Devices | None,
+    real: jax.Array | None = None,
 ) -> Solution:
     """`solve_all` with the neurons of W (B, in, out) split over `devices`; the codes are the same.
 
     Matrices of fewer neurons than devices, as in a depthwise convolution, are solved whole on every device.
     """
     if devices is None or W.shape[-1] < devices.count:
-        return solve_all(W, data, recipe, key)
+        return solve_all(W, data, recipe, key, real)
     return _solve_sharded(*_arguments(W, data, recipe, key, devices))
 
 

@@ -53,7 +53,7 @@ class Shrinkage:
 
     def __call__(self, gram: Gram) -> Gram:
         """The Gram that quantizing is to see."""
-        n, dtype = gram.H.shape[0], gram.H.dtype
+        n, dtype = jnp.maximum(gram.n, 1).astype(gram.H.dtype), gram.H.dtype
         rows = jnp.maximum(gram.count, 1).astype(dtype)
         k = self.share * n / rows
         trust = jnp.minimum(rows / (n + CLOSE), 1)
@@ -70,7 +70,7 @@ class Shrinkage:
         prior = SLOPE * (1 - trust) * mean / rows + rare
         slope = jnp.trace(diagonal) / jnp.where(live.any(), gram.diagonal.sum(), 1)
         slopes = (jnp.diagonal(diagonal) + prior * slope) / jnp.where(live, gram.diagonal + prior, 1)
-        few = ((trust < 1) | (rare > 0))[:, None] & live[:, None] & jnp.eye(n, dtype=bool)
+        few = ((trust < 1) | (rare > 0))[:, None] & live[:, None] & jnp.eye(live.size, dtype=bool)
         return dataclasses.replace(gram, H=H, C=jnp.where(few, jnp.diag(slopes * jnp.diagonal(H)), C))
 
 

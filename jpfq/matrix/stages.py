@@ -37,13 +37,15 @@ class Solution(NamedTuple):
     info: Info
 
 
-def solve_all(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None) -> Solution:
+def solve_all(
+    W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None, real: jax.Array | None = None
+) -> Solution:
     """Quantizes B matrices W (B, in, out), with a leading axis of B on every array of `data`.
 
     A scale per tensor is shared by all B, unless a search or a finish moves it. Key: folded by matrix, neuron and input
-    coordinate. Compiled once for all grids.
+    coordinate. Compiled once for all grids. `real` is how many of the weights are no filling: see buckets.py.
     """
-    return _solve_all(W, data, dataclasses.replace(recipe, grid=Codes.of(recipe.grid)), key)
+    return _solve_all(W, data, dataclasses.replace(recipe, grid=Codes.of(recipe.grid)), key, real)
 
 
 class _Job(NamedTuple):
@@ -59,13 +61,23 @@ class _Job(NamedTuple):
 
 
 @jax.jit
-def _solve_all(W, data, recipe, key):
-    return stages(W, data, recipe, key)
+def _solve_all(W, data, recipe, key, real=None):
+    return stages(W, data, recipe, key, real=real)
 
 
-def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None, neurons: Neurons = ALL) -> Solution:
-    """All stages on the neurons W (B, in, out), which may be some of the matrix's; figures are those of all."""
-    B, _, out = W.shape
+def stages(
+    W: jax.Array,
+    data: Gram | Rows,
+    recipe: Recipe,
+    key: jax.Array | None,
+    neurons: Neurons = ALL,
+    real: jax.Array | None = None,
+) -> Solution:
+    """All stages on the neurons W (B, in, out), which may be some of the matrix's; figures are those of all.
+
+    `real` is how many of all weights are no filling.
+    """
+    B, n, out = W.shape
     jobs = each(lambda W, data: _prepare(W, data, recipe), W, data)
     ready, importance = each(lambda job: (_back(job.ready_W, job.order), _back(job.data.diagonal, job.order)), jobs)
     levels = _lay(ready, importance, recipe, neurons)
@@ -87,9 +99,14 @@ def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | Non
     if shared and not recipe.moves_step:
         step, zero = step[:1], zero[:1]
     sums = {name: x.sum() for name, x in parts.items()}
-    means = {name: parts[name].mean() for name in ("saturation", "sparsity")}
+    weights, filling = B * n * (neurons.count or out), 0
+    if real is not None:
+        weights, filling = real, weights - real
+    count = lambda x: x.astype(W.dtype).sum()
+    sums["saturation"] = count(parts["saturation"]) / weights
+    sums["sparsity"] = (count(parts["sparsity"]) - filling) / weights
     sums["energy"] = jnp.where(jnp.isnan(magnitude).any(), jnp.nan, sums["energy"])
-    info = Info(**sums | means, entropy=entropy(codes, neurons), exponent=k - data.power, reach=reach)
+    info = Info(**sums, entropy=entropy(codes, neurons, filling), exponent=k - data.power, reach=reach)
     return Solution(codes, q, step, zero, info)
 
 
@@ -150,6 +167,8 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
             W0 = reduce(target(system))
             floor, rest = squares.error(W0, W0)  # on an infinitely fine grid arguments are codes
             vague = neurons.sum(rounding(job.data, squares.W, W0)) + rest
+            if job.data.inputs is not None:  # C may be there for others in its bucket
+                floor, vague = (jnp.where((job.data.C == 0).all(), 0, x) for x in (floor, vague))
         if system.cost is not None:
             most = reduce(recipe.rounding.error(recursion.spread()))
             bound = (jnp.sqrt(floor + vague) + jnp.sqrt(neurons.sum(square_bound(system.cost, most)))) ** 2
@@ -179,9 +198,9 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
     figures = {
         "square_error": error,
         "energy": squares.energy,
-        "saturation": neurons.mean(path.saturated),
+        "saturation": neurons.sum(path.saturated),
         "dead": job.dead,
-        "sparsity": neurons.mean(q == 0),
+        "sparsity": neurons.sum(q == 0),
         "zero_steps": neurons.sum((levels.step == 0) & nonzero),
         "square_floor": as_number(floor),
         "square_bound": jnp.where(error > bound + vague, jnp.nan, as_number(bound + 2 * vague)),

@@ -16,7 +16,7 @@ from ..matrix.correlate import Correlations, at_a_time, correlates
 from ..matrix.each import each, over_lanes
 from ..matrix.gram import Shown, at_least_float32, raised
 from ..matrix.layout import DotLayout, Layout
-from ..matrix.patches import All
+from ..matrix.patches import DEFAULT
 from .batches import NotFinite
 from .stream import Stream
 
@@ -49,7 +49,7 @@ class Gather:
         """
         self.streams = [(stream, stream.stops[number][0]) for stream in streams]
         stream, site = self.streams[0]
-        self.track, self.path, self.patches = track, site.path, site.patches or All()
+        self.track, self.path, self.patches = track, site.path, site.patches or DEFAULT
         self.key = None
         if self.patches.random and key is not None:
             self.key = fold_in(key, zlib.crc32(f"patches of {site.path}".encode()))
@@ -107,19 +107,28 @@ class Gather:
 
         None for weights that are all 1, and for the numbers of all rows.
         """
-        number = 0
+        number, total = 0, self._total
         for stream, site in self.streams:
             layout = self.patches.layout(site.layout)
             for x, xq, weights in stream.inputs(site, self.track):
                 rows = rows_shape(layout, x.shape)
-                picked = None
                 if self.key is not None:
                     key = fold_in(self.key, number)
                     pick = lambda key, layout=layout, rows=rows: self.patches.pick(layout, rows, key)
                     picked = jax.vmap(pick)(key) if key.ndim else pick(key)
+                else:
+                    picked = None if total is None else self.patches.pick(layout, rows, None, total, number)
                 weights = None if weights is None else _row_weights(layout, weights, x.shape)
                 yield layout, x, xq, weights, picked
                 number += 1
+
+    @functools.cached_property
+    def _total(self) -> int | None:
+        """The rows of all batches; None where rows have weights, of which those above 0 are all taken."""
+        if any(weights is not None for stream, _ in self.streams for weights in stream.weights):
+            return None
+        rows = lambda site: math.prod(rows_shape(self.patches.layout(site.layout), site.data.aval.shape))
+        return sum(len(stream.batches) * rows(site) for stream, site in self.streams)
 
     def _laned(self, picked):
         """(True if the input of the quantized networks has lanes, True if the numbers of the rows to take have)."""

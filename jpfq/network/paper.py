@@ -26,6 +26,7 @@ from ..matrix import (
     Qronos,
     TopEigenvalue,
 )
+from ..matrix.patches import All
 from ..scalar import (
     AbsMax,
     Accumulator,
@@ -300,4 +301,4 @@ def fewer_bits(
 
 
 def _plain(pattern, **settings) -> list[Rule]:
-    return [Rule(pattern, finish=None, shrinkage=None, **settings)]
+    return [Rule(pattern, finish=None, shrinkage=None, patches=All(), **settings)]

@@ -14,7 +14,7 @@ from ..matrix.automatic import context
 from ..matrix.correlate import at_a_time, copies, correlates
 from ..matrix.gram import HALVES
 from ..matrix.layout import ConvLayout, Layout
-from ..matrix.patches import All
+from ..matrix.patches import DEFAULT
 from ..scalar import Bounded
 from .batches import shapes_of
 from .compat import is_literal
@@ -227,8 +227,8 @@ def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -
     path, dims, count = uses[0].path, uses[0].layout.dims, len(uses)
     uses = list({site.reads: site for site in uses}.values())  # two that read the same have one Gram
     B, n, out = dims
-    layouts = [(site.patches or All()).layout(site.layout) for site in uses]
-    picked = list(map(_picked, uses, layouts))
+    layouts = [(site.patches or DEFAULT).layout(site.layout) for site in uses]
+    picked = [_picked(site, layout, batches) for site, layout in zip(uses, layouts, strict=True)]
     shapes = [site.data.aval.shape for site in uses]
     windows = map(rows_shape, layouts, shapes)
     counts = [math.prod(rows) if drawn is None else drawn for drawn, rows in zip(picked, windows, strict=True)]
@@ -240,7 +240,7 @@ def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -
         flops = 6.0 * B * rows * n * (out + (recipe.block or n))
         return Line(path, dims, rows, recipe, "data", 4 * work, flops, count)
     matrices = 3 if networks == 2 else 1  # H, C, drift
-    passes = getattr(recipe.finish, "passes", 0)
+    passes = 0 if recipe.finish is None else recipe.finish.passes
     bare = recipe.method.local and isinstance(recipe.order, Natural) and networks == 1
     squares, columns = (7, 16) if passes else (2 if bare else 4, 12)
     whole = [drawn is None for drawn in picked]
@@ -254,12 +254,12 @@ def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -
     return Line(path, dims, rows, recipe, "gram", 4 * B * max(gather, solve), flops, count)
 
 
-def _picked(site: Site, layout: Layout) -> int | None:
+def _picked(site: Site, layout: Layout, batches: int) -> int | None:
     """The number of rows of a batch that are drawn; None where all are taken."""
-    if not (site.patches and site.patches.random):
-        return None
+    patches = site.patches or DEFAULT
     windows = rows_shape(layout, site.data.aval.shape)
-    drawn = jax.eval_shape(lambda: site.patches.pick(layout, windows, jax.random.key(0)))
+    total = batches * math.prod(windows)
+    drawn = jax.eval_shape(lambda: patches.pick(layout, windows, jax.random.key(0), total))
     return None if drawn is None else drawn.size
 
 

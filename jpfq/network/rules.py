@@ -32,8 +32,8 @@ class Rule:
         activations: how the layer's input is quantized while the network runs; left out, it is not.
         accumulator: which integer sums must never overflow, such as `jpfq.Accumulator(16, tile=64)`; it takes quantized
             activations. Left out, sums are of any size.
-        patches: which windows of a convolution it is calibrated on: `jpfq.patches.All()`, the default,
-            `NonOverlapping()` or `Random(share)`.
+        patches: which windows of a convolution it is calibrated on: `jpfq.patches.AtMost(128)` for each of its inputs,
+            the default, `All()`, `NonOverlapping()` or `Random(share)`.
         correct_bias: whether the mean error of the layer's output goes into the bias that follows it, where it has one
             of its own (of a BatchNorm, too).
         coupling: how neurons make up for each other's errors, such as `jpfq.Coupling(of="logits")`; left out, each neuron

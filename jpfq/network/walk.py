@@ -21,13 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..matrix import (
+    Bucket,
     Devices,
+    Gram,
     Info,
     QTensor,
     Recipe,
     Solution,
     all_well,
+    buckets,
     code_dtype,
+    cut,
+    fill,
     raise_on,
     solve_coupled,
     solve_sharded,
@@ -77,8 +82,11 @@ class Keeps(Protocol):
         ...
 
 
+Place = tuple[int, int]  # of a site: its stop, and its position there
+
+
 class _Track:
-    """The results of a track so far."""
+    """The results of a track so far, and the buckets that its sites are solved in."""
 
     def __init__(self, number: int, making: Making):
         self.number, self.making, self.laned = number, making, making.lanes is not None
@@ -87,6 +95,7 @@ class _Track:
         self.info: dict[str, Info] = {}
         self.biases: dict[str, jax.Array] = {}
         self.inputs: dict[str, dict[int, Rounded]] = {}
+        self.buckets: dict[Place, Bucket] = {}
 
     def lift(self, f: Callable) -> Callable:
         """A function of the arrays of one network, for those of this track."""
@@ -99,9 +108,6 @@ def stops(sites: Sequence[Site]) -> list[list[int]]:
     for number, site in enumerate(sites):
         groups.setdefault(site.reads, []).append(number)
     return sorted(groups.values(), key=lambda numbers: min(sites[number].first for number in numbers))
-
-
-Place = tuple[int, int]  # of a site: its stop, and its position there
 
 
 def served(stops: Sequence[Sequence[Site]]) -> dict[Place, list[Place]]:
@@ -141,6 +147,8 @@ def walk(
     uses = served(first.stops)
     waiting = collections.Counter(first.stops[number][position].path for number, position in uses)
     tracks = [_Track(number, making) for number, making in enumerate(makings)]
+    for track in tracks if devices is None else ():
+        track.buckets = _buckets(first, uses, track.making)
     for number, stop in enumerate(first.stops):
         known = [
             kept and kept.read(number, position, _asked(stop, position, makings[0])) for position in range(len(stop))
@@ -162,6 +170,16 @@ def walk(
     in_order = lambda inputs: {path: [by_use[use] for use in sorted(by_use)] for path, by_use in inputs.items()}
     walked = [Walked(t.tensors, t.info, t.biases, in_order(t.inputs), e) for t, e in zip(tracks, errors, strict=True)]
     return walked, sum(stream.peak for stream in streams)
+
+
+def _buckets(first, uses, making):
+    """The buckets of all sites that are solved alone."""
+    problems = {}
+    for place in uses:
+        site = first.stops[place[0]][place[1]]
+        if place not in making.coupled:
+            problems[place] = site.layout.dims, site.data in first.forks, making.recipes[site.path]
+    return buckets(problems)
 
 
 def _asked(stop, position, making) -> Asked:
@@ -209,8 +227,14 @@ def _solved(first, number, position, track, gather, devices, report) -> Solved:
     report.doing("solving")
     coupled = making.coupled.get((number, position))
     solve = functools.partial(_solve_lanes, data_laned=gather.laned) if track.laned else _solve
-    solution = solve(W, gathered.data, recipe, draw, coupled, devices)
-    _raise_on(solution.info, recipe, site.path, gathered.data, making.lanes, gather.laned)
+    bucket = track.buckets.get((number, position)) if isinstance(gathered.data, Gram) else None
+    weights, data, real = W, gathered.data, None
+    if bucket is not None:
+        weights, data, real = *fill(W, data, bucket), jnp.asarray(W.size)
+    solution = solve(weights, data, recipe, draw, coupled, devices, real)
+    _raise_on(solution.info, recipe, site.path, data, making.lanes, gather.laned)
+    if bucket is not None:
+        solution = cut(solution, W.shape)
     info = solution.info
     if gathered.used is not None:
         lanes = (len(making.lanes or ()),) * track.laned
@@ -244,20 +268,20 @@ def _take(streams, number, position, track, solved, waiting, places):
         track.info[site.path] = track.lift(Info.join)(infos)
 
 
-def _solve(W, data, recipe, key, coupled, devices) -> Solution:
-    """The solution of one site."""
+def _solve(W, data, recipe, key, coupled, devices, real) -> Solution:
+    """The solution of one site, of whose weights so many are `real`, all where that is None."""
     if coupled is None:
-        return solve_sharded(W, data, recipe, key, devices)
+        return solve_sharded(W, data, recipe, key, devices, real)
     how, F = coupled
     return solve_coupled(W, as_gram(data), F, recipe, key, how.damping, how.block)
 
 
 @functools.partial(jax.jit, static_argnames=("devices", "data_laned"))
-def _solve_lanes(W, data, recipe, key, coupled, devices, data_laned) -> Solution:
+def _solve_lanes(W, data, recipe, key, coupled, devices, real, data_laned) -> Solution:
     """The solutions of one site, by lane."""
-    one = lambda W, data, recipe, key, coupled: _solve(W, data, recipe, key, coupled, devices)
-    laned = False, data_laned, True, key is not None, coupled is not None
-    return over_lanes(one, (W, data, recipe, key, coupled), laned)
+    one = lambda W, data, recipe, key, coupled, real: _solve(W, data, recipe, key, coupled, devices, real)
+    laned = False, data_laned, True, key is not None, coupled is not None, False
+    return over_lanes(one, (W, data, recipe, key, coupled, real), laned)
 
 
 def _raise_on(info, recipe, name, data, lanes, data_laned):

@@ -37,6 +37,7 @@ class Rounding(abc.ABC):
 
     random: ClassVar[bool] = False  # draws from the key
     sparse: ClassVar[bool] = False  # sends weights to 0 on purpose, hence needs a grid that has 0
+    fills: ClassVar[bool] = False  # whether weights of 0 beside the others change no code of theirs
 
     def init(self) -> Any:
         """The carry before the first coordinate."""
@@ -85,6 +86,8 @@ class Nearest(Rounding):
         >>> rule = jpfq.Rule(".*", bits=4, rounding=jpfq.Nearest())  # as it is without being named
     """
 
+    fills = True
+
     def __call__(self, carry, a, here):
         return carry, here.levels.encode(a)
 
@@ -105,6 +108,7 @@ class Stochastic(Rounding):
     """
 
     random = True
+    fills = True
 
     def __call__(self, carry, a, here):
         x = here.levels.position(a)

@@ -95,6 +95,7 @@ class Scale(abc.ABC):
     """A rule that lays a grid over a weight matrix."""
 
     per: Per
+    fills = False  # whether weights of 0 beside the others change no step of theirs
 
     @abc.abstractmethod
     def __call__(self, W: jax.Array, grid: Grid, importance: jax.Array | None = None) -> Levels:
@@ -132,6 +133,10 @@ class Based(Scale):
     base: Scale
 
     @property
+    def fills(self) -> bool:  # type: ignore[override]
+        return self.base.fills
+
+    @property
     def per(self) -> Per:  # type: ignore[override]
         return self.base.per
 
@@ -157,6 +162,7 @@ class AbsMax(Scale):
 
     c: Number = 1.0
     per: Per = _static(PerChannel())
+    fills = True
 
     def __post_init__(self):
         _check_positive(self.c, "AbsMax: the factor c")
@@ -246,6 +252,7 @@ class MinMSE(Scale):
     least: Number = 0.2
     per: Per = _static(PerChannel())
     weighted: bool = _static(False)
+    fills = True
 
     def __post_init__(self):
         _check_positive(self.norm, "MinMSE: the norm")

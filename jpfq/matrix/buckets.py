@@ -1,0 +1,144 @@
+"""Buckets: problems of several sizes that one compiled program solves, filled up with zeros to the size of the bucket.
+
+A program takes seconds to compile for each size, whatever the size; a solve of a small layer takes hundredths of one. So
+small problems are filled up:
+
+    W        matrices, inputs and neurons of 0
+    H, C, drift, sums    inputs of 0, which no row has shown; `Gram.inputs` says how many are real
+
+A weight of 0 under an input that is always 0 is rounded to 0 and moves no output, and each neuron goes its own way, so codes
+stay as they are, random draws included, which are folded by the numbers of matrix, neuron and input.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..scalar import Codes, PerGroup
+from .gram import Gram, is_traced
+from .recipe import Recipe
+from .stages import Solution
+
+COMPILE = 2.0  # seconds that a program takes to compile, on two cores
+STEP, FLOPS = 3e-6, 3e10  # seconds that a step of a loop takes, and operations in a second
+
+Size = tuple[int, int, int]  # matrices, inputs, neurons
+Key = TypeVar("Key", bound=Hashable)
+
+
+def seconds(size: Size, recipe: Recipe) -> float:
+    """The time of one solve, about, on two cores."""
+    B, n, out = size
+    runs = recipe.scale.runs + (0 if recipe.finish is None else 2 * recipe.finish.passes)
+    loop = n * (STEP + B * out * (64 + n) / FLOPS)
+    return runs * loop + B * n * n * (10 * n + 10 * out) / FLOPS
+
+
+class Bucket(NamedTuple):
+    """A size that problems are filled up to, and whether they are to have matrices C and drift, if of 0."""
+
+    size: Size
+    drifts: bool
+
+
+def buckets(problems: Mapping[Key, tuple[Size, bool, Recipe]]) -> dict[Key, Bucket]:
+    """The bucket of each problem, so that compiling and solving all of them takes least time, about.
+
+    Two buckets become one as long as that saves time; the pair that saves most comes first. A problem that would be alone
+    in one has none, nor has one whose recipe does not allow it.
+
+    Args:
+        problems: size, whether the two networks differ in the data, and recipe.
+    """
+    kinds: dict[Any, dict[tuple[Size, bool], list]] = {}
+    for key, (size, drifts, recipe) in problems.items():
+        if fills(recipe):
+            kind = jax.tree.structure(dataclasses.replace(recipe, grid=Codes.of(recipe.grid)))
+            kinds.setdefault(kind, {}).setdefault((size, drifts), []).append(key)
+    found = {}
+    for members in kinds.values():
+        recipe = problems[next(iter(members.values()))[0]][2]
+        for bucket, kinds_in in _grouped({kind: len(keys) for kind, keys in members.items()}, recipe):
+            if len(kinds_in) > 1:
+                found |= {key: bucket for kind in kinds_in for key in members[kind]}
+    return found
+
+
+def _grouped(counts, recipe):
+    """Buckets and their members, from how many problems there are of each (size, drifts)."""
+    groups = [(Bucket(*kind), (kind,)) for kind in counts]
+
+    def cost(group):
+        return COMPILE + seconds(group[0].size, recipe) * sum(counts[kind] for kind in group[1])
+
+    def joined(a, b):
+        size = tuple(map(max, a[0].size, b[0].size))
+        return Bucket(size, a[0].drifts or b[0].drifts), a[1] + b[1]
+
+    def may_join(a, b):
+        return fills_inputs(recipe) or a[0].size[1] == b[0].size[1]
+
+    while True:
+        pairs = [pair for pair in itertools.combinations(groups, 2) if may_join(*pair)]
+        saved = [cost(a) + cost(b) - cost(joined(a, b)) for a, b in pairs]
+        if not pairs or max(saved) <= 0:
+            return groups
+        a, b = pairs[saved.index(max(saved))]
+        groups = [*(group for group in groups if group not in (a, b)), joined(a, b)]
+
+
+def fills(recipe: Recipe) -> bool:
+    """True if weights of 0 under inputs of 0 change nothing that a solve by this recipe returns for the others."""
+    parts = recipe.scale.fills, recipe.order.fills, recipe.rounding.fills
+    plain = recipe.rotation is None and recipe.prepare == () and recipe.refits is None and not recipe.needs_rows
+    return plain and all(parts) and not recipe.scale.shared and _has_zero(recipe.grid)
+
+
+def _has_zero(grid):
+    lo, hi, zero, _ = grid.alphabet()
+    if zero is None or any(map(is_traced, (lo, hi, zero))):
+        return False
+    return bool(np.all((zero == np.floor(zero)) & (lo <= zero) & (zero <= hi)))
+
+
+def fills_inputs(recipe: Recipe) -> bool:
+    """True if there may be more inputs too: where their number decides which weights share a step, it is kept."""
+    return not isinstance(recipe.scale.per, PerGroup)
+
+
+@functools.partial(jax.jit, static_argnames="bucket")
+def fill(W: jax.Array, gram: Gram, bucket: Bucket) -> tuple[jax.Array, Gram]:
+    """Weights (B, in, out) and the Gram of their inputs, of the size of a bucket; arrays of the Gram may have lanes."""
+    B, n, out = (more - size for more, size in zip(bucket.size, W.shape, strict=True))
+    sizes = {"matrix": (B, n, n), "vector": (B, n), "number": (B,)}
+
+    def filled(x, kind):
+        width = sizes[kind]
+        return jnp.pad(x, ((0, 0),) * (x.ndim - len(width)) + tuple((0, more) for more in width))
+
+    H = filled(gram.H, "matrix")
+    C, drift = (None if M is None else filled(M, "matrix") for M in (gram.C, gram.drift))
+    if C is None and bucket.drifts:
+        C = drift = jnp.zeros_like(H)
+    sums = (filled(x, "vector") for x in (gram.sum_X, gram.sum_Xq))
+    count = filled(gram.count, "number")
+    inputs = jnp.where(jnp.arange(bucket.size[0]) < W.shape[0], W.shape[1], 0)
+    inputs = jnp.broadcast_to(inputs, count.shape)
+    W = jnp.pad(W, ((0, B), (0, n), (0, out)))
+    return W, Gram(H, C, drift, *sums, count, gram.power, inputs)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def cut(solution: Solution, size: Size) -> Solution:
+    """A solution without what filled it up; all with an axis of lanes, or none."""
+    B, n, out = size
+    codes, q = (x[..., :B, :n, :out] for x in (solution.codes, solution.q))
+    step, zero = (x[..., :B, :, :out] for x in (solution.step, solution.zero))
+    return Solution(codes, q, step, zero, solution.info)
+
