@@ -95,12 +95,12 @@ nearest and step for stochastic rounding, and let nothing saturate.
   `jpfq.certify` checks.
 """
 
-from .coupling import solve_coupled as solve_coupled
-from .damping import Damping as Damping
 from .buckets import Bucket as Bucket
 from .buckets import buckets as buckets
 from .buckets import cut as cut
 from .buckets import fill as fill
+from .coupling import solve_coupled as solve_coupled
+from .damping import Damping as Damping
 from .damping import MeanDiagonal as MeanDiagonal
 from .damping import TopEigenvalue as TopEigenvalue
 from .finish import CosineDescend as CosineDescend

@@ -6,8 +6,8 @@ small problems are filled up:
     W        matrices, inputs and neurons of 0
     H, C, drift, sums    inputs of 0, which no row has shown; `Gram.inputs` says how many are real
 
-A weight of 0 under an input that is always 0 is rounded to 0 and moves no output, and each neuron goes its own way, so codes
-stay as they are, random draws included, which are folded by the numbers of matrix, neuron and input.
+A weight under an input that is always 0 moves no output, whatever it is rounded to, and each neuron goes its own way. So
+codes stay as they are, random draws included, which are folded by the numbers of matrix, neuron and input.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..scalar import Codes, PerGroup
-from .gram import Gram, is_traced
+from .gram import Gram
 from .recipe import Recipe
 from .stages import Solution
 
@@ -95,16 +95,9 @@ def _grouped(counts, recipe):
 
 def fills(recipe: Recipe) -> bool:
     """True if weights of 0 under inputs of 0 change nothing that a solve by this recipe returns for the others."""
-    parts = recipe.scale.fills, recipe.order.fills, recipe.rounding.fills
+    parts = recipe.scale.fills(recipe.grid), recipe.order.fills, recipe.rounding.fills
     plain = recipe.rotation is None and recipe.prepare == () and recipe.refits is None and not recipe.needs_rows
-    return plain and all(parts) and not recipe.scale.shared and _has_zero(recipe.grid)
-
-
-def _has_zero(grid):
-    lo, hi, zero, _ = grid.alphabet()
-    if zero is None or any(map(is_traced, (lo, hi, zero))):
-        return False
-    return bool(np.all((zero == np.floor(zero)) & (lo <= zero) & (zero <= hi)))
+    return plain and all(parts)
 
 
 def fills_inputs(recipe: Recipe) -> bool:
@@ -126,19 +119,18 @@ def fill(W: jax.Array, gram: Gram, bucket: Bucket) -> tuple[jax.Array, Gram]:
     C, drift = (None if M is None else filled(M, "matrix") for M in (gram.C, gram.drift))
     if C is None and bucket.drifts:
         C = drift = jnp.zeros_like(H)
-    sums = (filled(x, "vector") for x in (gram.sum_X, gram.sum_Xq))
+    sum_X, sum_Xq = (filled(x, "vector") for x in (gram.sum_X, gram.sum_Xq))
     count = filled(gram.count, "number")
     inputs = jnp.where(jnp.arange(bucket.size[0]) < W.shape[0], W.shape[1], 0)
     inputs = jnp.broadcast_to(inputs, count.shape)
     W = jnp.pad(W, ((0, B), (0, n), (0, out)))
-    return W, Gram(H, C, drift, *sums, count, gram.power, inputs)
+    return W, Gram(H, C, drift, sum_X, sum_Xq, count, gram.power, inputs)
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def cut(solution: Solution, size: Size) -> Solution:
-    """A solution without what filled it up; all with an axis of lanes, or none."""
+@functools.partial(jax.jit, static_argnames=("size", "dtype"))
+def cut(solution: Solution, size: Size, dtype: np.dtype) -> Solution:
+    """A solution without what filled it up, its codes as integers of that type; all with an axis of lanes, or none."""
     B, n, out = size
     codes, q = (x[..., :B, :n, :out] for x in (solution.codes, solution.q))
     step, zero = (x[..., :B, :, :out] for x in (solution.step, solution.zero))
-    return Solution(codes, q, step, zero, solution.info)
-
+    return Solution(codes.astype(dtype), q, step, zero, solution.info)

@@ -5,6 +5,7 @@ X are the inputs of a layer in the float network, Xq its inputs in the network q
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -161,6 +162,13 @@ class Gram:
         )  # at once 2^more would underflow itself
         sums = raised(self.sum_X, more), raised(self.sum_Xq, more)
         return type(self)(square(self.H), square(self.C), square(self.drift), *sums, self.count, power)
+
+    @classmethod
+    def zeros(cls, lead: tuple[int, ...], n: int, dtype, drifts: bool, power: int = 0) -> Self:
+        """The Gram of no rows on n inputs, with leading axes, in the memory of the host."""
+        zeros: Any = lambda *shape: np.zeros((*lead, *shape), dtype)
+        C, drift = (zeros(n, n), zeros(n, n)) if drifts else (None, None)
+        return cls(zeros(n, n), C, drift, zeros(n), zeros(n), zeros(), power)
 
     def permute(self, p: jax.Array) -> Self:
         """The Gram of the inputs taken in the order p."""
@@ -384,9 +392,24 @@ class Shown(NamedTuple):
     @classmethod
     def of(cls, diagonal: jax.Array, X: jax.Array, Xq: jax.Array, count: jax.Array) -> "Shown":
         """From diag(H), sums or means of both networks' inputs, and the count, with any leading axes. Reads them once."""
-        *told, size = np.asarray(_shown(diagonal, X, Xq, count))
-        finite_X, finite_Xq, rows, inputs = map(bool, told)
-        third, power = _third(diagonal.dtype), 0
+        return cls.read(cls.told(diagonal, X, Xq, count))
+
+    @staticmethod
+    @jax.jit
+    def told(diagonal: jax.Array, X: jax.Array, Xq: jax.Array, count: jax.Array) -> jax.Array:
+        """What `read` reads (5,)."""
+        finite_X, finite_Xq = jnp.isfinite(X).all(), jnp.isfinite(Xq).all()
+        largest, rows = diagonal.max(), jnp.maximum(count.max(), 1).astype(diagonal.dtype)
+        inputs = jnp.any(X != 0) | jnp.any(Xq != 0) | ~(largest <= 0)
+        size = jnp.where(jnp.isnan(largest), jnp.inf, largest) / rows  # NaN of infinities that meet
+        return jnp.stack([*(x.astype(size.dtype) for x in (finite_X, finite_Xq, count.max() > 0, inputs)), size])
+
+    @classmethod
+    def read(cls, told: jax.Array) -> "Shown":
+        """From what `told` tells."""
+        *flags, size = np.asarray(told)
+        finite_X, finite_Xq, rows, inputs = map(bool, flags)
+        third, power = _third(size.dtype), 0
         if finite_X and finite_Xq and inputs and not 4.0**-third <= size <= 4.0**third:
             lost = size == 0 or np.isinf(size)  # how far it is from 1 is lost
             most = third * (1 if size < 1 else -1)
@@ -405,15 +428,6 @@ class Shown(NamedTuple):
                 f"The calibration data of {name} show nothing: all its inputs are 0 on all rows. Give inputs that reach it, "
                 "or leave it as it is by a rule with skip=True."
             )
-
-
-@jax.jit
-def _shown(diagonal, X, Xq, count):
-    finite_X, finite_Xq = jnp.isfinite(X).all(), jnp.isfinite(Xq).all()
-    largest, rows = diagonal.max(), jnp.maximum(count.max(), 1).astype(diagonal.dtype)
-    inputs = jnp.any(X != 0) | jnp.any(Xq != 0) | ~(largest <= 0)
-    size = jnp.where(jnp.isnan(largest), jnp.inf, largest) / rows  # NaN of infinities that meet
-    return jnp.stack([*(x.astype(size.dtype) for x in (finite_X, finite_Xq, count.max() > 0, inputs)), size])
 
 
 def _third(dtype) -> int:
@@ -447,14 +461,25 @@ def at_least_float32(x):
 
 def is_finite(x) -> bool:
     """True if no entry of an array is infinite or NaN; also while something else is traced."""
+    return are_finite([x])[0]
+
+
+def are_finite(arrays: Sequence[jax.Array]) -> list[bool]:
+    """`is_finite` of each, by one program for all that lie on the same devices."""
+    places: dict = {}
+    for i, x in enumerate(arrays):
+        places.setdefault(getattr(x, "sharding", None) and frozenset(x.sharding.device_set), []).append(i)
+    found: dict[int, bool] = {}
     with no_mesh(), jax.ensure_compile_time_eval():
-        return bool(all_finite(x))
+        for numbers in places.values():
+            found |= zip(numbers, map(bool, all_finite([arrays[i] for i in numbers])), strict=True)
+    return [found[i] for i in range(len(arrays))]
 
 
 @jax.jit
-def all_finite(x):
-    """`is_finite` as an array, which nobody waits for."""
-    return jnp.isfinite(x).all()
+def all_finite(arrays):
+    """`are_finite` as arrays, which nobody waits for."""
+    return [jnp.isfinite(x).all() for x in arrays]
 
 
 def inner(X, Y):

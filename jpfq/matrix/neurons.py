@@ -6,6 +6,7 @@ the one exchange between them, outside the recursion.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ from jax import lax
 class Neurons:
     """The neurons on the last axis of every array; with an `axis`, under `jax.shard_map` and this device's part of `count`.
 
-    Devices hold equal runs, in order. Where that takes more neurons than there are, the last ones count for nothing.
+    Devices hold equal runs, in order. Where there are more than `count` in all, the last ones only fill up, and count for
+    nothing.
     """
 
-    count: int = 0
+    count: Any = None  # a number, or an array () of it; None for all that are here
     axis: str | tuple[str, ...] | None = None  # of the mesh
     shared: bool = True  # whether a step that comes alone serves all of them, and not one neuron that is here alone
 
@@ -30,8 +32,8 @@ class Neurons:
         return lax.axis_index(self.axis).astype(int) * here + jnp.arange(here)
 
     def where(self, x: jax.Array, other: float) -> jax.Array:
-        """x (.., here), with `other` at what only fills up the last device."""
-        if self.axis is None:
+        """x (.., here), with `other` at what only fills up."""
+        if self.count is None:
             return x
         counts = self.numbers(x.shape[-1]) < self.count
         return jnp.where(jnp.broadcast_to(counts, x.shape), x, jnp.asarray(other, x.dtype))
@@ -43,10 +45,6 @@ class Neurons:
     def sum(self, x: jax.Array) -> jax.Array:
         """The sum of x (.., here) over all neurons and all other axes."""
         return self.add(jnp.sum(self.where(x, 0)))
-
-    def mean(self, x: jax.Array) -> jax.Array:
-        """The mean of x (.., here) over all neurons and all other axes."""
-        return jnp.mean(x) if self.axis is None else self.sum(jnp.mean(x, range(x.ndim - 1))) / self.count
 
     def min(self, x: jax.Array) -> jax.Array:
         """The least entry of x (.., here), counting what only fills up."""

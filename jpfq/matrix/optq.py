@@ -116,9 +116,11 @@ class GPTAQ(Method):
         N = jnp.triu(U / jnp.diagonal(U)[:, None], 1)
         P = self.alpha * matmul(jnp.triu(matmul(U, gram.C).T, 1), U)
         M = eye + N - jnp.triu(P, 1)
-        of_M = lambda B: solve_triangular(M, B, trans=1, unit_diagonal=True)
         live = gram.diagonal[:, None] > 0  # P would pass on what a dead coordinate had in X
-        return System(jnp.where(live, of_M(jnp.where(live, W, 0)), W), -jnp.tril(of_M(N.T), -1), None, None)
+        # One solve: two side by side, each on several matrices, hang on a CPU (jax 0.10).
+        solved = solve_triangular(M, jnp.concatenate([jnp.where(live, W, 0), N.T], 1), trans=1, unit_diagonal=True)
+        base, L = jnp.split(solved, [W.shape[1]], axis=1)
+        return System(jnp.where(live, base, W), -jnp.tril(L, -1), None, None)
 
 
 def _system(W, gram, damping, alpha) -> System:

@@ -13,7 +13,6 @@ from ..scalar.grid import Number, is_number
 from ..scalar.pytree import register_dataclass
 from .layout import ConvLayout, Layout
 
-
 GOLDEN, SILVER = (5**0.5 - 1) / 2, 2**0.5 - 1
 
 
@@ -66,7 +65,7 @@ class All(Patches):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AtMost(Patches):
-    """About so many windows for each input of the layer, spread evenly over all windows of all batches.
+    """About `per_input` windows for each input of the layer, spread evenly over all windows of all batches.
 
     Neighbouring windows say much the same, and there are thousands for each input: on a ResNet20 with 500 pictures, 128 for
     each input leave the error of the outputs where all windows leave it. All are taken where there are not twice as many,

@@ -214,16 +214,15 @@ def code_dtype(grid: Grid) -> np.dtype:
     return np.dtype(next(k for k in kinds if np.iinfo(k).min <= lo and hi <= np.iinfo(k).max))
 
 
-def entropy(codes: jax.Array, neurons: Neurons = ALL, filling: jax.Array | int = 0) -> jax.Array:
+def entropy(codes: jax.Array, neurons: Neurons = ALL, real: jax.Array | None = None) -> jax.Array:
     """Entropy of integer codes (.., out) in bits; codes 2^16 and more above the lowest are counted together.
 
-    `filling` is how many of them are only there to fill up, all of them 0.
+    Codes where `real` (.., 1) is False count for nothing.
     """
     codes = codes.astype(jnp.int32)
-    lowest = neurons.min(codes)
-    above = jnp.minimum(codes - lowest, 2**16 - 1)
-    counts = neurons.add(jnp.bincount(neurons.where(above, 2**16).ravel(), length=2**16))  # none at 2^16
-    counts = counts.at[-lowest].add(-jnp.asarray(filling, counts.dtype))
+    above = jnp.minimum(codes - neurons.min(codes), 2**16 - 1)
+    above = neurons.where(above if real is None else jnp.where(real, above, 2**16), 2**16)
+    counts = neurons.add(jnp.bincount(above.ravel(), length=2**16))  # none at 2^16
     share = counts / counts.sum()
     return -jnp.sum(share * jnp.log2(jnp.where(share > 0, share, 1)))
 

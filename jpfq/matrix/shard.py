@@ -69,14 +69,14 @@ def solve_sharded(
     recipe: Recipe,
     key: jax.Array | None,
     devices: Devices | None,
-    real: jax.Array | None = None,
+    count: jax.Array | None = None,
 ) -> Solution:
     """`solve_all` with the neurons of W (B, in, out) split over `devices`; the codes are the same.
 
     Matrices of fewer neurons than devices, as in a depthwise convolution, are solved whole on every device.
     """
     if devices is None or W.shape[-1] < devices.count:
-        return solve_all(W, data, recipe, key, real)
+        return solve_all(W, data, recipe, key, count)
     return _solve_sharded(*_arguments(W, data, recipe, key, devices))
 
 

@@ -38,14 +38,14 @@ class Solution(NamedTuple):
 
 
 def solve_all(
-    W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None, real: jax.Array | None = None
+    W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None, count: jax.Array | None = None
 ) -> Solution:
     """Quantizes B matrices W (B, in, out), with a leading axis of B on every array of `data`.
 
     A scale per tensor is shared by all B, unless a search or a finish moves it. Key: folded by matrix, neuron and input
-    coordinate. Compiled once for all grids. `real` is how many of the weights are no filling: see buckets.py.
+    coordinate. Compiled once for all grids. `count` is how many neurons there are, where more fill up: see buckets.py.
     """
-    return _solve_all(W, data, dataclasses.replace(recipe, grid=Codes.of(recipe.grid)), key, real)
+    return _solve_all(W, data, dataclasses.replace(recipe, grid=Codes.of(recipe.grid)), key, count)
 
 
 class _Job(NamedTuple):
@@ -61,22 +61,12 @@ class _Job(NamedTuple):
 
 
 @jax.jit
-def _solve_all(W, data, recipe, key, real=None):
-    return stages(W, data, recipe, key, real=real)
+def _solve_all(W, data, recipe, key, count=None):
+    return stages(W, data, recipe, key, Neurons(count))
 
 
-def stages(
-    W: jax.Array,
-    data: Gram | Rows,
-    recipe: Recipe,
-    key: jax.Array | None,
-    neurons: Neurons = ALL,
-    real: jax.Array | None = None,
-) -> Solution:
-    """All stages on the neurons W (B, in, out), which may be some of the matrix's; figures are those of all.
-
-    `real` is how many of all weights are no filling.
-    """
+def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None, neurons: Neurons = ALL) -> Solution:
+    """All stages on the neurons W (B, in, out), which may be some of the matrix's; figures are those of all."""
     B, n, out = W.shape
     jobs = each(lambda W, data: _prepare(W, data, recipe), W, data)
     ready, importance = each(lambda job: (_back(job.ready_W, job.order), _back(job.data.diagonal, job.order)), jobs)
@@ -99,14 +89,14 @@ def stages(
     if shared and not recipe.moves_step:
         step, zero = step[:1], zero[:1]
     sums = {name: x.sum() for name, x in parts.items()}
-    weights, filling = B * n * (neurons.count or out), 0
-    if real is not None:
-        weights, filling = real, weights - real
-    count = lambda x: x.astype(W.dtype).sum()
-    sums["saturation"] = count(parts["saturation"]) / weights
-    sums["sparsity"] = (count(parts["sparsity"]) - filling) / weights
+    filled = isinstance(data, Gram) and data.inputs is not None
+    real = each(lambda gram: gram.real[:, None], data) if filled else None
+    rows = jnp.asarray(B * n if real is None else real.sum(), W.dtype)
+    weights = rows * jnp.asarray(out if neurons.count is None else neurons.count, W.dtype)
+    for name in ("saturation", "sparsity"):
+        sums[name] = parts[name].astype(W.dtype).sum() / weights
     sums["energy"] = jnp.where(jnp.isnan(magnitude).any(), jnp.nan, sums["energy"])
-    info = Info(**sums, entropy=entropy(codes, neurons, filling), exponent=k - data.power, reach=reach)
+    info = Info(**sums, entropy=entropy(codes, neurons, real), exponent=k - data.power, reach=reach)
     return Solution(codes, q, step, zero, info)
 
 
@@ -167,7 +157,7 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
             W0 = reduce(target(system))
             floor, rest = squares.error(W0, W0)  # on an infinitely fine grid arguments are codes
             vague = neurons.sum(rounding(job.data, squares.W, W0)) + rest
-            if job.data.inputs is not None:  # C may be there for others in its bucket
+            if isinstance(job.data, Gram) and job.data.inputs is not None:  # C may be there for others in its bucket
                 floor, vague = (jnp.where((job.data.C == 0).all(), 0, x) for x in (floor, vague))
         if system.cost is not None:
             most = reduce(recipe.rounding.error(recursion.spread()))
@@ -191,6 +181,8 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
     groups = levels.step.shape[0]
     nonzero = jnp.any(weights.reshape(groups, -1, weights.shape[1]) != 0, axis=1)
     as_number = lambda x: jnp.asarray(x, W.dtype)
+    filled = isinstance(job.data, Gram) and job.data.inputs is not None
+    counted = lambda x: neurons.sum(x & job.data.real[:, None] if filled else x)
     made, none = reduce(q), jnp.zeros_like(q)
     error, rest = squares.error(made, None if path.arguments is None else reduce(path.arguments))
     of_error, of_energy = (neurons.sum(rounding(job.data, squares.W, x)) for x in (made, none))
@@ -198,9 +190,9 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
     figures = {
         "square_error": error,
         "energy": squares.energy,
-        "saturation": neurons.sum(path.saturated),
+        "saturation": counted(path.saturated),
         "dead": job.dead,
-        "sparsity": neurons.sum(q == 0),
+        "sparsity": counted(q == 0),
         "zero_steps": neurons.sum((levels.step == 0) & nonzero),
         "square_floor": as_number(floor),
         "square_bound": jnp.where(error > bound + vague, jnp.nan, as_number(bound + 2 * vague)),

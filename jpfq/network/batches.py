@@ -87,7 +87,7 @@ def read_batches(batches: Iterable, on_host: bool = False) -> list[Shaped]:
         weights = None if weights is None else _check_weights(weights, leaves, tree, number)
         if weights is not None:
             leaves = [x if w is None else _without_padding(x, w) for x, w in zip(leaves, weights, strict=True)]
-        finite = [all_finite(x) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+        finite = all_finite([x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)])
         shapes = tuple(x.shape for x in leaves)
         group = groups.setdefault(shapes, Shaped(tree.unflatten(leaves), [], [], []))
         group.leaves.append(leaves)

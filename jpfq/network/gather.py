@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ..matrix import Devices, Gram, Recipe, Rows
@@ -138,31 +139,35 @@ class Gather:
         if centred:
             gathered = self.made.get((Gram, False)) or self._gram(False)
             return gathered._replace(data=_centred(gathered.data, self.laned))
+        gathered, told = self._summed(0)
+        power = self._checked(told)
+        return self._summed(power)[0] if power else gathered
 
-        def summed(power):
-            parts = (
-                _gram(layout, *batch, _merges(batch[0]), at_once(), self.rows, self._laned(batch[-1]), power)
-                for layout, *batch in self._batches()
-            )
-            gram: Any = functools.reduce(_merge, parts)
-            return Gathered(gram, *_means(gram))
-
-        gathered = summed(0)
-        power = self._checked(gathered)
-        return summed(power) if power else gathered
+    def _summed(self, power) -> Any:
+        """The Gram of all batches, their inputs times 2^power, and what it tells."""
+        total = told = None
+        several = sum(len(stream.batches) for stream, _ in self.streams) > 1 and self.rows is None
+        for layout, x, xq, weights, picked in self._batches():
+            laned = self._laned(picked)
+            gram = None if total is None else total.data
+            if gram is None and several:  # so that one program serves the first batch too
+                gram = _nothing(layout, x, xq, picked, laned, power)
+            batch = x, xq, weights, picked, _merges(x)
+            total, told = _added(gram, layout, *batch, at_once(), self.rows, laned, power)
+        return total, told
 
     def _rows(self, centred):
         gathered = _weighted(*self.flat(), centred, self.laned)
-        return gathered._replace(data=gathered.data.to_power(self._checked(gathered)))
+        return gathered._replace(data=gathered.data.to_power(self._checked(_told(gathered))))
 
     def flat(self) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """Rows of both networks, and their weights."""
         parts = [_flat_rows(layout, *batch, self._laned(batch[-1])) for layout, *batch in self._batches()]
         return _concatenated(parts, (self.laned,) * len(parts))
 
-    def _checked(self, gathered) -> int:
+    def _checked(self, told) -> int:
         """The power of 2 by which inputs are to be multiplied; raises for data that are not finite."""
-        self.shown = shown = _shown(gathered)
+        self.shown = shown = Shown.read(told)
         for finite, network in ((shown.finite_X, "float"), (shown.finite_Xq, "quantized")):
             if not finite:
                 raise NotFinite(self.path, network, self._culprit(network))
@@ -208,15 +213,15 @@ class Joint:
         return None if any(x is None for x in used) else functools.reduce(jnp.add, used)
 
     def _gram(self, centred):
-        gram = _joined([part.of(Gram).data for part in self.parts], tuple(part.laned for part in self.parts))
-        gathered = Gathered(gram, *_means(gram))._replace(used=self.used)
-        _shown(gathered).refuse(self.parts[0].path)
-        return gathered._replace(data=_centred(gram, self.laned)) if centred else gathered
+        gram, told = _joined([part.of(Gram).data for part in self.parts], tuple(part.laned for part in self.parts))
+        gathered = gram._replace(used=self.used)
+        Shown.read(told).refuse(self.parts[0].path)
+        return gathered._replace(data=_centred(gathered.data, self.laned)) if centred else gathered
 
     def _rows(self, centred):
         parts, laned = [part.flat() for part in self.parts], tuple(part.laned for part in self.parts)
         gathered = _weighted(*_concatenated(parts, laned), centred, self.laned)
-        shown = _shown(gathered)
+        shown = Shown.read(_told(gathered))
         if not (shown.finite_X and shown.finite_Xq):
             for part in self.parts:  # which says of its own
                 part.of(Rows)
@@ -224,14 +229,16 @@ class Joint:
         return gathered._replace(data=gathered.data.to_power(shown.power), used=self.used)
 
 
-def _shown(gathered) -> Shown:
-    return Shown.of(gathered.data.diagonal, gathered.mean_X, gathered.mean_Xq, gathered.rows)
+@jax.jit
+def _told(gathered) -> jax.Array:
+    """What `Shown.read` reads."""
+    return Shown.told(gathered.data.diagonal, gathered.mean_X, gathered.mean_Xq, gathered.rows)
 
 
 @functools.partial(jax.jit, static_argnames="laned")
 def _joined(grams, laned):
-    """The sum of Grams, of which some have lanes."""
-    return functools.reduce(Gram.merge, _alike(grams, laned))
+    """The sum of Grams, of which some have lanes, and what it tells."""
+    return _with_means(functools.reduce(Gram.merge, _alike(grams, laned)))
 
 
 @functools.partial(jax.jit, static_argnames="laned")
@@ -297,6 +304,29 @@ def _gram(layout, x, xq, weights, picked, merges, at_once, over=None, laned=(Fal
     return dataclasses.replace(gram, power=power)
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=("layout", "merges", "at_once", "over", "laned", "power"),
+    donate_argnums=0,  # the sum goes where the sum so far was
+)
+def _added(total, layout, x, xq, weights, picked, merges, at_once, over, laned, power):
+    """The Gram of one batch more, and what it tells."""
+    gram = _gram(layout, x, xq, weights, picked, merges, at_once, over, laned, power)
+    return _with_means(gram if total is None else total.merge(gram))
+
+
+def _with_means(gram) -> tuple[Gathered, jax.Array]:
+    gathered = Gathered(gram, gram.mean_X, gram.mean_Xq, gram.count)
+    return gathered, _told(gathered)
+
+
+def _nothing(layout, x, xq, picked, laned, power) -> Gram:
+    """The Gram of no batch, like that of one."""
+    lanes = [array.shape[0] for array, own in zip((xq, picked), laned, strict=True) if own][:1]
+    B, n, _ = layout.dims
+    return Gram.zeros((*lanes, B), n, np.float64 if x.dtype == np.float64 else np.float32, xq is not None, power)
+
+
 def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over):
     """Patches of a convolution are made and let go a few samples, or picked windows, at a time."""
 
@@ -353,11 +383,6 @@ def _in_parts(part, total, size):
     return gram.merge(part(count * size, total - count * size)) if count * size < total else gram
 
 
-@functools.partial(jax.jit, donate_argnums=0)  # the sum goes where the sum so far was
-def _merge(total, gram):
-    return total.merge(gram)
-
-
 @functools.partial(jax.jit, static_argnames=("layout", "laned"))
 def _used(layout, x, weights, laned):
     """The number of rows of each matrix (B,) that are not 0, or the sum of their weights."""
@@ -368,11 +393,6 @@ def _used(layout, x, weights, laned):
         return counted.sum(range(1, counted.ndim))
 
     return over_lanes(one, (x, weights), (laned, False))
-
-
-@jax.jit
-def _means(gram):
-    return gram.mean_X, gram.mean_Xq, gram.count
 
 
 @functools.partial(jax.jit, static_argnames="laned")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ..matrix import Devices
 from ..matrix.automatic import automatic, context
-from ..matrix.gram import is_finite, is_traced
+from ..matrix.gram import are_finite, is_traced
 from ..matrix.layout import ConvLayout
 from .activation import Activations
 from .batches import Shaped, naming, read_batches, shapes_of
@@ -443,8 +443,10 @@ def activations_of(assignment: Assignment) -> dict[str, Activations | None]:
 
 def check_finite(functional: Functional, assignment: Assignment) -> None:
     """Raises where a kernel to be quantized is not finite."""
-    for path, leaf in zip(functional.paths, functional.leaves, strict=True):
-        if path in assignment.recipes and not is_finite(leaf):
+    leaves = dict(zip(functional.paths, functional.leaves, strict=True))
+    paths = [path for path in functional.paths if path in assignment.recipes]
+    for path, finite in zip(paths, are_finite([leaves[path] for path in paths]), strict=True):
+        if not finite:
             raise ValueError(f"The kernel {path} holds NaN or infinity.")
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .compat import bind, inner_jaxprs, is_literal
+from .compat import bind, is_literal
 from .padding import OtherPadding, lookups
 from .program import Program
 from .row_weights import Followed, RowWeights
@@ -229,8 +229,9 @@ class Stream:
         for index, eqn in enumerate(program.equations[start:end], start):
             if not program.is_fixed(eqn):
                 (forked if index in self.forked_equations else common).append(eqn)
-        for index in (i for i, need in self.first_need.items() if start <= need < end):
-            self._evaluate(program.equations[index])
+        fixed = [program.equations[i] for i, need in self.first_need.items() if start <= need < end]
+        read = lambda v: v.val if is_literal(v) else self.fixed[v]
+        self.fixed.update(Segment(fixed, lambda v: True)(read))  # of parameters alone: once, for both networks
         used_here = {v for e in forked for v in e.invars if not is_literal(v)}
         both = Segment(self._with_broadcasts(common), lambda v: self._later(v, end) or v in used_here)
         each = Segment(self._with_broadcasts(forked), lambda v: self._later(v, end))
@@ -329,14 +330,6 @@ class Stream:
             if v in place:
                 return _value(place[v])
         raise AssertionError(f"{v} is read before it is computed or after it was dropped")
-
-    def _evaluate(self, eqn):
-        """An equation of parameters alone: once, for both networks. One at a time, so that layers share what compiles."""
-        read = lambda v: v.val if is_literal(v) else self.fixed[v]
-        if inner_jaxprs(eqn):
-            self.fixed.update(Segment([eqn], lambda v: True)(read))
-        else:
-            self.fixed.update(zip(eqn.outvars, bind(eqn, list(map(read, eqn.invars))), strict=True))
 
     def _note_peak(self, batch):
         """With one batch at work and the others as they were left."""

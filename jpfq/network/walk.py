@@ -228,18 +228,17 @@ def _solved(first, number, position, track, gather, devices, report) -> Solved:
     coupled = making.coupled.get((number, position))
     solve = functools.partial(_solve_lanes, data_laned=gather.laned) if track.laned else _solve
     bucket = track.buckets.get((number, position)) if isinstance(gathered.data, Gram) else None
-    weights, data, real = W, gathered.data, None
+    weights, data, count = W, gathered.data, None
     if bucket is not None:
-        weights, data, real = *fill(W, data, bucket), jnp.asarray(W.size)
-    solution = solve(weights, data, recipe, draw, coupled, devices, real)
+        weights, data, count = *fill(W, data, bucket), jnp.asarray(W.shape[-1])
+    solution = solve(weights, data, recipe, draw, coupled, devices, count)
     _raise_on(solution.info, recipe, site.path, data, making.lanes, gather.laned)
-    if bucket is not None:
-        solution = cut(solution, W.shape)
+    solution = cut(solution, W.shape, code_dtype(recipe.grid))
     info = solution.info
     if gathered.used is not None:
         lanes = (len(making.lanes or ()),) * track.laned
         info = dataclasses.replace(info, rows=jnp.broadcast_to(gathered.used, (*lanes, *W.shape[:1])))
-    solution = solution._replace(codes=solution.codes.astype(code_dtype(recipe.grid)), info=info)
+    solution = solution._replace(info=info)
     if site.bias is None:
         return Solved(solution, None, None)
     means = gathered.mean_X, gathered.mean_Xq, gathered.rows
@@ -268,20 +267,20 @@ def _take(streams, number, position, track, solved, waiting, places):
         track.info[site.path] = track.lift(Info.join)(infos)
 
 
-def _solve(W, data, recipe, key, coupled, devices, real) -> Solution:
-    """The solution of one site, of whose weights so many are `real`, all where that is None."""
+def _solve(W, data, recipe, key, coupled, devices, count) -> Solution:
+    """The solution of one site, of whose neurons `count` are real, all where that is None."""
     if coupled is None:
-        return solve_sharded(W, data, recipe, key, devices, real)
+        return solve_sharded(W, data, recipe, key, devices, count)
     how, F = coupled
     return solve_coupled(W, as_gram(data), F, recipe, key, how.damping, how.block)
 
 
 @functools.partial(jax.jit, static_argnames=("devices", "data_laned"))
-def _solve_lanes(W, data, recipe, key, coupled, devices, real, data_laned) -> Solution:
+def _solve_lanes(W, data, recipe, key, coupled, devices, count, data_laned) -> Solution:
     """The solutions of one site, by lane."""
-    one = lambda W, data, recipe, key, coupled, real: _solve(W, data, recipe, key, coupled, devices, real)
+    one = lambda W, data, recipe, key, coupled, count: _solve(W, data, recipe, key, coupled, devices, count)
     laned = False, data_laned, True, key is not None, coupled is not None, False
-    return over_lanes(one, (W, data, recipe, key, coupled, real), laned)
+    return over_lanes(one, (W, data, recipe, key, coupled, count), laned)
 
 
 def _raise_on(info, recipe, name, data, lanes, data_laned):

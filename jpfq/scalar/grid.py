@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from .pytree import register_dataclass
 
@@ -51,6 +53,14 @@ class Grid(abc.ABC):
         """The number of values that a weight may take."""
         lo, hi, *_ = self.alphabet()
         return hi - lo + 1
+
+    @property
+    def has_zero(self) -> bool:
+        """True if the value 0 is a level, as far as the numbers of the grid are known."""
+        lo, hi, zero, _ = self.alphabet()
+        if any(isinstance(x, Tracer) for x in (lo, hi, zero)):
+            return False
+        return zero is None or bool(np.all((np.floor(zero) == zero) & (lo <= zero) & (zero <= hi)))
 
     @property
     def log2_levels(self) -> float:

@@ -95,7 +95,6 @@ class Scale(abc.ABC):
     """A rule that lays a grid over a weight matrix."""
 
     per: Per
-    fills = False  # whether weights of 0 beside the others change no step of theirs
 
     @abc.abstractmethod
     def __call__(self, W: jax.Array, grid: Grid, importance: jax.Array | None = None) -> Levels:
@@ -113,6 +112,11 @@ class Scale(abc.ABC):
     def local(self) -> bool:
         """True if the steps of a neuron follow from its own weights."""
         return not self.shared
+
+    def fills(self, grid: Grid) -> bool:
+        """True if weights of 0 beside the others change no step of theirs on this grid."""
+        del grid
+        return False
 
     @property
     def runs(self) -> int:
@@ -132,9 +136,8 @@ class Based(Scale):
 
     base: Scale
 
-    @property
-    def fills(self) -> bool:  # type: ignore[override]
-        return self.base.fills
+    def fills(self, grid):
+        return self.base.fills(grid)
 
     @property
     def per(self) -> Per:  # type: ignore[override]
@@ -162,10 +165,12 @@ class AbsMax(Scale):
 
     c: Number = 1.0
     per: Per = _static(PerChannel())
-    fills = True
 
     def __post_init__(self):
         _check_positive(self.c, "AbsMax: the factor c")
+
+    def fills(self, grid):
+        return True
 
     def __call__(self, W, grid, importance=None):
         return lay(*_min_max(self.per.split(W), self.c, grid), grid)
@@ -252,7 +257,6 @@ class MinMSE(Scale):
     least: Number = 0.2
     per: Per = _static(PerChannel())
     weighted: bool = _static(False)
-    fills = True
 
     def __post_init__(self):
         _check_positive(self.norm, "MinMSE: the norm")
@@ -260,6 +264,9 @@ class MinMSE(Scale):
             raise ValueError(f"MinMSE takes two candidates or more; got {self.candidates!r}.")
         if is_number(self.least) and not 0 < self.least < 1:
             raise ValueError(f"MinMSE takes a least share in (0, 1); got {self.least!r}.")
+
+    def fills(self, grid):
+        return grid.has_zero
 
     def __call__(self, W, grid, importance=None):
         groups = self.per.split(W)
