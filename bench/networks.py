@@ -1,7 +1,7 @@
 """Networks that benchmarks share, with stored weights.
 
-In Linen: GPFQ20's CNN and ResNet20, for CIFAR-10, and a transformer that sorts. In NNX: the CNN once more, and a Llama of
-260,000 parameters that tells stories.
+In Linen: GPFQ20's CNN and ResNet20, for CIFAR-10, a transformer that sorts, and EfficientNet-Lite0, for ImageNet, without
+weights. In NNX: the CNN once more, and a Llama of 260,000 parameters that tells stories.
 """
 
 import itertools
@@ -14,6 +14,10 @@ import numpy as np
 from common import needed
 from flax import nnx
 
+LITE0 = (  # expansion, size, stride, width, blocks
+    *((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3)),
+    *((6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1)),
+)
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ResNet20's input
 
 
@@ -58,6 +62,39 @@ class ResNet20(nn.Module):
             for _ in range(3):
                 x = Block(width)(x)
         return nn.Dense(10)(x.mean((1, 2)))
+
+
+class Inverted(nn.Module):
+    """An inverted residual: wider by `expand`, a depthwise convolution, narrower again."""
+
+    width: int
+    expand: int
+    size: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x):
+        norm = lambda x: nn.BatchNorm(use_running_average=True, epsilon=1e-3)(x)
+        wide = x.shape[-1] * self.expand
+        window, pad = (self.size,) * 2, [((self.size - 1) // 2,) * 2] * 2
+        y = x if self.expand == 1 else nn.relu6(norm(nn.Conv(wide, (1, 1), use_bias=False)(x)))
+        y = nn.Conv(wide, window, (self.stride,) * 2, pad, feature_group_count=wide, use_bias=False)(y)
+        y = norm(nn.Conv(self.width, (1, 1), use_bias=False)(nn.relu6(norm(y))))
+        return x + y if x.shape == y.shape else y
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0: 49 convolutions, 16 of them depthwise, in 32 sizes. Input (batch, 224, 224, 3)."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm = lambda x: nn.BatchNorm(use_running_average=True, epsilon=1e-3)(x)
+        x = nn.relu6(norm(nn.Conv(32, (3, 3), (2, 2), [(1, 1)] * 2, use_bias=False)(x)))
+        for expand, size, stride, width, count in LITE0:
+            for i in range(count):
+                x = Inverted(width, expand, size, 1 if i else stride)(x)
+        x = nn.relu6(norm(nn.Conv(1280, (1, 1), use_bias=False)(x)))
+        return nn.Dense(1000)(x.mean((1, 2)))
 
 
 class NNXCNN(nnx.Module):

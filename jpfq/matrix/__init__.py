@@ -142,6 +142,8 @@ from .rotate import Hadamard as Hadamard
 from .shard import Devices as Devices
 from .shard import solve_sharded as solve_sharded
 from .shrink import Shrinkage as Shrinkage
+from .slices import slice_width as slice_width
+from .slices import solve_sliced as solve_sliced
 from .solve import all_well as all_well
 from .solve import raise_on as raise_on
 from .solve import solve as solve

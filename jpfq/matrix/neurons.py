@@ -22,13 +22,14 @@ class Neurons:
     """
 
     count: Any = None  # a number, or an array () of it; None for all that are here
+    first: Any = None  # the number of the first one here; None for 0
     axis: str | tuple[str, ...] | None = None  # of the mesh
     shared: bool = True  # whether a step that comes alone serves all of them, and not one neuron that is here alone
 
     def numbers(self, here: int) -> jax.Array:
         """The numbers of the neurons here (here,)."""
         if self.axis is None:
-            return jnp.arange(here)
+            return jnp.arange(here) if self.first is None else self.first + jnp.arange(here)
         return lax.axis_index(self.axis).astype(int) * here + jnp.arange(here)
 
     def where(self, x: jax.Array, other: float) -> jax.Array:
@@ -37,6 +38,12 @@ class Neurons:
             return x
         counts = self.numbers(x.shape[-1]) < self.count
         return jnp.where(jnp.broadcast_to(counts, x.shape), x, jnp.asarray(other, x.dtype))
+
+    def real(self, here: int) -> Any:
+        """The number of neurons, of all devices, without what only fills up."""
+        if self.count is None or self.axis is not None:
+            return self.count or here
+        return jnp.minimum(self.count if self.first is None else self.count - self.first, here)
 
     def add(self, x: jax.Array) -> jax.Array:
         """The sum of the devices' x."""

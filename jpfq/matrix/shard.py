@@ -99,7 +99,7 @@ def by_rows(recipe: Recipe) -> bool:
 @functools.partial(jax.jit, static_argnames=("devices", "split_gram"))
 def _solve_sharded(W, data, recipe, key, devices, split_gram):
     out, axes = W.shape[-1], devices.axes
-    neurons = Neurons(out, axes, recipe.scale.shared)
+    neurons = Neurons(out, axis=axes, shared=recipe.scale.shared)
     split: Any = P(None, None, axes)
     whole: Any = P()
     step = whole if recipe.scale.shared else split

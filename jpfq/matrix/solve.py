@@ -12,6 +12,7 @@ from .gram import Gram, Rows, at_least_float32, is_finite, is_traced
 from .layout import DotLayout
 from .qtensor import Info, QTensor, code_dtype
 from .recipe import Recipe, recipe_of
+from .slices import slice_width, solve_sliced
 from .stages import solve_all
 
 
@@ -63,7 +64,11 @@ def solve(
     if isinstance(data, Rows) and not recipe.prefers_rows(data.X.shape[0], *W.shape):
         data = data.gram()
     data = jax.tree.map(lambda x: x[None], data)
-    result = solve_all(at_least_float32(W)[None], data, recipe, key)
+    one = at_least_float32(W)[None]
+    if not is_traced(W) and slice_width(one.shape, recipe) < one.shape[-1]:
+        result = solve_sliced(one, data, recipe, key, code_dtype(recipe.grid))
+    else:
+        result = solve_all(one, data, recipe, key)
     raise_on(result.info, recipe, "the matrix", data)
     codes = result.codes[0].astype(code_dtype(recipe.grid))
     rotated = None if recipe.rotation is None else (recipe.rotation, DotLayout(W.shape, (0,), (), (-1,), (), False))

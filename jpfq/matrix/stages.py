@@ -38,14 +38,20 @@ class Solution(NamedTuple):
 
 
 def solve_all(
-    W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None, count: jax.Array | None = None
+    W: jax.Array,
+    data: Gram | Rows,
+    recipe: Recipe,
+    key: jax.Array | None,
+    count: jax.Array | None = None,
+    first: jax.Array | None = None,
 ) -> Solution:
     """Quantizes B matrices W (B, in, out), with a leading axis of B on every array of `data`.
 
     A scale per tensor is shared by all B, unless a search or a finish moves it. Key: folded by matrix, neuron and input
-    coordinate. Compiled once for all grids. `count` is how many neurons there are, where more fill up: see buckets.py.
+    coordinate. Compiled once for all grids. `count` is how many neurons there are, where more fill up (buckets.py), and
+    `first` the number of the first one in W, where that holds a run of them (slices.py).
     """
-    return _solve_all(W, data, dataclasses.replace(recipe, grid=Codes.of(recipe.grid)), key, count)
+    return _solve_all(W, data, dataclasses.replace(recipe, grid=Codes.of(recipe.grid)), key, count, first)
 
 
 class _Job(NamedTuple):
@@ -61,8 +67,8 @@ class _Job(NamedTuple):
 
 
 @jax.jit
-def _solve_all(W, data, recipe, key, count=None):
-    return stages(W, data, recipe, key, Neurons(count))
+def _solve_all(W, data, recipe, key, count=None, first=None):
+    return stages(W, data, recipe, key, Neurons(count, first))
 
 
 def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None, neurons: Neurons = ALL) -> Solution:
@@ -92,7 +98,7 @@ def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | Non
     filled = isinstance(data, Gram) and data.inputs is not None
     real = each(lambda gram: gram.real[:, None], data) if filled else None
     rows = jnp.asarray(B * n if real is None else real.sum(), W.dtype)
-    weights = rows * jnp.asarray(out if neurons.count is None else neurons.count, W.dtype)
+    weights = rows * jnp.asarray(neurons.real(out), W.dtype)
     for name in ("saturation", "sparsity"):
         sums[name] = parts[name].astype(W.dtype).sum() / weights
     sums["energy"] = jnp.where(jnp.isnan(magnitude).any(), jnp.nan, sums["energy"])

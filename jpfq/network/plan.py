@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from ..matrix import Natural, Recipe, code_dtype
+from ..matrix import Natural, Recipe, code_dtype, slice_width
 from ..matrix.automatic import context
 from ..matrix.correlate import at_a_time, copies, correlates
 from ..matrix.gram import HALVES
@@ -247,7 +247,8 @@ def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -
     grams = [_gram(*of, networks) for of in zip(layouts, shapes, counts, whole, strict=True)]
     multiplied, held = sum(gram[0] for gram in grams), max(gram[1] for gram in grams)
     gather = held + (1 + len(uses)) * matrices * n * n
-    solve = (matrices + squares) * n * n + columns * n * out
+    width = slice_width(dims, recipe)
+    solve = (matrices + squares) * n * n + columns * n * width + (3 * n * out if width < out else 0)
     runs = recipe.scale.runs
     products = (2 if runs > 1 else 1) * runs + 4 * passes + 4  # a search measures each of its runs
     flops = 2.0 * B * (multiplied * batches + products * n * n * out)

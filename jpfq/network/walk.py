@@ -29,6 +29,7 @@ from ..matrix import (
     Recipe,
     Solution,
     all_well,
+    slice_width,
     buckets,
     code_dtype,
     cut,
@@ -36,6 +37,7 @@ from ..matrix import (
     raise_on,
     solve_coupled,
     solve_sharded,
+    solve_sliced,
 )
 from ..matrix.each import lane, over_lanes
 from ..matrix.gram import as_gram, at_least_float32, matmul
@@ -177,8 +179,9 @@ def _buckets(first, uses, making):
     problems = {}
     for place in uses:
         site = first.stops[place[0]][place[1]]
-        if place not in making.coupled:
-            problems[place] = site.layout.dims, site.data in first.forks, making.recipes[site.path]
+        size, recipe = site.layout.dims, making.recipes[site.path]
+        if place not in making.coupled and not _in_slices(size, recipe, None, None, making.lanes):
+            problems[place] = size, site.data in first.forks, recipe
     return buckets(problems)
 
 
@@ -226,7 +229,9 @@ def _solved(first, number, position, track, gather, devices, report) -> Solved:
     gathered = gather(recipe, W.shape, centred=site.bias is not None)
     report.doing("solving")
     coupled = making.coupled.get((number, position))
-    solve = functools.partial(_solve_lanes, data_laned=gather.laned) if track.laned else _solve
+    solve: Callable = functools.partial(_solve_lanes, data_laned=gather.laned) if track.laned else _solve
+    if _in_slices(W.shape, recipe, coupled, devices, track.laned):
+        solve = _solve_slices
     bucket = track.buckets.get((number, position)) if isinstance(gathered.data, Gram) else None
     weights, data, count = W, gathered.data, None
     if bucket is not None:
@@ -265,6 +270,15 @@ def _take(streams, number, position, track, solved, waiting, places):
         track.tensors[site.path] = _assemble(done, leaf.shape, leaf.dtype, recipe, track)
         infos = [solution.info for _, solution in track.parts.pop(site.path)]
         track.info[site.path] = track.lift(Info.join)(infos)
+
+
+def _in_slices(size, recipe, coupled, devices, laned) -> bool:
+    return not (coupled or devices or laned) and slice_width(size, recipe) < size[-1]
+
+
+def _solve_slices(W, data, recipe, key, *_) -> Solution:
+    """The solution of one site, a run of neurons at a time."""
+    return solve_sliced(W, data, recipe, key, code_dtype(recipe.grid))
 
 
 def _solve(W, data, recipe, key, coupled, devices, count) -> Solution:

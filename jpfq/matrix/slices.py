@@ -1,0 +1,57 @@
+"""Slices: a wide matrix is solved a run of neurons at a time, so that what is made on the way stays small.
+
+A language model's head has a hundred thousand neurons, and a solve makes a dozen arrays of the size of its matrix. Neurons
+go their own way, so runs of them are solved one after the other, by one program; the last run is filled up.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..scalar import Bounded
+from .gram import Gram, Rows
+from .qtensor import Info, entropy
+from .recipe import Recipe
+from .stages import Solution, solve_all
+
+ENTRIES = 2**23  # of a matrix at a time, or as many neurons as inputs where these are more: else factors cost the most
+
+
+def slice_width(size: tuple[int, int, int], recipe: Recipe) -> int:
+    """The number of neurons that are solved together."""
+    B, n, out = size
+    alone = recipe.scale.local and recipe.rounding.fills and recipe.prepare == ()
+    most = max(n, ENTRIES // (B * n))
+    if not alone or isinstance(recipe.rounding, Bounded) or out <= most:
+        return out
+    return -(-out // -(-out // most))
+
+
+def solve_sliced(
+    W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None, dtype: np.dtype
+) -> Solution:
+    """`solve_all` a run of neurons at a time, with codes of that integer type; the codes are the same."""
+    out, width = W.shape[-1], slice_width(W.shape, recipe)
+    parts = []
+    for first in range(0, out, width):
+        part = jnp.pad(W[..., first : first + width], ((0, 0), (0, 0), (0, max(0, first + width - out))))
+        solution = solve_all(part, data, recipe, key, jnp.asarray(out), jnp.asarray(first))
+        parts.append(solution._replace(codes=solution.codes.astype(dtype)))
+    codes, q, step, zero = (jnp.concatenate(x, -1)[..., :out] for x in list(zip(*parts, strict=True))[:4])
+    return Solution(codes, q, step, zero, _joined([part.info for part in parts], width, codes))
+
+
+def _joined(infos, width, codes):
+    """The figures of all neurons from those of each run; the runs are of one width but for the last."""
+    out = codes.shape[-1]
+    counts = jnp.asarray([min(width, out - i * width) for i in range(len(infos))], infos[0].saturation.dtype)
+    mean = lambda name: jnp.sum(jnp.stack([getattr(info, name) for info in infos]) * counts) / out
+    return dataclasses.replace(
+        Info.join(infos),
+        dead=infos[0].dead,
+        saturation=mean("saturation"),
+        sparsity=mean("sparsity"),
+        entropy=entropy(codes),
+    )
