@@ -163,13 +163,6 @@ class Gram:
         sums = raised(self.sum_X, more), raised(self.sum_Xq, more)
         return type(self)(square(self.H), square(self.C), square(self.drift), *sums, self.count, power)
 
-    @classmethod
-    def zeros(cls, lead: tuple[int, ...], n: int, dtype, drifts: bool, power: int = 0) -> Self:
-        """The Gram of no rows on n inputs, with leading axes, in the memory of the host."""
-        zeros: Any = lambda *shape: np.zeros((*lead, *shape), dtype)
-        C, drift = (zeros(n, n), zeros(n, n)) if drifts else (None, None)
-        return cls(zeros(n, n), C, drift, zeros(n), zeros(n), zeros(), power)
-
     def permute(self, p: jax.Array) -> Self:
         """The Gram of the inputs taken in the order p."""
         C, drift = (None if M is None else permuted(M, p) for M in (self.C, self.drift))

@@ -321,10 +321,13 @@ def _with_means(gram) -> tuple[Gathered, jax.Array]:
 
 
 def _nothing(layout, x, xq, picked, laned, power) -> Gram:
-    """The Gram of no batch, like that of one."""
+    """The Gram of no batch, like that of one, in the memory of the host."""
     lanes = [array.shape[0] for array, own in zip((xq, picked), laned, strict=True) if own][:1]
     B, n, _ = layout.dims
-    return Gram.zeros((*lanes, B), n, np.float64 if x.dtype == np.float64 else np.float32, xq is not None, power)
+    dtype = np.float64 if x.dtype == np.float64 else np.float32
+    zeros: Any = lambda *shape: np.zeros((*lanes, B, *shape), dtype)
+    C, drift = (None, None) if xq is None else (zeros(n, n), zeros(n, n))
+    return Gram(zeros(n, n), C, drift, zeros(n), zeros(n), zeros(), power)
 
 
 def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over):
