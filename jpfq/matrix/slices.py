@@ -29,9 +29,7 @@ def slice_width(size: tuple[int, int, int], recipe: Recipe) -> int:
     return -(-out // -(-out // most))
 
 
-def solve_sliced(
-    W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None, dtype: np.dtype
-) -> Solution:
+def solve_sliced(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None, dtype: np.dtype) -> Solution:
     """`solve_all` a run of neurons at a time, with codes of that integer type; the codes are the same."""
     out, width = W.shape[-1], slice_width(W.shape, recipe)
     parts = []
