@@ -23,6 +23,7 @@ from .each import each
 from .gram import Gram, at_least_float32
 from .layout import ConvLayout, Layout
 
+PAYS = 2**35  # operations: most of a second on two cores
 _static = {"static": True}
 Padding = tuple[tuple[int, int], ...]
 
@@ -38,6 +39,12 @@ def correlates(layout: Layout, shape: tuple[int, ...]) -> bool:
     return all(low >= 0 and high >= 0 for low, high in layout.padding) and _regions(layout) <= 25 and all(
         n > a + b for n, (a, b) in zip(space, edges, strict=True)
     )  # fmt: skip
+
+
+def pays(layout: Layout, rows: int) -> bool:
+    """True if patches of so many rows in all would take longer to multiply than a program of correlations to compile."""
+    B, n, _ = layout.dims
+    return 5 * B * rows * n * n > PAYS
 
 
 @register_dataclass

@@ -390,19 +390,19 @@ class Shown(NamedTuple):
     @staticmethod
     @jax.jit
     def told(diagonal: jax.Array, X: jax.Array, Xq: jax.Array, count: jax.Array) -> jax.Array:
-        """What `read` reads (5,)."""
-        finite_X, finite_Xq = jnp.isfinite(X).all(), jnp.isfinite(Xq).all()
-        largest, rows = diagonal.max(), jnp.maximum(count.max(), 1).astype(diagonal.dtype)
-        inputs = jnp.any(X != 0) | jnp.any(Xq != 0) | ~(largest <= 0)
-        size = jnp.where(jnp.isnan(largest), jnp.inf, largest) / rows  # NaN of infinities that meet
-        return jnp.stack([*(x.astype(size.dtype) for x in (finite_X, finite_Xq, count.max() > 0, inputs)), size])
+        """What `read` reads (5,): the largest of each, as one reduction, which compiles in a fifth of the time of five."""
+        X, Xq, count = (jnp.broadcast_to(x, diagonal.shape) for x in (X, Xq, count[..., None]))
+        told = ~jnp.isfinite(X), ~jnp.isfinite(Xq), (X != 0) | (Xq != 0), diagonal, count
+        return jnp.stack([x.astype(diagonal.dtype) for x in told]).reshape(5, -1).max(1)
 
     @classmethod
     def read(cls, told: jax.Array) -> "Shown":
         """From what `told` tells."""
-        *flags, size = np.asarray(told)
-        finite_X, finite_Xq, rows, inputs = map(bool, flags)
-        third, power = _third(size.dtype), 0
+        not_X, not_Xq, inputs, largest, count = np.asarray(told)
+        finite_X, finite_Xq, rows = not not_X, not not_Xq, bool(count > 0)
+        inputs = bool(inputs) or not largest <= 0
+        size = (np.inf if np.isnan(largest) else largest) / max(count, 1)  # NaN of infinities that meet
+        third, power = _third(told.dtype), 0
         if finite_X and finite_Xq and inputs and not 4.0**-third <= size <= 4.0**third:
             lost = size == 0 or np.isinf(size)  # how far it is from 1 is lost
             most = third * (1 if size < 1 else -1)
@@ -458,12 +458,16 @@ def is_finite(x) -> bool:
 
 
 def are_finite(arrays: Sequence[jax.Array]) -> list[bool]:
-    """`is_finite` of each, by one program for all that lie on the same devices."""
+    """`is_finite` of each: by NumPy in the memory of the host, else by one program for all that lie on the same devices."""
     places: dict = {}
-    for i, x in enumerate(arrays):
-        places.setdefault(getattr(x, "sharding", None) and frozenset(x.sharding.device_set), []).append(i)
     found: dict[int, bool] = {}
     with no_mesh(), jax.ensure_compile_time_eval():
+        for i, x in enumerate(arrays):
+            devices = frozenset(x.sharding.device_set) if isinstance(x, jax.Array) else frozenset()
+            if all(device.platform == "cpu" for device in devices) and getattr(x, "is_fully_addressable", True):
+                found[i] = bool(np.isfinite(np.asarray(x)).all())  # nothing to compile
+            else:
+                places.setdefault(devices, []).append(i)
         for numbers in places.values():
             found |= zip(numbers, map(bool, all_finite([arrays[i] for i in numbers])), strict=True)
     return [found[i] for i in range(len(arrays))]

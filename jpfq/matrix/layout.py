@@ -31,6 +31,11 @@ class Layout(abc.ABC):
     def matrices_key(self) -> Any:
         """The key that decides `matrices`: layouts with equal keys turn one weight operand into the same matrices."""
 
+    @property
+    @abc.abstractmethod
+    def of_rows(self) -> "Layout":
+        """The same layout for one neuron of each matrix: whatever is made of rows alone is compiled for it."""
+
     @abc.abstractmethod
     def matrices(self, W: jax.Array) -> jax.Array:
         """The weight operand as (B, in, out)."""
@@ -103,6 +108,13 @@ class DotLayout(Layout):
     @property
     def rows_key(self):
         return self.data_contract, self.data_batch
+
+    @property
+    def of_rows(self):
+        kept = {*self.batch, *self.contract}
+        return dataclasses.replace(
+            self, shape=tuple(n if i in kept else 1 for i, n in enumerate(self.shape)), first=False
+        )
 
     @property
     def matrices_key(self):
@@ -191,6 +203,11 @@ class ConvLayout(Layout):
         return self.window, self.strides, self.padding, self.data_dilation, self.dilation, self.data_spec, self.groups
 
     @property
+    def of_rows(self):
+        shape = tuple(self.groups if i == self.spec[0] else n for i, n in enumerate(self.shape))
+        return dataclasses.replace(self, shape=shape, out_spec=self.data_spec)
+
+    @property
     def matrices_key(self):
         return "convolution", self.shape, self.spec, self.groups
 
@@ -236,6 +253,8 @@ class ConvLayout(Layout):
 
     def picked(self, x: jax.Array, numbers: jax.Array) -> jax.Array:
         """The rows (B, numbers, in) of these numbers, as if all axes of rows were one."""
+        if self._pointwise:
+            return self._grouped(self._widened(x).reshape(-1, x.shape[self.data_spec[1]])[numbers], 1)
         x = self._widened(x)
         reach = [(size - 1) * dilation + 1 for size, dilation in zip(self.window, self.dilation, strict=True)]
         counts = [
@@ -247,6 +266,12 @@ class ConvLayout(Layout):
         windows = jax.vmap(cut)(*starts)
         windows = windows[(slice(None), *(slice(None, None, d) for d in self.dilation))]
         return self._grouped(windows, 1)
+
+    @property
+    def _pointwise(self):
+        """True if every row is the channels of one place, and all places are rows."""
+        ones = (*self.window, *self.strides, *self.data_dilation)
+        return all(n == 1 for n in ones) and all(pad == (0, 0) for pad in self.padding)
 
     def split(self, x, numbers):
         n = math.prod(self.window) * x.shape[self.data_spec[1]]

@@ -31,7 +31,8 @@ def slice_width(size: tuple[int, int, int], recipe: Recipe) -> int:
 
 def solve_sliced(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None, dtype: np.dtype) -> Solution:
     """`solve_all` a run of neurons at a time, with codes of that integer type; the codes are the same."""
-    out, width = W.shape[-1], slice_width(W.shape, recipe)
+    B, n, out = W.shape
+    width = slice_width((B, n, out), recipe)
     parts = []
     for first in range(0, out, width):
         part = jnp.pad(W[..., first : first + width], ((0, 0), (0, 0), (0, max(0, first + width - out))))

@@ -65,7 +65,8 @@ def solve(
         data = data.gram()
     data = jax.tree.map(lambda x: x[None], data)
     one = at_least_float32(W)[None]
-    if not is_traced(W) and slice_width(one.shape, recipe) < one.shape[-1]:
+    n, out = W.shape
+    if not is_traced(W) and slice_width((1, n, out), recipe) < out:
         result = solve_sliced(one, data, recipe, key, code_dtype(recipe.grid))
     else:
         result = solve_all(one, data, recipe, key)

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from ..matrix import Devices, Gram, Recipe, Rows
-from ..matrix.correlate import Correlations, at_a_time, correlates
+from ..matrix.correlate import Correlations, at_a_time, correlates, pays
 from ..matrix.each import each, over_lanes
 from ..matrix.gram import Shown, at_least_float32, raised
 from ..matrix.layout import DotLayout, Layout
@@ -153,7 +153,8 @@ class Gather:
             if gram is None and several:  # so that one program serves the first batch too
                 gram = _nothing(layout, x, xq, picked, laned, power)
             batch = x, xq, weights, picked, _merges(x)
-            total, told = _added(gram, layout, *batch, at_once(), self.rows, laned, power)
+            correlate = self._total is not None and pays(layout, self._total)
+            total, told = _added(gram, layout.of_rows, *batch, at_once(), self.rows, laned, power, correlate)
         return total, told
 
     def _rows(self, centred):
@@ -294,24 +295,25 @@ def _merges(x) -> bool:
     return len(x.sharding.device_set) == 1
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "over", "laned", "power"))
-def _gram(layout, x, xq, weights, picked, merges, at_once, over=None, laned=(False, False), power=0):
-    """The Gram of one batch, its inputs times 2^power; `laned` are xq and picked."""
+@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "over", "laned", "power", "correlate"))
+def _gram(layout, x, xq, weights, picked, merges, at_once, over=None, laned=(False, False), power=0, correlate=True):
+    """The Gram of one batch, its inputs times 2^power; `laned` are xq and picked. By correlations, if it can be."""
     if power:
         x, xq = (None if x is None else raised(at_least_float32(x), power) for x in (x, xq))
-    one = lambda x, xq, weights, picked: _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over)
+    how = merges, at_once, over, correlate
+    one = lambda x, xq, weights, picked: _gram_of_one(layout, x, xq, weights, picked, how)
     gram = over_lanes(one, (x, xq, weights, picked), (False, laned[0], False, laned[1]))
     return dataclasses.replace(gram, power=power)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("layout", "merges", "at_once", "over", "laned", "power"),
+    static_argnames=("layout", "merges", "at_once", "over", "laned", "power", "correlate"),
     donate_argnums=0,  # the sum goes where the sum so far was
 )
-def _added(total, layout, x, xq, weights, picked, merges, at_once, over, laned, power):
+def _added(total, layout, x, xq, weights, picked, merges, at_once, over, laned, power, correlate):
     """The Gram of one batch more, and what it tells."""
-    gram = _gram(layout, x, xq, weights, picked, merges, at_once, over, laned, power)
+    gram = _gram(layout, x, xq, weights, picked, merges, at_once, over, laned, power, correlate)
     return _with_means(gram if total is None else total.merge(gram))
 
 
@@ -330,8 +332,9 @@ def _nothing(layout, x, xq, picked, laned, power) -> Gram:
     return Gram(zeros(n, n), C, drift, zeros(n), zeros(n), zeros(), power)
 
 
-def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over):
+def _gram_of_one(layout, x, xq, weights, picked, how):
     """Patches of a convolution are made and let go a few samples, or picked windows, at a time."""
+    merges, at_once, over, correlate = how
 
     def whole(x, xq, weights, picked=None):
         take = layout.rows if picked is None else lambda x: layout.picked(x, picked)
@@ -351,7 +354,7 @@ def _gram_of_one(layout, x, xq, weights, picked, merges, at_once, over):
             x, xq, _slice(weights, first, size, 1), lax.dynamic_slice_in_dim(picked, first, size)
         )
         return _in_parts(part, picked.size, max(1, at_once // n))
-    if merges and weights is None and correlates(layout, x.shape):
+    if merges and weights is None and correlate and correlates(layout, x.shape):
         samples = x.shape[(axis := layout.data_spec[0])]
         together = at_a_time(layout, x.size // samples, 1 if xq is None else 2, at_once)
         part = lambda first, size: Correlations.of(layout, _slice(x, first, size, axis), _slice(xq, first, size, axis))

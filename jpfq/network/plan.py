@@ -11,7 +11,7 @@ import jax
 
 from ..matrix import Natural, Recipe, code_dtype, slice_width
 from ..matrix.automatic import context
-from ..matrix.correlate import at_a_time, copies, correlates
+from ..matrix.correlate import at_a_time, copies, correlates, pays
 from ..matrix.gram import HALVES
 from ..matrix.layout import ConvLayout, Layout
 from ..matrix.patches import DEFAULT
@@ -243,7 +243,7 @@ def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -
     passes = 0 if recipe.finish is None else recipe.finish.passes
     bare = recipe.method.local and isinstance(recipe.order, Natural) and networks == 1
     squares, columns = (7, 16) if passes else (2 if bare else 4, 12)
-    whole = [drawn is None for drawn in picked]
+    whole = [drawn is None and pays(layout, rows) for drawn, layout in zip(picked, layouts, strict=True)]
     grams = [_gram(*of, networks) for of in zip(layouts, shapes, counts, whole, strict=True)]
     multiplied, held = sum(gram[0] for gram in grams), max(gram[1] for gram in grams)
     gather = held + (1 + len(uses)) * matrices * n * n
@@ -267,7 +267,7 @@ def _picked(site: Site, layout: Layout, batches: int) -> int | None:
 def _gram(layout: Layout, shape: tuple[int, ...], rows: int, whole: bool, networks: int) -> tuple[float, int]:
     """The cost of the Gram of one batch and one matrix: products of two numbers, and the numbers that exist at a time.
 
-    whole: whether all rows are taken, which allows for correlations. That rows have weights, or lie on several devices, is
+    whole: whether all rows are taken, so many that correlations pay. That rows have weights, or lie on several devices, is
     not known here; correlations are not made then.
     """
     B, n, _ = layout.dims
