@@ -15,7 +15,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 
 from ..scalar import Codes, Reach
 from ..scalar.exponent import exponent_of, reduced
@@ -28,6 +27,7 @@ from .prepare import LeastSquares
 from .qtensor import entropy
 from .recipe import Recipe
 from .stages import Solution, solve_all
+from .triangular import solve_triangular
 
 
 def solve_coupled(

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.linalg import solve_triangular
 
 from ..scalar.grid import Number, is_number
 from ..scalar.pytree import register_dataclass
 from .gram import matmul, mean_energy
+from .triangular import solve_triangular
 
 
 class Damping(abc.ABC):

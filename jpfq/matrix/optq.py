@@ -15,13 +15,13 @@ differs from the least squares form in its first row only is seen by writing its
 import dataclasses
 
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 
 from ..scalar.grid import Number
 from ..scalar.pytree import register_dataclass
 from .damping import Damping, MeanDiagonal, check_alpha, factor
 from .gram import matmul
 from .methods import Method, System, inverse_of
+from .triangular import solve_triangular
 
 
 @register_dataclass
@@ -117,7 +117,6 @@ class GPTAQ(Method):
         P = self.alpha * matmul(jnp.triu(matmul(U, gram.C).T, 1), U)
         M = eye + N - jnp.triu(P, 1)
         live = gram.diagonal[:, None] > 0  # P would pass on what a dead coordinate had in X
-        # One solve: two side by side, each on several matrices, hang on a CPU (jax 0.10).
         solved = solve_triangular(M, jnp.concatenate([jnp.where(live, W, 0), N.T], 1), trans=1, unit_diagonal=True)
         base, L = jnp.split(solved, [W.shape[1]], axis=1)
         return System(jnp.where(live, base, W), -jnp.tril(L, -1), None, None)

@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.linalg import solve_triangular
 
 from ..scalar.grid import Levels, Number, is_number
 from ..scalar.pytree import register_dataclass
 from .damping import Damping, MeanDiagonal, check_alpha, factor, top_eigenvalue
 from .gram import Gram, matmul
 from .methods import inverse_of
+from .triangular import solve_triangular
 
 
 class Prepare(abc.ABC):

@@ -9,9 +9,9 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.linalg import solve_triangular
 
 from ..scalar.pytree import register_dataclass
+from .triangular import solve_triangular
 
 AT_ONCE = 128  # rows that a product takes at a time
 

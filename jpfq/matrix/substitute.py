@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.linalg import solve_triangular
 
 from ..scalar import Here, Levels, Rounding
 from .gram import matmul
 from .kernel import Kernel, chosen
 from .neurons import ALL, Neurons
 from .split import Split, padded
+from .triangular import solve_triangular
 
 BLOCK = 64
 PANEL = 512  # coordinates at least in a panel, and
