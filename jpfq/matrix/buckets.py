@@ -95,7 +95,8 @@ def _grouped(counts, recipe):
 
 def fills(recipe: Recipe) -> bool:
     """True if weights of 0 under inputs of 0 change nothing that a solve by this recipe returns for the others."""
-    parts = recipe.scale.fills(recipe.grid), recipe.order.fills, recipe.rounding.fills
+    finish = recipe.finish is None or recipe.finish.fills
+    parts = recipe.scale.fills(recipe.grid), recipe.order.fills, recipe.method.fills, recipe.rounding.fills, finish
     plain = recipe.rotation is None and recipe.prepare == () and recipe.refits is None and not recipe.needs_rows
     return plain and all(parts)
 

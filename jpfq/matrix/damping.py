@@ -24,6 +24,7 @@ class Damping(abc.ABC):
     """The amount that is added to the diagonal of H before it is factored."""
 
     share: Number
+    fills = False  # whether inputs of 0 beside the others do not change it
 
     def __post_init__(self):
         if isinstance(self.share, (str, bool)) or (is_number(self.share) and not self.share >= 0):
@@ -45,6 +46,7 @@ class MeanDiagonal(Damping):
     """
 
     share: Number = 0.01
+    fills = True
 
     def __call__(self, H):
         return self.share * mean_energy(jnp.diagonal(H))
@@ -62,6 +64,7 @@ class TopEigenvalue(Damping):
     """
 
     share: Number = 1e-6
+    fills = True
 
     def __call__(self, H):
         return self.share * top_eigenvalue(H)

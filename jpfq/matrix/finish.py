@@ -32,6 +32,7 @@ class Finish(abc.ABC):
     """A last improvement of codes and steps."""
 
     passes = 0  # over all coordinates
+    fills = False  # whether weights of 0 under inputs of 0 change nothing for the others
 
     @property
     def descends(self) -> bool:
@@ -61,6 +62,8 @@ class Refit(Finish):
         >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.GPFQ(), finish=jpfq.Refit())
     """
 
+    fills = True
+
     @property
     def descends(self):
         return False
@@ -79,6 +82,7 @@ class Descend(Finish):
     """
 
     passes: int = dataclasses.field(default=3, metadata={"static": True})
+    fills = True
 
     def __post_init__(self):
         _check_passes(self)
@@ -114,6 +118,7 @@ class CosineDescend(Finish):
     """
 
     passes: int = dataclasses.field(default=4, metadata={"static": True})
+    fills = True
 
     def __post_init__(self):
         _check_passes(self)

@@ -316,6 +316,7 @@ class Rows:
     X: jax.Array
     Xq: jax.Array | None = None
     power: int = dataclasses.field(default=0, metadata={"static": True})  # they are inputs times 2^power
+    inputs = None  # as of `Gram`: none only fills up
 
     def __post_init__(self):
         shapes = [getattr(x, "shape", None) for x in (self.X, self.Xq)]

@@ -51,6 +51,11 @@ class System(NamedTuple):
 class Method(abc.ABC):
     """A choice of A and L."""
 
+    @property
+    def fills(self) -> bool:
+        """True if weights of 0 under inputs of 0, at the end, change nothing for the others."""
+        return False
+
     @abc.abstractmethod
     def __call__(self, W: jax.Array, gram: Gram) -> System:
         """The system for weights W (in, out)."""
@@ -86,6 +91,10 @@ class MSQ(Method):
         return System(W, None, None, _any_errors(gram.diagonal))
 
     @property
+    def fills(self):
+        return True
+
+    @property
     def local(self):
         return True
 
@@ -113,6 +122,10 @@ class GPFQ(Method):
     @property
     def below(self):
         return lambda gram, e, moved: jnp.sum(gram.diagonal[:, None] * e * (2 * moved + e), 0)
+
+    @property
+    def fills(self):
+        return True
 
     @property
     def local(self):
@@ -145,6 +158,10 @@ class UNI(Method):
         inverse = inverse_of(gram.diagonal) / self.scaling
         base = W if gram.C is None else W + inverse * triangular(gram.C, W, -1)
         return System(base, inverse * lower(gram.H, -1), W, _any_errors(gram.diagonal))
+
+    @property
+    def fills(self):
+        return True
 
     @property
     def local(self):

@@ -24,9 +24,19 @@ from .methods import Method, System, inverse_of
 from .triangular import solve_triangular
 
 
+class _Factored(Method):
+    """A method that factors H + lam I."""
+
+    damping: Damping
+
+    @property
+    def fills(self):
+        return self.damping.fills
+
+
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class OPTQ(Method):
+class OPTQ(_Factored):
     """Frantar et al. 2022 (also called GPTQ). It aims at Xq W, the float weights on the quantized network's inputs.
 
     `damping` is what is added to the diagonal of H before it is factored.
@@ -43,7 +53,7 @@ class OPTQ(Method):
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QEP(Method):
+class QEP(_Factored):
     """OPTQ on weights moved by `alpha` of the way to the least squares weights of X W (arXiv 2504.09629).
 
     `damping` is what is added to the diagonal of H before it is factored.
@@ -64,7 +74,7 @@ class QEP(Method):
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Qronos(Method):
+class Qronos(_Factored):
     """Corrects all past errors, of this layer and of those before it, and keeps the future at its best (arXiv 2505.11695).
 
     The default is its least squares form (arXiv 2508.04853, remark 5.2): OPTQ on W* = (H + lam)^-1 (G + lam) W. `exact` is
@@ -90,7 +100,7 @@ class Qronos(Method):
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class GPTAQ(Method):
+class GPTAQ(_Factored):
     """OPTQ with a first-order correction for X - Xq (arXiv 2504.02692, in the form of its code).
 
     With U = V^-1, N = striu(diag(U)^-1 U) and M = I + N - striu(P), P = alpha striu(C^T U^T) U.

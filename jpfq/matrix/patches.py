@@ -67,9 +67,8 @@ class All(Patches):
 class AtMost(Patches):
     """About `per_input` windows for each input of the layer, spread evenly over all windows of all batches.
 
-    Neighbouring windows say much the same, and there are thousands for each input: on a ResNet20 with 500 pictures, 128 for
-    each input leave the error of the outputs where all windows leave it. All are taken where there are not twice as many,
-    and where rows have weights.
+    Neighbouring windows say much the same, and there are thousands for each input (`bench/windows.py`). All are taken where
+    there are not twice as many, and where rows have weights.
 
     Example:
         >>> rule = jpfq.Rule(".*", bits=4, patches=jpfq.patches.AtMost(32))  # in less time
@@ -78,7 +77,7 @@ class AtMost(Patches):
     per_input: int = dataclasses.field(default=128, metadata={"static": True})
 
     def __post_init__(self):
-        if not isinstance(self.per_input, int) or self.per_input < 1:
+        if not isinstance(self.per_input, int) or isinstance(self.per_input, bool) or self.per_input < 1:
             raise ValueError(f"AtMost takes a positive number of windows for each input; got {self.per_input!r}.")
 
     def layout(self, layout):
@@ -93,7 +92,7 @@ class AtMost(Patches):
 
 @functools.lru_cache(maxsize=64)
 def _spread(total, count, batch):
-    """`count` numbers below `total`, evenly spread and in step with no width of a picture: multiples of the golden ratio."""
+    """`count` numbers below `total`, spread evenly by multiples of the golden ratio, which no width of a picture divides."""
     places = (np.arange(count) * GOLDEN + batch * SILVER) % 1
     return np.sort((places * total).astype(np.int32))
 

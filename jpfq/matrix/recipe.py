@@ -20,7 +20,6 @@ from ..scalar import (
     input_codes,
 )
 from ..scalar.accumulator import AXE, scales_with_radius
-from ..scalar.grid import is_number
 from ..scalar.pytree import register_dataclass
 from .finish import CosineDescend, Descend, Finish
 from .malysaab import MalySaab
@@ -228,7 +227,7 @@ def _refuse_contradictions(recipe):
         _refuse_unbounded(recipe)
     if recipe.form == "data" and recipe.needs_gram:
         raise ValueError(f"{_needs_gram(recipe)} has no data form; use form='gram'.")
-    if rounding.sparse and not _has_zero(recipe.grid):
+    if rounding.sparse and recipe.grid.has_zero is False:
         raise ValueError(f"{rounding} sends weights to 0, which is no level of {recipe.grid}: take a grid with 0.")
     if finish is not None and finish.descends and (rounding.settled is None or (rounding.sparse and finish.frees_step)):
         raise ValueError(f"{finish} would bring back weights that {rounding} sends to 0: take finish=Refit() or None.")
@@ -254,7 +253,7 @@ def _refuse_unbounded(recipe):
             f"{grid} gives weights a zero point, and sums of codes would then move with the sum of the inputs: with an "
             "accumulator take a grid about 0, such as bits=4 or jpfq.Integer(4)."
         )
-    if not _has_zero(grid):
+    if grid.has_zero is False:
         raise ValueError(
             f"An accumulator needs the weight 0, which is no level of {grid}: take jpfq.Integer or Ternary."
         )
@@ -290,10 +289,3 @@ def _refuse_straddling(recipe, n, name):
             f"Groups of {size} inputs with a step of their own straddle the tiles of {tile} that the accumulator of {name} "
             f"sums ({n} inputs in all): take a tile that divides {size}, or one step per neuron."
         )
-
-
-def _has_zero(grid) -> bool:
-    lo, hi, zero, _ = grid.alphabet()
-    if not all(x is None or is_number(x) for x in (lo, hi, zero)):
-        return True  # swept over: its values cannot be looked at
-    return zero is None or (zero == int(zero) and lo <= zero <= hi)

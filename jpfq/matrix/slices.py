@@ -5,10 +5,12 @@ go their own way, so runs of them are solved one after the other, by one program
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ..scalar import Bounded
 from .gram import Gram, Rows
@@ -33,16 +35,26 @@ def solve_sliced(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array
     """`solve_all` a run of neurons at a time, with codes of that integer type; the codes are the same."""
     B, n, out = W.shape
     width = slice_width((B, n, out), recipe)
+    if out % width:
+        W = jnp.pad(W, ((0, 0), (0, 0), (0, -out % width)))
     parts = []
-    for first in range(0, out, width):
-        part = jnp.pad(W[..., first : first + width], ((0, 0), (0, 0), (0, max(0, first + width - out))))
-        solution = solve_all(part, data, recipe, key, jnp.asarray(out), jnp.asarray(first))
+    for first in map(jnp.asarray, range(0, out, width)):  # an array, so that all runs are cut by one program
+        part = lax.dynamic_slice_in_dim(W, first, width, 2)
+        solution = solve_all(part, data, recipe, key, jnp.asarray(out), first)
         parts.append(solution._replace(codes=solution.codes.astype(dtype)))
-    codes, q, step, zero = (jnp.concatenate(x, -1)[..., :out] for x in list(zip(*parts, strict=True))[:4])
-    return Solution(codes, q, step, zero, _joined([part.info for part in parts], width, codes))
+    infos = [part.info for part in parts]
+    codes, q, step, zero = _side_by_side([part._replace(info=None) for part in parts], out)
+    del parts  # before figures take memory of their own
+    return Solution(codes, q, step, zero, _joined(infos, codes, width))
 
 
-def _joined(infos, width, codes):
+@functools.partial(jax.jit, static_argnames="out")
+def _side_by_side(parts, out):
+    return tuple(jnp.concatenate(x, -1)[..., :out] for x in list(zip(*parts, strict=True))[:4])
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def _joined(infos, codes, width):
     """The figures of all neurons from those of each run; the runs are of one width but for the last."""
     out = codes.shape[-1]
     counts = jnp.asarray([min(width, out - i * width) for i in range(len(infos))], infos[0].saturation.dtype)

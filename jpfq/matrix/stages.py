@@ -95,8 +95,7 @@ def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | Non
     if shared and not recipe.moves_step:
         step, zero = step[:1], zero[:1]
     sums = {name: x.sum() for name, x in parts.items()}
-    filled = isinstance(data, Gram) and data.inputs is not None
-    real = each(lambda gram: gram.real[:, None], data) if filled else None
+    real = None if data.inputs is None else each(lambda gram: gram.real[:, None], data)
     rows = jnp.asarray(B * n if real is None else real.sum(), W.dtype)
     weights = rows * jnp.asarray(neurons.real(out), W.dtype)
     for name in ("saturation", "sparsity"):
@@ -163,7 +162,7 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
             W0 = reduce(target(system))
             floor, rest = squares.error(W0, W0)  # on an infinitely fine grid arguments are codes
             vague = neurons.sum(rounding(job.data, squares.W, W0)) + rest
-            if isinstance(job.data, Gram) and job.data.inputs is not None:  # C may be there for others in its bucket
+            if job.data.inputs is not None:  # C may be there for others in its bucket
                 floor, vague = (jnp.where((job.data.C == 0).all(), 0, x) for x in (floor, vague))
         if system.cost is not None:
             most = reduce(recipe.rounding.error(recursion.spread()))
@@ -187,8 +186,7 @@ def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
     groups = levels.step.shape[0]
     nonzero = jnp.any(weights.reshape(groups, -1, weights.shape[1]) != 0, axis=1)
     as_number = lambda x: jnp.asarray(x, W.dtype)
-    filled = isinstance(job.data, Gram) and job.data.inputs is not None
-    counted = lambda x: neurons.sum(x & job.data.real[:, None] if filled else x)
+    counted = lambda x: neurons.sum(x if job.data.inputs is None else x & job.data.real[:, None])
     made, none = reduce(q), jnp.zeros_like(q)
     error, rest = squares.error(made, None if path.arguments is None else reduce(path.arguments))
     of_error, of_energy = (neurons.sum(rounding(job.data, squares.W, x)) for x in (made, none))

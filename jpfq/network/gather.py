@@ -323,11 +323,12 @@ def _with_means(gram) -> tuple[Gathered, jax.Array]:
 
 
 def _nothing(layout, x, xq, picked, laned, power) -> Gram:
-    """The Gram of no batch, like that of one, in the memory of the host."""
+    """The Gram of no batch, like that of one. NumPy's zeros compile nothing, but would have to be sent to an accelerator."""
     lanes = [array.shape[0] for array, own in zip((xq, picked), laned, strict=True) if own][:1]
     B, n, _ = layout.dims
     dtype = np.float64 if x.dtype == np.float64 else np.float32
-    zeros: Any = lambda *shape: np.zeros((*lanes, B, *shape), dtype)
+    make = np.zeros if jax.default_backend() == "cpu" else jnp.zeros
+    zeros: Any = lambda *shape: make((*lanes, B, *shape), dtype)
     C, drift = (None, None) if xq is None else (zeros(n, n), zeros(n, n))
     return Gram(zeros(n, n), C, drift, zeros(n), zeros(n), zeros(), power)
 

@@ -20,6 +20,7 @@ from .pytree import register_dataclass
 
 Number = Any  # a Python number, or a traced scalar where a sweep runs over it
 
+ARRAYS = (np.ndarray, np.generic, jax.Array)
 MAX_BITS = 16
 UNBOUNDED = 2**24  # the largest code of `Infinite`: float32 holds every integer up to here
 
@@ -55,12 +56,14 @@ class Grid(abc.ABC):
         return hi - lo + 1
 
     @property
-    def has_zero(self) -> bool:
-        """True if the value 0 is a level, as far as the numbers of the grid are known."""
+    def has_zero(self) -> bool | None:
+        """True if the value 0 is a level; None where the numbers of the grid cannot be looked at."""
         lo, hi, zero, _ = self.alphabet()
-        if any(isinstance(x, Tracer) for x in (lo, hi, zero)):
-            return False
-        return zero is None or bool(np.all((np.floor(zero) == zero) & (lo <= zero) & (zero <= hi)))
+        if zero is None:
+            return True
+        if not all(is_number(x) or (isinstance(x, ARRAYS) and not isinstance(x, Tracer)) for x in (lo, hi, zero)):
+            return None
+        return bool(np.all((np.floor(zero) == zero) & (lo <= zero) & (zero <= hi)))
 
     @property
     def log2_levels(self) -> float:

@@ -266,7 +266,7 @@ class MinMSE(Scale):
             raise ValueError(f"MinMSE takes a least share in (0, 1); got {self.least!r}.")
 
     def fills(self, grid):
-        return grid.has_zero
+        return grid.has_zero is True
 
     def __call__(self, W, grid, importance=None):
         groups = self.per.split(W)

@@ -18,6 +18,12 @@ def layout(groups=1, strides=(1, 1), dilation=(1, 1), padding=((1, 1), (0, 2))):
     return ConvLayout(shape, strides, padding, (1, 1), dilation, (0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2), groups)
 
 
+def pointwise(groups=1, strides=(1, 1)):
+    """Kernel 1 x 1 on the same."""
+    shape = (1, 1, 4 // groups, 8)
+    return ConvLayout(shape, strides, ((0, 0),) * 2, (1, 1), (1, 1), (0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2), groups)
+
+
 def pictures(seed=0, samples=5):
     return jnp.asarray(np.random.default_rng(seed).standard_normal((samples, 9, 8, 4)), jnp.float32)
 
@@ -27,6 +33,9 @@ CONVOLUTIONS = {
     "grouped": layout(groups=2),
     "strided": layout(strides=(2, 3)),
     "dilated": layout(dilation=(2, 1)),
+    "pointwise": pointwise(),
+    "pointwise, grouped": pointwise(groups=2),
+    "pointwise, strided": pointwise(strides=(1, 2)),
 }
 
 
@@ -67,6 +76,24 @@ def test_drawn_windows_are_a_share_of_all_and_each_as_likely():
     other = patches.Random(0.5, patches.NonOverlapping())
     assert other.layout(conv).strides == (3, 2)
     assert other.random
+
+
+def test_at_most_so_many_windows_are_spread_over_all():
+    conv, rows, total = layout(), (50, 9, 9), 4 * 50 * 9 * 9
+    choice = patches.AtMost(10)
+    for batch in range(4):
+        numbers = np.asarray(choice.pick(conv, rows, None, total, batch))
+        assert numbers.shape == (round(10 * 24 / 4),)  # inputs 3 x 2 x 4, a quarter of the windows in each batch
+        assert len(set(numbers)) == len(numbers)
+        assert np.diff(numbers, prepend=-1, append=4050).max() <= 3 * 4050 / 60  # nowhere a gap
+        assert len(np.unique(numbers % 9)) == 9
+        assert len(np.unique(numbers // 81)) >= 30
+        np.testing.assert_array_equal(numbers, choice.pick(conv, rows, None, total, batch))
+    assert choice.pick(conv, rows, None, 2 * 240) is None  # not twice as many
+    assert choice.pick(DOT, (10**6,), None, 10**6) is None
+    for wrong in (0, True, 2.5, "8"):
+        with pytest.raises(ValueError, match="positive number of windows"):
+            patches.AtMost(wrong)
 
 
 def test_a_product_of_picked_windows_is_the_convolution_there():
