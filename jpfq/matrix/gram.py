@@ -466,12 +466,19 @@ def are_finite(arrays: Sequence[jax.Array]) -> list[bool]:
         for i, x in enumerate(arrays):
             devices = frozenset(x.sharding.device_set) if isinstance(x, jax.Array) else frozenset()
             if all(device.platform == "cpu" for device in devices) and getattr(x, "is_fully_addressable", True):
-                found[i] = bool(np.isfinite(np.asarray(x)).all())  # nothing to compile
+                found[i] = all(bool(np.isfinite(part).all()) for part in _parts(x))  # nothing to compile
             else:
                 places.setdefault(devices, []).append(i)
         for numbers in places.values():
             found |= zip(numbers, map(bool, all_finite([arrays[i] for i in numbers])), strict=True)
     return [found[i] for i in range(len(arrays))]
+
+
+def _parts(x):
+    """An array as NumPy arrays, one for each of its shards: without the copy of the whole that a `jax.Array` would keep."""
+    if not isinstance(x, jax.Array):
+        return [np.asarray(x)]
+    return [np.asarray(shard.data) for shard in x.addressable_shards if shard.replica_id == 0]
 
 
 @jax.jit
