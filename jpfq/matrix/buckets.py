@@ -11,17 +11,16 @@ codes stay as they are, random draws included, which are folded by the numbers o
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..scalar import Codes, PerGroup
 from .gram import Gram
+from .host import namespace, numpy_or_jit
 from .recipe import Recipe
 from .stages import Solution
 
@@ -106,32 +105,37 @@ def fills_inputs(recipe: Recipe) -> bool:
     return not isinstance(recipe.scale.per, PerGroup)
 
 
-@functools.partial(jax.jit, static_argnames="bucket")
+@numpy_or_jit("bucket")
 def fill(W: jax.Array, gram: Gram, bucket: Bucket) -> tuple[jax.Array, Gram]:
     """Weights (B, in, out) and the Gram of their inputs, of the size of a bucket; arrays of the Gram may have lanes."""
+    xp = namespace(W)
     B, n, out = (more - size for more, size in zip(bucket.size, W.shape, strict=True))
     sizes = {"matrix": (B, n, n), "vector": (B, n), "number": (B,)}
 
     def filled(x, kind):
         width = sizes[kind]
-        return jnp.pad(x, ((0, 0),) * (x.ndim - len(width)) + tuple((0, more) for more in width))
+        return xp.pad(x, ((0, 0),) * (x.ndim - len(width)) + tuple((0, more) for more in width))
 
     H = filled(gram.H, "matrix")
     C, drift = (None if M is None else filled(M, "matrix") for M in (gram.C, gram.drift))
     if C is None and bucket.drifts:
-        C = drift = jnp.zeros_like(H)
+        C = drift = xp.zeros_like(H)
     sum_X, sum_Xq = (filled(x, "vector") for x in (gram.sum_X, gram.sum_Xq))
     count = filled(gram.count, "number")
-    inputs = jnp.where(jnp.arange(bucket.size[0]) < W.shape[0], W.shape[1], 0)
-    inputs = jnp.broadcast_to(inputs, count.shape)
-    W = jnp.pad(W, ((0, B), (0, n), (0, out)))
+    inputs = np.where(np.arange(bucket.size[0]) < W.shape[0], W.shape[1], 0)
+    inputs = xp.broadcast_to(inputs, count.shape)
+    W = xp.pad(W, ((0, B), (0, n), (0, out)))
     return W, Gram(H, C, drift, sum_X, sum_Xq, count, gram.power, inputs)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "dtype"))
 def cut(solution: Solution, size: Size, dtype: np.dtype) -> Solution:
     """A solution without what filled it up, its codes as integers of that type; all with an axis of lanes, or none."""
+    return Solution(*_cut(solution.codes, solution.q, solution.step, solution.zero, size, dtype), solution.info)
+
+
+@numpy_or_jit("size", "dtype")
+def _cut(codes, q, step, zero, size, dtype):
     B, n, out = size
-    codes, q = (x[..., :B, :n, :out] for x in (solution.codes, solution.q))
-    step, zero = (x[..., :B, :, :out] for x in (solution.step, solution.zero))
-    return Solution(codes.astype(dtype), q, step, zero, solution.info)
+    codes, q = (x[..., :B, :n, :out] for x in (codes, q))
+    step, zero = (x[..., :B, :, :out] for x in (step, zero))
+    return codes.astype(dtype), q, step, zero

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from ..scalar.pytree import register_dataclass
 from .automatic import anywhere, no_mesh
 from .automatic import is_traced as is_traced
+from .host import namespace, numpy_or_jit
 from .split import Split, diagonal, permuted
 
 _STEP = 14  # powers by which inputs are scaled are multiples of it, so that few programs are compiled
@@ -262,7 +263,7 @@ class Gram:
 
     @property
     def _rows(self):
-        return jnp.where(self.count > 0, self.count, 1)
+        return namespace(self.count).where(self.count > 0, self.count, 1)
 
     def energy(self, W: jax.Array) -> jax.Array:
         """||X w||^2 for each column w of W (in, out): the energy of the float outputs.
@@ -389,12 +390,13 @@ class Shown(NamedTuple):
         return cls.read(cls.told(diagonal, X, Xq, count))
 
     @staticmethod
-    @jax.jit
+    @numpy_or_jit()
     def told(diagonal: jax.Array, X: jax.Array, Xq: jax.Array, count: jax.Array) -> jax.Array:
         """What `read` reads (5,): the largest of each, as one reduction, which compiles in a fifth of the time of five."""
-        X, Xq, count = (jnp.broadcast_to(x, diagonal.shape) for x in (X, Xq, count[..., None]))
-        told = ~jnp.isfinite(X), ~jnp.isfinite(Xq), (X != 0) | (Xq != 0), diagonal, count
-        return jnp.stack([x.astype(diagonal.dtype) for x in told]).reshape(5, -1).max(1)
+        xp = namespace(diagonal)
+        X, Xq, count = (xp.broadcast_to(x, diagonal.shape) for x in (X, Xq, count[..., None]))
+        told = ~xp.isfinite(X), ~xp.isfinite(Xq), (X != 0) | (Xq != 0), diagonal, count
+        return xp.stack([x.astype(diagonal.dtype) for x in told]).reshape(5, -1).max(1)
 
     @classmethod
     def read(cls, told: jax.Array) -> "Shown":

@@ -1,7 +1,6 @@
 """QTensor: a quantized kernel as integer codes and steps, in the kernel's own shape; and Info, what its making was like."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from ..scalar.exponent import aligned
 from ..scalar.pytree import register_dataclass
 from .automatic import anywhere
 from .gram import is_traced
+from .host import namespace, numpy_or_jit
 from .layout import Layout
 from .neurons import ALL, Neurons
 from .rotate import Hadamard
@@ -194,7 +194,7 @@ def _relative(square, energy):
     return jnp.where(jnp.isfinite(energy), share, jnp.nan)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "rotated"))
+@numpy_or_jit("dtype", "rotated", unless=lambda codes, step, zero, dtype, rotated: rotated is not None)
 def _dequantize(codes, step, zero, dtype, rotated):
     """Dequantizes codes of any grid by one program."""
     kernel = _spread(step, codes.shape) * (codes.astype(step.dtype) - _spread(zero, codes.shape))
@@ -229,7 +229,8 @@ def entropy(codes: jax.Array, neurons: Neurons = ALL, real: jax.Array | None = N
 
 def _spread(x, shape):
     """Repeats every entry of `x` over the run it serves."""
+    xp = namespace(x)
     for axis, (here, full) in enumerate(zip(x.shape, shape, strict=True)):
         if here not in (1, full):
-            x = jnp.repeat(x, full // here, axis)
-    return jnp.broadcast_to(x, shape)
+            x = xp.repeat(x, full // here, axis)
+    return xp.broadcast_to(x, shape)

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from ..scalar import Grid
 from .automatic import anywhere
 from .gram import Gram, Rows, at_least_float32, is_finite, is_traced
+from .host import namespace, numpy_or_jit
 from .layout import DotLayout
 from .qtensor import Info, QTensor, code_dtype
 from .recipe import Recipe, recipe_of
@@ -97,10 +98,11 @@ def raise_on(info: Info, recipe: Recipe, name: str, data: Gram | Rows) -> None:
         raise ValueError(f"The quantized outputs of {name} overflow: scale its inputs down.")
 
 
-@jax.jit
+@numpy_or_jit(unless=lambda info, data: isinstance(data, Rows))
 def all_well(info: Info, data: Gram | Rows) -> jax.Array:
     """True where there is nothing to raise, for each lane where there are lanes."""
-    finite = jnp.isfinite(data.diagonal).all((-2, -1)) & jnp.isfinite(info.square_error)
+    xp = namespace(info.square_error)
+    finite = xp.isfinite(data.diagonal).all((-2, -1)) & xp.isfinite(info.square_error)
     return finite & (info.failed == 0) & (info.zero_steps == 0)
 
 

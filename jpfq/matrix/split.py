@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..scalar.pytree import register_dataclass
+from .host import namespace
 from .triangular import solve_triangular
 
 AT_ONCE = 128  # rows that a product takes at a time
@@ -103,7 +104,7 @@ Square = Any  # a matrix (n, n): an array, or `Split`
 
 def diagonal(M: Square) -> jax.Array:
     """diag(M) (n,)."""
-    return M.diagonal() if isinstance(M, Split) else jnp.diagonal(M, axis1=-2, axis2=-1)
+    return M.diagonal() if isinstance(M, Split) else namespace(M).diagonal(M, axis1=-2, axis2=-1)
 
 
 def lower(M: Square, k: int = 0) -> Square:

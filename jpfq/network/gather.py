@@ -16,6 +16,7 @@ from ..matrix import Devices, Gram, Recipe, Rows
 from ..matrix.correlate import Correlations, at_a_time, correlates, pays
 from ..matrix.each import each, over_lanes
 from ..matrix.gram import Shown, at_least_float32, raised
+from ..matrix.host import numpy_or_jit
 from ..matrix.layout import DotLayout, Layout
 from ..matrix.patches import DEFAULT
 from .batches import NotFinite
@@ -145,17 +146,16 @@ class Gather:
 
     def _summed(self, power) -> Any:
         """The Gram of all batches, their inputs times 2^power, and what it tells."""
-        total = told = None
+        total = None
         several = sum(len(stream.batches) for stream, _ in self.streams) > 1 and self.rows is None
         for layout, x, xq, weights, picked in self._batches():
             laned = self._laned(picked)
-            gram = None if total is None else total.data
-            if gram is None and several:  # so that one program serves the first batch too
-                gram = _nothing(layout, x, xq, picked, laned, power)
+            if total is None and several:  # so that one program serves the first batch too
+                total = _nothing(layout, x, xq, picked, laned, power)
             batch = x, xq, weights, picked, _merges(x)
             correlate = self._total is not None and pays(layout, self._total)
-            total, told = _added(gram, layout.of_rows, *batch, at_once(), self.rows, laned, power, correlate)
-        return total, told
+            total = _added(total, layout.of_rows, *batch, at_once(), self.rows, laned, power, correlate)
+        return _with_means(total)
 
     def _rows(self, centred):
         gathered = _weighted(*self.flat(), centred, self.laned)
@@ -214,8 +214,9 @@ class Joint:
         return None if any(x is None for x in used) else functools.reduce(jnp.add, used)
 
     def _gram(self, centred):
-        gram, told = _joined([part.of(Gram).data for part in self.parts], tuple(part.laned for part in self.parts))
-        gathered = gram._replace(used=self.used)
+        gram = _joined([part.of(Gram).data for part in self.parts], tuple(part.laned for part in self.parts))
+        gathered, told = _with_means(gram)
+        gathered = gathered._replace(used=self.used)
         Shown.read(told).refuse(self.parts[0].path)
         return gathered._replace(data=_centred(gathered.data, self.laned)) if centred else gathered
 
@@ -238,8 +239,8 @@ def _told(gathered) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="laned")
 def _joined(grams, laned):
-    """The sum of Grams, of which some have lanes, and what it tells."""
-    return _with_means(functools.reduce(Gram.merge, _alike(grams, laned)))
+    """The sum of Grams, of which some have lanes."""
+    return functools.reduce(Gram.merge, _alike(grams, laned))
 
 
 @functools.partial(jax.jit, static_argnames="laned")
@@ -312,14 +313,21 @@ def _gram(layout, x, xq, weights, picked, merges, at_once, over=None, laned=(Fal
     donate_argnums=0,  # the sum goes where the sum so far was
 )
 def _added(total, layout, x, xq, weights, picked, merges, at_once, over, laned, power, correlate):
-    """The Gram of one batch more, and what it tells."""
+    """The Gram of one batch more."""
     gram = _gram(layout, x, xq, weights, picked, merges, at_once, over, laned, power, correlate)
-    return _with_means(gram if total is None else total.merge(gram))
+    return gram if total is None else total.merge(gram)
 
 
 def _with_means(gram) -> tuple[Gathered, jax.Array]:
-    gathered = Gathered(gram, gram.mean_X, gram.mean_Xq, gram.count)
-    return gathered, _told(gathered)
+    """A Gram with its means, and what they tell."""
+    mean_X, mean_Xq, told = _means(gram)
+    return Gathered(gram, mean_X, mean_Xq, gram.count), told
+
+
+@numpy_or_jit()
+def _means(gram):
+    mean_X, mean_Xq = gram.mean_X, gram.mean_Xq
+    return mean_X, mean_Xq, Shown.told(gram.diagonal, mean_X, mean_Xq, gram.count)
 
 
 def _nothing(layout, x, xq, picked, laned, power) -> Gram:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..matrix.gram import at_least_float32
+from ..matrix.host import numpy_or_jit
 from ..matrix.layout import ConvLayout, DotLayout, Layout
 from .canonical import canonical
 from .compat import PRODUCTS, bind, inner_jaxprs, is_literal
@@ -47,7 +48,8 @@ class Chain:
 
         scaled: whether constant factors on the way are divided out, as for values, or left alone, as for codes.
         """
-
+        if not self.steps:
+            return operand
         (leaf,) = jax.linear_transpose(self.arrange, jax.ShapeDtypeStruct(shape, operand.dtype))(operand)
         return leaf / self.factor if scaled else leaf
 
@@ -114,7 +116,7 @@ class Site:
         return _matrices(leaf, self.chain, self.layout)
 
 
-@functools.partial(jax.jit, static_argnames=("chain", "layout"))
+@numpy_or_jit("chain", "layout", unless=lambda leaf, chain, layout: bool(chain.steps))
 def _matrices(leaf, chain, layout):
     return at_least_float32(layout.matrices(chain(leaf)))
 

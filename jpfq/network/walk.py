@@ -41,6 +41,7 @@ from ..matrix import (
 )
 from ..matrix.each import lane, over_lanes
 from ..matrix.gram import as_gram, at_least_float32, matmul
+from ..matrix.host import namespace, numpy_or_jit
 from ..scalar.exponent import reduced
 from .activation import Activations, Rounded, choose, round_by
 from .curvature import Coupling
@@ -372,11 +373,11 @@ def _casts(stream, site):
     return tuple(str(d) for d in (stream.program.params[site.leaf].aval.dtype, *steps))
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "casts", "laned"))
+@numpy_or_jit("layout", "casts", "laned", unless=lambda q, layout, casts, laned: laned)
 def _operand(q, layout, casts, laned):
     q = jax.vmap(layout.operand)(q) if laned else layout.operand(q)
     for dtype in casts:
-        q = q.astype(dtype)
+        q = q.astype(jnp.dtype(dtype))
     return q
 
 
@@ -390,7 +391,12 @@ def _assemble(done, shape, dtype, recipe, track) -> QTensor:
     return QTensor(codes, step, zero, recipe.grid, np.dtype(dtype), rotated)
 
 
-@functools.partial(jax.jit, static_argnames=("places", "shape", "runs", "dtype", "laned"))
+def _rearranges(solutions, places, shape, runs, dtype, laned) -> bool:
+    """True if the sites do not simply hold the parameter, so that JAX is to take it apart."""
+    return laned or len(places) > 1 or bool(places[0][0].steps)
+
+
+@numpy_or_jit("places", "shape", "runs", "dtype", "laned", unless=_rearranges)
 def _whole(solutions, places, shape, runs, dtype, laned):
     """Codes, steps and zero points of a parameter; `places` are chain and layout of each of its sites."""
 
@@ -415,7 +421,8 @@ def _full(places, arrays, shape, scaled=False):
 
 def _to_matrices(x, dims):
     B, n, out = dims
-    return jnp.broadcast_to(jnp.repeat(x, n // x.shape[1], 1), (B, n, out))
+    xp = namespace(x)
+    return xp.broadcast_to(xp.repeat(x, n // x.shape[1], 1), (B, n, out))
 
 
 @functools.lru_cache(maxsize=4096)
