@@ -130,7 +130,8 @@ def fill(W: jax.Array, gram: Gram, bucket: Bucket) -> tuple[jax.Array, Gram]:
 
 def cut(solution: Solution, size: Size, dtype: np.dtype) -> Solution:
     """A solution without what filled it up, its codes as integers of that type; all with an axis of lanes, or none."""
-    return Solution(*_cut(solution.codes, solution.q, solution.step, solution.zero, size, dtype), solution.info)
+    codes, q, step, zero = _cut(solution.codes, solution.q, solution.step, solution.zero, size, dtype)
+    return Solution(codes, q, step, zero, solution.info)
 
 
 @numpy_or_jit("size", "dtype")

@@ -21,15 +21,17 @@ from ..matrix.automatic import context
 from ..matrix.each import each
 from ..scalar import Codes, MinMSE, Nearest, grid_of_bits
 from ..scalar.exponent import exponent_of, reduced
+from .adapters import adapt
+from .analysis import analyse, check_key
 from .batches import naming, read_batches
 from .curvature import derivatives, signs, weigh
 from .functional import check_values
 from .gather import Gather
+from .keys import typed
 from .mesh import on_auto_axes
 from .plan import steps_of
 from .program import Program
 from .progress import progress_of
-from .quantize import adapt, analyse, check_key, typed
 from .row_weights import of_outputs
 from .rules import Rule
 from .sites import Site

@@ -17,16 +17,14 @@ import jax.numpy as jnp
 from ..matrix.automatic import anywhere, automatic
 from . import leaves as one
 from .activation import Rounded
+from .adapters import adapt, adapter_of, phrase_of
 from .functional import Functional, numbered
 from .infos import SUFFIX, read_infos, read_noted, read_reach, write_infos
-from .linen import is_linen
 from .mesh import like
-from .nnx import is_nnx
 from .outputs import OutputError
-from .quantize import adapt
 from .quantized import Quantized
 from .record import DTYPES, NOT_FINITE, decode, encode
-from .store import KINDS, read, write
+from .store import read, write
 from .structure import describe, nested, rebuild
 
 
@@ -194,9 +192,9 @@ def made(
 
     functional = _unbound(document, paths, trainable, leaves)
     if model is not None:
-        given = "linen" if is_linen(model) else "nnx" if is_nnx(model) else "function"
+        given = adapter_of(model).kind
         if given != kind:
-            raise ValueError(f"It was made of {KINDS[kind]}; got {KINDS[given]}.")
+            raise ValueError(f"It was made of {phrase_of(kind)}; got {phrase_of(given)}.")
         if kind == "linen" and variables is None:
             variables = functional.rebuild(leaves)["variables"]
         if kind == "function" and params is None:

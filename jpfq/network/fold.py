@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 from ..matrix.automatic import context
 from ..matrix.gram import at_least_float32
+from .adapters import adapt
 from .affine import Affine, value
 from .batches import read_batches
 from .functional import check_values
 from .mesh import like, on_auto_axes
 from .program import trace
-from .quantize import adapt
 from .sites import find_sites
 from .stream import Stream
 

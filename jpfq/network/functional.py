@@ -1,8 +1,8 @@
-"""A model as a pure function of its leaves and a batch, and the way back. Adapters for Flax are in linen.py and nnx.py."""
+"""A model as a pure function of its leaves and a batch, and the way back. Each framework has a file: see adapters.py."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -33,6 +33,17 @@ class Functional:
         if self.origin is None:
             raise TypeError("This model cannot be pickled: save the result with quantized.save(folder).")
         return _again, (*self.origin(), self.leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """The models of one framework; see adapters.py."""
+
+    kind: str  # as saved results name it
+    phrase: str  # as messages name such a model
+    argument: Literal["variables", "params"] | None  # by which its arrays are given; None where the model holds them
+    owns: Callable[[Any], bool]  # whether a model is of this framework
+    functional: Callable[[Any, Any, dict], Functional]  # from the model, its arrays and arguments that are no data
 
 
 def _again(make, arguments, leaves):

@@ -20,6 +20,7 @@ from ..matrix.host import numpy_or_jit
 from ..matrix.layout import DotLayout, Layout
 from ..matrix.patches import DEFAULT
 from .batches import NotFinite
+from .keys import fold_in
 from .stream import Stream
 
 
@@ -278,12 +279,6 @@ def _rows_shape(layout, shape):
 @functools.partial(jax.jit, static_argnames=("layout", "shape"))
 def _row_weights(layout, weights, shape):
     return layout.row_weights(weights, shape)
-
-
-def fold_in(key: jax.Array, number: int) -> jax.Array:
-    """`jax.random.fold_in` into a key, or into the key of every lane."""
-    fold = lambda key: jax.random.fold_in(key, number)
-    return jax.vmap(fold)(key) if key.ndim else fold(key)
 
 
 def at_once() -> int:

@@ -5,7 +5,7 @@ from typing import Any
 import flax.errors
 from flax import linen
 
-from .functional import Functional, call, flatten, identity_of
+from .functional import Adapter, Functional, call, flatten, identity_of
 
 
 def is_linen(model: Any) -> bool:
@@ -62,3 +62,6 @@ def _rebuild(variables):
 def unboxed(tree: Any) -> Any:
     """Variables without what Flax wraps around them, such as names of axes."""
     return linen.unbox(tree)
+
+
+LINEN = Adapter("linen", "a Linen module", "variables", is_linen, from_linen)

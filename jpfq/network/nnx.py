@@ -4,7 +4,7 @@ from typing import Any
 
 from flax import nnx
 
-from .functional import Functional, call, flatten
+from .functional import Adapter, Functional, call, flatten
 
 
 def is_nnx(model: Any) -> bool:
@@ -57,3 +57,6 @@ def _refuse_change(paths, before, after, counters, caches):
 def as_param(x: Any) -> nnx.Param:
     """An array as a parameter."""
     return nnx.Param(x)
+
+
+NNX = Adapter("nnx", "an NNX model", None, is_nnx, lambda model, _, kwargs: from_nnx(model, kwargs))

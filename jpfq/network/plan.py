@@ -16,12 +16,13 @@ from ..matrix.gram import HALVES
 from ..matrix.layout import ConvLayout, Layout
 from ..matrix.patches import DEFAULT
 from ..scalar import Bounded
+from .adapters import adapt
+from .analysis import Analysis, analyse
 from .batches import shapes_of
 from .compat import is_literal
 from .gather import at_once, rows_shape
 from .mesh import on_auto_axes
 from .progress import Step
-from .quantize import Analysis, adapt, analyse
 from .rules import Rule, as_rules
 from .sites import Site, Tap
 from .stream import forks, needs

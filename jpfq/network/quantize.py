@@ -3,34 +3,30 @@
 import contextlib
 import dataclasses
 import os
-import zlib
 from collections.abc import Callable, Container, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from ..matrix import Devices
 from ..matrix.automatic import automatic, context
-from ..matrix.gram import are_finite, is_traced
-from ..matrix.layout import ConvLayout
-from .activation import Activations
+from ..matrix.gram import is_traced
+from .adapters import adapt
+from .analysis import Analysis, activations_of, block_of, check_key, couple, rule_all
 from .batches import Shaped, naming, read_batches, shapes_of
-from .bias import find_biases
-from .curvature import curvatures
-from .functional import PARTITION, Functional, check_arrays, check_values, from_function
+from .functional import Functional, check_values
 from .hosts import check_hosts, leaves_of, spans_hosts
-from .linen import from_linen, is_linen
+from .kernels import find_all_kernels
+from .keys import typed
 from .mesh import check_runs, devices_of, like, on_auto_axes, on_mesh_of
-from .nnx import from_nnx, is_nnx
-from .program import Program, trace_twice
+from .plan import steps_of
 from .progress import Step, progress_of
 from .quantized import Quantized, check_choice
 from .resume import Kept, stoppable
-from .rules import Assignment, Rule, as_rules, assign
-from .sites import CASTS, Site, find_sites, joined, with_taps
+from .rules import Rule, as_rules
+from .sites import Site
 from .stream import Stream
-from .walk import Making, Walked, served, stops, walk
+from .walk import Making, Walked, stops, walk
 
 
 def quantize(
@@ -133,10 +129,8 @@ def quantize(
         return assemble(functional, walked, first.assignment.skipped, peak, example, uses_of(first.sites))
 
 
-def steps(analyses: "Sequence[Analysis]", counts: Sequence[int], solved: Container, fresh: bool) -> list[Step]:
+def steps(analyses: Sequence[Analysis], counts: Sequence[int], solved: Container, fresh: bool) -> list[Step]:
     """The layers as a walk does them."""
-    from .plan import steps_of  # a plan is one of what is here
-
     return [step for stop in steps_of(analyses, counts, solved=solved, fresh=fresh) for step in stop]
 
 
@@ -160,18 +154,6 @@ def place(
     if any(a is not b for a, b in zip(functional.leaves, placed.leaves, strict=True)):
         check_runs(placed, shaped[0].example)
     return placed, shaped, devices
-
-
-def rule_all(
-    functional: Functional, traced: "Sequence[Traced]", rules: Sequence[Rule], strict: bool
-) -> "list[Analysis]":
-    """Applies the rules to a model, for each shape of batch it is traced on; the same kernels must be quantized."""
-    analyses = [ruled(functional, one, rules, strict) for one in traced]
-    for other in analyses[1:]:
-        if [_product(s) for s in other.sites] != [_product(s) for s in analyses[0].sites]:
-            raise ValueError("The model multiplies other kernels for batches of another size: calibrate with one size.")
-    check_finite(functional, analyses[0].assignment)
-    return analyses
 
 
 def streams_of(functional: Functional, analyses, shaped: Sequence[Shaped], groups, **settings) -> list[Stream]:
@@ -240,50 +222,6 @@ def uses_of(sites: Sequence[Site]) -> dict[str, int]:
     return {site.path: len(site.shares) for site in sites if site.shares}
 
 
-def typed(key: jax.Array | None) -> jax.Array | None:
-    """A key of the new kind, whose shape () says that it is one, from either kind."""
-    if key is None or jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    return jax.random.wrap_key_data(key)
-
-
-def couple(
-    functional: Functional, analyses, shaped: Sequence[Shaped], groups, key: jax.Array | None, solved: Container = ()
-) -> dict:
-    """By stop and position, how the neurons of a site are coupled, and its curvature over all batches.
-
-    Sites that are measured together are left out where all of them are solved; where one is not, what is compiled for them
-    stays the same, and so its curvature, to the bit.
-    """
-    first = analyses[0]
-    how = {i: first.assignment.rules[site.path].coupling for i, site in enumerate(first.sites)}
-    how = {i: coupling for i, coupling in how.items() if coupling is not None}
-    uses = served([[first.sites[i] for i in group] for group in groups])  # a shared matrix has one curvature
-    places = {groups[stop][i]: place for place, shared in uses.items() for stop, i in shared}
-    needed = {coupling.measured for i, coupling in how.items() if places[i] not in solved}
-    how = {i: coupling for i, coupling in how.items() if coupling.measured in needed}
-    if not how:
-        return {}
-    key = jax.random.fold_in(jax.random.key(0) if key is None else key, zlib.crc32(b"coupling"))
-    total: dict = {}
-    for number, (a, group) in enumerate(zip(analyses, shaped, strict=True)):
-        sites = {i: a.sites[i] for i in how}
-        part = jax.random.fold_in(key, number)
-        found = curvatures(a.program, functional.leaves, group.leaves, group.weights, sites, how, part)
-        total |= {i: F if i not in total else total[i] + F for i, F in found.items()}
-    for i, F in total.items():
-        if not 0 < float(jnp.trace(F.sum(0))) < float("inf"):
-            raise ValueError(
-                f"coupling: by derivatives of the float network, its outputs do not depend on {first.sites[i].path}, or "
-                "more than numbers can hold. Return logits, not labels; calibrate in float32; or couple other kernels only."
-            )
-    found: dict = {}
-    for i, coupling in how.items():
-        _, before = found.get(places[i], (coupling, None))
-        found[places[i]] = coupling, total[i] if before is None else before + total[i]
-    return found
-
-
 def _refresh(fresh, shapes, offload, kept, finite):
     """Gives a stream other batches; of these `finite` is told."""
 
@@ -298,165 +236,6 @@ def _refresh(fresh, shapes, offload, kept, finite):
         return stream.anew(groups[0].leaves, groups[0].weights, number)
 
     return refresh
-
-
-def adapt(model: Any, variables: Any, params: Any, kwargs: dict | None) -> Functional:
-    """The model as a pure function, whatever framework it is from."""
-    kwargs = kwargs or {}
-    kind = "a Linen module" if is_linen(model) else "an NNX model" if is_nnx(model) else "a function"
-    wanted = {"a Linen module": "variables", "an NNX model": None, "a function": "params"}[kind]
-    for name, value in (("variables", variables), ("params", params)):
-        if value is not None and name != wanted:
-            raise ValueError(f"{kind} takes {wanted or 'neither variables nor params'}; got {name}=...")
-    if is_linen(model):
-        functional = from_linen(model, variables, kwargs)
-    elif is_nnx(model):
-        functional = from_nnx(model, kwargs)
-    else:
-        _check_function(model, params)
-        functional = from_function(model, params, kwargs)
-    check_arrays(functional.paths, functional.leaves)
-    return functional
-
-
-def _check_function(model, params):
-    """Raises for what is no function of parameters and inputs."""
-    if not callable(model):
-        raise ValueError(f"model is a Linen module, an NNX model or a function fn(params, *inputs); got {model!r}.")
-    if params is None:
-        if not jax.tree_util.all_leaves([model]):
-            raise ValueError(
-                f"model is {type(model).__name__}, a pytree that has its parameters within itself. {PARTITION}"
-            )
-        raise ValueError("A function needs its parameters: jpfq.quantize(fn, batches, rules, params=params).")
-
-
-class Traced(NamedTuple):
-    """A model traced on one shape of batch."""
-
-    program: Program
-    sites: list[Site]
-    reasons: dict[str, str]  # by path of every other kernel, why it cannot be quantized
-
-
-class Analysis(NamedTuple):
-    """A traced model, and what the rules make of it."""
-
-    program: Program
-    sites: list[Site]  # to be quantized
-    assignment: Assignment
-
-
-def analyse(functional: Functional, rules: Sequence[Rule], example: Any, strict: bool = False) -> Analysis:
-    """Traces a model, finds its kernels and gives each its rule. Values are not looked at: shapes will do."""
-    return ruled(functional, find_kernels(functional, example), rules, strict)
-
-
-def find_kernels(functional: Functional, example: Any) -> Traced:
-    """Traces a model and finds its kernels."""
-    program = trace_twice(functional.fn, functional.paths, functional.leaves, example)
-    sites, reasons = find_sites(program)
-    state = {path for path, ok in zip(functional.paths, functional.trainable, strict=True) if not ok}
-    sites = [site for site in sites if site.path not in state]
-    return Traced(program, sites, {path: reason for path, reason in reasons.items() if path not in state})
-
-
-def find_all_kernels(functional: Functional, shaped: Sequence[Shaped]) -> list[Traced]:
-    """Traces a model on each shape of batch.
-
-    Raises:
-        ValueError: it runs on the first and not on another.
-    """
-    shapes = lambda group: ", ".join(str(x.shape) for x in group.leaves[0])
-    first, *others = shaped
-    traced = [find_kernels(functional, first.example)]
-    for group in others:
-        try:
-            traced.append(find_kernels(functional, group.example))
-        except Exception as error:
-            raise ValueError(
-                f"The model runs on the first batch, of shapes {shapes(first)}, but not on one of shapes {shapes(group)}: "
-                f"{error}"
-            ) from error
-    return traced
-
-
-def _product(site):
-    """The parts of a site that all shapes of batches must share; the padding of a convolution may depend on sizes."""
-    layout = site.layout
-    layout = dataclasses.replace(layout, padding=()) if isinstance(layout, ConvLayout) else layout
-    return site.path, layout
-
-
-def ruled(functional: Functional, traced: Traced, rules: Sequence[Rule], strict: bool = False) -> Analysis:
-    """Gives each kernel its rule."""
-    program, sites, reasons = traced
-    trainable = [path for path, ok in zip(functional.paths, functional.trainable, strict=True) if ok]
-    assignment = assign(rules, list(dict.fromkeys(site.path for site in sites)), reasons, trainable)
-    refused = {path: reason for path, reason in reasons.items() if assignment.skipped.get(path) == reason}
-    if strict and refused:
-        listing = "\n".join(f"  {path}: {reason}" for path, reason in refused.items())
-        raise ValueError(f"strict=True, and these kernels cannot be quantized:\n{listing}\nSkip them by a rule.")
-    program, sites = joined(program, [site for site in sites if site.path in assignment.recipes])
-    corrected = any(assignment.rules[site.path].correct_bias for site in sites)
-    biases = find_biases(program, sites, list(functional.trainable)) if corrected else {}
-    sites = [_as_ruled(site, assignment.rules[site.path], biases.get(site.index)) for site in sites]
-    program, sites = with_taps(program, sites)
-    for path, recipe in assignment.recipes.items():
-        if recipe.rotation is not None:
-            _check_rotation(path, [site for site in sites if site.path == path], program)
-    return Analysis(program, sites, assignment)
-
-
-def _as_ruled(site, rule, bias):
-    """A site with what its rule says of the layer."""
-    activations = rule.inputs()
-    if activations is not None:
-        activations.refuse(site.layout, site.path)
-    bias = bias if rule.correct_bias else None
-    return dataclasses.replace(site, activations=activations, patches=rule.patches, bias=bias)
-
-
-def block_of(site: Site) -> Any:
-    """The block of a site: its path up to the first part with a number; in a stack of layers the place in the stack."""
-    parts = site.path.split("/")
-    end = next((i for i, part in enumerate(parts[:-1]) if any(c.isdigit() for c in part)), len(parts) - 1)
-    places = [int(eqn.invars[1].val) for eqn, _ in site.chain.steps if eqn.primitive.name == "dynamic_slice"]
-    return tuple(places) or tuple(parts[: end + 1])
-
-
-def _check_rotation(path, sites, program):
-    """Dequantizing turns a kernel back as a whole, so it must be one matrix as it stands."""
-    shape = program.params[sites[0].leaf].aval.shape
-    several = any(site.first != sites[0].first for site in sites)
-    if several or any(eqn.primitive.name not in CASTS for eqn, _ in sites[0].chain.steps):
-        raise ValueError(
-            f"Hadamard cannot be folded into {path} {shape}: the model reshapes, transposes or slices this kernel before it "
-            "multiplies, or uses it in more ways than one. Give it a rule without rotation."
-        )
-
-
-def activations_of(assignment: Assignment) -> dict[str, Activations | None]:
-    """The settings by which the inputs of each kernel are quantized."""
-    return {path: rule.inputs() for path, rule in assignment.rules.items()}
-
-
-def check_finite(functional: Functional, assignment: Assignment) -> None:
-    """Raises where a kernel to be quantized is not finite."""
-    leaves = dict(zip(functional.paths, functional.leaves, strict=True))
-    paths = [path for path in functional.paths if path in assignment.recipes]
-    for path, finite in zip(paths, are_finite([leaves[path] for path in paths]), strict=True):
-        if not finite:
-            raise ValueError(f"The kernel {path} holds NaN or infinity.")
-
-
-def check_key(assignment: Assignment, key: jax.Array | None) -> None:
-    """Raises where random numbers are drawn and there is no key."""
-    for path, recipe in assignment.recipes.items():
-        patches = assignment.rules[path].patches
-        for part in (recipe.rounding, patches):
-            if part is not None and part.random and key is None:
-                raise ValueError(f"{part} of {path} draws random numbers: pass key=jax.random.key(...).")
 
 
 def _placed(tensor, leaf):

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from .adapters import phrase_of
 from .disk import HIDDEN, TURN, digest, hidden, read_limited, to_disk, turn, writing
 
 FORMATS = 1, 2  # the second keeps how far sums go, and is written where there are such
@@ -39,7 +40,6 @@ FIELDS = {  # of the record, besides its own checksum
     "batch": (list, type(None)),  # its structure, and shape and type of each array; None where it is not known
 }
 ATTEMPTS = 100  # at reading a result that is replaced again and again
-KINDS = {"linen": "a Linen module", "nnx": "an NNX model", "function": "a function"}
 
 
 def write(
@@ -204,7 +204,7 @@ def unseal(text: bytes) -> dict:
     arrays = {} if "arrays" in wrong else document["arrays"]
     digest = arrays.get("sha256")
     hexadecimal = isinstance(digest, str) and len(digest) == 64 and set(digest) <= set("0123456789abcdef")
-    if wrong or not hexadecimal or type(arrays.get("bytes")) is not int or document["model"] not in KINDS:
+    if wrong or not hexadecimal or type(arrays.get("bytes")) is not int or phrase_of(document["model"]) is None:
         raise ValueError(f"{MANIFEST} is no record of jpfq: wrong {', '.join(wrong) or 'kind of model or of arrays'}.")
     return document
 

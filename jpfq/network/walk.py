@@ -45,7 +45,8 @@ from ..matrix.host import namespace, numpy_or_jit
 from ..scalar.exponent import reduced
 from .activation import Activations, Rounded, choose, round_by
 from .curvature import Coupling
-from .gather import Gather, Joint, fold_in
+from .gather import Gather, Joint
+from .keys import fold_in
 from .outputs import Comparison, OutputError
 from .progress import SILENCE, Report
 from .sites import CASTS, Site

@@ -7,9 +7,8 @@ from typing import Any
 
 from ..matrix import GPFQ, MSQ, OPTQ, Natural, Qronos
 from ..network import Quantized, Rule, quantize
+from ..network.adapters import adapt, adapter_of
 from ..network.functional import Functional
-from ..network.linen import is_linen
-from ..network.quantize import adapt
 from ..network.table import table
 from ..scalar import Grid, MinMSE
 
@@ -43,9 +42,8 @@ class Subject:
     @property
     def given(self) -> dict[str, Any]:
         """The arguments that `jpfq.quantize` and `jpfq.load` take besides the model."""
-        if self.state is None:
-            return {}
-        return {"variables" if is_linen(self.model) else "params": self.state}
+        argument = adapter_of(self.model).argument
+        return {} if self.state is None or argument is None else {argument: self.state}
 
     @property
     def functional(self) -> Functional:

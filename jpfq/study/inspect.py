@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from ..network.adapters import phrase_of
 from ..network.checkpoint import made
 from ..network.leaves import SUFFIXES
 from ..network.outputs import in_words
@@ -64,10 +65,10 @@ def inspected(figures: dict[str, Any]) -> str:
     lines = [table(("kernel", "shape", "grid", "bits", "error", "bytes"), rows)]
     if figures["skipped"]:
         lines.append(table(("left as it is", "because"), list(figures["skipped"].items())))
-    kind = {"linen": "a Linen module", "nnx": "an NNX model", "function": "a function"}[figures["model"]]
     lines.append(
-        f"Made of {kind} by jpfq {figures['versions'].get('jpfq')}. {figures['bytes']:,} bytes on disk, everything "
-        f"included; as given {figures['float_bytes']:,}. Relative error of the outputs: {figures['output_error_in_words']}."
+        f"Made of {phrase_of(figures['model'])} by jpfq {figures['versions'].get('jpfq')}. "
+        f"{figures['bytes']:,} bytes on disk, everything included; as given {figures['float_bytes']:,}. "
+        f"Relative error of the outputs: {figures['output_error_in_words']}."
     )
     return "\n\n".join(lines)
 

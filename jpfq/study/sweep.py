@@ -23,25 +23,16 @@ from ..matrix import code_dtype
 from ..matrix.automatic import anywhere, automatic, context, no_mesh
 from ..matrix.each import lane, over_lanes, stack
 from ..network import Quantized
+from ..network.adapters import adapt
+from ..network.analysis import Analysis, activations_of, check_key, couple, rule_all
 from ..network.batches import Shaped, naming, shapes_of
 from ..network.functional import Functional
+from ..network.kernels import find_all_kernels
+from ..network.keys import typed
 from ..network.mesh import LanesMesh
 from ..network.plan import plan_of, steps_of
 from ..network.progress import Report, Step, progress_of
-from ..network.quantize import (
-    Analysis,
-    activations_of,
-    adapt,
-    assemble,
-    check_key,
-    couple,
-    find_all_kernels,
-    place,
-    rule_all,
-    streams_of,
-    typed,
-    uses_of,
-)
+from ..network.quantize import assemble, place, streams_of, uses_of
 from ..network.rules import Assignment
 from ..network.table import table
 from ..network.walk import Making, Walked, stops, walk

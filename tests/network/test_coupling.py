@@ -7,7 +7,8 @@ import pytest
 
 import jpfq
 from jpfq.network import curvature
-from jpfq.network.quantize import adapt, analyse
+from jpfq.network.adapters import adapt
+from jpfq.network.analysis import analyse
 from tests.network import zoo
 
 KEY = jax.random.key(0)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from jpfq.network.adapters import adapt
 from jpfq.network.canonical import canonical
 from jpfq.network.program import trace
-from jpfq.network.quantize import adapt
 from jpfq.network.segments import Segment
 from jpfq.network.sites import find_sites
 from tests.network import zoo

@@ -237,7 +237,7 @@ def test_curvature_is_measured_for_what_is_missing_only(tmp_path, monkeypatch):
         measured.append([site.path for site in sites.values()])
         return {i: jnp.eye(site.layout.dims[2])[None] + 0.1 * (i + 1) for i, site in sites.items()}
 
-    monkeypatch.setattr(importlib.import_module("jpfq.network.quantize"), "curvatures", curvatures)
+    monkeypatch.setattr(importlib.import_module("jpfq.network.analysis"), "curvatures", curvatures)
     exact = run(rules=rules, key=None)
     with pytest.raises(KeyboardInterrupt):
         stopped_after(2, interrupt, monkeypatch, tmp_path / "run", rules=rules, key=None)
