@@ -35,6 +35,26 @@ def analyse(functional: Functional, rules: Sequence[Rule], example: Any, strict:
     return ruled(functional, find_kernels(functional, example), rules, strict)
 
 
+def find_all_kernels(functional: Functional, shaped: Sequence[Shaped]) -> list[Traced]:
+    """Traces a model on each shape of batch.
+
+    Raises:
+        ValueError: it runs on the first and not on another.
+    """
+    shapes = lambda group: ", ".join(str(x.shape) for x in group.leaves[0])
+    first, *others = shaped
+    traced = [find_kernels(functional, first.example)]
+    for group in others:
+        try:
+            traced.append(find_kernels(functional, group.example))
+        except Exception as error:
+            raise ValueError(
+                f"The model runs on the first batch, of shapes {shapes(first)}, but not on one of shapes {shapes(group)}: "
+                f"{error}"
+            ) from error
+    return traced
+
+
 def rule_all(
     functional: Functional, traced: "Sequence[Traced]", rules: Sequence[Rule], strict: bool
 ) -> "list[Analysis]":

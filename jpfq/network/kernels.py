@@ -1,9 +1,7 @@
-"""The kernels of a model, for the shapes of its batches."""
+"""The kernels of a model, and why others cannot be quantized."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .batches import Shaped
 from .functional import Functional
 from .program import Program, trace_twice
 from .sites import Site, find_sites
@@ -24,23 +22,3 @@ def find_kernels(functional: Functional, example: Any) -> Traced:
     state = {path for path, ok in zip(functional.paths, functional.trainable, strict=True) if not ok}
     sites = [site for site in sites if site.path not in state]
     return Traced(program, sites, {path: reason for path, reason in reasons.items() if path not in state})
-
-
-def find_all_kernels(functional: Functional, shaped: Sequence[Shaped]) -> list[Traced]:
-    """Traces a model on each shape of batch.
-
-    Raises:
-        ValueError: it runs on the first and not on another.
-    """
-    shapes = lambda group: ", ".join(str(x.shape) for x in group.leaves[0])
-    first, *others = shaped
-    traced = [find_kernels(functional, first.example)]
-    for group in others:
-        try:
-            traced.append(find_kernels(functional, group.example))
-        except Exception as error:
-            raise ValueError(
-                f"The model runs on the first batch, of shapes {shapes(first)}, but not on one of shapes {shapes(group)}: "
-                f"{error}"
-            ) from error
-    return traced

@@ -12,11 +12,10 @@ from ..matrix import Devices
 from ..matrix.automatic import automatic, context
 from ..matrix.gram import is_traced
 from .adapters import adapt
-from .analysis import Analysis, activations_of, block_of, check_key, couple, rule_all
+from .analysis import Analysis, activations_of, block_of, check_key, couple, find_all_kernels, rule_all
 from .batches import Shaped, naming, read_batches, shapes_of
 from .functional import Functional, check_values
 from .hosts import check_hosts, leaves_of, spans_hosts
-from .kernels import find_all_kernels
 from .keys import typed
 from .mesh import check_runs, devices_of, like, on_auto_axes, on_mesh_of
 from .plan import steps_of

@@ -37,7 +37,8 @@ from .functional import Functional, numbered
 from .hosts import spans_hosts
 from .program import Program, form
 from .rules import Rule
-from .solved import Asked, Solved, read_solved, write_solved
+from .solved import Asked, Solved
+from .solved_files import read_solved, write_solved
 
 FORMAT = 2  # in 1, which is not gone on with, a site's file does not say whose it is
 MANIFEST = "run.json"

@@ -24,10 +24,9 @@ from ..matrix.automatic import anywhere, automatic, context, no_mesh
 from ..matrix.each import lane, over_lanes, stack
 from ..network import Quantized
 from ..network.adapters import adapt
-from ..network.analysis import Analysis, activations_of, check_key, couple, rule_all
+from ..network.analysis import Analysis, activations_of, check_key, couple, find_all_kernels, rule_all
 from ..network.batches import Shaped, naming, shapes_of
 from ..network.functional import Functional
-from ..network.kernels import find_all_kernels
 from ..network.keys import typed
 from ..network.mesh import LanesMesh
 from ..network.plan import plan_of, steps_of
