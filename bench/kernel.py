@@ -1,6 +1,6 @@
 """Claim: on an accelerator one launch per block beats the plain scan. Run: python bench/kernel.py
 
-The recursion q = Q(A - L q) in blocks, by the kernel of jpfq/matrix/kernel.py and by the scan, next to the plain scan over
+The recursion q = Q(A - L q) in blocks, by the kernel of jpfq/matrix/pallas.py and by the scan, next to the plain scan over
 all coordinates and one float32 product of the same size; ratios are medians over rounds, each with the others beside it.
 Codes are compared with the plain scan's: float32 decides some ties otherwise, and a tie turns later codes of its neuron.
 Wanted: at most 3 products, and a fifth of the plain scan. Without an accelerator there is nothing to time, and the report
@@ -17,7 +17,8 @@ from common import report, table, verdict
 from recursion import compiled, measure
 
 import jpfq
-from jpfq.matrix import GPFQ, Gram, Kernel, Recursion, substitute
+from jpfq.matrix import GPFQ, Gram, Kernel, Recursion
+from jpfq.matrix import recursion as substitute
 from jpfq.matrix.gram import matmul
 
 PRODUCTS, SCANS = 3.0, 5.0  # products that the kernel may take at most; plain scans over kernels at least
@@ -77,7 +78,7 @@ def main():
             "kernel",
             parser,
             args,
-            f"{none}\nThe scan stays what runs on every platform (jpfq.matrix.kernel.WINS is empty).",
+            f"{none}\nThe scan stays what runs on every platform (jpfq.matrix.pallas.WINS is empty).",
         )
         return
     rows, says = [], []

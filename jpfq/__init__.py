@@ -31,6 +31,9 @@ The examples below, and those of all classes and functions, run one by one. They
     >>> embedding = jpfq.BinaryEmbedding(map, jpfq.embed.SigmaDelta(1, width=9), scale=1.5 * 8.0)
 """
 
+from .calibrate.activation import Activations as Activations
+from .calibrate.batches import Weighted as Weighted
+from .calibrate.curvature import Coupling as Coupling
 from .embed import BinaryEmbedding as BinaryEmbedding
 from .embed import RandomFourierFeatures as RandomFourierFeatures
 from .matrix import GPFQ as GPFQ
@@ -61,26 +64,21 @@ from .matrix import Shrinkage as Shrinkage
 from .matrix import TopEigenvalue as TopEigenvalue
 from .matrix import dequantize as dequantize
 from .matrix import patches as patches
-from .matrix import solve as solve
-from .network import Activations as Activations
-from .network import Certificate as Certificate
-from .network import Coupling as Coupling
-from .network import Plan as Plan
-from .network import Quantized as Quantized
-from .network import Rule as Rule
-from .network import Served as Served
-from .network import Steps as Steps
-from .network import Weighted as Weighted
-from .network import best as best
-from .network import budget as budget
-from .network import cache_compilations as cache_compilations
-from .network import certify as certify
-from .network import fake_quant as fake_quant
-from .network import fold_batchnorm as fold_batchnorm
-from .network import load as load
+from .matrix.solve import solve as solve
 from .network import paper as paper
-from .network import plan as plan
-from .network import quantize as quantize
+from .network.best import best as best
+from .network.budget import budget as budget
+from .network.certify import Certificate as Certificate
+from .network.certify import certify as certify
+from .network.finetune import Steps as Steps
+from .network.finetune import fake_quant as fake_quant
+from .network.fold import fold_batchnorm as fold_batchnorm
+from .network.plan import Plan as Plan
+from .network.plan import plan as plan
+from .network.quantize import quantize as quantize
+from .network.quantized import Quantized as Quantized
+from .network.rules import Rule as Rule
+from .network.serve import Served as Served
 from .scalar import AbsMax as AbsMax
 from .scalar import Accumulator as Accumulator
 from .scalar import Asymmetric as Asymmetric
@@ -106,6 +104,8 @@ from .scalar import Symmetric as Symmetric
 from .scalar import Ternary as Ternary
 from .scalar import datatype_bits as datatype_bits
 from .scalar import ranges as ranges
+from .storage.caching import cache_compilations as cache_compilations
+from .storage.save import load as load
 from .study import plot as plot
 from .study.space import Space as Space
 from .study.sweep import Sweep as Sweep

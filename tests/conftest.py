@@ -15,7 +15,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the command writes nothing 
 import jax
 import pytest
 
-from jpfq.network import caching, segments
+from jpfq.model import segments
+from jpfq.storage import caching
 
 MAPS = Path("/proc/self/maps")  # on Linux
 MANY = 20_000  # of the 65,530 that a process may have by default; every compiled program takes several

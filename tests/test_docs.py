@@ -62,7 +62,7 @@ def names_of(space):
     """The public names of `jpfq` or one of the modules it offers."""
     if space is jpfq or space is jpfq.embed:  # which list them
         return [name for name, x in vars(space).items() if name[0] != "_" and not isinstance(x, types.ModuleType)]
-    home = "jpfq.network.plot" if space is jpfq.plot else space.__name__
+    home = "jpfq.report.plot" if space is jpfq.plot else space.__name__
     return [name for name, x in vars(space).items() if name[0] != "_" and getattr(x, "__module__", "") == home]
 
 

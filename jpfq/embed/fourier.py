@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ..matrix.automatic import run
+from ..matrix.explicit_mesh import run
 from ..matrix.gram import matmul
 from ..scalar import register_dataclass
 from ..scalar.grid import is_number

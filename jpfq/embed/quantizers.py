@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..matrix import System, code_dtype
-from ..matrix.automatic import run
+from ..matrix.explicit_mesh import run
 from ..scalar import Equispaced, Levels, Nearest, Rounding, Stochastic, register_dataclass
 from ..scalar.grid import Number, is_number
 from .shaping import Shaped, Stability, feedback, numbered, shape

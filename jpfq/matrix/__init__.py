@@ -96,7 +96,7 @@ nearest and step for stochastic rounding, and let nothing saturate.
 """
 
 from .buckets import Bucket as Bucket
-from .buckets import buckets as buckets
+from .buckets import assign_buckets as assign_buckets
 from .buckets import cut as cut
 from .buckets import fill as fill
 from .coupling import solve_coupled as solve_coupled
@@ -109,14 +109,12 @@ from .finish import Finish as Finish
 from .finish import Refit as Refit
 from .gram import Gram as Gram
 from .gram import Rows as Rows
-from .kernel import Kernel as Kernel
-from .kernel import chosen as chosen
-from .malysaab import MalySaab as MalySaab
 from .methods import GPFQ as GPFQ
 from .methods import MSQ as MSQ
 from .methods import UNI as UNI
 from .methods import Method as Method
 from .methods import System as System
+from .nullspace import MalySaab as MalySaab
 from .optq import GPTAQ as GPTAQ
 from .optq import OPTQ as OPTQ
 from .optq import QEP as QEP
@@ -127,6 +125,8 @@ from .order import Natural as Natural
 from .order import Order as Order
 from .packed import Packed as Packed
 from .packed import dequantize as dequantize
+from .pallas import Kernel as Kernel
+from .pallas import chosen as chosen
 from .pathfollow import follow as follow
 from .prepare import Align as Align
 from .prepare import LeastSquares as LeastSquares
@@ -138,6 +138,9 @@ from .qtensor import code_dtype as code_dtype
 from .recipe import Form as Form
 from .recipe import Recipe as Recipe
 from .recipe import recipe_of as recipe_of
+from .recursion import Path as Path
+from .recursion import Recursion as Recursion
+from .recursion import substitute as substitute
 from .rotate import Hadamard as Hadamard
 from .shard import Devices as Devices
 from .shard import solve_sharded as solve_sharded
@@ -146,9 +149,5 @@ from .slices import slice_width as slice_width
 from .slices import solve_sliced as solve_sliced
 from .solve import all_well as all_well
 from .solve import raise_on as raise_on
-from .solve import solve as solve
 from .stages import Solution as Solution
 from .stages import solve_all as solve_all
-from .substitute import Path as Path
-from .substitute import Recursion as Recursion
-from .substitute import substitute as substitute

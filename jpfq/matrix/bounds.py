@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from ..scalar.grid import Number
 from .gram import Gram, Rows
 from .methods import System
+from .recursion import unrounded
 from .split import diagonal
-from .substitute import unrounded
 
 
 def square_bound(cost: jax.Array, error: jax.Array) -> jax.Array:

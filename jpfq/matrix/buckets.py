@@ -46,7 +46,7 @@ class Bucket(NamedTuple):
     drifts: bool
 
 
-def buckets(problems: Mapping[Key, tuple[Size, bool, Recipe]]) -> dict[Key, Bucket]:
+def assign_buckets(problems: Mapping[Key, tuple[Size, bool, Recipe]]) -> dict[Key, Bucket]:
     """The bucket of each problem, so that compiling and solving all of them takes least time, about.
 
     Two buckets become one as long as that saves time; the pair that saves most comes first. A problem that would be alone

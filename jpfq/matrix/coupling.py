@@ -21,8 +21,8 @@ from ..scalar.exponent import exponent_of, reduced
 from ..scalar.grid import Number
 from .bounds import resolution, rounding
 from .damping import MeanDiagonal, factor
-from .each import each
 from .gram import Gram, matmul
+from .lanes import each
 from .prepare import LeastSquares
 from .qtensor import entropy
 from .recipe import Recipe

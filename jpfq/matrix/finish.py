@@ -24,8 +24,8 @@ from ..scalar import Levels, Rounding
 from ..scalar.pytree import register_dataclass
 from .gram import Gram, matmul
 from .methods import inverse_of
+from .recursion import Recursion, substitute
 from .split import lower, upper
-from .substitute import Recursion, substitute
 
 
 class Finish(abc.ABC):

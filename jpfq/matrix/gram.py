@@ -15,8 +15,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from ..scalar.pytree import register_dataclass
-from .automatic import anywhere, no_mesh
-from .automatic import is_traced as is_traced
+from .explicit_mesh import anywhere, no_mesh
+from .explicit_mesh import is_traced as is_traced
 from .host import namespace, numpy_or_jit
 from .split import Split, diagonal, permuted
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .automatic import is_traced
+from .explicit_mesh import is_traced
 
 LARGE = 2**22  # entries from which on an array is worth a program
 

@@ -10,7 +10,7 @@ import numpy as np
 from ..scalar import Grid
 from ..scalar.bits import MAX_LEVELS, pack, packed_size, unpack
 from ..scalar.pytree import register_dataclass
-from .automatic import anywhere
+from .explicit_mesh import anywhere
 from .layout import Layout
 from .qtensor import QTensor, code_dtype
 from .rotate import Hadamard

@@ -12,7 +12,7 @@ from jax import lax
 
 from .gram import Rows, matmul
 from .methods import Method
-from .substitute import BLOCK, Path, Recursion
+from .recursion import BLOCK, Path, Recursion
 
 
 def follow(

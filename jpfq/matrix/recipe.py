@@ -22,15 +22,15 @@ from ..scalar import (
 from ..scalar.accumulator import AXE, scales_with_radius
 from ..scalar.pytree import register_dataclass
 from .finish import CosineDescend, Descend, Finish
-from .malysaab import MalySaab
-from .malysaab import refuse as refuse_walk
 from .methods import GPFQ, MSQ, Method
+from .nullspace import MalySaab
+from .nullspace import refuse as refuse_walk
 from .optq import Qronos
 from .order import Descending, Natural, Order
 from .prepare import Prepare
+from .recursion import BLOCK
 from .rotate import Hadamard
 from .shrink import Shrinkage
-from .substitute import BLOCK
 
 Form = Literal["auto", "gram", "data"]
 _static = {"static": True}

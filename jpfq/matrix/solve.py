@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..scalar import Grid
-from .automatic import anywhere
+from .explicit_mesh import anywhere
 from .gram import Gram, Rows, at_least_float32, is_finite, is_traced
 from .host import namespace, numpy_or_jit
 from .layout import DotLayout

@@ -16,15 +16,15 @@ from jax import lax
 from ..scalar import Bounded, Codes, Levels, Reach
 from ..scalar.exponent import exponent_of, reduced
 from .bounds import resolution, rounding, square_bound, target
-from .each import each
-from .figures import Squares
 from .gram import Gram, Rows, as_gram, mean_energy
+from .lanes import each
+from .metrics import Squares
 from .neurons import ALL, Neurons
 from .pathfollow import follow
 from .qtensor import Info, entropy
 from .recipe import Recipe
+from .recursion import Path, Recursion, substitute
 from .split import infinite
-from .substitute import Path, Recursion, substitute
 
 
 class Solution(NamedTuple):

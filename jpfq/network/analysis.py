@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..calibrate.activation import Activations
+from ..calibrate.batches import Shaped
+from ..calibrate.bias import find_biases
+from ..calibrate.curvature import curvatures
+from ..calibrate.walk import served
 from ..matrix.gram import are_finite
 from ..matrix.layout import ConvLayout
-from .activation import Activations
-from .batches import Shaped
-from .bias import find_biases
-from .curvature import curvatures
-from .functional import Functional
-from .kernels import Traced, find_kernels
-from .program import Program
+from ..model.functional import Functional
+from ..model.kernels import Traced, find_kernels
+from ..model.program import Program
+from ..model.sites import CASTS, Site, joined, with_taps
 from .rules import Assignment, Rule, assign
-from .sites import CASTS, Site, joined, with_taps
-from .walk import served
 
 
 class Analysis(NamedTuple):

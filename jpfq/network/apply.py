@@ -4,11 +4,11 @@ from typing import Any
 
 import jax
 
-from .activation import Rounded
-from .compat import bind
-from .functional import Functional
-from .program import evaluate, trace
-from .sites import find_sites
+from ..calibrate.activation import Rounded
+from ..model.compat import bind
+from ..model.functional import Functional
+from ..model.program import evaluate, trace
+from ..model.sites import find_sites
 
 
 def run(functional: Functional, leaves, inputs: dict[str, list[Rounded]], batch: Any) -> Any:

@@ -16,27 +16,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..calibrate.batches import naming, read_batches
+from ..calibrate.curvature import derivatives, signs, weigh
+from ..calibrate.gather import Gather
+from ..calibrate.progress import progress_of
+from ..calibrate.row_weights import of_outputs
+from ..calibrate.stream import Stream
+from ..calibrate.walk import served, stops
 from ..matrix import Gram, solve_all
-from ..matrix.automatic import context
-from ..matrix.each import each
+from ..matrix.explicit_mesh import context
+from ..matrix.lanes import each
+from ..model.adapters import adapt
+from ..model.functional import check_values
+from ..model.keys import typed
+from ..model.mesh import on_auto_axes
+from ..model.program import Program
+from ..model.sites import Site
 from ..scalar import Codes, MinMSE, Nearest, grid_of_bits
 from ..scalar.exponent import exponent_of, reduced
-from .adapters import adapt
 from .analysis import analyse, check_key
-from .batches import naming, read_batches
-from .curvature import derivatives, signs, weigh
-from .functional import check_values
-from .gather import Gather
-from .keys import typed
-from .mesh import on_auto_axes
 from .plan import steps_of
-from .program import Program
-from .progress import progress_of
-from .row_weights import of_outputs
 from .rules import Rule
-from .sites import Site
-from .stream import Stream
-from .walk import served, stops
 
 
 def budget(

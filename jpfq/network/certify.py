@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..matrix.automatic import runs_anywhere
+from ..matrix.explicit_mesh import runs_anywhere
 from .integer import integer_sites
 from .table import table
 

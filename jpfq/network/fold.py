@@ -5,16 +5,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ..matrix.automatic import context
+from ..calibrate.batches import read_batches
+from ..calibrate.stream import Stream
+from ..matrix.explicit_mesh import context
 from ..matrix.gram import at_least_float32
-from .adapters import adapt
-from .affine import Affine, value
-from .batches import read_batches
-from .functional import check_values
-from .mesh import like, on_auto_axes
-from .program import trace
-from .sites import find_sites
-from .stream import Stream
+from ..model.adapters import adapt
+from ..model.affine import Affine, value
+from ..model.functional import check_values
+from ..model.mesh import like, on_auto_axes
+from ..model.program import trace
+from ..model.sites import find_sites
 
 
 def fold_batchnorm(

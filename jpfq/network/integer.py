@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ..calibrate.activation import Rounded
 from ..matrix import QTensor
 from ..matrix.gram import at_least_float32
-from .activation import Rounded
-from .compat import bind
-from .functional import Functional
-from .program import Program, evaluate, form, trace
-from .sites import Site, find_sites
+from ..model.compat import bind
+from ..model.functional import Functional
+from ..model.program import Program, evaluate, form, trace
+from ..model.sites import Site, find_sites
 
 Overflow = Literal["wrap", "saturate"]
 KEPT = 16  # compiled networks; the least recently used goes first

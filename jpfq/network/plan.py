@@ -9,25 +9,25 @@ from typing import Any
 
 import jax
 
+from ..calibrate.batches import shapes_of
+from ..calibrate.gather import at_once, rows_shape
+from ..calibrate.progress import Step
+from ..calibrate.stream import forks, needs
+from ..calibrate.walk import Place, served, stops
 from ..matrix import Natural, Recipe, code_dtype, slice_width
-from ..matrix.automatic import context
-from ..matrix.correlate import at_a_time, copies, correlates, pays
+from ..matrix.conv_gram import at_a_time, copies, correlates, pays
+from ..matrix.explicit_mesh import context
 from ..matrix.gram import HALVES
 from ..matrix.layout import ConvLayout, Layout
 from ..matrix.patches import DEFAULT
+from ..model.adapters import adapt
+from ..model.compat import is_literal
+from ..model.mesh import on_auto_axes
+from ..model.sites import Site, Tap
 from ..scalar import Bounded
-from .adapters import adapt
 from .analysis import Analysis, analyse
-from .batches import shapes_of
-from .compat import is_literal
-from .gather import at_once, rows_shape
-from .mesh import on_auto_axes
-from .progress import Step
 from .rules import Rule, as_rules
-from .sites import Site, Tap
-from .stream import forks, needs
 from .table import table
-from .walk import Place, served, stops
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,24 +8,23 @@ from typing import Any, Literal
 
 import jax
 
+from ..calibrate.batches import Shaped, naming, read_batches, shapes_of
+from ..calibrate.hosts import check_hosts, leaves_of, spans_hosts
+from ..calibrate.progress import Step, progress_of
+from ..calibrate.stream import Stream
+from ..calibrate.walk import Making, Walked, stops, walk
 from ..matrix import Devices
-from ..matrix.automatic import automatic, context
+from ..matrix.explicit_mesh import automatic, context
 from ..matrix.gram import is_traced
-from .adapters import adapt
+from ..model.adapters import adapt
+from ..model.functional import Functional, check_values
+from ..model.keys import typed
+from ..model.mesh import check_runs, devices_of, like, on_auto_axes, on_mesh_of
+from ..model.sites import Site
 from .analysis import Analysis, activations_of, block_of, check_key, couple, find_all_kernels, rule_all
-from .batches import Shaped, naming, read_batches, shapes_of
-from .functional import Functional, check_values
-from .hosts import check_hosts, leaves_of, spans_hosts
-from .keys import typed
-from .mesh import check_runs, devices_of, like, on_auto_axes, on_mesh_of
 from .plan import steps_of
-from .progress import Step, progress_of
 from .quantized import Quantized, check_choice
-from .resume import Kept, stoppable
 from .rules import Rule, as_rules
-from .sites import Site
-from .stream import Stream
-from .walk import Making, Walked, stops, walk
 
 
 def quantize(
@@ -101,12 +100,15 @@ def quantize(
         analyses = rule_all(placed, traced, rules, strict)
         first, key = analyses[0], automatic(typed(key))
         check_key(first.assignment, key)
-        kept = None
+        kept, stopping = None, contextlib.nullcontext()
         if checkpoint is not None:
+            from ..storage.checkpoint import Kept, stoppable
+
             programs = [one.program for one in traced]
             own = {"key": key, "reference": reference, "fresh batches": fresh is not None}
             kept = Kept.of(checkpoint, placed, programs, shaped, devices, rules, **own)
             held.enter_context(contextlib.closing(kept))
+            stopping = stoppable(kept)
         groups, rebases = stops(first.sites), reference == "block"
         coupled = couple(placed, analyses, shaped, groups, key, kept.sites if kept else ())
         making = Making(first.assignment.recipes, activations_of(first.assignment), key, coupled)
@@ -119,7 +121,7 @@ def quantize(
         del shaped  # the streams let inputs go once they are used
         with (
             progress_of(lambda: steps(analyses, counts, solved, fresh is not None), progress) as report,
-            stoppable(kept),
+            stopping,
             naming(finite),
         ):
             block = block_of if rebases else None

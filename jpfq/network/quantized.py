@@ -10,18 +10,18 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from ..calibrate.activation import Rounded
+from ..calibrate.outputs import OutputError, in_words
 from ..matrix import Info, QTensor
-from ..matrix.automatic import anywhere, automatic, moved, runs_anywhere
+from ..matrix.explicit_mesh import anywhere, automatic, moved, runs_anywhere
+from ..model.functional import Functional, flatten
+from ..model.mesh import like
 from ..scalar import Guard, Reach
-from .activation import Rounded
 from .apply import run
-from .functional import Functional, flatten
+from .finetune import fake_quant, on_grid, tunable
 from .integer import Integers, Overflow
-from .mesh import like
-from .outputs import OutputError, in_words
 from .serve import Served
 from .table import table
-from .tune import fake_quant, on_grid, tunable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Quantized:
 
     @functools.cached_property
     def on_auto_axes(self) -> "Quantized":
-        """This result with everything on Auto axes, so that it can be computed with: see `jpfq.matrix.automatic`."""
+        """This result with everything on Auto axes, so that it can be computed with: see `jpfq.matrix.explicit_mesh`."""
         return self.moved(automatic)
 
     @property
@@ -242,7 +242,7 @@ class Quantized:
             >>> size = quantized.save("model-w4")
             >>> again = jpfq.load("model-w4", model)
         """
-        from .checkpoint import save  # which knows this class
+        from ..storage.save import save  # which knows this class
 
         return save(self, folder, entropy_coded=entropy_coded, overwrite=overwrite)
 
@@ -277,7 +277,7 @@ class Quantized:
         Example:
             >>> page = quantized.report("report.html", params=variables["params"], title="ResNet20, 4 bits")
         """
-        from .report import report  # which knows this class
+        from ..report.report import report  # which knows this class
 
         return report(self, path, params=params, sweep=sweep, title=title, overwrite=overwrite)
 
@@ -304,13 +304,13 @@ class Quantized:
             >>> bool(jnp.allclose(module.apply(held, X), quantized.apply(X), atol=1e-5))
             True
         """
-        from .qwix import to_qwix
+        from ..export.qwix import to_qwix
 
         return to_qwix(self, batch, model, kwargs)
 
     @anywhere
     def export(self, kind: Literal["compressed-tensors"], folder: str | os.PathLike, **options: Any) -> dict[str, str]:
-        """Writes the result in a format of others. "compressed-tensors" is what vLLM loads: see `jpfq.network.export`.
+        """Writes the result in a format of others. "compressed-tensors" is what vLLM loads.
 
         Args:
             kind: "compressed-tensors".
@@ -324,10 +324,9 @@ class Quantized:
             >>> quantized.export("compressed-tensors", "model-vllm")  # nothing is left out
             {}
         """
-        from .export import FORMATS
+        from ..export.formats import writer_of
 
-        check_choice("kind", kind, tuple(FORMATS))
-        return FORMATS[kind](self, folder, **options)
+        return writer_of(kind)(self, folder, **options)
 
     @property
     def nbytes(self) -> int:

@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from ..calibrate.activation import Activations
+from ..calibrate.curvature import Coupling
 from ..matrix import Finish, Form, Hadamard, Method, Order, Prepare, Recipe, Shrinkage, recipe_of
 from ..matrix.patches import Patches
 from ..scalar import Asymmetric, Grid, Guard, PerTensor, Rounding, Scale, register_dataclass
 from ..scalar.grid import Number
-from .activation import Activations
-from .curvature import Coupling
 
 _static = {"static": True}
 

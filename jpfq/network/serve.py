@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
+from ..calibrate.activation import Rounded
 from ..matrix import Packed, QTensor, dequantize
-from ..matrix.automatic import automatic, moved, runs_anywhere
-from .activation import Rounded
+from ..matrix.explicit_mesh import automatic, moved, runs_anywhere
+from ..model.functional import Functional
 from .apply import run
-from .functional import Functional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Served:
 
     @functools.cached_property
     def on_auto_axes(self) -> "Served":
-        """This with everything on Auto axes, so that it can be computed with: see `jpfq.matrix.automatic`."""
+        """This with everything on Auto axes, so that it can be computed with: see `jpfq.matrix.explicit_mesh`."""
         return self.moved(automatic)
 
     @property

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..matrix import GPFQ, MSQ, OPTQ, Natural, Qronos
-from ..network import Quantized, Rule, quantize
-from ..network.adapters import adapt, adapter_of
-from ..network.functional import Functional
+from ..model.adapters import adapt, adapter_of
+from ..model.functional import Functional
+from ..network.quantize import quantize
+from ..network.quantized import Quantized
+from ..network.rules import Rule
 from ..network.table import table
 from ..scalar import Grid, MinMSE
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 
-from ..matrix.automatic import automatic, runs_anywhere
-from ..network import Quantized, Weighted
+from ..calibrate.batches import Weighted, read_batches
+from ..calibrate.outputs import Comparison, OutputError
+from ..calibrate.row_weights import RowWeights
+from ..matrix.explicit_mesh import automatic, runs_anywhere
+from ..model.mesh import on_auto_axes
+from ..model.program import trace
 from ..network.apply import run
-from ..network.batches import read_batches
-from ..network.mesh import on_auto_axes
-from ..network.outputs import Comparison, OutputError
-from ..network.program import trace
-from ..network.row_weights import RowWeights
+from ..network.quantized import Quantized
 from .compare import Subject
 
 

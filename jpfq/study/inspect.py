@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 
-from ..network.adapters import phrase_of
-from ..network.checkpoint import made
-from ..network.leaves import SUFFIXES
-from ..network.outputs import in_words
-from ..network.store import read, seal
+from ..calibrate.outputs import in_words
+from ..model.adapters import phrase_of
 from ..network.table import table
+from ..storage.leaves import SUFFIXES
+from ..storage.save import made
+from ..storage.store import read, seal
 
 
 def inspect(folder: str | os.PathLike) -> dict[str, Any]:

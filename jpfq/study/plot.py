@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..network.plot import BLUE, GRAY, GREEN, NEEDED, ORANGE, Swept, given_or_new
-from ..network.plot import accumulators as accumulators
-from ..network.plot import bits as bits
-from ..network.plot import errors as errors
-from ..network.plot import front as front
-from ..network.plot import histogram as histogram
-from ..network.plot import saturation as saturation
-from ..network.plot import sizes as sizes
+from ..report.plot import BLUE, GRAY, GREEN, NEEDED, ORANGE, Swept, given_or_new
+from ..report.plot import accumulators as accumulators
+from ..report.plot import bits as bits
+from ..report.plot import errors as errors
+from ..report.plot import front as front
+from ..report.plot import histogram as histogram
+from ..report.plot import saturation as saturation
+from ..report.plot import sizes as sizes
 from ..scalar import Grid
 from .compare import Trial
 

@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..network import Rule
-from ..network.rules import as_rules
+from ..network.rules import Rule, as_rules
 
 FIGURES = ("loss", "output_error", "bits_per_weight", "nbytes")  # what a record says besides its setting
 

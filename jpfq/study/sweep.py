@@ -19,22 +19,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from ..calibrate.batches import Shaped, naming, shapes_of
+from ..calibrate.progress import Report, Step, progress_of
+from ..calibrate.walk import Making, Walked, stops, walk
 from ..matrix import code_dtype
-from ..matrix.automatic import anywhere, automatic, context, no_mesh
-from ..matrix.each import lane, over_lanes, stack
-from ..network import Quantized
-from ..network.adapters import adapt
+from ..matrix.explicit_mesh import anywhere, automatic, context, no_mesh
+from ..matrix.lanes import lane, over_lanes, stack
+from ..model.adapters import adapt
+from ..model.functional import Functional
+from ..model.keys import typed
+from ..model.mesh import LanesMesh
 from ..network.analysis import Analysis, activations_of, check_key, couple, find_all_kernels, rule_all
-from ..network.batches import Shaped, naming, shapes_of
-from ..network.functional import Functional
-from ..network.keys import typed
-from ..network.mesh import LanesMesh
 from ..network.plan import plan_of, steps_of
-from ..network.progress import Report, Step, progress_of
 from ..network.quantize import assemble, place, streams_of, uses_of
+from ..network.quantized import Quantized
 from ..network.rules import Assignment
 from ..network.table import table
-from ..network.walk import Making, Walked, stops, walk
 from .plot import loss_against_bits
 from .space import FIGURES, Space, words
 

@@ -201,7 +201,7 @@ def control():
 
 def main(which):
     importlib.import_module("jpfq.matrix.split").AT_ONCE = 16
-    importlib.import_module("jpfq.matrix.substitute").PANEL = 16
+    importlib.import_module("jpfq.matrix.recursion").PANEL = 16
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     print(json.dumps({"control": control()}))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jpfq
-from jpfq.matrix import Bucket, Gram, buckets, cut, fill, recipe_of, solve_all
+from jpfq.matrix import Bucket, Gram, assign_buckets, cut, fill, recipe_of, solve_all
 from jpfq.matrix.buckets import COMPILE, fills, seconds
 
 PLAIN = {"finish": None, "shrinkage": None}
@@ -105,7 +105,9 @@ def test_parts_that_count_weights_are_not_filled_up():
     )
     for settings in refused:
         assert not fills(recipe_of(4, None, **settings)), settings
-        assert not buckets({i: ((1, n, 8), True, recipe_of(4, None, **settings)) for i, n in enumerate((16, 32))})
+        assert not assign_buckets(
+            {i: ((1, n, 8), True, recipe_of(4, None, **settings)) for i, n in enumerate((16, 32))}
+        )
 
 
 RESNET20 = [(1, 27, 16)] + [(1, 144, 16)] * 6 + [(1, 144, 32), (1, 64, 10)]
@@ -113,7 +115,7 @@ RESNET20 += [(1, 288, 32)] * 5 + [(1, 288, 64)] + [(1, 576, 64)] * 5
 
 
 def found_for(sizes, **settings):
-    return buckets({i: (size, i > 0, recipe_of(4, None, **settings)) for i, size in enumerate(sizes)})
+    return assign_buckets({i: (size, i > 0, recipe_of(4, None, **settings)) for i, size in enumerate(sizes)})
 
 
 def test_small_layers_share_a_size_and_large_ones_keep_theirs():

@@ -8,8 +8,8 @@ import numpy as np
 
 import jpfq
 from jpfq.matrix import code_dtype
-from jpfq.network.adapters import adapt
-from jpfq.network.mesh import like
+from jpfq.model.adapters import adapt
+from jpfq.model.mesh import like
 from jpfq.scalar import Reach, Sums
 
 

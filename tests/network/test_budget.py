@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jpfq
+from jpfq.model.functional import from_function
 from jpfq.network.analysis import analyse
 from jpfq.network.budget import _influence, allocate
-from jpfq.network.functional import from_function
 from tests.network import zoo
 
 WIDTHS = (2, 3, 4, 8)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import jpfq
-from jpfq.network.compat import bind
+from jpfq.model.compat import bind
+from jpfq.model.program import evaluate
 from jpfq.network.integer import _product, integer_sites
-from jpfq.network.program import evaluate
 from tests.network import zoo
 
 T = 5

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import jpfq
+from jpfq.calibrate import gather
 from jpfq.matrix.layout import ConvLayout, DotLayout
-from jpfq.network import gather
-from jpfq.network.compat import inner_jaxprs, opened
+from jpfq.model.compat import inner_jaxprs, opened
 from tests.network import zoo
 
 plan_module = importlib.import_module("jpfq.network.plan")

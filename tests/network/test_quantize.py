@@ -10,8 +10,8 @@ from flax import linen as nn
 from flax import nnx
 
 import jpfq
-from jpfq.network import walk as walk_module
-from jpfq.network.stream import Stream
+from jpfq.calibrate import walk as walk_module
+from jpfq.calibrate.stream import Stream
 from tests.network import zoo
 from tests.reference import gpfq as reference
 

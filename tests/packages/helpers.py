@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 
 import jpfq
-from jpfq.network.functional import flatten
-from jpfq.network.stream import Stream
+from jpfq.calibrate.stream import Stream
+from jpfq.model.functional import flatten
 from tests.network import zoo
 
 

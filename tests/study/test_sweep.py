@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import jpfq
-from jpfq.matrix import each
-from jpfq.network import segments
+from jpfq.matrix import lanes as each
+from jpfq.model import segments
 from jpfq.study import sweep as sweep_module
 from tests.network import zoo
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...network.progress import LOG
+from ...calibrate.progress import LOG
 
 YES, NO, UNUSABLE = 0, 1, 2  # exit statuses, of which the help of the command tells
 

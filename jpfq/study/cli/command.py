@@ -12,7 +12,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 
-from ...network.caching import cache_compilations, is_enabled
+from ...storage.caching import cache_compilations, is_enabled
 from . import quantize, saved, sweep
 from .answer import UNUSABLE, YES, Answer, as_json, log_to_stderr, note
 from .factory import ForeignError

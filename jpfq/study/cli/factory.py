@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ...matrix.automatic import automatic, context
-from ...network.batches import shapes_of
+from ...calibrate.batches import shapes_of
+from ...matrix.explicit_mesh import automatic, context
 from ..compare import Subject
 
 HELP = (

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...network.checkpoint import check_leaves
-from ...network.disk import hidden, writing
-from ...network.picture import check_matplotlib
-from ...network.store import MANIFEST, destination, occupied
+from ...report.svg import check_matplotlib
+from ...storage.files import hidden, writing
+from ...storage.save import check_leaves
+from ...storage.store import MANIFEST, destination, occupied
 from ..compare import Subject
 from ..sweep import Sweep
 from .settings import nearest

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from ...network import Quantized, certify, load
-from ...network.certify import MAX_BITS
+from ...network.certify import MAX_BITS, certify
+from ...network.quantized import Quantized
 from ...network.table import table
+from ...storage.save import load
 from ..compare import Subject
 from ..evaluate import evaluate
 from ..inspect import inspect, inspected

@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ...network import Rule
+from ...network.rules import Rule
 from ...scalar import AbsMax, Accumulator, Grid, MinError, MinMSE, PerGroup, Scale, Stochastic, Ternary, grid_of_bits
 from ..compare import METHODS
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from ...matrix.automatic import context
+from ...matrix.explicit_mesh import context
 from ...scalar import AbsMax
 from ..compare import METHODS, Subject
 from ..space import FIGURES, Space

@@ -1,0 +1,75 @@
+"""Bias correction: the mean error of a layer's output, moved into the bias that follows.
+
+It is the last coordinate of the recursion, an input that is always 1, whose weight is not rounded: with the inputs centred,
+what the other coordinates leave is the mean, and the bias takes it exactly. Between product and bias there may be what a
+BatchNorm does, factors and shifts for each neuron.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ..model.affine import Affine, Step, value
+from ..model.program import Program
+from ..model.sites import Chain, Site
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bias:
+    """Where the mean error of a site can go."""
+
+    leaf: int  # index of the parameter
+    path: str
+    chain: Chain  # from the parameter to what is added
+    ndim: int  # of the product
+    steps: tuple[Step, ...]  # after the product, the bias last
+
+    @property
+    def operand(self) -> Any:
+        """The variable that is repeated over the rows and added."""
+        return self.steps[-1].operand
+
+    def change(self, site: Site, error: jax.Array, read: Callable) -> jax.Array:
+        """The array to add to the operand against a mean error (B, out) of the product; `read` gives fixed values."""
+        x = -site.layout.at_outputs(error, self.ndim)
+        for step in self.steps:
+            if step.name == "transpose":
+                x = x.transpose(step.order)
+            elif step.name in ("mul", "div"):
+                factor = step.laid(value(step.operand, read)).astype(x.dtype)
+                x = x * factor if step.name == "mul" else x / factor
+        return self.steps[-1].gathered(x if self.steps[-1].name == "add" else -x)
+
+
+def find_biases(program: Program, sites: list[Site], trainable: list[bool]) -> dict[int, Bias]:
+    """The bias of each site that has one of its own, by the index of its product."""
+    affine = Affine(program)
+    found = {site.index: bias for site in sites if (bias := _bias(affine, site, trainable)) is not None}
+    by_index = {site.index: site for site in sites}
+    found = {i: bias for i, bias in found.items() if all(_one(bias, found.get(j)) for j in by_index[i].shares)}
+    claims = collections.Counter(bias.leaf for bias in found.values())
+    sizes = collections.Counter()
+    for i, bias in found.items():
+        sizes[bias.leaf] += bias.operand.aval.size if i == by_index[i].first else 0
+    own = lambda leaf: affine.uses[leaf] == claims[leaf] and sizes[leaf] <= program.params[leaf].aval.size
+    return {index: bias for index, bias in found.items() if own(bias.leaf)}
+
+
+def _one(bias, other):
+    """True if two products with one matrix have one bias too, behind the same steps."""
+    by = lambda bias: [(step.name, step.order, step.operand) for step in bias.steps]
+    return other is not None and (bias.leaf, bias.chain, by(bias)) == (other.leaf, other.chain, by(other))
+
+
+def _bias(affine, site, trainable):
+    steps = affine.steps(site)
+    for i, step in enumerate(steps):
+        origin = affine.parameter(step.operand) if step.name in ("add", "sub") and step.per_neuron else None
+        if origin is not None and trainable[origin[0]]:
+            leaf, chain = origin
+            ndim = affine.program.equations[site.index].outvars[0].aval.ndim
+            return Bias(leaf, affine.program.paths[leaf], chain, ndim, tuple(steps[: i + 1]))
+    return None

@@ -1,0 +1,451 @@
+"""Gather: the calibration data of one stop, over all batches, as a Gram or as rows."""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..matrix import Devices, Gram, Recipe, Rows
+from ..matrix.conv_gram import Correlations, at_a_time, correlates, pays
+from ..matrix.gram import Shown, at_least_float32, raised
+from ..matrix.host import numpy_or_jit
+from ..matrix.lanes import each, over_lanes
+from ..matrix.layout import DotLayout, Layout
+from ..matrix.patches import DEFAULT
+from ..model.keys import fold_in
+from .batches import NotFinite
+from .stream import Stream
+
+
+class Gathered(NamedTuple):
+    """Data of B matrices, and the mean input of each in the reference and the quantized network (B, in)."""
+
+    data: Gram | Rows
+    mean_X: jax.Array
+    mean_Xq: jax.Array
+    rows: jax.Array  # (B,) how many, or the sum of their weights
+    used: jax.Array | None = None  # (B,) of experts, how many of those are not 0
+
+
+class Gather:
+    """The data of one stop for the quantized networks of one track, in each form made once and when first asked for."""
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        number: int,
+        key: jax.Array | None = None,
+        devices: Devices | None = None,
+        track: int = 0,
+    ):
+        """
+        Args:
+            key: for patches that are drawn; with lanes, one for each.
+            devices: over which a large Gram is split.
+        """
+        self.streams = [(stream, stream.stops[number][0]) for stream in streams]
+        stream, site = self.streams[0]
+        self.track, self.path, self.patches = track, site.path, site.patches or DEFAULT
+        self.key = None
+        if self.patches.random and key is not None:
+            self.key = fold_in(key, zlib.crc32(f"patches of {site.path}".encode()))
+        self.forked = stream.has_lanes(site.data, track)
+        self.laned = self.forked or (self.key is not None and self.key.ndim > 0)  # whether data have lanes
+        self.made: dict = {}
+        self.shown: Shown | None = None  # of the data, once they are made
+        self.rows = None if devices is None else devices.rows_of(site.layout.dims[1])
+
+    def __call__(self, recipe: Recipe, shape: tuple[int, int, int], centred: bool = False) -> Gathered:
+        """The data in the form that a recipe prefers; with the mean of every input taken off where `centred`."""
+        _, n, out = shape
+        gathered = self.of(Rows if recipe.prefers_rows(self.count, n, out) else Gram, centred)
+        if self.shown is not None:
+            self.shown.refuse(self.path)
+        return gathered
+
+    def of(self, kind: type, centred: bool = False) -> Gathered:
+        """The data as a `Gram` or as `Rows`."""
+        if (kind, centred) not in self.made:
+            self.made[kind, centred] = self._rows(centred) if kind is Rows else self._gram(centred)
+        return self.made[kind, centred]._replace(used=self.used)
+
+    @functools.cached_property
+    def used(self) -> jax.Array | None:
+        """The number of nonzero rows, or their weights, of each expert: experts are matrices with rows of their own."""
+        layout = self.streams[0][1].layout
+        if not isinstance(layout, DotLayout) or not layout.batch:
+            return None
+        parts = (
+            _used(layout, x if xq is None else xq, weights, self.forked)
+            for layout, x, xq, weights, _ in self._batches()
+        )
+        return functools.reduce(jnp.add, parts)
+
+    @functools.cached_property
+    def count(self) -> int:
+        """Rows in all, without those of weight 0."""
+        total = 0
+        for layout, x, _, weights, picked in self._batches():
+            if weights is not None and picked is None:
+                total += int((weights > 0).any(0).sum())
+            else:
+                total += math.prod(rows_shape(layout, x.shape)) if picked is None else picked.shape[-1]
+        if not total:
+            raise ValueError(
+                f"The calibration data of {self.path} hold no rows that count: there are none, or each is made of some rows "
+                "of weight 0. Give batches without padding, one for each length, or leave this kernel out by a rule with "
+                "skip=True."
+            )
+        return total
+
+    def _batches(self):
+        """Per batch: layout, inputs of both networks, weights of the rows (B or 1, *rows), numbers of the rows to take.
+
+        None for weights that are all 1, and for the numbers of all rows.
+        """
+        number, total = 0, self._total
+        for stream, site in self.streams:
+            layout = self.patches.layout(site.layout)
+            for x, xq, weights in stream.inputs(site, self.track):
+                rows = rows_shape(layout, x.shape)
+                if self.key is not None:
+                    key = fold_in(self.key, number)
+                    pick = lambda key, layout=layout, rows=rows: self.patches.pick(layout, rows, key)
+                    picked = jax.vmap(pick)(key) if key.ndim else pick(key)
+                else:
+                    picked = None if total is None else self.patches.pick(layout, rows, None, total, number)
+                weights = None if weights is None else _row_weights(layout, weights, x.shape)
+                yield layout, x, xq, weights, picked
+                number += 1
+
+    @functools.cached_property
+    def _total(self) -> int | None:
+        """The rows of all batches; None where rows have weights, of which those above 0 are all taken."""
+        if any(weights is not None for stream, _ in self.streams for weights in stream.weights):
+            return None
+        rows = lambda site: math.prod(rows_shape(self.patches.layout(site.layout), site.data.aval.shape))
+        return sum(len(stream.batches) * rows(site) for stream, site in self.streams)
+
+    def _laned(self, picked):
+        """(True if the input of the quantized networks has lanes, True if the numbers of the rows to take have)."""
+        return self.forked, picked is not None and picked.ndim > 1
+
+    def _gram(self, centred):
+        if centred:
+            gathered = self.made.get((Gram, False)) or self._gram(False)
+            return gathered._replace(data=_centred(gathered.data, self.laned))
+        gathered, told = self._summed(0)
+        power = self._checked(told)
+        return self._summed(power)[0] if power else gathered
+
+    def _summed(self, power) -> Any:
+        """The Gram of all batches, their inputs times 2^power, and what it tells."""
+        total = None
+        several = sum(len(stream.batches) for stream, _ in self.streams) > 1 and self.rows is None
+        for layout, x, xq, weights, picked in self._batches():
+            laned = self._laned(picked)
+            if total is None and several:  # so that one program serves the first batch too
+                total = _nothing(layout, x, xq, picked, laned, power)
+            batch = x, xq, weights, picked, _merges(x)
+            correlate = self._total is not None and pays(layout, self._total)
+            total = _added(total, layout.of_rows, *batch, at_once(), self.rows, laned, power, correlate)
+        return _with_means(total)
+
+    def _rows(self, centred):
+        gathered = _weighted(*self.flat(), centred, self.laned)
+        return gathered._replace(data=gathered.data.to_power(self._checked(_told(gathered))))
+
+    def flat(self) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Rows of both networks, and their weights."""
+        parts = [_flat_rows(layout, *batch, self._laned(batch[-1])) for layout, *batch in self._batches()]
+        return _concatenated(parts, (self.laned,) * len(parts))
+
+    def _checked(self, told) -> int:
+        """The power of 2 by which inputs are to be multiplied; raises for data that are not finite."""
+        self.shown = shown = Shown.read(told)
+        for finite, network in ((shown.finite_X, "float"), (shown.finite_Xq, "quantized")):
+            if not finite:
+                raise NotFinite(self.path, network, self._culprit(network))
+        return shown.power
+
+    def _culprit(self, network):
+        """The stream and the batch in it whose rows that count are not finite."""
+        places = [(i, j) for i, (stream, _) in enumerate(self.streams) for j in range(len(stream.batches))]
+        for place, (layout, x, xq, weights, _) in zip(places, self._batches(), strict=True):
+            own = network == "quantized" and xq is not None
+            value: Any = xq if own else x
+            rows = jax.vmap(layout.rows)(value) if own and self.forked else layout.rows(value)[None]
+            bad = ~jnp.isfinite(rows).all((0, 1, -1))
+            if bool((bad if weights is None else bad & (weights > 0).any(0)).any()):
+                return place
+        return places[0]
+
+
+class Joint:
+    """The data of several stops as one, for a matrix that serves all of them: the sum of their Grams, or all their rows."""
+
+    def __init__(self, parts: Sequence[Gather]):
+        self.parts, self.laned = parts, any(part.laned for part in parts)
+        self.made: dict = {}
+
+    @property
+    def count(self) -> int:
+        """Rows in all."""
+        return sum(part.count for part in self.parts)
+
+    def __call__(self, recipe: Recipe, shape: tuple[int, int, int], centred: bool = False) -> Gathered:
+        """As of one stop."""
+        _, n, out = shape
+        kind = Rows if recipe.prefers_rows(self.count, n, out) else Gram
+        if (kind, centred) not in self.made:
+            self.made[kind, centred] = self._rows(centred) if kind is Rows else self._gram(centred)
+        return self.made[kind, centred]
+
+    @property
+    def used(self) -> jax.Array | None:
+        """As of one stop."""
+        used: list[Any] = [part.used for part in self.parts]
+        return None if any(x is None for x in used) else functools.reduce(jnp.add, used)
+
+    def _gram(self, centred):
+        gram = _joined([part.of(Gram).data for part in self.parts], tuple(part.laned for part in self.parts))
+        gathered, told = _with_means(gram)
+        gathered = gathered._replace(used=self.used)
+        Shown.read(told).refuse(self.parts[0].path)
+        return gathered._replace(data=_centred(gathered.data, self.laned)) if centred else gathered
+
+    def _rows(self, centred):
+        parts, laned = [part.flat() for part in self.parts], tuple(part.laned for part in self.parts)
+        gathered = _weighted(*_concatenated(parts, laned), centred, self.laned)
+        shown = Shown.read(_told(gathered))
+        if not (shown.finite_X and shown.finite_Xq):
+            for part in self.parts:  # which says of its own
+                part.of(Rows)
+        shown.refuse(self.parts[0].path)
+        return gathered._replace(data=gathered.data.to_power(shown.power), used=self.used)
+
+
+@jax.jit
+def _told(gathered) -> jax.Array:
+    """What `Shown.read` reads."""
+    return Shown.told(gathered.data.diagonal, gathered.mean_X, gathered.mean_Xq, gathered.rows)
+
+
+@functools.partial(jax.jit, static_argnames="laned")
+def _joined(grams, laned):
+    """The sum of Grams, of which some have lanes."""
+    return functools.reduce(Gram.merge, _alike(grams, laned))
+
+
+@functools.partial(jax.jit, static_argnames="laned")
+def _concatenated(parts, laned):
+    """Rows, of which some have lanes; where one part has rows of its own in the quantized network, or weights, all have."""
+    X, Xq, weights = zip(*_alike(parts, laned), strict=True)
+    if any(x is not None for x in Xq):
+        Xq = [x if q is None else q for x, q in zip(X, Xq, strict=True)]
+    if any(w is not None for w in weights):
+        one = lambda x, w: jnp.ones((), x.dtype) if w is None else w.astype(x.dtype)
+        weights = [jnp.broadcast_to(one(x, w), (*x.shape[:-1], 1)) for x, w in zip(X, weights, strict=True)]
+    together = lambda parts: None if parts[0] is None else jnp.concatenate(parts, -2)
+    return jnp.concatenate(X, -2), together(Xq), together(weights)
+
+
+def _alike(trees, laned):
+    """All of them with lanes, if any has."""
+    if not any(laned):
+        return trees
+    lanes = next(jax.tree.leaves(tree)[0].shape[0] for tree, own in zip(trees, laned, strict=True) if own)
+    spread = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (lanes, *x.shape)), tree)
+    return [tree if own else spread(tree) for tree, own in zip(trees, laned, strict=True)]
+
+
+def rows_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of rows that a data operand of this shape has in a layout."""
+    return _rows_shape(layout, tuple(shape))
+
+
+@functools.lru_cache(maxsize=4096)
+def _rows_shape(layout, shape):
+    return jax.eval_shape(layout.rows, jax.ShapeDtypeStruct(shape, jnp.float32)).shape[1:-1]
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "shape"))
+def _row_weights(layout, weights, shape):
+    return layout.row_weights(weights, shape)
+
+
+def at_once() -> int:
+    """The number of patch entries in memory at a time: what stays in a processor's cache, or fills an accelerator."""
+    return 2**21 if jax.default_backend() == "cpu" else 2**26
+
+
+def _merges(x) -> bool:
+    """True if axes of rows may become one, which multiplies faster: where they are not split over devices."""
+    return len(x.sharding.device_set) == 1
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "over", "laned", "power", "correlate"))
+def _gram(layout, x, xq, weights, picked, merges, at_once, over=None, laned=(False, False), power=0, correlate=True):
+    """The Gram of one batch, its inputs times 2^power; `laned` are xq and picked. By correlations, if it can be."""
+    if power:
+        x, xq = (None if x is None else raised(at_least_float32(x), power) for x in (x, xq))
+    how = merges, at_once, over, correlate
+    one = lambda x, xq, weights, picked: _gram_of_one(layout, x, xq, weights, picked, how)
+    gram = over_lanes(one, (x, xq, weights, picked), (False, laned[0], False, laned[1]))
+    return dataclasses.replace(gram, power=power)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("layout", "merges", "at_once", "over", "laned", "power", "correlate"),
+    donate_argnums=0,  # the sum goes where the sum so far was
+)
+def _added(total, layout, x, xq, weights, picked, merges, at_once, over, laned, power, correlate):
+    """The Gram of one batch more."""
+    gram = _gram(layout, x, xq, weights, picked, merges, at_once, over, laned, power, correlate)
+    return gram if total is None else total.merge(gram)
+
+
+def _with_means(gram) -> tuple[Gathered, jax.Array]:
+    """A Gram with its means, and what they tell."""
+    mean_X, mean_Xq, told = _means(gram)
+    return Gathered(gram, mean_X, mean_Xq, gram.count), told
+
+
+@numpy_or_jit()
+def _means(gram):
+    mean_X, mean_Xq = gram.mean_X, gram.mean_Xq
+    return mean_X, mean_Xq, Shown.told(gram.diagonal, mean_X, mean_Xq, gram.count)
+
+
+def _nothing(layout, x, xq, picked, laned, power) -> Gram:
+    """The Gram of no batch, like that of one. NumPy's zeros compile nothing, but would have to be sent to an accelerator."""
+    lanes = [array.shape[0] for array, own in zip((xq, picked), laned, strict=True) if own][:1]
+    B, n, _ = layout.dims
+    dtype = np.float64 if x.dtype == np.float64 else np.float32
+    make = np.zeros if jax.default_backend() == "cpu" else jnp.zeros
+    zeros: Any = lambda *shape: make((*lanes, B, *shape), dtype)
+    C, drift = (None, None) if xq is None else (zeros(n, n), zeros(n, n))
+    return Gram(zeros(n, n), C, drift, zeros(n), zeros(n), zeros(), power)
+
+
+def _gram_of_one(layout, x, xq, weights, picked, how):
+    """Patches of a convolution are made and let go a few samples, or picked windows, at a time."""
+    merges, at_once, over, correlate = how
+
+    def whole(x, xq, weights, picked=None):
+        take = layout.rows if picked is None else lambda x: layout.picked(x, picked)
+        X, Xq = take(x), None if xq is None else take(xq)
+        if merges:
+            flat = lambda X: X.reshape(X.shape[0], math.prod(X.shape[1:-1]), X.shape[-1])
+            X, Xq = flat(X), None if Xq is None else flat(Xq)
+            weights = None if weights is None else weights.reshape(len(weights), -1)
+        weights = None if weights is None else jnp.broadcast_to(weights, (len(X), *weights.shape[1:]))
+        gram = each(Gram.scaled, X, Xq, weights)
+        return gram if over is None else gram.split(over)
+
+    if picked is not None:
+        weights = None if weights is None else weights.reshape(len(weights), -1)[:, picked]
+        n = math.prod(layout.dims[:2])
+        part = lambda first, size: whole(
+            x, xq, _slice(weights, first, size, 1), lax.dynamic_slice_in_dim(picked, first, size)
+        )
+        return _in_parts(part, picked.size, max(1, at_once // n))
+    if merges and weights is None and correlate and correlates(layout, x.shape):
+        samples = x.shape[(axis := layout.data_spec[0])]
+        together = at_a_time(layout, x.size // samples, 1 if xq is None else 2, at_once)
+        part = lambda first, size: Correlations.of(layout, _slice(x, first, size, axis), _slice(xq, first, size, axis))
+        gram = _in_parts(part, samples, together).gram()
+        return gram if over is None else gram.split(over)
+    cut = layout.split(x, at_once) if merges else None
+    if cut is None:
+        return whole(x, xq, weights)
+    axis, size = cut
+    part = lambda first, size: whole(
+        _slice(x, first, size, axis), _slice(xq, first, size, axis), _slice(weights, first, size, 1)
+    )
+    return _in_parts(part, x.shape[axis], size)
+
+
+def _slice(x, first, size, axis) -> Any:
+    return None if x is None else lax.dynamic_slice_in_dim(x, first, size, axis)
+
+
+def _in_parts(part, total, size):
+    """The sum of the Grams, or correlations, of runs of at most `size`, one after the other; where it can be, of one size.
+
+    A part is compiled once then: it may be a large program.
+    """
+    if size >= total:
+        return part(0, total)
+    least = -(-total // size)
+    even = next((count for count in range(least, 2 * least) if total % count == 0), None)
+    count, size = (total // size, size) if even is None else (even, total // even)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: part(0, size)))
+    gram, _ = lax.scan(lambda gram, i: (gram.merge(part(i * size, size)), None), zero, jnp.arange(count))
+    return gram.merge(part(count * size, total - count * size)) if count * size < total else gram
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "laned"))
+def _used(layout, x, weights, laned):
+    """The number of rows of each matrix (B,) that are not 0, or the sum of their weights."""
+
+    def one(x, weights):
+        shown = jnp.any(layout.rows(x) != 0, -1)
+        counted = shown.astype(jnp.float32) if weights is None else jnp.where(shown, weights, 0)
+        return counted.sum(range(1, counted.ndim))
+
+    return over_lanes(one, (x, weights), (laned, False))
+
+
+@functools.partial(jax.jit, static_argnames="laned")
+def _centred(gram, laned):
+    return over_lanes(lambda gram: each(Gram.centred, gram), (gram,), (laned,))
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "laned"))
+def _flat_rows(layout, x, xq, weights, picked, laned):
+    """Rows (B, rows, in), and their weights (B or 1, rows, 1); `laned` are xq and picked."""
+
+    def one(x, xq, weights, picked):
+        def flat(x):
+            X = at_least_float32(layout.rows(x) if picked is None else layout.picked(x, picked))
+            return X.reshape(X.shape[0], math.prod(X.shape[1:-1]), X.shape[-1])
+
+        flat_weights = None
+        if weights is not None:
+            flat_weights = weights.reshape(len(weights), -1, 1)
+            flat_weights = flat_weights if picked is None else flat_weights[:, picked]
+        return flat(x), None if xq is None else flat(xq), flat_weights
+
+    return over_lanes(one, (x, xq, weights, picked), (False, laned[0], False, laned[1]))
+
+
+@functools.partial(jax.jit, static_argnames=("centred", "laned"))
+def _weighted(X, Xq, weights, centred, laned):
+    """Rows times the roots of their weights (B or 1, rows, 1), so that their sums of squares are weighted."""
+    one = lambda X, Xq, weights: _weighted_of_one(X, Xq, weights, centred)
+    return over_lanes(one, (X, Xq, weights), (laned, laned and Xq is not None, laned and weights is not None))
+
+
+def _weighted_of_one(X, Xq, weights, centred):
+    weight = jnp.ones((1, X.shape[1], 1), X.dtype) if weights is None else weights.astype(X.dtype)
+    counted = lambda X: X if weights is None else jnp.where(weight > 0, X, 0)  # NaN in rows of weight 0 as well
+    X, Xq = counted(X), None if Xq is None else counted(Xq)
+    count = weight.sum((1, 2))
+    mean = lambda X: jnp.sum(X * weight, 1) / jnp.where(count > 0, count, 1)[:, None]
+
+    def ready(X):
+        X = X - mean(X)[:, None] if centred else X
+        return X if weights is None else X * jnp.sqrt(weight)
+
+    rows = Rows(ready(X), None if Xq is None else ready(Xq))
+    mean_X = mean(X)
+    return Gathered(rows, mean_X, mean_X if Xq is None else mean(Xq), jnp.broadcast_to(count, X.shape[:1]))

@@ -1,0 +1,138 @@
+"""The error of the outputs of a quantized network against those of the float network.
+
+Outputs that are the same infinity in both networks agree, as where logits are masked, and so do those that are NaN in both.
+Any other that is NaN or infinite in one of them has no error that could be told: it is counted, the error of all outputs is
+then NaN, and that of the rest is told beside the count. Outputs that are not floating or complex numbers are not compared.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..matrix.gram import at_least_float32, is_traced
+from ..matrix.lanes import over_lanes
+from ..scalar.exponent import aligned, exponent_of, reduced
+
+
+class OutputError(NamedTuple):
+    """Figures of a network's outputs: numbers, or arrays (.., outputs) with one of each for every output array.
+
+    error: relative error of the outputs that are finite in both networks; nan where there are none.
+    unmatched: how many are NaN or infinite in one network, and not the same in the other.
+    compared: how many outputs of floating or complex numbers there are.
+    """
+
+    error: Any
+    unmatched: Any
+    compared: Any
+
+    @property
+    def whole(self) -> "OutputError":
+        """That of all output arrays together: the largest error, and how many in all."""
+        library = jnp if is_traced(self.error) else np
+        known = ~library.isnan(self.error)
+        error = library.where(known, self.error, 0).max(-1, initial=0)
+        error = library.where(known.any(-1), error, library.nan)
+        found = OutputError(error, self.unmatched.sum(-1), self.compared.sum(-1))
+        if library is jnp or error.ndim:
+            return found
+        return OutputError(float(error), int(found.unmatched), int(found.compared))
+
+    @property
+    def figure(self) -> Any:
+        """The error, and nan where outputs are unmatched."""
+        if isinstance(self.unmatched, int):
+            return float("nan") if self.unmatched else self.error
+        return jnp.where(self.unmatched > 0, jnp.nan, self.error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Sums over outputs of two networks, one entry for every output array; those of several batches add."""
+
+    squares: np.ndarray  # (.., outputs, 2) of the errors, and of the float outputs, in float64
+    exponents: np.ndarray  # (.., outputs, 2) k of each, which is in units of 4^k
+    counts: np.ndarray  # (.., outputs, 3) unmatched, compared, and finite in both networks
+
+    @classmethod
+    def of(
+        cls,
+        exact: Sequence[jax.Array],
+        made: Sequence[jax.Array],
+        lanes: tuple[int, ...] = (),
+        weights: Sequence[jax.Array | None] | None = None,
+    ) -> Self:
+        """The sums over one batch. With `lanes`, their number, those of `made` that have an axis more have one of them.
+
+        weights: of the entries of each output; those of weight 0 are not compared.
+        """
+        given = [None] * len(exact) if weights is None else weights
+        sums = [_sums(a, b, w, bool(lanes) and b.ndim > a.ndim) for a, b, w in zip(exact, made, given, strict=True)]
+        found = [[np.broadcast_to(x, (*lanes, x.shape[-1])) for x in pair] for pair in jax.device_get(sums)]
+        squares = np.stack([x for x, _ in found], -2).astype(np.float64) if found else np.zeros((*lanes, 0, 2))
+        numbers = np.stack([x for _, x in found], -2).astype(np.int64) if found else np.zeros((*lanes, 0, 5), np.int64)
+        return cls(squares, numbers[..., :2], numbers[..., 2:])
+
+    def __add__(self, other: "Comparison") -> "Comparison":
+        squares, exponents = aligned(
+            np.stack([self.squares, other.squares]), np.stack([self.exponents, other.exponents])
+        )
+        return Comparison(squares.sum(0), exponents, self.counts + other.counts)
+
+    @property
+    def error(self) -> OutputError:
+        """The error and the counts of every output array."""
+        (error, energy), (k, of) = (np.moveaxis(x, -1, 0) for x in (self.squares, self.exponents))
+        unmatched, compared, finite = np.moveaxis(self.counts, -1, 0)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            share = np.ldexp(np.sqrt(np.where(error > 0, error / energy, 0)), k - of)
+        return OutputError(np.where(finite > 0, share, np.nan), unmatched, compared)
+
+
+@functools.partial(jax.jit, static_argnames="laned")
+def _sums(a, b, weights, laned):
+    """Squares (2,) of errors and float outputs; their exponents and the counts (5,). Of all lanes of b."""
+    return over_lanes(_compare, (a, b, weights), (False, laned, False))
+
+
+def _compare(a, b, weights):
+    if jnp.issubdtype(a.dtype, jnp.complexfloating):
+        a, b = (jnp.stack([x.real, x.imag]) for x in (a, b))
+        weights = None if weights is None else weights[None]
+    if not jnp.issubdtype(a.dtype, jnp.floating) or not a.size:
+        return jnp.zeros(2), jnp.zeros(5, jnp.int32)
+    x, y = at_least_float32(a), at_least_float32(b)
+    both = jnp.isfinite(x) & jnp.isfinite(y)
+    unmatched, counted = ~(both | (x == y) | (jnp.isnan(x) & jnp.isnan(y))), jnp.ones_like(both)
+    if weights is not None:
+        counted = jnp.broadcast_to(weights > 0, x.shape)
+        both, unmatched = both & counted, unmatched & counted
+    x, y = jnp.where(both, x, 0), jnp.where(both, y, 0)
+    k, of = (exponent_of(jnp.max(jnp.abs(z))) for z in (jnp.maximum(jnp.abs(x), jnp.abs(y)), x))
+    total = lambda z: jnp.sum(z**2 if weights is None else z**2 * weights.astype(z.dtype))
+    squares = jnp.stack([total(reduced(x, k) - reduced(y, k)), total(reduced(x, of))])
+    counts = [jnp.sum(z, dtype=jnp.int32) for z in (unmatched, counted, both)]
+    return squares, jnp.stack([k, of, *counts])
+
+
+def in_words(error: float, outputs: OutputError | None) -> str:
+    """An error of outputs as text, and why it is no number where it is none. Nobody knows of `outputs` after training."""
+    if error == error:
+        return f"{error:.2%}"
+    if outputs is None:
+        return "unknown since training"
+    if not outputs.unmatched:
+        return "unknown, as there is no finite floating output to compare"
+    rest = f"; of the rest: {outputs.error:.2%}" if outputs.error == outputs.error else ""
+    return f"nan, as {unmatched_in_words(outputs)}{rest}"
+
+
+def unmatched_in_words(outputs: OutputError) -> str:
+    """The number of outputs that are not finite in one network only, in words."""
+    count = f"{outputs.unmatched:,} of {outputs.compared:,}"
+    return f"{count} outputs are NaN or infinite in one of the two networks only"

@@ -1,0 +1,420 @@
+"""Streams: batches of one shape on their way through both networks, the float one and the one quantized so far.
+
+Until the first quantized site the two agree and are computed once. A value is dropped after its last use.
+
+There may be several quantized networks, on tracks. A track holds one of them, or, where it is laned, several that differ in
+numbers alone: their values have a leading axis of lanes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..model.compat import bind, is_literal
+from ..model.program import Program
+from ..model.segments import Segment
+from ..model.sites import Site, Tap
+from .padding import OtherPadding, lookups
+from .row_weights import Followed, RowWeights
+
+
+class Networks(NamedTuple):
+    """Values of one batch, by variable."""
+
+    shared: dict  # where the networks agree
+    reference: dict  # what the quantized network is to follow
+    quantized: list[dict]  # by track
+    float: dict  # the float network; the same object as `reference` unless that starts anew at each block
+
+    @property
+    def exact(self) -> list[dict]:
+        """Those with float weights."""
+        return [self.reference] + ([] if self.float is self.reference else [self.float])
+
+    @property
+    def forked(self) -> list[dict]:
+        """The networks apart from what they share."""
+        return self.exact + self.quantized
+
+
+class Track(NamedTuple):
+    """The values that make the quantized networks of one track."""
+
+    laned: bool
+    replaced: dict  # fixed variable -> its value in the quantized network
+    history: dict  # the same, and rounding by tap, of all stops so far
+
+
+class Stream:
+    """One program and the batches of its shape, between two stops of the walk."""
+
+    def __init__(
+        self,
+        program: Program,
+        params: Sequence,
+        batches: Sequence[Sequence],
+        weights: Sequence,
+        stops: Sequence,
+        *,
+        offload: bool = False,
+        rebases: bool = False,
+        keeps: bool = False,
+        laned: Sequence[bool] = (False,),
+    ):
+        """
+        Args:
+            program: for this shape of batch.
+            params: its parameters.
+            batches: lists of leaves, one per batch.
+            weights: row weights of each batch, by leaf, or None.
+            stops: lists of sites that read the same input, in the order of execution.
+            offload: whether batches wait in the memory of the host.
+            rebases: whether `rebase` will be called.
+            keeps: whether `anew` will be.
+            laned: for each track, whether it has lanes.
+        """
+        self.program, self.weights, self.stops, self.offload = program, weights, stops, offload
+        self.at = 0  # equations before this one are done
+        self.fixed = dict(program.constants) | dict(zip(program.params, params, strict=True))
+        self.kept = set(program.params)  # the caller's own arrays
+        self.first_need, self.last_need = needs(program)
+        self.params, self.rebases, self.keeps = params, rebases, keeps
+        self.tracks = [Track(axis, {}, {}) for axis in laned]
+        self.batches: list[Networks] = []
+        for leaves in batches:
+            reference: dict = {}
+            start = dict(zip(program.inputs, leaves, strict=True))
+            self.batches.append(Networks(start, reference, [{} for _ in laned], {} if rebases else reference))
+        self.forks, self.forked_equations = forks(program, [site for stop in stops for site in stop])
+        self.followed = self._follow(batches)
+        self.other = OtherPadding.of(program, batches, weights, self.followed)
+        self.waiting = [0] * len(self.batches)  # bytes of each batch on the device while another is worked on
+        self.peak = 0  # bytes of live activations on the device, at most
+        for batch in range(len(self.batches)):
+            self._leave(batch)
+
+    def advance(self, number: int) -> None:
+        """Brings both networks of every batch to a stop.
+
+        Raises:
+            ValueError: row weights cannot be followed to it, or padding reaches rows that count.
+        """
+        for step in self._steps(min(site.first for site in self.stops[number])):
+            for batch in range(len(self.batches)):
+                step(batch)
+                self._leave(batch)
+        self._drop_fixed()
+        for site in self.stops[number]:
+            if self._padding_reaches(_source(site.data), site.path):
+                raise ValueError(
+                    f"What stands in rows of weight 0 reaches rows that count at {site.path}: the model mixes them, as "
+                    "attention without a mask does, or a mean over all positions. Let the model mask them, by a mask among "
+                    "its inputs; or give batches without padding, one for each length."
+                )
+
+    def finish(self) -> Iterator[tuple[list, list[list], list]]:
+        """Per batch: the outputs of the float network, by track those of the quantized ones, and weights of their entries.
+
+        Outputs that do not differ have no lanes. Outputs that depend on padding, or whose row weights cannot be followed,
+        count as nothing. Each batch is let go before the next.
+        """
+        end, mixed, step = len(self.program.equations), set(), lambda batch: None
+        for step in self._steps(end):
+            for batch in range(len(self.batches) if self.at < end else 0):
+                step(batch)
+        for batch, networks in enumerate(self.batches):
+            step(batch)
+            read = lambda v, values: v.val if is_literal(v) else self._read(v, {}, values, networks.shared)
+            outputs = lambda values: [read(v, values) for v in self.program.outputs]
+            if self.other is not None and self.other.batch == batch:
+                mixed = {v for v in self.program.outputs if self._padding_reaches(v, "the outputs")}
+            counted = [self._of_output(batch, v, v in mixed) for v in self.program.outputs]
+            yield outputs(networks.float), [outputs(values) for values in networks.quantized], counted
+            for values in (networks.shared, *networks.forked):
+                values.clear()
+            self._leave(batch)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Lets everything go but the parameters: no batch will be taken further."""
+        self.at = len(self.program.equations)
+        for values in [pool for networks in self.batches for pool in (networks.shared, *networks.forked)]:
+            values.clear()
+        for track in self.tracks:
+            track.replaced.clear()
+            track.history.clear()
+        self.other = None
+        self._drop_fixed()
+
+    def anew(self, batches: Sequence[Sequence], weights: Sequence, number: int) -> "Stream":
+        """A stream of other batches, up to a stop, through what has been quantized in this one."""
+        new = Stream(
+            self.program,
+            self.params,
+            batches,
+            weights,
+            self.stops,
+            offload=self.offload,
+            rebases=self.rebases,
+            keeps=True,
+            laned=[track.laned for track in self.tracks],
+        )
+        for old, track in zip(self.tracks, new.tracks, strict=True):
+            track.history.update(old.history)
+            track.replaced.update((v, x) for v, x in old.history.items() if not isinstance(v, Tap))
+        for earlier in range(number):
+            new.advance(earlier)
+            tap = new.stops[earlier][0].data
+            if isinstance(tap, Tap):
+                for i, track in enumerate(self.tracks):
+                    new.round_inputs(tap, i, track.history[tap])
+        return new
+
+    def rebase(self) -> None:
+        """From here on, the reference is what a float network makes of the quantized network's values: of the only one."""
+        for networks in self.batches:
+            networks.reference.update(networks.quantized[0])
+
+    def _follow(self, batches) -> list[Followed | None]:
+        """The row weights of each batch wherever they are asked for."""
+        if all(weights is None for weights in self.weights):
+            return [None] * len(self.weights)
+        read = [_source(site.data) for stop in self.stops for site in stop]
+        follow = RowWeights(self.program, [*read, *self.program.outputs, *lookups(self.program).values()])
+        return [
+            None if weights is None else follow(self.params, leaves, weights)
+            for leaves, weights in zip(batches, self.weights, strict=True)
+        ]
+
+    def _weights(self, batch, v, name) -> jax.Array | None:
+        """The weights of the entries of a variable."""
+        followed = self.followed[batch]
+        return None if followed is None or is_literal(v) else followed.at(_source(v), name)
+
+    def _of_output(self, batch, v, mixed) -> jax.Array | None:
+        """The weights of the entries of an output; all 0 where there are none to rely on."""
+        followed = self.followed[batch]
+        if followed is None:
+            return None
+        return jnp.zeros((1,) * v.aval.ndim, jnp.float32) if mixed else followed.of_output(v)
+
+    def _padding_reaches(self, v, name) -> bool:
+        """True if a variable depends on what stands in rows of weight 0, in rows that count."""
+        other = self.other
+        if other is None or is_literal(v) or v in self.program.fixed or v in other.weights.lost:
+            return False
+        networks = self.batches[other.batch]
+        value, again = self._read(v, {}, networks.float, networks.shared), self._read(v, {}, {}, other.values)
+        return other.reaches(value, again, other.weights.at(v, name))
+
+    def _steps(self, end: int) -> Iterator[Callable[[int], None]]:
+        """Functions that take one batch each from where it is up to equation `end`, to be called on all batches in turn.
+
+        It is one function, but for the stops at which padding is given other embeddings.
+        """
+        if self.other is not None:
+            for index in self.other.lookups:
+                if self.at <= index < end - 1:
+                    yield self._step(index + 1)
+                    self.other.swap(index)
+        yield self._step(end)
+
+    def _step(self, end: int) -> Callable[[int], None]:
+        """A function that takes one batch from where it is up to equation `end`."""
+        program, start = self.program, self.at
+        common, forked = [], []
+        for index, eqn in enumerate(program.equations[start:end], start):
+            if not program.is_fixed(eqn):
+                (forked if index in self.forked_equations else common).append(eqn)
+        fixed = [program.equations[i] for i, need in self.first_need.items() if start <= need < end]
+        read = lambda v: v.val if is_literal(v) else self.fixed[v]
+        self.fixed.update(Segment(fixed, lambda v: True)(read))  # of parameters alone: once, for both networks
+        used_here = {v for e in forked for v in e.invars if not is_literal(v)}
+        both = Segment(self._with_broadcasts(common), lambda v: self._later(v, end) or v in used_here)
+        each = Segment(self._with_broadcasts(forked), lambda v: self._later(v, end))
+        self.at = end
+
+        def step(batch):
+            networks = self.batches[batch]
+            shared = networks.shared
+            shared.update(both(lambda v: self._read(v, {}, {}, shared)))
+            for values in networks.exact:
+                values.update(each(lambda v: self._read(v, {}, values, shared)))
+            for values, track in zip(networks.quantized, self.tracks, strict=True):
+                weights, laned = track.replaced, lambda v: track.laned and (v in track.replaced or v in values)
+                values.update(each(lambda v: self._read(v, weights, values, shared), laned))
+            if self.other is not None and self.other.batch == batch:
+                other = self.other.values
+                for segment in (both, each):
+                    other.update(segment(lambda v: self._read(v, {}, {}, other)))
+                for v in [v for v in other if not self._later(v, end)]:
+                    del other[v]
+            self._note_peak(batch)
+            for values in (shared, *networks.forked):
+                for v in [v for v in values if not self._later(v, end)]:
+                    del values[v]
+
+        return step
+
+    def _with_broadcasts(self, equations):
+        """The equations, after those that repeat fixed values for them."""
+        needed, found = {v for e in equations for v in e.invars if not is_literal(v)}, []
+        for v, eqn in reversed(self.program.broadcasts.items()):
+            if v in needed:
+                needed.update(v for v in eqn.invars if not is_literal(v))
+                found.append(eqn)
+        return found[::-1] + equations
+
+    def _later(self, v, end):
+        return self.program.last_use.get(v, -1) >= end and v not in self.program.broadcasts
+
+    def _drop_fixed(self):
+        for v in [v for v in self.fixed if self.last_need.get(v, -1) < self.at and v not in self.kept]:
+            del self.fixed[v]
+        for track in self.tracks:
+            for v in [v for v in track.replaced if self.last_need.get(v, -1) < self.at]:
+                del track.replaced[v]
+
+    def inputs(self, site: Site, track: int = 0) -> Iterator[tuple[jax.Array, jax.Array | None, jax.Array | None]]:
+        """Per batch: input for the reference and the quantized network (None where they agree), weights of its entries."""
+        v = site.data
+        for batch, networks in enumerate(self.batches):
+            weights = self._weights(batch, v, site.path)
+            if v in self.forks:
+                yield _value(networks.reference[v]), _value(networks.quantized[track][v]), weights
+            else:
+                yield self._read(v, {}, {}, networks.shared), None, weights
+
+    def has_lanes(self, variable: Any, track: int) -> bool:
+        """True if a value that depends on data has lanes in the quantized networks of a track."""
+        return self.tracks[track].laned and variable in self.forks
+
+    def round_inputs(self, tap: Tap, track: int, rounded: Callable[[jax.Array], jax.Array]) -> None:
+        """Gives the networks the input of a stop: rounded in the quantized ones of a track, else as it is."""
+        if self.keeps:
+            self.tracks[track].history[tap] = rounded
+        for batch, networks in enumerate(self.batches):
+            own = networks.quantized[track]
+            own[tap] = rounded(self._read(tap.source, {}, own, networks.shared))
+            for values in networks.exact:
+                values[tap] = self._read(tap.source, {}, values, networks.shared)
+            if self.other is not None and self.other.batch == batch:
+                self.other.values[tap] = self._read(tap.source, {}, {}, self.other.values)
+            self._leave(batch)
+
+    def sources(self, tap: Tap, path: str, track: int = 0) -> Iterator[tuple[jax.Array, jax.Array | None]]:
+        """Per batch: the input of a stop in the quantized networks before it is rounded, and weights of its entries."""
+        for batch, networks in enumerate(self.batches):
+            weights = self._weights(batch, tap, path)
+            yield self._read(tap.source, {}, networks.quantized[track], networks.shared), weights
+
+    def replace(self, variable: Any, value: jax.Array, track: int = 0) -> None:
+        """Gives the quantized networks another value of a fixed variable: a quantized weight, a corrected bias."""
+        self.tracks[track].replaced[variable] = value
+        if self.keeps:
+            self.tracks[track].history[variable] = value
+
+    def value(self, variable: Any) -> jax.Array:
+        """A fixed variable, wherever in the program it is computed."""
+        if variable in self.fixed:
+            return self.fixed[variable]
+        eqn = next(e for e in self.program.equations if variable in e.outvars)
+        values = [v.val if is_literal(v) else self.value(v) for v in eqn.invars]
+        return bind(eqn, values)[eqn.outvars.index(variable)]
+
+    def _read(self, v, weights, values, shared):
+        for place in (weights, values, shared, self.fixed):
+            if v in place:
+                return _value(place[v])
+        raise AssertionError(f"{v} is read before it is computed or after it was dropped")
+
+    def _note_peak(self, batch):
+        """With one batch at work and the others as they were left."""
+        here = _on_device(self.batches[batch])
+        weights = sum(x.nbytes for track in self.tracks for x in track.replaced.values())
+        self.peak = max(self.peak, here + weights + sum(self.waiting) - self.waiting[batch])
+
+    def _leave(self, batch):
+        """A batch as it waits for its next turn."""
+        self._note_peak(batch)
+        networks = self.batches[batch]
+        if self.offload:
+            moved: dict = {}  # networks may hold one array under several names
+            for values in (networks.shared, *networks.forked):
+                for v, x in values.items():
+                    if isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.extended):
+                        values[v] = moved.setdefault(id(x), Waiting.of(x))
+        self.waiting[batch] = _on_device(networks)
+
+
+class Waiting(NamedTuple):
+    """An array in the memory of the host, and where it belongs."""
+
+    parts: dict[str, np.ndarray]  # of this host's devices, by their place in the whole
+    shape: tuple[int, ...]
+    sharding: Any
+
+    @classmethod
+    def of(cls, x: jax.Array) -> "Waiting":
+        """An array, taken off its devices."""
+        parts = {str(shard.index): shard.data for shard in x.addressable_shards}
+        return cls({place: np.array(part) for place, part in parts.items()}, x.shape, x.sharding)
+
+    def back(self) -> jax.Array:
+        """The array where it was."""
+        return jax.make_array_from_callback(self.shape, self.sharding, lambda place: self.parts[str(place)])
+
+
+def _source(v):
+    """The variable that a tap would round; any other variable itself."""
+    return getattr(v, "source", v)
+
+
+def _value(x):
+    if isinstance(x, Waiting):
+        return x.back()
+    return jax.device_put(x) if isinstance(x, np.ndarray) else x
+
+
+def _on_device(networks: Networks) -> int:
+    pools = (networks.shared, *networks.forked)
+    arrays = {id(x): x for values in pools for x in values.values() if isinstance(x, jax.Array)}
+    return sum(x.nbytes for x in arrays.values())
+
+
+def needs(program: Program) -> tuple[dict[int, int], dict[Any, int]]:
+    """When fixed values are needed, as a program may compute all of them before it touches data.
+
+    Returns:
+        By index of each fixed equation that is evaluated, in order, the first equation on data that needs it; and by fixed
+        variable the last one that does. Outputs count as read by the last equation.
+    """
+    first: dict[int, int] = {}
+    span: dict = {v: (len(program.equations) - 1,) * 2 for v in program.outputs if not is_literal(v)}
+    for index, eqn in reversed(list(enumerate(program.equations))):
+        here = [(index, index)]
+        if program.is_fixed(eqn):
+            here = [span[v] for v in eqn.outvars if v in span] + here * bool(eqn.effects)
+            if not here:
+                continue
+            if not any(v in program.broadcasts for v in eqn.outvars):
+                first[index] = min(low for low, _ in here)
+        for v in eqn.invars:
+            if not is_literal(v) and v in program.fixed:
+                every = [*here, span[v]] if v in span else here
+                span[v] = min(low for low, _ in every), max(high for _, high in every)
+    return dict(reversed(first.items())), {v: high for v, (_, high) in span.items()}
+
+
+def forks(program: Program, sites: Sequence[Site]) -> tuple[set, set[int]]:
+    """The variables on which the two networks differ, downstream of a quantized site, and the equations that make them."""
+    quantized, variables, equations = {site.index for site in sites}, set(), set()
+    variables.update(site.data for site in sites if isinstance(site.data, Tap))
+    for index, eqn in enumerate(program.equations):
+        if index in quantized or any(v in variables for v in eqn.invars if not is_literal(v)):
+            variables.update(eqn.outvars)
+            equations.add(index)
+    return variables, equations

@@ -1,0 +1,455 @@
+"""The walk: batches x sites, both networks together. The only loop over a network.
+
+For each stop (sites that read the same input): advance all batches to it, sum the Gram over them, solve each site, put the
+quantized weight into the quantized network. One forward pass of each network in all, whatever the depth.
+
+A sweep is the same walk with several quantized networks beside the float one: on tracks, one after the other at each stop,
+and within a track in lanes, by one program.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import operator
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..matrix import (
+    Bucket,
+    Devices,
+    Gram,
+    Info,
+    QTensor,
+    Recipe,
+    Solution,
+    all_well,
+    assign_buckets,
+    code_dtype,
+    cut,
+    fill,
+    raise_on,
+    slice_width,
+    solve_coupled,
+    solve_sharded,
+    solve_sliced,
+)
+from ..matrix.gram import as_gram, at_least_float32, matmul
+from ..matrix.host import namespace, numpy_or_jit
+from ..matrix.lanes import lane, over_lanes
+from ..model.keys import fold_in
+from ..model.sites import CASTS, Site
+from ..scalar.exponent import reduced
+from .activation import Activations, Rounded, choose, round_by
+from .curvature import Coupling
+from .gather import Gather, Joint
+from .outputs import Comparison, OutputError
+from .progress import SILENCE, Report
+from .solved import Asked, Solved
+from .stream import Stream
+
+
+class Making(NamedTuple):
+    """The settings of the quantized networks of one track. With lanes, every array has a leading axis of them."""
+
+    recipes: dict[str, Recipe]  # by path of the parameter
+    activations: dict[str, Activations | None]  # likewise
+    key: jax.Array | None  # for roundings and patches that draw; folded by path and by number of the site within it
+    coupled: dict[tuple[int, int], tuple[Coupling, jax.Array]]  # by stop and position in it: how, and the curvature F
+    lanes: tuple[str, ...] | None = None  # a name for each; None for one network without lanes
+
+
+class Walked(NamedTuple):
+    """The results of a walk on one track. With lanes, every array has a leading axis of them."""
+
+    tensors: dict[str, QTensor]
+    info: dict[str, Info]
+    biases: dict[str, jax.Array]  # corrected, by path of the parameter
+    inputs: dict[str, list[Rounded]]  # by path of the kernel, one for each of its uses in order
+    output_error: OutputError  # of each output array, on the calibration data
+
+
+class Keeps(Protocol):
+    """A store of the sites of an earlier run; of one track without lanes. Sites are numbered by stop and position."""
+
+    def read(self, stop: int, position: int, asked: Asked) -> Solved | None:
+        """A site that was solved before."""
+        ...
+
+    def write(self, stop: int, position: int, solved: Solved) -> None:
+        """Keeps a site."""
+        ...
+
+
+Place = tuple[int, int]  # of a site: its stop, and its position there
+
+
+class _Track:
+    """The results of a track so far, and the buckets that its sites are solved in."""
+
+    def __init__(self, number: int, making: Making):
+        self.number, self.making, self.laned = number, making, making.lanes is not None
+        self.parts: dict[str, list[tuple[Site, Solution]]] = {}
+        self.tensors: dict[str, QTensor] = {}
+        self.info: dict[str, Info] = {}
+        self.biases: dict[str, jax.Array] = {}
+        self.inputs: dict[str, dict[int, Rounded]] = {}
+        self.buckets: dict[Place, Bucket] = {}
+
+    def lift(self, f: Callable) -> Callable:
+        """A function of the arrays of one network, for those of this track."""
+        return jax.vmap(f) if self.laned else f
+
+
+def stops(sites: Sequence[Site]) -> list[list[int]]:
+    """Numbers of the sites that read the same input, in the order of execution."""
+    groups: dict = {}
+    for number, site in enumerate(sites):
+        groups.setdefault(site.reads, []).append(number)
+    return sorted(groups.values(), key=lambda numbers: min(sites[number].first for number in numbers))
+
+
+def served(stops: Sequence[Sequence[Site]]) -> dict[Place, list[Place]]:
+    """By the place where each matrix is quantized, which is the last of its uses, the places of all of them, in order."""
+    uses = collections.defaultdict(list)
+    for number, stop in enumerate(stops):
+        for position, site in enumerate(stop):
+            uses[site.shares or site.index].append((number, position))
+    return {places[-1]: places for places in uses.values()}
+
+
+def walk(
+    streams: Sequence[Stream],
+    makings: Sequence[Making],
+    report: Report = SILENCE,
+    block: Callable[[Site], Any] | None = None,
+    refresh: Callable[[Stream, int], Stream] | None = None,
+    devices: Devices | None = None,
+    kept: Keeps | None = None,
+) -> tuple[list[Walked], int]:
+    """Quantizes every site.
+
+    Args:
+        streams: the batches, one stream per shape; their stops correspond, and their tracks are the makings.
+        makings: one for each track.
+        report: told of each site that is done on a track, and of its relative error, the mean over its lanes.
+        block: names the block of a site; where it changes, the reference starts anew from the quantized network. None
+            for a reference that is the float network throughout.
+        refresh: takes the stream of the stop before to one over other batches, for each stop but the first.
+        devices: over which the neurons of each site are split.
+        kept: has sites that need not be solved again, and takes those that are; left out, all are solved.
+
+    Returns:
+        What was found on each track, and the bytes of live activations, at most.
+    """
+    first, here = streams[0], None
+    uses = served(first.stops)
+    waiting = collections.Counter(first.stops[number][position].path for number, position in uses)
+    tracks = [_Track(number, making) for number, making in enumerate(makings)]
+    for track in tracks if devices is None else ():
+        track.buckets = _buckets(first, uses, track.making)
+    for number, stop in enumerate(first.stops):
+        known = [
+            kept and kept.read(number, position, _asked(stop, position, makings[0])) for position in range(len(stop))
+        ]
+        report.doing("gathering")
+        if refresh is not None and number and (None in known or number == len(first.stops) - 1):
+            before, streams = streams, [refresh(stream, number) for stream in streams]
+            for stream in before:
+                stream.let_go()
+        for stream in streams:
+            stream.advance(number)
+        if block is not None and (here is None or block(stop[0]) != here):
+            here = block(stop[0])
+            for stream in streams:
+                stream.rebase()
+        for track in tracks:
+            _visit(streams, number, track, uses, waiting, report, devices, known, kept)
+    errors = _output_error(streams, tracks)
+    in_order = lambda inputs: {path: [by_use[use] for use in sorted(by_use)] for path, by_use in inputs.items()}
+    walked = [Walked(t.tensors, t.info, t.biases, in_order(t.inputs), e) for t, e in zip(tracks, errors, strict=True)]
+    return walked, sum(stream.peak for stream in streams)
+
+
+def _buckets(first, uses, making):
+    """The buckets of all sites that are solved alone."""
+    problems = {}
+    for place in uses:
+        site = first.stops[place[0]][place[1]]
+        size, recipe = site.layout.dims, making.recipes[site.path]
+        if place not in making.coupled and not _in_slices(size, recipe, None, None, making.lanes):
+            problems[place] = size, site.data in first.forks, recipe
+    return assign_buckets(problems)
+
+
+def _asked(stop, position, making) -> Asked:
+    """The demands on a site; the input of a stop is rounded as that of its first one."""
+    site, first = stop[position], stop[0]
+    return Asked(
+        site.layout.dims,
+        making.recipes[site.path],
+        site.bias is not None,
+        None if first.activations is None else making.activations[first.path],
+        first.layout,
+    )
+
+
+def _visit(streams, number, track, uses, waiting, report, devices, known, kept):
+    """Quantizes the sites of one stop on one track, those that are not known. A shared matrix waits for its last use."""
+    rounded = _round_inputs(streams, number, track, next((one for one in known if one is not None), None))
+    at = functools.cache(lambda stop: Gather(streams, stop, track.making.key, devices, track.number))
+    gather = functools.cache(lambda *stops: at(*stops) if len(stops) == 1 else Joint(list(map(at, stops))))
+    for position, site in enumerate(streams[0].stops[number]):
+        if rounded is not None:
+            track.inputs.setdefault(site.path, {})[site.use] = rounded
+        if (number, position) not in uses:
+            continue
+        solved, places = known[position], uses[number, position]
+        if solved is None:
+            report.doing("gathering")
+            data = gather(*dict.fromkeys(stop for stop, _ in places))
+            solved = _solved(streams[0], number, position, track, data, devices, report)._replace(rounded=rounded)
+            if kept is not None:
+                kept.write(number, position, solved)
+        _take(streams, number, position, track, solved, waiting, places)
+        report.done(float(jnp.mean(solved.solution.info.relative_error)))
+
+
+def _solved(first, number, position, track, gather, devices, report) -> Solved:
+    """Solves a site."""
+    site, making = first.stops[number][position], track.making
+    recipe = making.recipes[site.path]
+    W = site.matrices(first.value(first.program.params[site.leaf]))
+    draw = None if making.key is None else fold_in(making.key, zlib.crc32(site.path.encode()))
+    draw = None if draw is None else fold_in(draw, len(track.parts.get(site.path, ())))
+    recipe.refuse(gather.count, W.shape[1], site.path)
+    gathered = gather(recipe, W.shape, centred=site.bias is not None)
+    report.doing("solving")
+    coupled = making.coupled.get((number, position))
+    solve: Callable = functools.partial(_solve_lanes, data_laned=gather.laned) if track.laned else _solve
+    if _in_slices(W.shape, recipe, coupled, devices, track.laned):
+        solve = _solve_slices
+    bucket = track.buckets.get((number, position)) if isinstance(gathered.data, Gram) else None
+    weights, data, count = W, gathered.data, None
+    if bucket is not None:
+        weights, data, count = *fill(W, data, bucket), jnp.asarray(W.shape[-1])
+    solution = solve(weights, data, recipe, draw, coupled, devices, count)
+    _raise_on(solution.info, recipe, site.path, data, making.lanes, gather.laned)
+    solution = cut(solution, W.shape, code_dtype(recipe.grid))
+    info = solution.info
+    if gathered.used is not None:
+        lanes = (len(making.lanes or ()),) * track.laned
+        info = dataclasses.replace(info, rows=jnp.broadcast_to(gathered.used, (*lanes, *W.shape[:1])))
+    solution = solution._replace(info=info)
+    if site.bias is None:
+        return Solved(solution, None, None)
+    means = gathered.mean_X, gathered.mean_Xq, gathered.rows
+    error, lost = _mean_error(means, W, solution.q, solution.info.exponent, (gather.laned, track.laned))
+    info = dataclasses.replace(solution.info, energy=solution.info.energy + lost)
+    return Solved(solution._replace(info=info), error, None)
+
+
+def _take(streams, number, position, track, solved, waiting, places):
+    """Puts a quantized weight into the quantized network, and keeps what the result needs of it."""
+    first, solution = streams[0], solved.solution
+    site = first.stops[number][position]
+    operand = _operand(solution.q, site.layout, _casts(first, site), track.laned)
+    for stream in streams:
+        for variable in dict.fromkeys(stream.stops[stop][i].weight for stop, i in places):
+            stream.replace(variable, operand, track.number)
+    if solved.error is not None:
+        _correct(streams, number, position, solved.error, track)
+    done = track.parts.setdefault(site.path, [])
+    done.append((site, solution._replace(q=None)))
+    if len(done) == waiting[site.path]:
+        leaf = first.program.params[site.leaf].aval
+        recipe = track.making.recipes[site.path]
+        track.tensors[site.path] = _assemble(done, leaf.shape, leaf.dtype, recipe, track)
+        infos = [solution.info for _, solution in track.parts.pop(site.path)]
+        track.info[site.path] = track.lift(Info.join)(infos)
+
+
+def _in_slices(size, recipe, coupled, devices, laned) -> bool:
+    return not (coupled or devices or laned) and slice_width(size, recipe) < size[-1]
+
+
+def _solve_slices(W, data, recipe, key, *_) -> Solution:
+    """The solution of one site, a run of neurons at a time."""
+    return solve_sliced(W, data, recipe, key, code_dtype(recipe.grid))
+
+
+def _solve(W, data, recipe, key, coupled, devices, count) -> Solution:
+    """The solution of one site, of whose neurons `count` are real, all where that is None."""
+    if coupled is None:
+        return solve_sharded(W, data, recipe, key, devices, count)
+    how, F = coupled
+    return solve_coupled(W, as_gram(data), F, recipe, key, how.damping, how.block)
+
+
+@functools.partial(jax.jit, static_argnames=("devices", "data_laned"))
+def _solve_lanes(W, data, recipe, key, coupled, devices, count, data_laned) -> Solution:
+    """The solutions of one site, by lane."""
+    one = lambda W, data, recipe, key, coupled, count: _solve(W, data, recipe, key, coupled, devices, count)
+    laned = False, data_laned, True, key is not None, coupled is not None, False
+    return over_lanes(one, (W, data, recipe, key, coupled, count), laned)
+
+
+def _raise_on(info, recipe, name, data, lanes, data_laned):
+    """`raise_on`, which names the first lane that something is wrong with."""
+    if lanes is None:
+        return raise_on(info, recipe, name, data)
+    for i in map(int, np.flatnonzero(~np.asarray(all_well(info, data)))):
+        own = lane(data, i) if data_laned else data
+        raise_on(lane(info, i), lane(recipe, i), f"{name} ({lanes[i]})", own)
+    return None
+
+
+def _round_inputs(streams, number, track, known) -> Rounded | None:
+    """Chooses the grid of a stop's input and rounds it, if it is to be; as is known where its first site is."""
+    site = streams[0].stops[number][0]
+    if site.activations is None:
+        return None
+    settings = track.making.activations[site.path]
+    settings.refuse(site.layout, site.path)
+    tap = site.data
+    laned = track.laned, streams[0].has_lanes(tap.source, track.number)
+
+    def batches():
+        for stream in streams:
+            yield from stream.sources(stream.stops[number][0].data, site.path, track.number)
+
+    rounded = choose(settings, site.layout, batches, laned) if known is None else known.rounded
+    for stream in streams:
+        stream.round_inputs(stream.stops[number][0].data, track.number, functools.partial(_rounded, rounded, laned))
+    return rounded
+
+
+@functools.partial(jax.jit, static_argnames="laned")
+def _rounded(rounded, laned, x):
+    return round_by(rounded, x, laned)
+
+
+@functools.partial(jax.jit, static_argnames="laned")
+def _mean_error(means, W, q, exponent, laned):
+    """The mean error of each neuron (B, out), and the energy of its mean over all rows; `laned` are means and q.
+
+    The energy in the unit of `Info`.
+    """
+
+    def one(W, means, q, exponent):
+        mean_X, mean_Xq, rows = means
+        mean = lambda x, W: matmul(x[:, None], W)[:, 0]
+        exact = mean(mean_X, W)
+        return mean(mean_Xq, q) - exact, jnp.sum(rows[:, None] * reduced(exact, exponent) ** 2)
+
+    return over_lanes(one, (W, means, q, exponent), (False, *laned, laned[1]))
+
+
+def _correct(streams, number, position, error, track):
+    """Takes a mean error off a bias: in the quantized network, and in the parameter that holds it."""
+    for stream in streams:
+        site = stream.stops[number][position]
+        bias = site.bias
+        change = track.lift(lambda error, bias=bias, site=site, read=stream.value: bias.change(site, error, read))(
+            error
+        )
+        old = stream.tracks[track.number].replaced.get(bias.operand)
+        old = stream.value(bias.operand)[(None,) * track.laned] if old is None else old
+        stream.replace(bias.operand, (at_least_float32(old) + change).astype(old.dtype), track.number)
+        if stream is streams[0]:
+            leaf = at_least_float32(stream.value(stream.program.params[bias.leaf]))
+            scatter = lambda x, bias=bias, shape=leaf.shape: bias.chain.scatter(x, shape, scaled=True)
+            before = track.biases.get(bias.path, leaf[(None,) * track.laned])
+            track.biases[bias.path] = before + track.lift(scatter)(change.astype(leaf.dtype))
+
+
+def _casts(stream, site):
+    """The types a quantized weight passes through on its way from the parameter to the product."""
+    steps = [eqn.outvars[position].aval.dtype for eqn, position in site.chain.steps if eqn.primitive.name in CASTS]
+    return tuple(str(d) for d in (stream.program.params[site.leaf].aval.dtype, *steps))
+
+
+@numpy_or_jit("layout", "casts", "laned", unless=lambda q, layout, casts, laned: laned)
+def _operand(q, layout, casts, laned):
+    q = jax.vmap(layout.operand)(q) if laned else layout.operand(q)
+    for dtype in casts:
+        q = q.astype(jnp.dtype(dtype))
+    return q
+
+
+def _assemble(done, shape, dtype, recipe, track) -> QTensor:
+    """The tensor of a parameter from the solutions of its sites."""
+    places = tuple((site.chain, site.layout) for site, _ in done)
+    solutions = [(s.codes, s.step, s.zero) for _, s in done]
+    runs = _runs(places, tuple(step.shape[track.laned :] for _, step, _ in solutions), shape)
+    codes, step, zero = _whole(solutions, places, shape, runs, code_dtype(recipe.grid), track.laned)
+    rotated = None if recipe.rotation is None else (recipe.rotation, done[0][0].layout)
+    return QTensor(codes, step, zero, recipe.grid, np.dtype(dtype), rotated)
+
+
+def _rearranges(solutions, places, shape, runs, dtype, laned) -> bool:
+    """True if the sites do not simply hold the parameter, so that JAX is to take it apart."""
+    return laned or len(places) > 1 or bool(places[0][0].steps)
+
+
+@numpy_or_jit("places", "shape", "runs", "dtype", "laned", unless=_rearranges)
+def _whole(solutions, places, shape, runs, dtype, laned):
+    """Codes, steps and zero points of a parameter; `places` are chain and layout of each of its sites."""
+
+    def one(solutions):
+        as_floats = [(codes.astype(step.dtype), step, zero) for codes, step, zero in solutions]  # only these scatter
+        codes, steps, zeros = zip(*as_floats, strict=True)
+        first = tuple(slice(None, None, run) for run in runs)
+        step, zero = _full(places, steps, shape, scaled=True)[first], _full(places, zeros, shape)[first]
+        return _full(places, codes, shape).astype(dtype), step, zero
+
+    return jax.vmap(one)(solutions) if laned else one(solutions)
+
+
+def _full(places, arrays, shape, scaled=False):
+    """One array of the parameter's shape from arrays (B, groups or in, out or 1) of its sites."""
+    parts = (
+        chain.scatter(layout.operand(_to_matrices(x, layout.dims)), shape, scaled)
+        for (chain, layout), x in zip(places, arrays, strict=True)
+    )
+    return functools.reduce(operator.add, parts)
+
+
+def _to_matrices(x, dims):
+    B, n, out = dims
+    xp = namespace(x)
+    return xp.broadcast_to(xp.repeat(x, n // x.shape[1], 1), (B, n, out))
+
+
+@functools.lru_cache(maxsize=4096)
+def _runs(places, step_shapes, shape) -> tuple[int, ...]:
+    """Along each axis of a parameter, the length of the runs that share one step.
+
+    Found by sending a number for each step down the same way as the steps; the answer depends on structure alone.
+    """
+    ends = np.cumsum([math.prod(step) for step in step_shapes])
+    numbers = np.split(np.arange(ends[-1], dtype=np.float32), ends[:-1])
+    numbered = [x.reshape(step) for x, step in zip(numbers, step_shapes, strict=True)]
+    labels = np.asarray(jax.jit(lambda numbered: _full(places, numbered, shape))(numbered))
+    changes = (np.flatnonzero(np.diff(labels, axis=a).any(axis=_others(labels, a))) + 1 for a in range(labels.ndim))
+    return tuple(int(np.gcd.reduce([*c, labels.shape[a]])) for a, c in enumerate(changes))
+
+
+def _others(x, axis):
+    return tuple(a for a in range(x.ndim) if a != axis)
+
+
+def _output_error(streams, tracks) -> list[OutputError]:
+    """By track, how far the outputs are from those of the float network."""
+    found: list[list[Comparison]] = [[] for _ in tracks]
+    for stream in streams:
+        for exact, quantized, weights in stream.finish():
+            for track, outputs in zip(tracks, quantized, strict=True):
+                lanes = (len(track.making.lanes or ()),) * track.laned
+                found[track.number].append(Comparison.of(exact, outputs, lanes, weights))
+    return [functools.reduce(operator.add, parts).error for parts in found]

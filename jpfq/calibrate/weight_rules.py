@@ -1,0 +1,456 @@
+"""The row weights of what an operation returns, from those of its operands, primitive by primitive.
+
+Three rules make them; see row_weights.py. An operation that has none here loses them, and says so.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..matrix.layout import ConvLayout, pooled
+from ..model.compat import bind, call_body, is_literal, opened, scan_arity
+from ..model.sites import product_layout
+
+Weights = jax.Array | None
+
+ELEMENTWISE = {
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e", "bessel_i1e",
+    "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "complex", "conj", "convert_element_type", "copy", "copy_p",
+    "cos", "cosh", "device_put", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge",
+    "gt", "igamma", "igammac", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max",
+    "min", "mul", "ne", "neg", "nextafter", "not", "optimization_barrier", "or", "population_count", "pow", "real",
+    "reduce_precision", "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n", "shift_left",
+    "shift_right_arithmetic", "shift_right_logical", "sharding_constraint", "sign", "sin", "sinh", "sqrt", "square",
+    "stop_gradient", "sub", "tan", "tanh", "xor", "zeta", "polygamma", "mesh_cast", "reshard", "pvary", "name",
+}  # fmt: skip
+REDUCTIONS = {
+    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin",
+}  # fmt: skip
+WINDOWS = {"reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window"}
+ALONG = {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "fft"}  # entries stay where they are
+SCATTERS = {"scatter", "scatter-add", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "scatter_sub"}
+# by position, the operands whose values say where weights go
+INDICES = {"gather": (1,), "dynamic_slice": slice(1, None), "dynamic_update_slice": slice(2, None)}
+
+
+class Lost(NamedTuple):
+    """In place of weights that cannot be followed through an operation."""
+
+    by: str
+
+
+def indices(eqn: Any) -> list:
+    """The operands of an equation by whose values weights go."""
+    name = eqn.primitive.name
+    if name in ("sort", "top_k", "approx_top_k"):
+        return eqn.invars
+    if name in SCATTERS:
+        return eqn.invars[1:2]
+    where = INDICES.get(name, ())
+    return eqn.invars[where] if isinstance(where, slice) else [eqn.invars[i] for i in where]
+
+
+def propagate(equations: Any, weights: dict, values: Any, cut: dict) -> dict:
+    """The weights of every variable that has some, from those of the inputs.
+
+    `values` gives the value of a variable of `indices`, and is None inside loops; `cut` takes, by the name of an operation,
+    whether it would fall otherwise without the rows of weight 0.
+    """
+    env = dict(weights)
+    for eqn in equations:
+        own = [None if is_literal(v) else env.get(getattr(v, "source", v)) for v in eqn.invars]
+        if all(w is None for w in own):
+            continue
+        lost = next((w for w in own if isinstance(w, Lost)), None)
+        found = [lost] * len(eqn.outvars) if lost else _rule(eqn, own, values, cut)
+        env.update((v, w) for v, w in zip(eqn.outvars, found, strict=True) if w is not None)
+    return env
+
+
+def _rule(eqn, own, values, cut) -> list:
+    """The weights of the results of one equation."""
+    name, outs = eqn.primitive.name, eqn.outvars
+    body = call_body(eqn)
+    if body is not None:
+        return _body(body, own, cut)
+    if name in ELEMENTWISE:
+        if len(outs) == len(own) and len(outs) > 1:  # several values that pass through
+            return own
+        return [_least(*(_scalar(w, outs[0].aval.ndim) for w in own))] * len(outs)
+    if name == "slice":
+        return _slice_of(eqn, own, cut)
+    if name in _RULES:
+        return _RULES[name](eqn, own, values)
+    if name in REDUCTIONS or name == "reduce":
+        axes = tuple(eqn.params["axes" if name in REDUCTIONS else "dimensions"])
+        return [_most(_least(*own[: len(outs)]), axes)] * len(outs)
+    if name in ALONG:
+        return own[:1]
+    if name in SCATTERS:
+        return [_scatter(eqn, own, values)]
+    if name in WINDOWS:
+        return [_window(eqn, own[0], cut)] * len(outs)
+    if name == "conv_general_dilated" and None in own:
+        return [_convolution(eqn, own, cut)]
+    if name == "scan":
+        return _scan(eqn, own, cut)
+    if name == "cond":
+        branches = [_body(branch, own[1:], cut) for branch in eqn.params["branches"]]
+        return [_lost_or_least(found) for found in zip(*branches, strict=True)]
+    if name.startswith(("random_", "threefry", "rng_")):
+        return [None] * len(outs)
+    return [Lost(name)] * len(outs)
+
+
+def _least(*weights) -> Any:
+    """The least of weights of one rank, entry by entry."""
+    found = list({id(w): w for w in weights if w is not None}.values())
+    return functools.reduce(jnp.minimum, found) if found else None
+
+
+def _lost_or_least(weights):
+    return next((w for w in weights if isinstance(w, Lost)), None) or _least(*weights)
+
+
+def _most(w, axes) -> Any:
+    return None if w is None else w.max(axes)
+
+
+def _scalar(w, ndim):
+    """The weight of a number that meets an array."""
+    return w.reshape((1,) * ndim) if w is not None and w.ndim == 0 else w
+
+
+def _full(w, shape, axes):
+    """Weights with these axes at their full size; 1 for infinity where there are none, which constrains nothing."""
+    w = jnp.full((1,) * len(shape), jnp.inf, jnp.float32) if w is None else w
+    return jnp.broadcast_to(w, [n if a in axes else m for a, (n, m) in enumerate(zip(shape, w.shape, strict=True))])
+
+
+def _body(body, own, cut):
+    """Weights through an inner jaxpr, of which no values are known."""
+    jaxpr, _ = opened(body)
+    given = {v: w for v, w in zip(jaxpr.invars, own, strict=True) if w is not None}
+    env = propagate(jaxpr.eqns, given, None, cut)
+    return [None if is_literal(v) else env.get(v) for v in jaxpr.outvars]
+
+
+def _scan(eqn, own, cut):
+    """Each step counts as far as its inputs do; what is carried to the end, as far as the most of them."""
+    constants, carries = scan_arity(eqn)
+    first = constants + carries
+    length, jaxpr = eqn.params["length"], opened(eqn.params["jaxpr"])[0]
+    steps = [None if w is None else jnp.broadcast_to(w, (length, *w.shape[1:])) for w in own[first:]]
+    lost: list = []
+
+    def one(steps):
+        found = _body(eqn.params["jaxpr"], [*own[:first], *steps], cut_inside)
+        lost[:] = [w if isinstance(w, Lost) else None for w in found]
+        return [None if isinstance(w, Lost) else w for w in found]
+
+    cut_inside: dict = {}
+    found = jax.vmap(one, axis_size=length)(steps)
+    if cut_inside:
+        lost = [Lost("a window inside a scan")] * len(jaxpr.outvars)
+    out = [_most(w, 0) for w in found[:carries]] + found[carries:]
+    return [a or b for a, b in zip(lost, out, strict=True)] if any(lost) else out
+
+
+def _broadcast(eqn, own, values):
+    w, shape, places = own[0], eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    laid = [1] * len(shape)
+    for axis, place in enumerate(places):
+        laid[place] = w.shape[axis]
+    return [w.reshape(laid)]
+
+
+def _reshape(eqn, own, values):
+    """Axis by axis where sizes agree, or in runs of axes that merge and split together."""
+    w, old, new = own[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if 0 in old:
+        return [jnp.zeros(new, w.dtype)]
+    shape: list[int] = []
+    spread: set[int] = set()
+    i = j = 0
+    while i < len(old) or j < len(new):
+        first, start = i, j
+        i, j = min(i + 1, len(old)), min(j + 1, len(new))
+        while (before := math.prod(old[first:i])) != (after := math.prod(new[start:j])):
+            i, j = (i + 1, j) if before < after else (i, j + 1)
+        if any(w.shape[a] > 1 for a in range(first, i)):
+            spread.update(range(first, i))
+            shape += new[start:j]
+        else:
+            shape += [1] * (j - start)
+    return [_full(w, old, spread).reshape(shape)]
+
+
+def _transpose(eqn, own, values):
+    return [own[0].transpose(eqn.params["permutation"])]
+
+
+def _squeeze(eqn, own, values):
+    return [lax.squeeze(own[0], eqn.params["dimensions"])]
+
+
+def _expand_dims(eqn, own, values):
+    return [lax.expand_dims(own[0], eqn.params["dimensions"])]
+
+
+def _slice_of(eqn, own, cut):
+    p, w = eqn.params, own[0]
+    strides = p["strides"] or (1,) * w.ndim
+    kept = [
+        (0, 1, 1) if n == 1 else part
+        for n, part in zip(w.shape, zip(p["start_indices"], p["limit_indices"], strides, strict=True), strict=True)
+    ]
+    counts = w > 0
+    for axis, (start, limit, stride) in enumerate(kept):
+        if w.shape[axis] == 1:
+            continue
+        late = lax.slice_in_dim(counts, start, limit, axis=axis).any(axis)
+        if start > 0:
+            front = ~lax.slice_in_dim(counts, 0, start, axis=axis).all(axis)
+            _note(cut, "A slice", [(late & front).any()])
+        if stride > 1:
+            _note(cut, "A slice", [_starts_late(counts, axis)])
+    return [lax.slice(w, *zip(*kept, strict=True))]
+
+
+def _dynamic_slice(eqn, own, values: Any):
+    w, sizes = own[0], eqn.params["slice_sizes"]
+    if w is None:
+        return [_least(*(_scalar(x, len(sizes)) for x in own[1:]))]
+    if values is None:
+        return [Lost("dynamic_slice inside a loop")]
+    starts = [0 if n == 1 else values(v) for n, v in zip(w.shape, eqn.invars[1:], strict=True)]
+    return [lax.dynamic_slice(w, starts, [1 if n == 1 else size for n, size in zip(w.shape, sizes, strict=True)])]
+
+
+def _dynamic_update_slice(eqn, own, values: Any):
+    if values is None:
+        return [Lost("dynamic_update_slice inside a loop")]
+    whole, part = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+    axes = {
+        a for a in range(len(whole)) if part[a] < whole[a] or any(w is not None and w.shape[a] > 1 for w in own[:2])
+    }
+    starts = [values(v) if a in axes else 0 for a, v in enumerate(eqn.invars[2:])]
+    return [lax.dynamic_update_slice(_full(own[0], whole, axes), _full(own[1], part, axes), starts)]
+
+
+def _rev(eqn, own, values):
+    return [lax.rev(own[0], [a for a in eqn.params["dimensions"] if own[0].shape[a] > 1])]
+
+
+def _pad(eqn, own, values):
+    w, config = own[0], eqn.params["padding_config"]
+    if w is None:
+        return [_scalar(own[1], len(config))]
+    widen = [c if n > 1 else (0, 0, 0) for c, n in zip(config, w.shape, strict=True)]
+    return [lax.pad(w, jnp.asarray(jnp.inf, w.dtype), widen)]
+
+
+def _concatenate(eqn, own, values):
+    axis, avals = eqn.params["dimension"], [v.aval for v in eqn.invars]
+    if len({id(w) for w in own}) == 1 and own[0].shape[axis] == 1:
+        return own[:1]
+    parts = [_full(w, aval.shape, {axis}) for w, aval in zip(own, avals, strict=True)]
+    shape = [max(sizes) for sizes in zip(*(w.shape for w in parts), strict=True)]
+    parts = [jnp.broadcast_to(w, [*shape[:axis], w.shape[axis], *shape[axis + 1 :]]) for w in parts]
+    return [jnp.concatenate(parts, axis)]
+
+
+def _split(eqn, own, values):
+    w, axis = own[0], eqn.params["axis"]
+    if w.shape[axis] == 1:
+        return [w] * len(eqn.outvars)
+    return lax.split(w, eqn.params["sizes"], axis)
+
+
+def _sort(eqn, own, values):
+    p, axis = eqn.params, eqn.params["dimension"]
+    if all(w is None or w.shape[axis] == 1 for w in own):
+        return [_least(*own)] * len(own)
+    if values is None:
+        return [Lost("sort inside a loop")] * len(own)
+    given = [values(v) for v in eqn.invars]
+    w = jnp.broadcast_to(_least(*own), given[0].shape)  # rows are sorted together
+    return [lax.sort((*given, w), dimension=axis, is_stable=p["is_stable"], num_keys=p["num_keys"])[-1]] * len(own)
+
+
+def _top_k(eqn, own, values):
+    w, axis = own[0], eqn.params.get("axis", own[0].ndim - 1)
+    if w.shape[axis] == 1:
+        return [w, w]
+    if values is None or axis != w.ndim - 1:
+        return [Lost("top_k")] * 2
+    _, picked = bind(eqn, [values(eqn.invars[0])])
+    w = jnp.broadcast_to(w, (*picked.shape[:-1], w.shape[-1]))
+    return [jnp.take_along_axis(w, picked, -1)] * 2
+
+
+def _gather(eqn, own, values):
+    """Where an index points at data, both must count; where it points into a table, the index."""
+    p, out = eqn.params, eqn.outvars[0].aval
+    numbers, (w, index) = p["dimension_numbers"], own
+    if index is not None:
+        index = _most(index, index.ndim - 1)
+        index = lax.expand_dims(index, sorted(numbers.offset_dims))
+    if w is None:
+        return [index]
+    if values is None:
+        return [Lost("gather inside a loop")]
+    shape = eqn.invars[0].aval.shape
+    batching = getattr(numbers, "operand_batching_dims", ())
+    indexed = {*numbers.start_index_map, *numbers.collapsed_slice_dims, *batching}
+    w = _full(w, shape, indexed)
+    sizes = tuple(n if a in indexed else w.shape[a] for a, n in enumerate(p["slice_sizes"]))
+    picked = lax.gather(
+        w,
+        values(eqn.invars[1]),
+        numbers,
+        sizes,
+        unique_indices=p["unique_indices"],
+        indices_are_sorted=p["indices_are_sorted"],
+        mode=p["mode"],
+        fill_value=math.inf,
+    )
+    return [_least(picked, index) if picked.ndim == out.ndim else Lost("gather")]
+
+
+def _scatter(eqn, own, values):
+    """Entries written count as far as the most of what lands there; entries that nothing reaches, as before."""
+    if values is None:
+        return Lost("scatter inside a loop")
+    p, (whole, _, part) = eqn.params, (v.aval.shape for v in eqn.invars)
+    old, index, new = own
+    numbers = p["dimension_numbers"]
+    if index is not None:
+        index = lax.expand_dims(_most(index, index.ndim - 1), sorted(numbers.update_window_dims))
+    new = _full(_least(new, index), part, set(range(len(part))))
+    new = jnp.where(jnp.isinf(new), jnp.finfo(new.dtype).max, new)
+    landed = lax.scatter_max(
+        jnp.full(whole, -1, new.dtype),
+        values(eqn.invars[1]),
+        new,
+        numbers,
+        indices_are_sorted=p["indices_are_sorted"],
+        unique_indices=p["unique_indices"],
+        mode=p["mode"],
+    )
+    old = _full(old, whole, set(range(len(whole))))
+    written = landed if eqn.primitive.name == "scatter" else jnp.minimum(landed, old)
+    return _narrow(jnp.where(landed >= 0, written, old), numbers, part)
+
+
+def _narrow(w, numbers, part):
+    """Weights without the axes that are written as a whole, along which they do not change."""
+    batching = getattr(numbers, "operand_batching_dims", ())
+    windows = [a for a in range(w.ndim) if a not in (*numbers.inserted_window_dims, *batching)]
+    for axis, place in zip(windows, sorted(numbers.update_window_dims), strict=True):
+        if part[place] == w.shape[axis] and axis not in numbers.scatter_dims_to_operand_dims:
+            w = w.max(axis, keepdims=True)
+    return w
+
+
+def _dot(eqn, own, values):
+    """Two values made of data are summed up; a kernel makes one value of several."""
+    (contract, batch), sides = eqn.params["dimension_numbers"], (0, 1)
+    combine = jnp.min if None in own else jnp.max
+    parts = []
+    for side in sides:
+        w, ndim = own[side], eqn.invars[side].aval.ndim
+        free = [a for a in range(ndim) if a not in (*contract[side], *batch[side])]
+        if w is None:
+            parts.append(([1] * len(batch[side]), None, [1] * len(free)))
+            continue
+        w = combine(w, tuple(contract[side]), keepdims=True).transpose(*batch[side], *free, *contract[side])
+        w = w.reshape(w.shape[: w.ndim - len(contract[side])])
+        parts.append((list(w.shape[: len(batch[side])]), w, list(w.shape[len(batch[side]) :])))
+    (head, left, before), (tail, right, after) = parts
+    left = None if left is None else left.reshape(head + before + [1] * len(after))
+    right = None if right is None else right.reshape(tail + [1] * len(before) + after)
+    return [_least(left, right)]
+
+
+_RULES: dict[str, Callable] = {
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshape,
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "expand_dims": _expand_dims,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
+    "rev": _rev,
+    "pad": _pad,
+    "concatenate": _concatenate,
+    "split": _split,
+    "sort": _sort,
+    "top_k": _top_k,
+    "gather": _gather,
+    "dot_general": _dot,
+}
+
+
+def _window(eqn, w, cut):
+    p = eqn.params
+    axes = [a for a, n in enumerate(w.shape) if n > 1]
+    if all(p["window_dimensions"][a] == 1 for a in axes) and all(p["window_strides"][a] == 1 for a in axes):
+        return w if all(p["padding"][a] == (0, 0) for a in axes) else Lost(eqn.primitive.name)
+    names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
+    return _pooled(eqn, w, [p[name] for name in names], cut)
+
+
+def _convolution(eqn, own, cut):
+    side = next(i for i, w in enumerate(own) if w is not None)
+    layout = product_layout(eqn, side=1 - side)
+    if not isinstance(layout, ConvLayout):
+        return Lost("conv_general_dilated")
+    w = own[side].transpose(layout.data_spec[0], *layout.data_spec[2:], layout.data_spec[1]).min(-1, keepdims=True)
+    w = _pooled(eqn, w, layout.pooling, cut)
+    return w.transpose(np.argsort((layout.out_spec[0], *layout.out_spec[2:], layout.out_spec[1])))
+
+
+def _pooled(eqn, w, windows, cut):
+    """The least of each window. Notes where windows would fall otherwise without padding."""
+    out = pooled(w, *windows)
+    _, strides, padding, _, _ = windows
+    counts = w > 0
+    for axis, n in enumerate(w.shape):
+        low, high = padding[axis]
+        if n == 1:
+            continue
+        flags = []
+        if strides[axis] > 1:
+            flags.append(_starts_late(counts, axis))
+            if (
+                low > 0 or high > 0
+            ):  # as much padding as makes sizes round, so that windows lie by the length of the data
+                flags.append((~counts.all(axis) & counts.any(axis)).any())
+        else:
+            place = lax.broadcasted_iota(jnp.float32, w.shape, axis)
+            at = lambda which, sign, place=place: pooled(jnp.where(which, sign * place, jnp.inf), *windows)
+            both = jnp.isfinite(at(counts, 1)) & jnp.isfinite(at(~counts, 1))
+            if high > 0:  # beyond the last row that counts; the least of -place is the last place
+                flags.append((both & (at(~counts, -1) < at(counts, -1))).any())
+            if low > 0:
+                flags.append((both & (at(~counts, 1) < at(counts, 1))).any())
+        name = "Windows of a convolution" if eqn.primitive.name == "conv_general_dilated" else "Windows of a pooling"
+        _note(cut, name, flags)
+    return out
+
+
+def _starts_late(counts, axis):
+    """True if rows that count come after padding anywhere along an axis."""
+    return (~lax.index_in_dim(counts, 0, axis, False) & counts.any(axis)).any()
+
+
+def _note(cut, name, flags):
+    if flags:
+        cut[name] = functools.reduce(jnp.logical_or, flags, cut.get(name, jnp.zeros((), bool)))

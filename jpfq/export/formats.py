@@ -1,0 +1,15 @@
+"""The formats that `Quantized.export` writes, by name: one file each, and one line here."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ..network.quantized import check_choice
+from .compressed_tensors import compressed_tensors
+
+FORMATS: dict[str, Callable[..., dict[str, str]]] = {"compressed-tensors": compressed_tensors}
+
+
+def writer_of(kind: Any) -> Callable[..., dict[str, str]]:
+    """The function (quantized, folder, **options) that writes a format, and returns what it cannot hold, with reasons."""
+    check_choice("kind", kind, tuple(FORMATS))
+    return FORMATS[kind]

@@ -1,0 +1,1 @@
+"""Files: results and how they are packed, checkpoints of a run, compiled programs."""
