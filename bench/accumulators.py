@@ -31,8 +31,7 @@ import numpy as np
 from common import HERE, add_data, report, table, verdict
 
 import jpfq
-from jpfq.matrix import Recursion
-from jpfq.matrix import recursion as substitute
+from jpfq.matrix import Recursion, substitute
 from jpfq.scalar import Levels, datatype_bits
 
 matplotlib.use("Agg")

@@ -17,8 +17,7 @@ from common import report, table, verdict
 from recursion import compiled, measure
 
 import jpfq
-from jpfq.matrix import GPFQ, Gram, Kernel, Recursion
-from jpfq.matrix import recursion as substitute
+from jpfq.matrix import GPFQ, Gram, Kernel, Recursion, substitute
 from jpfq.matrix.gram import matmul
 
 PRODUCTS, SCANS = 3.0, 5.0  # products that the kernel may take at most; plain scans over kernels at least

@@ -17,8 +17,7 @@ import numpy as np
 from common import report, table, verdict
 
 import jpfq
-from jpfq.matrix import GPFQ, Gram, Recursion, Rows, follow, recipe_of, solve_all
-from jpfq.matrix import recursion as substitute
+from jpfq.matrix import GPFQ, Gram, Recursion, Rows, follow, recipe_of, solve_all, substitute
 from jpfq.matrix.gram import matmul
 from jpfq.matrix.recursion import BLOCK
 

@@ -1,7 +1,7 @@
 """jpfq: post-training quantization of JAX networks by path following.
 
 `quantize` takes a model, calibration batches and `Rule`s, and returns a `Quantized`; a number of bits in place of rules
-means what `best` recommends. `solve` is the same for one matrix. The folder `jpfq/guides` has a guide for each task;
+means what `best` recommends. `solve` is the same for one matrix. The folder `notebooks` has a guide for each task;
 `jpfq.matrix` has the theory on one page; `jpfq.embed` random features and binary embeddings; `jpfq.paper` the published
 methods, `jpfq.ranges` the ranges of activations and `jpfq.patches` the windows of convolutions, which lie in
 `jpfq.network.paper`, `jpfq.scalar.ranges` and `jpfq.matrix.patches`.
@@ -30,6 +30,8 @@ The examples below, and those of all classes and functions, run one by one. They
     >>> map = jpfq.embed.FJLT.sample(key, inputs=32, m=64 * 9, density=0.3)
     >>> embedding = jpfq.BinaryEmbedding(map, jpfq.embed.SigmaDelta(1, width=9), scale=1.5 * 8.0)
 """
+
+from importlib.metadata import version as _version
 
 from .calibrate.activation import Activations as Activations
 from .calibrate.batches import Weighted as Weighted
@@ -110,3 +112,5 @@ from .study import plot as plot
 from .study.space import Space as Space
 from .study.sweep import Sweep as Sweep
 from .study.sweep import sweep as sweep
+
+__version__ = _version("jpfq")

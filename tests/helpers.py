@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jpfq
-from jpfq.matrix import Recursion
-from jpfq.matrix import recursion as substitute
+from jpfq.matrix import Recursion, substitute
 from jpfq.scalar import Rounding, register_dataclass
 from tests.reference import gpfq as reference
 

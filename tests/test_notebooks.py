@@ -7,15 +7,15 @@ import jax
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-BRIEF = ("1_one_matrix.ipynb",)  # the others run with -m slow
+BRIEF = ("01_one_matrix.ipynb",)  # the others run with -m slow
 NAMES = (
     *BRIEF,
-    "2_a_network.ipynb",
-    "3_sweeps.ipynb",
-    "4_error_decays_with_width.ipynb",
-    "5_accumulators.ipynb",
-    "6_from_training_code.ipynb",
-    "embeddings.ipynb",
+    "02_a_network.ipynb",
+    "07_accumulators.ipynb",
+    "09_sweeps.ipynb",
+    "10_training_code.ipynb",
+    "14_error_decays_with_width.ipynb",
+    "16_random_features.ipynb",
 )
 
 

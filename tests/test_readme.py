@@ -14,11 +14,11 @@ from jpfq.study.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-GUIDES = sorted((ROOT / "jpfq" / "guides").glob("*.md"))
-CLI = ROOT / "jpfq" / "guides" / "cli.md"
+GUIDES = sorted((ROOT / "notebooks").glob("*.md"))
+CLI = ROOT / "notebooks" / "12_command_line.md"
 TEXTS = {page: page.read_text() for page in (README, *GUIDES)}
 GOES_ON = (
-    "The code goes on from the Linen example of the [README](../../README.md): "
+    "The code goes on from the Linen example of the [README](../README.md): "
     "its imports, `model`, `variables` and `batches`."
 )
 
@@ -92,7 +92,7 @@ def test_the_first_commands_are_those_of_ci_and_cli():
 
 def test_the_readme_is_short_and_links_every_guide():
     assert len(TEXTS[README].splitlines()) <= 180
-    links = re.findall(r"\]\((jpfq/guides/[^)]+)\)", TEXTS[README])
+    links = re.findall(r"\]\((notebooks/[^)]+\.md)\)", TEXTS[README])
     assert {ROOT / link for link in links} == set(GUIDES)
 
 

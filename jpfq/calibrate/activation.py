@@ -35,7 +35,7 @@ class Activations:
             convolution, group of a grouped one or expert, which folds into the steps of its weights; "row", a step taken
             from each row while the network runs (each sample, for a convolution).
 
-    Example:
+    Examples:
         >>> signed = jpfq.Activations(jpfq.Integer(8), jpfq.ranges.Percentile(0.999))
         >>> dynamic = jpfq.Activations(jpfq.Integer(8), per="row")
         >>> rules = [jpfq.Rule("head/.*", bits=8, activations=dynamic), jpfq.Rule(".*", bits=4, activations=signed)]

@@ -27,7 +27,7 @@ class Weighted:
 
     `batch` is a batch as without weights.
 
-    Example:
+    Examples:
         >>> mask = jnp.ones(64).at[50:].set(0)
         >>> padded = jpfq.Weighted(batches[0], mask)  # to be given in place of batches[0]
     """

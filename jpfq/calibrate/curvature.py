@@ -34,7 +34,7 @@ class Coupling:
         samples: random draws for each batch.
         damping: share of the mean of the curvature's diagonal that is added to it.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, coupling=jpfq.Coupling(of="logits"))
     """
 

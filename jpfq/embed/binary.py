@@ -29,7 +29,7 @@ class BinaryEmbedding(Embedding):
     vectors. Measurements are all but Gaussian, so a few exceed the `reach` of the quantizer, and `Stability` says of which
     vectors the states grew too large. A larger scale makes them fewer, and the error of quantization larger.
 
-    Example:
+    Examples:
         >>> map = jpfq.embed.FJLT.sample(key, inputs=32, m=64 * 9, density=0.3)
         >>> embedding = jpfq.BinaryEmbedding(map, jpfq.embed.SigmaDelta(1, width=9), scale=1.5 * 8.0)
         >>> codes, stability = embedding.transform(X)
@@ -73,7 +73,7 @@ class BinaryEmbedding(Embedding):
         Args:
             a, b: from `condense` or `load`.
 
-        Example:
+        Examples:
             >>> vectors = embedding.condense(embedding.transform(X)[0])
             >>> embedding.distance(vectors[:5], vectors).shape
             (5, 64)

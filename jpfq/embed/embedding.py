@@ -24,7 +24,7 @@ from .shaping import Stability, numbered
 class Embedding(abc.ABC):
     """A map to real measurements and the quantizer that follows it.
 
-    Example:
+    Examples:
         >>> codes, stability = features.transform(X)
         >>> stored = features.store(codes)
         >>> bool(jnp.allclose(features.load(stored), features.condense(codes)))
@@ -88,7 +88,7 @@ class Embedding(abc.ABC):
             key: for a rounding that draws, which raises a ValueError without. Two sides of a comparison need two keys.
             first: the number of the first vector, for data in chunks: it picks what the vectors draw.
 
-        Example:
+        Examples:
             >>> codes, stability = features.transform(X)
             >>> codes.dtype, bool(stability.stable.all())
             (dtype('int8'), True)
@@ -101,7 +101,7 @@ class Embedding(abc.ABC):
         Args:
             X: vectors.
 
-        Example:
+        Examples:
             >>> exact = features.features(X)
             >>> rounded = features.condense(features.transform(X)[0])
             >>> bool(jnp.abs(rounded - exact).max() < 0.1 * jnp.abs(exact).max())
@@ -115,7 +115,7 @@ class Embedding(abc.ABC):
         Args:
             codes: from `transform`.
 
-        Example:
+        Examples:
             >>> features.condense(features.transform(X)[0]).shape
             (64, 64)
         """
@@ -127,7 +127,7 @@ class Embedding(abc.ABC):
         Args:
             codes: from `transform`.
 
-        Example:
+        Examples:
             >>> stored = features.store(features.transform(X)[0])
             >>> stored.shape == (64, features.bytes_per_vector)
             True
@@ -140,7 +140,7 @@ class Embedding(abc.ABC):
         Args:
             stored: from `store` or `stream`.
 
-        Example:
+        Examples:
             >>> features.load(features.store(features.transform(X)[0])).shape
             (64, 64)
         """
@@ -159,7 +159,7 @@ class Embedding(abc.ABC):
             chunks: vectors, some rows at a time.
             key: for a rounding that draws.
 
-        Example:
+        Examples:
             >>> stored = jnp.concatenate([part for part, stability in features.stream(batches)])
             >>> stored.shape[0]
             128

@@ -29,7 +29,7 @@ class RandomFourierFeatures(Embedding):
 
     `quantizer` says how they become codes.
 
-    Example:
+    Examples:
         >>> shaped = jpfq.embed.SigmaDelta(order=1, width=15, K=2)
         >>> features = jpfq.RandomFourierFeatures.sample(key, inputs=32, m=960, gamma=0.01, quantizer=shaped)
         >>> codes, stability = features.transform(X)
@@ -59,7 +59,7 @@ class RandomFourierFeatures(Embedding):
             gamma: of the kernel, positive.
             quantizer: such as `jpfq.embed.SigmaDelta(order=1, width=15)`.
 
-        Example:
+        Examples:
             >>> plain = jpfq.RandomFourierFeatures.sample(key, 32, 240, 0.01, jpfq.embed.Memoryless(K=2))
         """
         for name, x in (("inputs", inputs), ("m", m)):
@@ -98,7 +98,7 @@ class RandomFourierFeatures(Embedding):
         Args:
             a, b: from `condense`, `load` or `features`.
 
-        Example:
+        Examples:
             >>> vectors = features.condense(features.transform(X)[0])
             >>> features.kernel(vectors, vectors).shape
             (64, 64)

@@ -20,7 +20,7 @@ from ..scalar import register_dataclass
 class Map(abc.ABC):
     """A random linear map A whose entries have mean 0 and variance 1 or act like it: E <A_i, x>^2 = |x|^2.
 
-    Example:
+    Examples:
         >>> map = jpfq.embed.SparseGaussian.sample(key, inputs=32, m=64, density=0.5)
         >>> map.inputs, map.m, map(X).shape
         (32, 64, (64, 64))
@@ -52,7 +52,7 @@ class SparseGaussian(Map):
 
     Fields: `columns` and `entries` (nonzeros, m), `inputs` = n.
 
-    Example:
+    Examples:
         >>> map = jpfq.embed.SparseGaussian.sample(key, inputs=32, m=64, density=0.5)
         >>> measurements = map(X)
     """
@@ -71,7 +71,7 @@ class SparseGaussian(Map):
             m: how many numbers come out.
             density: share of nonzero entries.
 
-        Example:
+        Examples:
             >>> map = jpfq.embed.SparseGaussian.sample(key, inputs=32, m=64, density=0.5)
         """
         _check(key, inputs, m, density)
@@ -110,7 +110,7 @@ class FJLT(Map):
 
     Fields: `signs` (n,), and `sparse`, the matrix A.
 
-    Example:
+    Examples:
         >>> map = jpfq.embed.FJLT.sample(key, inputs=30, m=64, density=0.3)
         >>> map(X[:, :30]).shape
         (64, 64)
@@ -129,7 +129,7 @@ class FJLT(Map):
             m: how many numbers come out.
             density: share of nonzero entries of A.
 
-        Example:
+        Examples:
             >>> map = jpfq.embed.FJLT.sample(key, inputs=32, m=64, density=0.3)
         """
         _check(key, inputs, m, density)
@@ -165,7 +165,7 @@ def hadamard(X: jax.Array) -> jax.Array:
     Args:
         X: vectors.
 
-    Example:
+    Examples:
         >>> twice = jpfq.embed.hadamard(jpfq.embed.hadamard(X))
         >>> bool(jnp.allclose(twice, X, atol=1e-5))
         True

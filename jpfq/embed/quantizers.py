@@ -31,7 +31,7 @@ DIFFERENCE = {1: {1: 1.0}, 2: {1: 2.0, 2: -1.0}}  # 1 - (1 - z)^r
 class Quantizer(abc.ABC):
     """A filter, an alphabet, and the weights v that condense.
 
-    Example:
+    Examples:
         >>> quantizer = jpfq.embed.SigmaDelta(order=1, width=15, K=2)
         >>> codes, stability = quantizer(jnp.cos(jnp.arange(30.0))[None])
         >>> codes.shape, quantizer.fold(codes.astype(float)).shape
@@ -193,7 +193,7 @@ class SigmaDelta(Quantizer):
 
     Source: Zhang, Kannan, Cloninger, Saab (arXiv 2106.02614); Zhang, Saab (arXiv 2010.00712).
 
-    Example:
+    Examples:
         >>> quantizer = jpfq.embed.SigmaDelta(order=2, width=5)
         >>> quantizer.weights.tolist()
         [1, 2, 3, 2, 1]
@@ -225,7 +225,7 @@ class SigmaDelta(Quantizer):
         Args:
             order, width, K: as of the class.
 
-        Example:
+        Examples:
             >>> jpfq.embed.SigmaDelta.published(order=1, width=15, K=2).step == 2 / 3
             True
         """
@@ -260,7 +260,7 @@ class Beta(Quantizer):
 
     `K` and `step` are as of `SigmaDelta`.
 
-    Example:
+    Examples:
         >>> quantizer = jpfq.embed.Beta(beta=1.9, width=12)
         >>> quantizer.stored_levels  # codes are stored, not sums
         2
@@ -296,7 +296,7 @@ class Memoryless(Quantizer):
 
     `rounding` and `step` are those of each entry; a step of None puts the outermost levels on +-1.
 
-    Example:
+    Examples:
         >>> signs = jpfq.embed.Memoryless()
         >>> codes, stability = signs(jnp.array([[0.3, -0.2]]))
         >>> codes.tolist()

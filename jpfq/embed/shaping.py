@@ -32,7 +32,7 @@ class Shaped(Rounding):
 
     `then` is the rounding inside.
 
-    Example:
+    Examples:
         >>> shaped = jpfq.embed.SigmaDelta(order=1).shaped()
         >>> shaped.lags, shaped.taps.tolist()
         ((1,), [1.0])
@@ -71,7 +71,7 @@ class Stability:
 
     Fields: `peak`, for each vector, and `bound`.
 
-    Example:
+    Examples:
         >>> codes, stability = features.transform(X)
         >>> stability.peak.shape, bool(stability.stable.all())
         ((64,), True)
@@ -133,7 +133,7 @@ def feedback(taps: jax.Array, lags: tuple[int, ...], m: int, run: int) -> jax.Ar
         m: length of the vectors.
         run: after how many entries the states start from 0 again.
 
-    Example:
+    Examples:
         >>> jpfq.embed.feedback(jnp.array([1.0]), (1,), m=3, run=3).tolist()  # a plain sum of errors
         [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
     """

@@ -40,7 +40,7 @@ class Damping(abc.ABC):
 class MeanDiagonal(Damping):
     """lam = share times the mean of diag(H) over the coordinates that are alive (OPTQ: .01).
 
-    Example:
+    Examples:
         >>> float(jpfq.MeanDiagonal(share=0.25)(jnp.diag(jnp.array([1.0, 3.0, 0.0]))))
         0.5
     """
@@ -59,7 +59,7 @@ class TopEigenvalue(Damping):
 
     `share` is of that eigenvalue.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.Qronos(damping=jpfq.TopEigenvalue(1e-3)))
     """
 

@@ -58,7 +58,7 @@ class Refit(Finish):
 
     Where one step serves the whole matrix, one factor for all its neurons. A neuron of c* <= 0 keeps its step.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.GPFQ(), finish=jpfq.Refit())
     """
 
@@ -77,7 +77,7 @@ class Refit(Finish):
 class Descend(Finish):
     """Cyclic coordinate descent on the grid as it is (CDQuant, COMQ): with nearest rounding the error never grows.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, scale=jpfq.MinMSE(), finish=jpfq.Descend(passes=3))  # the steps stay
     """
 
@@ -113,7 +113,7 @@ class CosineDescend(Finish):
 
     `passes` over all coordinates.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=3, method=jpfq.GPFQ(), finish=jpfq.CosineDescend(passes=8))
     """
 

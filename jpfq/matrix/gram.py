@@ -33,7 +33,7 @@ class Gram:
     C holds `G - H` with G = Xq^T X: a small correction instead of the difference of two large sums. `C` and `drift` are
     None as long as the two networks agree (X is Xq), where both are exactly zero.
 
-    Example:
+    Examples:
         >>> gram = jpfq.Gram.from_data(batches[0]).update(batches[1])
         >>> gram.H.shape, int(gram.count)
         ((32, 32), 128)
@@ -61,7 +61,7 @@ class Gram:
             Xq: inputs of the quantized network, same shape; None where the two agree.
             weights: one number per row (*rows,), broadcast over the leading axes of the rows; 0 leaves a row out.
 
-        Example:
+        Examples:
             >>> rounded = jnp.round(X * 4) / 4  # as the layers before would have it
             >>> gram = jpfq.Gram.from_data(X, rounded, weights=jnp.ones(64))
             >>> gram.C.shape
@@ -83,7 +83,7 @@ class Gram:
             X, Xq, weights: as for `from_data`.
             power: a whole number.
 
-        Example:
+        Examples:
             >>> gram = jpfq.Gram.scaled(1e-25 * X, None, None, power=80)
             >>> gram.power, bool(jnp.allclose(gram.mean_X, (1e-25 * X).mean(0), atol=0))
             (80, True)
@@ -109,7 +109,7 @@ class Gram:
         Args:
             X, Xq, weights: as for `from_data`.
 
-        Example:
+        Examples:
             >>> for batch in batches[1:]:
             ...     gram = gram.update(batch)
         """
@@ -121,7 +121,7 @@ class Gram:
         Args:
             other: of inputs of the same width.
 
-        Example:
+        Examples:
             >>> both = jpfq.Gram.from_data(batches[0]).merge(jpfq.Gram.from_data(batches[1]))
             >>> int(both.count)
             128
@@ -139,7 +139,7 @@ class Gram:
     def shown(self) -> "Shown":
         """The properties of the data as a `Shown`; reads the Gram.
 
-        Example:
+        Examples:
             >>> gram.shown().inputs  # whether any is not 0
             True
         """
@@ -151,7 +151,7 @@ class Gram:
         Args:
             power: a whole number.
 
-        Example:
+        Examples:
             >>> bool(jnp.allclose(gram.to_power(3).H, 4**3 * gram.H))
             True
         """
@@ -183,7 +183,7 @@ class Gram:
 
         An input that never changes is dead in it: what is left of its variance by rounding is taken for 0.
 
-        Example:
+        Examples:
             >>> bool(jnp.abs(gram.centred().mean_X).max() == 0)
             True
         """
@@ -206,7 +206,7 @@ class Gram:
 
         What trades one weight against another then counts theirs as any, for all that is known of new rows.
 
-        Example:
+        Examples:
             >>> bool((gram.awake().diagonal > 0).all())
             True
         """
@@ -271,7 +271,7 @@ class Gram:
         Args:
             W: weights (in, out).
 
-        Example:
+        Examples:
             >>> gram.energy(W).shape
             (8,)
         """
@@ -287,7 +287,7 @@ class Gram:
             W: float weights (in, out).
             q: what takes their place (in, out).
 
-        Example:
+        Examples:
             >>> tensor, info = jpfq.solve(W, gram, bits=4)
             >>> relative = gram.square_error(W, tensor.dequantize()).sum() / gram.energy(W).sum()
             >>> bool(jnp.isclose(relative, info.relative_error**2, rtol=1e-3))
@@ -310,7 +310,7 @@ class Gram:
 class Rows:
     """The calibration rows themselves, for the data form: X and Xq are (rows, in), Xq None where the networks agree.
 
-    Example:
+    Examples:
         >>> tensor, info = jpfq.solve(W, jpfq.Rows(X), bits=4, form="data")
     """
 

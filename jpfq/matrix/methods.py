@@ -83,7 +83,7 @@ class Method(abc.ABC):
 class MSQ(Method):
     """Memoryless scalar quantization: round each weight by itself (also called RTN).
 
-    Example:
+    Examples:
         >>> tensor, info = jpfq.solve(W, gram, bits=4, method=jpfq.MSQ(), finish=None)
     """
 
@@ -107,7 +107,7 @@ class MSQ(Method):
 class GPFQ(Method):
     """Greedy path following: each code makes up, along its own input coordinate, for all errors before it.
 
-    Example:
+    Examples:
         >>> tensor, info = jpfq.solve(W, gram, bits=4, method=jpfq.GPFQ())
         >>> system = jpfq.GPFQ()(W, gram)  # of q = Q(A - L q)
         >>> system.A.shape, system.L.shape
@@ -144,7 +144,7 @@ class UNI(Method):
     q_t = Q( w_t + <Xq_t, u> / (scaling ||Xq_t||^2) ), from the unified framework of H. Zhang and Saab (2024). With
     `Stochastic` and scaling 1, on aligned weights (`Align`), this is SPFQ.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", grid=jpfq.Binary(), method=jpfq.UNI(scaling=4.0), rounding=jpfq.Stochastic())
     """
 

@@ -25,7 +25,7 @@ class MalySaab(Prepare):
     Needs fewer calibration rows than inputs, and the rows themselves. Where Xq is not X, the weights first take the
     smallest change that makes Xq w = X w. Dead weights do not walk. The published method is this with `MSQ()` on `Binary()`.
 
-    Example:
+    Examples:
         >>> few = jpfq.Rows(X[:8])  # 8 calibration rows for 32 inputs
         >>> one_bit = {"grid": jpfq.Binary(), "scale": jpfq.AbsMax(), "method": jpfq.MSQ(), "finish": None}
         >>> tensor, info = jpfq.solve(W, few, prepare=jpfq.MalySaab(), **one_bit)

@@ -41,7 +41,7 @@ class OPTQ(_Factored):
 
     `damping` is what is added to the diagonal of H before it is factored.
 
-    Example:
+    Examples:
         >>> tensor, info = jpfq.solve(W, gram, bits=4, method=jpfq.OPTQ(jpfq.MeanDiagonal(0.05)))
     """
 
@@ -58,7 +58,7 @@ class QEP(_Factored):
 
     `damping` is what is added to the diagonal of H before it is factored.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.QEP(alpha=0.5))
     """
 
@@ -82,7 +82,7 @@ class Qronos(_Factored):
 
     `damping` is what is added to the diagonal of H before it is factored.
 
-    Example:
+    Examples:
         >>> tensor, info = jpfq.solve(W, gram, bits=4, method=jpfq.Qronos())
     """
 
@@ -108,7 +108,7 @@ class GPTAQ(_Factored):
     `alpha` in [0, 1] is the share of the correction that is made, `damping` what is added to the diagonal of H before it is
     factored.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.GPTAQ(alpha=1.0))
     """
 

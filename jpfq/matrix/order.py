@@ -27,7 +27,7 @@ class Order(abc.ABC):
 class Natural(Order):
     """As they come, as in the papers of GPFQ.
 
-    Example:
+    Examples:
         >>> jpfq.Natural()(gram) is None  # nothing is moved
         True
     """
@@ -43,7 +43,7 @@ class Natural(Order):
 class Descending(Order):
     """Largest input first (called act-order elsewhere); ties by index.
 
-    Example:
+    Examples:
         >>> order = jpfq.Descending()(gram)
         >>> int(order[0]) == int(gram.diagonal.argmax())
         True
@@ -66,7 +66,7 @@ class MinPivot(Order):
 
     `damping` is lam.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, order=jpfq.MinPivot(jpfq.MeanDiagonal(0.01)))
     """
 

@@ -29,7 +29,7 @@ class Packed:
 
     Fields besides: `grid` of the codes, `shape` of the kernel and its `dtype`, `rotated` as in `QTensor`.
 
-    Example:
+    Examples:
         >>> packed = jpfq.Packed.of(quantized.tensors["head/kernel"])
         >>> packed.words.shape, packed.words.dtype  # two codes of 4 bits to a byte
         ((32, 4), dtype('uint8'))
@@ -52,7 +52,7 @@ class Packed:
         Args:
             tensor: not traced.
 
-        Example:
+        Examples:
             >>> packed = jpfq.Packed.of(quantized.tensors["head/kernel"])
         """
         grid, zero = plain(tensor.grid), compact(tensor.zero)
@@ -68,7 +68,7 @@ class Packed:
     def unpack(self) -> QTensor:
         """The tensor it was made of.
 
-        Example:
+        Examples:
             >>> tensor = quantized.tensors["head/kernel"]
             >>> bool((jpfq.Packed.of(tensor).unpack().codes == tensor.codes).all())
             True
@@ -86,7 +86,7 @@ class Packed:
     def dequantize(self) -> jax.Array:
         """The kernel, in its own dtype.
 
-        Example:
+        Examples:
             >>> jpfq.Packed.of(quantized.tensors["head/kernel"]).dequantize().shape
             (32, 8)
         """
@@ -104,7 +104,7 @@ def dequantize(tree: Any) -> Any:
     Args:
         tree: with `Packed` or `QTensor` in it, such as `quantized.serve().params`.
 
-    Example:
+    Examples:
         >>> apply = jax.jit(lambda packed, x: model.apply({"params": jpfq.dequantize(packed)}, x))
         >>> logits = apply(quantized.serve().params, X)
     """

@@ -19,7 +19,7 @@ GOLDEN, SILVER = (5**0.5 - 1) / 2, 2**0.5 - 1
 class Patches(abc.ABC):
     """A choice among the windows. Layers that are no convolutions use all their rows.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, patches=jpfq.patches.All())
     """
 
@@ -53,7 +53,7 @@ class Patches(abc.ABC):
 class All(Patches):
     """Every window that the layer itself looks at.
 
-    Example:
+    Examples:
         >>> jpfq.patches.All().random
         False
     """
@@ -70,7 +70,7 @@ class AtMost(Patches):
     Neighbouring windows say much the same, and there are thousands for each input (`bench/windows.py`). All are taken where
     there are not twice as many, and where rows have weights.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, patches=jpfq.patches.AtMost(32))  # in less time
     """
 
@@ -102,7 +102,7 @@ def _spread(total, count, batch):
 class NonOverlapping(Patches):
     """Windows side by side, the stride as large as the kernel (GPFQ22, SPFQ).
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, patches=jpfq.patches.NonOverlapping())
     """
 
@@ -120,7 +120,7 @@ class Random(Patches):
 
     `stride` says which windows are drawn from: `All()` or `NonOverlapping()`.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, patches=jpfq.patches.Random(0.25, jpfq.patches.NonOverlapping()))  # takes a key
     """
 

@@ -47,7 +47,7 @@ class Align(Prepare):
     sweep for Xq W = X W (SPFQ, phase I). Before GPFQ one pass changes nothing; many tend to least squares. Dead weights
     stay.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, prepare=jpfq.Align(passes=4), method=jpfq.UNI(), rounding=jpfq.Stochastic())
     """
 
@@ -76,7 +76,7 @@ class LeastSquares(Prepare):
 
     `damping` is lam.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, prepare=jpfq.LeastSquares(), method=jpfq.GPFQ())
     """
 
@@ -102,7 +102,7 @@ class MagR(Prepare):
 
     `iterations` is the number of those steps.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=2, prepare=jpfq.MagR(0.01), scale=jpfq.AbsMax())
     """
 

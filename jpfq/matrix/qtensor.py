@@ -34,7 +34,7 @@ class QTensor:
 
     Fields: `codes` are integers of `grid`; `dtype` is that of the kernel they stand for.
 
-    Example:
+    Examples:
         >>> tensor = quantized.tensors["head/kernel"]
         >>> tensor.codes.dtype, tensor.step.shape, tensor.bits_per_weight  # 4, and 32 / 32 for a step
         (dtype('int8'), (1, 8), 5.0)
@@ -76,7 +76,7 @@ class QTensor:
     def dequantize(self) -> jax.Array:
         """The kernel these codes stand for, in its own dtype.
 
-        Example:
+        Examples:
             >>> kernel = quantized.tensors["head/kernel"].dequantize()
             >>> bool((kernel == quantized.params["head"]["kernel"]).all())
             True
@@ -90,7 +90,7 @@ class QTensor:
         Args:
             kernel: in the shape of the codes.
 
-        Example:
+        Examples:
             >>> tensor = quantized.tensors["head/kernel"]
             >>> bool((tensor.rounded(tensor.dequantize()).codes == tensor.codes).all())
             True
@@ -112,7 +112,7 @@ class QTensor:
 class Info:
     """The errors and other figures of one kernel's quantization, on the calibration data.
 
-    Example:
+    Examples:
         >>> info = quantized.info["hidden/kernel"]
         >>> 0 < float(info.relative_error) < 0.2, int(info.dead)
         (True, 0)

@@ -117,10 +117,11 @@ class Recipe:
             self.rotation.refuse(n, name)
 
 
-def recipe_of(bits: int | None, grid: Grid | None, **settings) -> Recipe:
+def recipe_of(bits: int | None, grid: Grid | None, plain: bool = False, **settings) -> Recipe:
     """The recipe of a call that names bits or a grid, what it leaves out filled in: see `jpfq.best`.
 
-    An accumulator, with `inputs` the codes that it sums, becomes the rounding around the one that is named.
+    With `plain` nothing stands around the method that is not named. An accumulator, with `inputs` the codes that it sums,
+    becomes the rounding around the one that is named.
     """
     if (bits is None) == (grid is None):
         raise ValueError(f"Give bits=... or grid=..., one of them; got bits={bits!r} and grid={grid!r}.")
@@ -139,7 +140,7 @@ def recipe_of(bits: int | None, grid: Grid | None, **settings) -> Recipe:
         raise ValueError(
             f"inputs={inputs!r} says which codes an accumulator sums: give accumulator=jpfq.Accumulator(..)."
         )
-    settings = _defaults(settings) | settings
+    settings = (_plain() if plain else _defaults(settings)) | settings
     return Recipe(**settings if guard is None else _guarded(settings, guard, inputs, given))
 
 
@@ -180,6 +181,20 @@ def _check_kind(name, value, kind, example):
         hint = f"; did you mean jpfq.{value.__name__}()?" if isinstance(value, type) and issubclass(value, kind) else ""
         article = "an" if kind is Order else "a"
         raise ValueError(f"{name} takes {article} {kind.__name__}, such as jpfq.{example}; got {value!r}{hint}")
+
+
+def _plain() -> dict:
+    """The settings of a method alone, for all that is left out: steps from the weights, natural order, nothing after it."""
+    return {
+        "scale": MinMSE(),
+        "shrinkage": None,
+        "rotation": None,
+        "order": Natural(),
+        "prepare": (),
+        "method": GPFQ(),
+        "rounding": Nearest(),
+        "finish": None,
+    }
 
 
 def _defaults(settings) -> dict:

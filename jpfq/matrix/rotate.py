@@ -21,7 +21,7 @@ class Hadamard:
 
     Incoherence processing as in QuIP# and QuaRot. `seed` picks the signs, which need not be stored.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, rotation=jpfq.Hadamard(seed=1))
     """
 

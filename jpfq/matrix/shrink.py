@@ -41,7 +41,7 @@ class Shrinkage:
 
     Of any number of rows, an input of less energy than 4 mean rows has it raised to that, in H and in its slope.
 
-    Example:
+    Examples:
         >>> tensor, info = jpfq.solve(W, gram, bits=4, shrinkage=jpfq.Shrinkage(1.0))  # twice what is recommended
     """
 

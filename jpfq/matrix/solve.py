@@ -1,18 +1,27 @@
 """The public entrance for one matrix, and what it refuses."""
 
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..scalar import Grid
+from ..scalar import Grid, Guard, Rounding, Scale
 from .explicit_mesh import anywhere
+from .finish import Finish
 from .gram import Gram, Rows, at_least_float32, is_finite, is_traced
 from .host import namespace, numpy_or_jit
 from .layout import DotLayout
+from .methods import Method
+from .order import Order
+from .prepare import Prepare
 from .qtensor import Info, QTensor, code_dtype
-from .recipe import Recipe, recipe_of
+from .recipe import Form, Recipe, recipe_of
+from .recursion import BLOCK
+from .rotate import Hadamard
+from .shrink import Shrinkage
 from .slices import slice_width, solve_sliced
 from .stages import solve_all
 
@@ -25,7 +34,19 @@ def solve(
     bits: int | None = None,
     grid: Grid | None = None,
     key: jax.Array | None = None,
-    **settings,
+    plain: bool = False,
+    scale: Scale | None = None,
+    rotation: Hadamard | None = None,
+    order: Order | None = None,
+    prepare: Prepare | tuple[Prepare, ...] | None = None,
+    method: Method | None = None,
+    rounding: Rounding | None = None,
+    finish: Finish | Literal["recommended"] | None = "recommended",
+    shrinkage: Shrinkage | Literal["recommended"] | None = "recommended",
+    accumulator: Guard | None = None,
+    inputs: Any = None,
+    form: Form = "auto",
+    block: int | None = BLOCK,
 ) -> tuple[QTensor, Info]:
     """Quantizes one weight matrix so that Xq q is near X W.
 
@@ -35,26 +56,40 @@ def solve(
         bits: short for `grid=Integer(bits)`, or `Binary()` at one bit.
         grid: the alphabet; give this or `bits`.
         key: for a rounding that draws random numbers.
-        **settings: the parts, each taking its recommended value (`jpfq.best`) where it is left out:
-            `shrinkage`, `rotation`, `order`, `prepare` (one or a tuple), `scale`, `method`, `rounding`, `finish`, `form`,
-            `block`; and `accumulator`, such as `jpfq.Accumulator(16, tile=64)`, with `inputs`, the grid of the input codes
-            that it sums or (mu, nu).
+        plain: whether the method stands alone: what is left out is then left away, rather than recommended (`jpfq.best`).
+        scale: how steps are chosen.
+        rotation: of the inputs.
+        order: in which inputs are visited.
+        prepare: what changes the weights before, one part or a tuple.
+        method: what the recursion is fed.
+        rounding: of one number.
+        finish: what improves the codes afterwards; None for nothing.
+        shrinkage: of the Gram, so that codes fit rows not seen; None for none.
+        accumulator: which integer sums must never overflow, such as `jpfq.Accumulator(16, tile=64)`.
+        inputs: the grid of the input codes that an accumulator sums, or (mu, nu).
+        form: "gram" or "data" rows, or the cheaper of the two.
+        block: inputs to a block of the recursion; None for the plain scan.
 
     Returns:
-        The quantized matrix, and what its making was like.
+        The quantized matrix, and its error metrics.
 
     Raises:
         ValueError: for weights that are not a finite real matrix, data of another width, a grid given twice or not at
             all, settings that contradict each other, a factorisation that fails, or a step of zero under weights that are
             not zero.
 
-    Example:
+    Examples:
         >>> X, W = jax.random.normal(jax.random.key(1), (64, 32)), jax.random.normal(jax.random.key(2), (32, 8))
         >>> tensor, info = jpfq.solve(W, jpfq.Gram.from_data(X), bits=4)
         >>> tensor.codes.shape, tensor.step.shape
         ((32, 8), (1, 8))
     """
-    recipe = recipe_of(bits, grid, **settings)
+    given = {"scale": scale, "rotation": rotation, "order": order, "prepare": prepare, "method": method}
+    given |= {"rounding": rounding, "accumulator": accumulator, "inputs": inputs}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    optional = {"finish": finish, "shrinkage": shrinkage}  # None is a choice
+    settings |= {name: value for name, value in optional.items() if value != "recommended"}
+    recipe = recipe_of(bits, grid, plain, **settings, form=form, block=block)
     try:
         W = jnp.asarray(W)
     except TypeError as error:

@@ -20,7 +20,7 @@ def best(bits: Number | None = None, *, grid: Grid | None = None, pattern: str =
     Returns:
         A list of one rule.
 
-    Example:
+    Examples:
         >>> rules = [jpfq.Rule("head/.*", bits=8), *jpfq.best(3)]
     """
     return [Rule(pattern, bits=4 if bits is None and grid is None else bits, grid=grid)]

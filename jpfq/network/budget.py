@@ -67,7 +67,7 @@ def budget(
     Raises:
         ValueError: if no width fits the average, and whatever `jpfq.quantize` refuses.
 
-    Example:
+    Examples:
         >>> rules = jpfq.budget(model, batches, 3.5, variables=variables)
         >>> quantized = jpfq.quantize(model, batches, rules, variables=variables)
     """

@@ -67,7 +67,7 @@ class Certificate:
     sites: one for each use of a kernel with quantized inputs. bits: the width that was asked about, or None.
     left: quantized kernels whose inputs are not, for which nothing can be said.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=16))
         >>> integer = jpfq.quantize(model, batches, rule, variables=variables)
         >>> certificate = jpfq.certify(integer, bits=16, tile=16)
@@ -131,7 +131,7 @@ def certify(quantized: "Quantized", *, bits: int | None = None, tile: int | None
     Raises:
         ValueError: for a model without quantized activations, weights with a zero point, a result loaded without its model.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=16))
         >>> integer = jpfq.quantize(model, batches, rule, variables=variables)
         >>> jpfq.certify(integer, bits=16, tile=16).holds

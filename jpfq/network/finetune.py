@@ -32,7 +32,7 @@ class Steps:
     multiple: of each of its steps, in the shape of `QTensor.step`. It starts at 1, so that one learning rate serves kernels
     of every size and width.
 
-    Example:
+    Examples:
         >>> trained = quantized.tunable
         >>> trained["head"]["kernel"].multiple.shape
         (1, 8)
@@ -63,7 +63,7 @@ def fake_quant(params: Any, quantized: "Quantized | Mapping[str, QTensor]") -> A
     Returns:
         Arrays in the structure of the parameters.
 
-    Example:
+    Examples:
         >>> goal = model.apply(variables, X)  # of the float network; labels would do as well
         >>> made = lambda params: model.apply({"params": jpfq.fake_quant(params, quantized)}, X)
         >>> gradient = jax.grad(lambda params: ((made(params) - goal) ** 2).mean())(quantized.tunable)

@@ -37,7 +37,7 @@ def fold_batchnorm(
     Raises:
         ValueError: if there is nothing to fold.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential([nn.Dense(8), nn.BatchNorm(use_running_average=True)])
         >>> folded = jpfq.fold_batchnorm(net, X, variables=net.init(key, X))
     """

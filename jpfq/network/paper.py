@@ -60,7 +60,7 @@ def rtn(bits: Number = 4, *, pattern: str = ".*") -> list[Rule]:
         bits: width of the codes.
         pattern: of the kernels that are meant.
 
-    Example:
+    Examples:
         >>> rules = jpfq.paper.rtn(bits=4)
     """
     return _plain(pattern, grid=Integer(bits), scale=AbsMax(), method=MSQ(), order=Natural())
@@ -74,7 +74,7 @@ def gpfq20(levels: Number = 3, C: Number = 2.0, *, pattern: str = ".*") -> list[
         C: multiple of the median, which the paper searches from 1 to 10.
         pattern: of the kernels that are meant.
 
-    Example:
+    Examples:
         >>> rules = jpfq.paper.gpfq20(levels=3, C=3.0)
     """
     return _plain(pattern, grid=Equispaced(levels), scale=Median(C), method=GPFQ(), order=Natural())
@@ -100,7 +100,7 @@ def gpfq22(
         soft, hard: thresholds, of which one may be given.
         pattern: of the kernels that are meant.
 
-    Example:
+    Examples:
         >>> rules = jpfq.paper.gpfq22(bits=3, C=1.16)
         >>> rules[0].grid
         Symmetric(K=4)
@@ -122,7 +122,7 @@ def spfq(bits: Number = 4, C: Number = 1.16, r: int = 1, p: Number = 1.0, *, pat
         r: order of the alignment.
         pattern: of the kernels that are meant.
 
-    Example:
+    Examples:
         >>> rules = jpfq.paper.spfq(bits=3)  # jpfq.quantize(.., rules, key=key): it draws
     """
     how = {"scale": Quantile(p, C), "order": Natural(), "rounding": Stochastic()}
@@ -144,7 +144,7 @@ def uni(
         prune: threshold in steps; 0 prunes nothing.
         pattern: of the kernels that are meant.
 
-    Example:
+    Examples:
         >>> rules = jpfq.paper.uni(bits=4, prune=2)
     """
     grid: Grid = Binary() if bits == 1 else Symmetric(2 ** (bits - 1))
@@ -159,7 +159,7 @@ def maly_saab(*, pattern: str = ".*") -> list[Rule]:
     Args:
         pattern: of the kernels that are meant.
 
-    Example:
+    Examples:
         >>> rules = jpfq.paper.maly_saab(pattern="hidden/.*")
     """
     return _plain(pattern, grid=Binary(), scale=AbsMax(), prepare=MalySaab(), method=MSQ(), order=Natural())
@@ -186,7 +186,7 @@ def optq(
         act_order: see above.
         pattern: of the kernels that are meant.
 
-    Example:
+    Examples:
         >>> rules = jpfq.paper.optq(bits=3, group=16)
     """
     per = PerChannel() if group is None else PerGroup(group, refit=not act_order)
@@ -212,7 +212,7 @@ def qronos(
         damping: share of the largest eigenvalue of H; 1e-3 where activations are quantized.
         pattern: of the kernels that are meant.
 
-    Example:
+    Examples:
         >>> rules = jpfq.paper.qronos(bits=2, beta=0.8, magr=0.01)
     """
     how = {} if magr is None else {"prepare": MagR(magr)}
@@ -242,7 +242,7 @@ def axe(
         method: of the weights, `GPFQ()` if left out.
         pattern: of the kernels that are meant.
 
-    Example:
+    Examples:
         >>> rules = jpfq.paper.axe(bits=4, P=16, tile=16, method=jpfq.OPTQ())
     """
     grid = Integer(bits, narrow=True)
@@ -262,7 +262,7 @@ def ep_init(
         tile: inputs that it sums; None for all.
         pattern: of the kernels that are meant.
 
-    Example:
+    Examples:
         >>> rules = jpfq.paper.ep_init(P=14, tile=16)
     """
     how = {"activation_bits": activation_bits, "accumulator": EPInit(P, tile), "method": MSQ(), "order": Natural()}
@@ -282,7 +282,7 @@ def fewer_bits(
         bits, activation_bits: at most.
         **settings: of the rules besides.
 
-    Example:
+    Examples:
         >>> rules = jpfq.paper.fewer_bits({"hidden/kernel": 32, "head/kernel": 32}, P=14)
         >>> rules[0].grid.levels, rules[0].activation_bits
         (3, 8)

@@ -69,7 +69,7 @@ class Plan:
     stages: what memory is for, by stage: "calibration", "result", and "derivatives" where neurons are coupled. The process
         itself and what JAX compiles come beside it.
 
-    Example:
+    Examples:
         >>> plan = jpfq.plan(model, batches[0], 4, variables=variables, batches=2)
         >>> [(line.path, line.rows) for line in plan.lines]
         [('hidden/kernel', 128), ('head/kernel', 128)]
@@ -142,7 +142,7 @@ def plan(
     Raises:
         ValueError: whatever `quantize` would refuse without looking at values.
 
-    Example:
+    Examples:
         >>> print(jpfq.plan(model, batches[0], 4, variables=variables, batches=len(batches)))
         kernel ...
         2 kernels with 1,280 weights to quantize, 0 left as they are. Peak memory ...

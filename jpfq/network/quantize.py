@@ -81,7 +81,7 @@ def quantize(
     Raises:
         ValueError: input that cannot be used, with what to do about it.
 
-    Example:
+    Examples:
         >>> rules = [jpfq.Rule("head/.*", skip=True), jpfq.Rule(".*", bits=4)]
         >>> quantized = jpfq.quantize(model, batches, rules, variables=variables)
         >>> list(quantized.tensors), list(quantized.skipped)

@@ -39,7 +39,7 @@ class Quantized:
     outputs: the error of those that are finite in both networks, how many are not in one only, and of how many. None where
         nobody knows, as after training.
 
-    Example:
+    Examples:
         >>> quantized = jpfq.quantize(model, batches, 4, variables=variables)
         >>> logits = model.apply(quantized.variables, X)
         >>> list(quantized.tensors), quantized.skipped
@@ -87,7 +87,7 @@ class Quantized:
         Args:
             f: takes an array, and returns it elsewhere.
 
-        Example:
+        Examples:
             >>> elsewhere = quantized.moved(lambda x: jax.device_put(x, jax.devices()[0]))
         """
         old = {name: getattr(self, name) for name in ("tensors", "info", "inputs")}
@@ -126,7 +126,7 @@ class Quantized:
         Args:
             batch: one batch, of any number of samples.
 
-        Example:
+        Examples:
             >>> quantized.apply(X).shape
             (64, 8)
         """
@@ -147,7 +147,7 @@ class Quantized:
             overflow: what becomes of a sum that does not fit: "wrap", or "saturate" at every sum on the way, inputs in the
                 order of the kernel.
 
-        Example:
+        Examples:
             >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=16))
             >>> integer = jpfq.quantize(model, batches, rule, variables=variables)
             >>> logits = integer.apply_integer(X, accumulator=jpfq.Accumulator(16, tile=16), overflow="saturate")
@@ -180,7 +180,7 @@ class Quantized:
         Args:
             params: in the structure of `tunable` or of `params`.
 
-        Example:
+        Examples:
             >>> tuned = quantized.tuned(quantized.tunable)  # nothing trained in between
             >>> bool((tuned.params["head"]["kernel"] == quantized.params["head"]["kernel"]).all())
             True
@@ -211,7 +211,7 @@ class Quantized:
 
         It holds nothing of this result's dequantized weights, so these can be let go. Outputs are those of `apply`.
 
-        Example:
+        Examples:
             >>> served = quantized.serve()
             >>> logits = served(X)
         """
@@ -238,7 +238,7 @@ class Quantized:
             ValueError: something is there already, also where another process was quicker; or there is no folder for it.
             OSError: it cannot be written there, as on a full disk.
 
-        Example:
+        Examples:
             >>> size = quantized.save("model-w4")
             >>> again = jpfq.load("model-w4", model)
         """
@@ -274,7 +274,7 @@ class Quantized:
         Raises:
             ValueError: the file cannot be written there, or the parameters are those of another network.
 
-        Example:
+        Examples:
             >>> page = quantized.report("report.html", params=variables["params"], title="ResNet20, 4 bits")
         """
         from ..report.report import report  # which knows this class
@@ -299,7 +299,7 @@ class Quantized:
         Raises:
             ValueError: kernels that qwix cannot hold, all of them listed with the reason.
 
-        Example:
+        Examples:
             >>> module, held = quantized.to_qwix(X, model)
             >>> bool(jnp.allclose(module.apply(held, X), quantized.apply(X), atol=1e-5))
             True
@@ -320,7 +320,7 @@ class Quantized:
         Returns:
             By path, the reason for each quantized kernel that the format cannot hold and that is written dequantized.
 
-        Example:
+        Examples:
             >>> quantized.export("compressed-tensors", "model-vllm")  # nothing is left out
             {}
         """
@@ -342,7 +342,7 @@ class Quantized:
     def summary(self) -> str:
         """A table of all kernels: what became of each, and at what error.
 
-        Example:
+        Examples:
             >>> print(quantized.summary())
             kernel ...
             hidden/kernel ...

@@ -28,6 +28,9 @@ class Rule:
         scale, rotation, order, prepare, method, rounding, form, block: as in `jpfq.solve`; what is left out takes the
             value recommended there.
         finish, shrinkage: likewise; None for none.
+        plain: whether the method stands alone: what is left out is then left away, rather than recommended. Steps are
+            `MinMSE()`, the order is natural, and nothing comes before or after: `Rule(".*", bits=4, method=jpfq.GPFQ(),
+            plain=True)` is GPFQ as published, but for its steps (`jpfq.paper` has those, too).
         activation_bits: short for `activations=Activations(Asymmetric(activation_bits))`.
         activations: how the layer's input is quantized while the network runs; left out, it is not.
         accumulator: which integer sums must never overflow, such as `jpfq.Accumulator(16, tile=64)`; it takes quantized
@@ -43,7 +46,7 @@ class Rule:
             "skip" lists them with their reason, "error" refuses. Left out, they are listed if the rule matches others
             that can be quantized, and refused if it matches none: such a rule names what it cannot have.
 
-    Example:
+    Examples:
         >>> rules = [
         ...     jpfq.Rule("head/.*", skip=True),
         ...     jpfq.Rule(".*kernel", bits=4, scale=jpfq.AbsMax(per=jpfq.PerGroup(16))),
@@ -61,6 +64,7 @@ class Rule:
     rounding: Rounding | None = dataclasses.field(default=None, kw_only=True)
     finish: Finish | Literal["recommended"] | None = dataclasses.field(default="recommended", kw_only=True)
     shrinkage: Shrinkage | Literal["recommended"] | None = dataclasses.field(default="recommended", kw_only=True)
+    plain: bool = dataclasses.field(default=False, kw_only=True, metadata=_static)
     form: Form | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
     block: int | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
     activation_bits: Number | None = dataclasses.field(default=None, kw_only=True)
@@ -107,7 +111,7 @@ class Rule:
         activations = self.inputs()
         if self.accumulator is not None and activations is not None:
             settings["inputs"] = activations.grid
-        recipe = recipe_of(settings.pop("bits", None), settings.pop("grid", None), **settings)
+        recipe = recipe_of(settings.pop("bits", None), settings.pop("grid", None), self.plain, **settings)
         if self.coupling is not None and (recipe.needs_rows or isinstance(recipe.scale.per, PerTensor)):
             needs = recipe.scale if isinstance(recipe.scale.per, PerTensor) else "what works on the calibration rows"
             raise ValueError(f"coupling takes one neuron after the other, from a Gram; it does not go with {needs}.")

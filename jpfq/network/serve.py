@@ -20,7 +20,7 @@ class Served:
 
     leaves: all arrays of the model, `Packed` in place of quantized kernels. inputs: as in `Quantized`.
 
-    Example:
+    Examples:
         >>> served = quantized.serve()
         >>> served(X).shape, served.nbytes < quantized.nbytes + 100
         ((64, 8), True)

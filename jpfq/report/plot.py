@@ -49,7 +49,7 @@ def errors(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
         quantized: the result.
         ax: what to draw on; the axes of a new figure where it is left out.
 
-    Example:
+    Examples:
         >>> ax = jpfq.plot.errors(quantized)
     """
     ax = given_or_new(ax)
@@ -68,7 +68,7 @@ def bits(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
         quantized: the result.
         ax: what to draw on; the axes of a new figure where it is left out.
 
-    Example:
+    Examples:
         >>> ax = jpfq.plot.bits(quantized)
     """
     ax = given_or_new(ax)
@@ -86,7 +86,7 @@ def sizes(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
         quantized: the result.
         ax: what to draw on; the axes of a new figure where it is left out.
 
-    Example:
+    Examples:
         >>> ax = jpfq.plot.sizes(quantized)
     """
     ax = given_or_new(ax)
@@ -106,7 +106,7 @@ def saturation(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
         quantized: the result.
         ax: what to draw on; the axes of a new figure where it is left out.
 
-    Example:
+    Examples:
         >>> ax = jpfq.plot.saturation(quantized)
     """
     ax = given_or_new(ax)
@@ -126,7 +126,7 @@ def accumulators(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     Raises:
         ValueError: for a result without bounded sums.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=64))
         >>> ax = jpfq.plot.accumulators(jpfq.quantize(model, batches, rule, variables=variables))
     """
@@ -164,7 +164,7 @@ def histogram(tensor: QTensor, weights: Any = None, ax: "Axes | None" = None) ->
         weights: the kernel before it was quantized.
         ax: what to draw on; the axes of a new figure where it is left out.
 
-    Example:
+    Examples:
         >>> ax = jpfq.plot.histogram(quantized.tensors["head/kernel"], variables["params"]["head"]["kernel"])
     """
     positions = None if weights is None else _positions(tensor, weights)
@@ -203,7 +203,7 @@ def front(sweep: Swept, ax: "Axes | None" = None) -> "Axes":
         sweep: what `jpfq.sweep` returned.
         ax: what to draw on; the axes of a new figure where it is left out.
 
-    Example:
+    Examples:
         >>> ax = jpfq.plot.front(sweep)
     """
     ax = given_or_new(ax)

@@ -319,7 +319,7 @@ class Accumulator(Guard):
         feedback: what later codes make up for: all that rounding did to the "argument", or only what it did to the
             "shrunk" and clipped one, as in Brevitas (OPTQ and its relatives).
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=16))
         >>> tensor, info = jpfq.solve(W, gram, bits=4, accumulator=jpfq.Accumulator(12), inputs=jpfq.Asymmetric(8))
         >>> info.reach.bits <= 12  # what the sums need
@@ -347,7 +347,7 @@ class EPInit(Guard):
 
     `bits` and `tile` are as for `Accumulator`.
 
-    Example:
+    Examples:
         >>> rules = jpfq.paper.ep_init(bits=4, activation_bits=8, P=16, tile=16)
         >>> rules[0].accumulator
         EPInit(bits=16, tile=16)
@@ -427,7 +427,7 @@ def datatype_bits(n: int, grid: Grid, inputs: Any) -> int:
         grid: of the weights; its zero is not to be fitted.
         inputs: the grid of the inputs, such as `Asymmetric(8)`, or their least and largest code (mu, nu).
 
-    Example:
+    Examples:
         >>> jpfq.datatype_bits(128, jpfq.Integer(4), jpfq.Asymmetric(4))
         15
     """

@@ -64,7 +64,7 @@ def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
         codes: whole numbers.
         bits: of each, from 1 to 31.
 
-    Example:
+    Examples:
         >>> jpfq.embed.pack(jnp.array([1, 2, 3, 0]), 2).tolist()
         [57]
     """
@@ -84,7 +84,7 @@ def unpack_bits(words: jax.Array, bits: int, count: int) -> jax.Array:
         bits: of each code.
         count: codes in a row.
 
-    Example:
+    Examples:
         >>> jpfq.embed.unpack(jnp.array([57], jnp.uint8), 2, count=4).tolist()
         [1, 2, 3, 0]
     """

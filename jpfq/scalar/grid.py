@@ -83,7 +83,7 @@ class Integer(Grid):
 
     The radius goes on the top level 2^(b-1) - 1. Two bits at least: for one bit take `Binary`.
 
-    Example:
+    Examples:
         >>> jpfq.Integer(4).levels, jpfq.Integer(4, narrow=True).levels
         (16, 15)
     """
@@ -104,7 +104,7 @@ class Integer(Grid):
 class Asymmetric(Grid):
     """Unsigned integers 0 .. 2^b - 1 with an integer zero point fitted to the weights (OPTQ's default).
 
-    Example:
+    Examples:
         >>> levels = jpfq.AbsMax()(W, jpfq.Asymmetric(bits=4))
         >>> levels.step.shape, levels.zero.shape  # a zero point of its own for each neuron
         ((1, 8), (1, 8))
@@ -125,7 +125,7 @@ class Asymmetric(Grid):
 class Symmetric(Grid):
     """The 2K + 1 levels {0, +-step, .., +-K step} of GPFQ22, where K = 2^(b-1): one level more than b bits can store.
 
-    Example:
+    Examples:
         >>> jpfq.Symmetric(K=8).levels  # "four bits" in the papers of GPFQ
         17
     """
@@ -144,7 +144,7 @@ class Symmetric(Grid):
 class Equispaced(Grid):
     """The M levels radius * linspace(-1, 1, M) of GPFQ20. Zero is among them only when M is odd.
 
-    Example:
+    Examples:
         >>> jpfq.Equispaced(M=4).alphabet()  # codes 0 .. 3; the value 0 lies between two of them
         Alphabet(lo=0, hi=3, zero=1.5, reach=1.5)
     """
@@ -164,7 +164,7 @@ class Equispaced(Grid):
 class Ternary(Grid):
     """{-radius, 0, radius}: 1.58 bits, stored in two.
 
-    Example:
+    Examples:
         >>> tensor, info = jpfq.solve(W, gram, grid=jpfq.Ternary())
         >>> sorted(set(tensor.codes.ravel().tolist()))
         [-1, 0, 1]
@@ -179,7 +179,7 @@ class Ternary(Grid):
 class Binary(Grid):
     """{-radius, radius}. There is no zero: a weight of exactly 0 is a tie and goes up, to +radius.
 
-    Example:
+    Examples:
         >>> tensor, info = jpfq.solve(W, gram, grid=jpfq.Binary())
         >>> tensor.bits_per_weight  # one for the code, and 32 / 32 for the step of a neuron with 32 inputs
         2.0
@@ -196,7 +196,7 @@ class Infinite(Grid):
 
     Codes stay within +-2^24, the integers that float32 holds; nothing else saturates.
 
-    Example:
+    Examples:
         >>> tensor, info = jpfq.solve(W, gram, grid=jpfq.Infinite(), scale=jpfq.Fixed(0.1))
         >>> float(info.saturation)
         0.0

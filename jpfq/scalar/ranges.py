@@ -27,7 +27,7 @@ class Histogram:
 
     Fields: `counts` (bins,) over equal bins from `low` to `high`, the least and the largest number.
 
-    Example:
+    Examples:
         >>> histogram = jpfq.ranges.Histogram.over(X.min(), X.max()).add(X)
         >>> int(histogram.counts.sum()) == X.size
         True
@@ -60,7 +60,7 @@ class Histogram:
 class Range(abc.ABC):
     """A rule that lays a grid over the inputs of a layer.
 
-    Example:
+    Examples:
         >>> isinstance(jpfq.ranges.Max(), jpfq.ranges.Range)
         True
     """
@@ -80,7 +80,7 @@ class Range(abc.ABC):
 class Max(Range):
     """All inputs seen, from the least to the largest: nothing is clipped.
 
-    Example:
+    Examples:
         >>> inputs = jpfq.Activations(jpfq.Integer(8), jpfq.ranges.Max())
     """
 
@@ -99,7 +99,7 @@ class Percentile(Range):
 
     A grid of fixed zero reaches to the p-quantile of |x| instead.
 
-    Example:
+    Examples:
         >>> inputs = jpfq.Activations(jpfq.Integer(8), jpfq.ranges.Percentile(p=0.999))
     """
 
@@ -129,7 +129,7 @@ class MinMSE(Range):
 
     `candidates` is the number of shrunk copies that are tried.
 
-    Example:
+    Examples:
         >>> inputs = jpfq.Activations(jpfq.Asymmetric(4), jpfq.ranges.MinMSE(candidates=64))
     """
 
@@ -157,7 +157,7 @@ class KL(Range):
 
     `candidates` is the number of shrunk copies that are tried.
 
-    Example:
+    Examples:
         >>> inputs = jpfq.Activations(jpfq.Integer(8), jpfq.ranges.KL())
     """
 

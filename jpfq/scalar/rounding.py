@@ -82,7 +82,7 @@ class Rounding(abc.ABC):
 class Nearest(Rounding):
     """The level p that minimises (a - p)^2; of two at equal distance the upper one.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, rounding=jpfq.Nearest())  # as it is without being named
     """
 
@@ -103,7 +103,7 @@ class Stochastic(Rounding):
     Beyond the grid it saturates. On `Binary()` this is the unbiased 1-bit operator: +-K with P(+K) = (1 + a / K) / 2.
     Source: SPFQ (Zhang, Saab 2023) section 2; the unified framework (H. Zhang, Saab 2024) for one bit.
 
-    Example:
+    Examples:
         >>> tensor, info = jpfq.solve(W, gram, bits=4, rounding=jpfq.Stochastic(), key=key)
     """
 
@@ -144,7 +144,7 @@ class SoftThreshold(_Threshold):
 
     `unit` is what `lam` is measured in: "weight", "step", or "radius", the largest level.
 
-    Example:
+    Examples:
         >>> tensor, info = jpfq.solve(W, gram, bits=4, rounding=jpfq.SoftThreshold(0.1, unit="radius"))
         >>> float(info.sparsity) == float((tensor.codes == 0).mean())
         True
@@ -173,7 +173,7 @@ class HardThreshold(_Threshold):
 
     `unit` is what `lam` is measured in: "weight", "step", or "radius", the largest level.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, rounding=jpfq.HardThreshold(1.0, unit="step"))
     """
 
@@ -201,7 +201,7 @@ class Prune(_Threshold):
 
     `unit` is what `c` is measured in: "weight", "step", or "radius", the largest level.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.UNI(), rounding=jpfq.Prune(2.0, unit="step"))  # takes a key
     """
 

@@ -40,7 +40,7 @@ class Per(abc.ABC):
 class PerTensor(Per):
     """One step for the whole matrix, as in the papers.
 
-    Example:
+    Examples:
         >>> jpfq.AbsMax(per=jpfq.PerTensor())(W, jpfq.Integer(4)).step.shape
         (1, 1)
     """
@@ -53,7 +53,7 @@ class PerTensor(Per):
 class PerChannel(Per):
     """One step per neuron.
 
-    Example:
+    Examples:
         >>> jpfq.AbsMax(per=jpfq.PerChannel())(W, jpfq.Integer(4)).step.shape
         (1, 8)
     """
@@ -69,7 +69,7 @@ class PerGroup(Per):
     The steps are chosen before the recursion; with `refit`, each group's when the recursion reaches it, from what its
     weights have become by then (the default of OPTQ's code; it needs order=Natural()).
 
-    Example:
+    Examples:
         >>> jpfq.AbsMax(per=jpfq.PerGroup(16))(W, jpfq.Integer(4)).step.shape
         (2, 8)
     """
@@ -159,7 +159,7 @@ class AbsMax(Scale):
 
     `per` says which weights share a step: `PerTensor()`, `PerChannel()` or `PerGroup(size)`.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", bits=4, scale=jpfq.AbsMax(0.9, per=jpfq.PerGroup(16)))
     """
 
@@ -183,7 +183,7 @@ class Quantile(Scale):
 
     `per` says which weights share a step.
 
-    Example:
+    Examples:
         >>> rule = jpfq.Rule(".*", grid=jpfq.Symmetric(8), scale=jpfq.Quantile(p=0.99, c=1.1))
     """
 
@@ -217,7 +217,7 @@ class Median(Scale):
 
     `per` says which weights share a step.
 
-    Example:
+    Examples:
         >>> jpfq.Median(3.0)(W, jpfq.Ternary()).step.shape  # one for the whole matrix
         (1, 1)
     """
@@ -246,7 +246,7 @@ class MinMSE(Scale):
 
     `per` says which weights share a step.
 
-    Example:
+    Examples:
         >>> levels = jpfq.MinMSE()(W, jpfq.Integer(3))
         >>> bool((levels.step <= jpfq.AbsMax()(W, jpfq.Integer(3)).step).all())  # never wider than [min, max]
         True
@@ -299,7 +299,7 @@ class MinError(Based):
 
     `base` is the scale whose steps are multiplied.
 
-    Example:
+    Examples:
         >>> tensor, info = jpfq.solve(W, gram, bits=3, scale=jpfq.MinError(jpfq.AbsMax(), least=0.4))
         >>> jpfq.MinError(candidates=8, rounds=2).runs  # of the recursion
         16
@@ -345,7 +345,7 @@ class MinError(Based):
 class Fixed(Scale):
     """The step itself, in units of the weights: a number, or an array that broadcasts to (groups, out).
 
-    Example:
+    Examples:
         >>> tensor, info = jpfq.solve(W, gram, bits=4, scale=jpfq.Fixed(0.25))
         >>> tensor.step.shape, bool((tensor.step == 0.25).all())
         ((1, 1), True)

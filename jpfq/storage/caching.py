@@ -37,7 +37,7 @@ def cache_compilations(folder: str | os.PathLike | None = None) -> str:
         ValueError: JAX keeps compiled programs elsewhere, or has been told to keep none.
         OSError: the folder cannot be written to.
 
-    Example:
+    Examples:
         >>> folder = jpfq.cache_compilations("programs")  # before the first call
         >>> quantized = jpfq.quantize(model, batches, 4, variables=variables)
     """

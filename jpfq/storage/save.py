@@ -63,7 +63,7 @@ def load(
     Raises:
         ValueError: there is no result, it is damaged or of another format, or the model is another one.
 
-    Example:
+    Examples:
         >>> size = quantized.save("model-w4")  # in bytes
         >>> quantized = jpfq.load("model-w4", model)
     """

@@ -26,7 +26,7 @@ class Space:
 
     `points` lists the settings.
 
-    Example:
+    Examples:
         >>> space = jpfq.Space(bits=[2, 3, 4], method=[jpfq.GPFQ(), jpfq.Qronos()])
         >>> rules = lambda bits, c: jpfq.Rule(".*", bits=bits, scale=jpfq.AbsMax(c))
         >>> len(space), len(jpfq.Space(rules, bits=[2, 3], c=[0.6, 0.8, 1.0]))
@@ -52,7 +52,7 @@ class Space:
             points: settings, each a dict of values by name.
             rules: as for `Space`.
 
-        Example:
+        Examples:
             >>> space = jpfq.Space.listed([{"bits": 2, "scale": jpfq.MinError()}, {"bits": 4, "scale": jpfq.AbsMax()}])
             >>> len(space)
             2
@@ -82,7 +82,7 @@ class Space:
         Args:
             point: its values by name.
 
-        Example:
+        Examples:
             >>> space = jpfq.Space(bits=[2, 3, 4])
             >>> space.rules_of(space.points[0])[0].bits
             2

@@ -70,7 +70,7 @@ class Sweep:
         output_error: that error in any case; nan where outputs are NaN or infinite in one of the two networks only.
         bits_per_weight, nbytes: as of `Quantized`.
 
-    Example:
+    Examples:
         >>> sweep = jpfq.sweep(model, batches, jpfq.Space(bits=[2, 3, 4]), variables=variables)
         >>> [(record["bits"], record["bits_per_weight"]) for record in sweep.records]
         [(2, 3.0), (3, 4.0), (4, 5.0)]
@@ -117,7 +117,7 @@ class Sweep:
         Args:
             bits_per_weight: at most, as in `records`; None for any.
 
-        Example:
+        Examples:
             >>> sweep.best(bits_per_weight=4.5).bits_per_weight
             4.0
         """
@@ -134,7 +134,7 @@ class Sweep:
     def frame(self) -> Any:
         """The records as a `pandas.DataFrame`.
 
-        Example:
+        Examples:
             >>> list(sweep.frame().columns)
             ['bits', 'loss', 'output_error', 'bits_per_weight', 'nbytes']
         """
@@ -150,7 +150,7 @@ class Sweep:
         Args:
             path: of a file, its ending says of which kind.
 
-        Example:
+        Examples:
             >>> sweep.picture("sweep.png")
         """
         loss_against_bits(self, Path(path))
@@ -205,7 +205,7 @@ def sweep(
     Raises:
         ValueError: for settings that `quantize` would refuse, and where the memory does not suffice for so many at once.
 
-    Example:
+    Examples:
         >>> sweep = jpfq.sweep(model, batches, jpfq.Space(bits=[2, 3, 4]), variables=variables)
         >>> quantized = sweep.best(bits_per_weight=3.5)
         >>> quantized.bits_per_weight

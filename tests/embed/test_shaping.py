@@ -13,8 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jpfq
 from jpfq.embed import Beta, Memoryless, SigmaDelta, feedback
-from jpfq.matrix import Recursion
-from jpfq.matrix import recursion as substitute
+from jpfq.matrix import Recursion, substitute
 from tests.helpers import assert_codes_equal
 from tests.reference import noise_shaping as reference
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import jpfq
-from jpfq.matrix import Recursion, follow
-from jpfq.matrix import recursion as substitute
+from jpfq.matrix import Recursion, follow, substitute
 from jpfq.scalar import Levels
 from tests.helpers import assert_close, assert_codes_equal, problem
 from tests.reference import gpfq as reference

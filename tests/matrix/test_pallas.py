@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.matrix.test_substitute import OUT, Carrying, N, by_loop, levels_of, system
 
 import jpfq
-from jpfq.matrix import Kernel, Recursion, chosen
-from jpfq.matrix import recursion as substitute
+from jpfq.matrix import Kernel, Recursion, chosen, substitute
 from jpfq.scalar import Levels, register_dataclass
 from tests.helpers import Dither, assert_codes_equal
+from tests.matrix.test_recursion import OUT, Carrying, N, by_loop, levels_of, system
 
 KERNEL = Kernel(tile=4, interpret=True)  # two tiles, the second with three neurons that are not there
 

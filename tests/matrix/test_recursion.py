@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import jpfq
-from jpfq.matrix import Recursion
-from jpfq.matrix import recursion as substitute
+from jpfq.matrix import Recursion, substitute
 from jpfq.scalar import Levels, Rounding, register_dataclass
 from tests.helpers import Dither, assert_codes_equal
 from tests.reference import gpfq as reference

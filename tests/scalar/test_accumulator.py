@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jpfq
-from jpfq.matrix import Recursion
-from jpfq.matrix import recursion as substitute
+from jpfq.matrix import Recursion, substitute
 from jpfq.scalar import Accumulator, EPInit, Levels, datatype_bits, width_of
 from jpfq.scalar.accumulator import _l1_threshold, _quotient
 from tests.helpers import assert_codes_equal, problem

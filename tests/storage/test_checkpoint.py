@@ -27,7 +27,8 @@ from jpfq.calibrate.batches import read_batches
 from jpfq.storage import checkpoint as resume
 from jpfq.storage import files as disk
 from jpfq.storage.codec import DTYPES
-from tests.network import long_run, zoo
+from tests.network import zoo
+from tests.storage import long_run
 
 SITES = 5
 NASTY = [None, True, -1, 10**18, 1e300, "x", "nan", [], {}, [[]], [None, "x"], {"": "Integer"}, {"": "array"}]

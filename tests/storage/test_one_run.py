@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jpfq.storage import checkpoint as resume
-from tests.network import racing
+from tests.storage import racing
 from tests.storage.test_checkpoint import opened, put, site
 
 
