@@ -18,7 +18,7 @@ from recursion import compiled, measure
 
 import jpfq
 from jpfq.matrix import GPFQ, Gram, Kernel, Recursion, substitute
-from jpfq.matrix.gram import matmul
+from jpfq.matrix.arrays import matmul
 
 PRODUCTS, SCANS = 3.0, 5.0  # products that the kernel may take at most; plain scans over kernels at least
 

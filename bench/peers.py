@@ -26,7 +26,7 @@ from common import report, table, verdict
 from qwix.contrib import gptq, qep
 
 import jpfq
-from jpfq.matrix.gram import matmul
+from jpfq.matrix.arrays import matmul
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # one that a kernel for Hadamard products is not installed

@@ -18,7 +18,7 @@ from common import report, table, verdict
 
 import jpfq
 from jpfq.matrix import GPFQ, Gram, Recursion, Rows, follow, recipe_of, solve_all, substitute
-from jpfq.matrix.gram import matmul
+from jpfq.matrix.arrays import matmul
 from jpfq.matrix.recursion import BLOCK
 
 TARGET, AIM = 3.0, 2.0  # of the blocked form, in products

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..matrix.gram import at_least_float32
+from ..matrix.arrays import at_least_float32
 from ..matrix.lanes import over_lanes
 from ..matrix.layout import Layout
 from ..scalar import Asymmetric, Codes, Grid, Levels, register_dataclass

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..matrix.arrays import all_finite
 from ..matrix.explicit_mesh import automatic
-from ..matrix.gram import all_finite, is_traced
+from ..matrix.gram import is_traced
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from ..matrix.gram import at_least_float32
+from ..matrix.arrays import at_least_float32
 from ..model.affine import rows_of
 from ..model.compat import bind
 from ..model.program import Program, evaluate

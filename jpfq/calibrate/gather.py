@@ -13,8 +13,9 @@ import numpy as np
 from jax import lax
 
 from ..matrix import Devices, Gram, Recipe, Rows
+from ..matrix.arrays import at_least_float32, raised
 from ..matrix.conv_gram import Correlations, at_a_time, correlates, pays
-from ..matrix.gram import Shown, at_least_float32, raised
+from ..matrix.gram import Shown
 from ..matrix.host import numpy_or_jit
 from ..matrix.lanes import each, over_lanes
 from ..matrix.layout import DotLayout, Layout

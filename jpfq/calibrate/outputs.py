@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..matrix.gram import at_least_float32, is_traced
+from ..matrix.arrays import at_least_float32
+from ..matrix.gram import is_traced
 from ..matrix.lanes import over_lanes
 from ..scalar.exponent import aligned, exponent_of, reduced
 

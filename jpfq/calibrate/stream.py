@@ -19,6 +19,7 @@ from ..model.segments import Segment
 from ..model.sites import Site, Tap
 from .padding import OtherPadding, lookups
 from .row_weights import Followed, RowWeights
+from .schedule import forks, needs
 
 
 class Networks(NamedTuple):
@@ -383,38 +384,3 @@ def _on_device(networks: Networks) -> int:
     pools = (networks.shared, *networks.forked)
     arrays = {id(x): x for values in pools for x in values.values() if isinstance(x, jax.Array)}
     return sum(x.nbytes for x in arrays.values())
-
-
-def needs(program: Program) -> tuple[dict[int, int], dict[Any, int]]:
-    """When fixed values are needed, as a program may compute all of them before it touches data.
-
-    Returns:
-        By index of each fixed equation that is evaluated, in order, the first equation on data that needs it; and by fixed
-        variable the last one that does. Outputs count as read by the last equation.
-    """
-    first: dict[int, int] = {}
-    span: dict = {v: (len(program.equations) - 1,) * 2 for v in program.outputs if not is_literal(v)}
-    for index, eqn in reversed(list(enumerate(program.equations))):
-        here = [(index, index)]
-        if program.is_fixed(eqn):
-            here = [span[v] for v in eqn.outvars if v in span] + here * bool(eqn.effects)
-            if not here:
-                continue
-            if not any(v in program.broadcasts for v in eqn.outvars):
-                first[index] = min(low for low, _ in here)
-        for v in eqn.invars:
-            if not is_literal(v) and v in program.fixed:
-                every = [*here, span[v]] if v in span else here
-                span[v] = min(low for low, _ in every), max(high for _, high in every)
-    return dict(reversed(first.items())), {v: high for v, (_, high) in span.items()}
-
-
-def forks(program: Program, sites: Sequence[Site]) -> tuple[set, set[int]]:
-    """The variables on which the two networks differ, downstream of a quantized site, and the equations that make them."""
-    quantized, variables, equations = {site.index for site in sites}, set(), set()
-    variables.update(site.data for site in sites if isinstance(site.data, Tap))
-    for index, eqn in enumerate(program.equations):
-        if index in quantized or any(v in variables for v in eqn.invars if not is_literal(v)):
-            variables.update(eqn.outvars)
-            equations.add(index)
-    return variables, equations

@@ -10,7 +10,6 @@ and within a track in lanes, by one program.
 import collections
 import dataclasses
 import functools
-import math
 import operator
 import zlib
 from collections.abc import Callable, Sequence
@@ -39,13 +38,15 @@ from ..matrix import (
     solve_sharded,
     solve_sliced,
 )
-from ..matrix.gram import as_gram, at_least_float32, matmul
-from ..matrix.host import namespace, numpy_or_jit
+from ..matrix.arrays import at_least_float32, matmul
+from ..matrix.gram import as_gram
+from ..matrix.host import numpy_or_jit
 from ..matrix.lanes import lane, over_lanes
 from ..model.keys import fold_in
 from ..model.sites import CASTS, Site
 from ..scalar.exponent import reduced
 from .activation import Activations, Rounded, choose, round_by
+from .assemble import assemble
 from .curvature import Coupling
 from .gather import Gather, Joint
 from .outputs import Comparison, OutputError
@@ -269,7 +270,7 @@ def _take(streams, number, position, track, solved, waiting, places):
     if len(done) == waiting[site.path]:
         leaf = first.program.params[site.leaf].aval
         recipe = track.making.recipes[site.path]
-        track.tensors[site.path] = _assemble(done, leaf.shape, leaf.dtype, recipe, track)
+        track.tensors[site.path] = assemble(done, leaf.shape, leaf.dtype, recipe, track)
         infos = [solution.info for _, solution in track.parts.pop(site.path)]
         track.info[site.path] = track.lift(Info.join)(infos)
 
@@ -380,68 +381,6 @@ def _operand(q, layout, casts, laned):
     for dtype in casts:
         q = q.astype(jnp.dtype(dtype))
     return q
-
-
-def _assemble(done, shape, dtype, recipe, track) -> QTensor:
-    """The tensor of a parameter from the solutions of its sites."""
-    places = tuple((site.chain, site.layout) for site, _ in done)
-    solutions = [(s.codes, s.step, s.zero) for _, s in done]
-    runs = _runs(places, tuple(step.shape[track.laned :] for _, step, _ in solutions), shape)
-    codes, step, zero = _whole(solutions, places, shape, runs, code_dtype(recipe.grid), track.laned)
-    rotated = None if recipe.rotation is None else (recipe.rotation, done[0][0].layout)
-    return QTensor(codes, step, zero, recipe.grid, np.dtype(dtype), rotated)
-
-
-def _rearranges(solutions, places, shape, runs, dtype, laned) -> bool:
-    """True if the sites do not simply hold the parameter, so that JAX is to take it apart."""
-    return laned or len(places) > 1 or bool(places[0][0].steps)
-
-
-@numpy_or_jit("places", "shape", "runs", "dtype", "laned", unless=_rearranges)
-def _whole(solutions, places, shape, runs, dtype, laned):
-    """Codes, steps and zero points of a parameter; `places` are chain and layout of each of its sites."""
-
-    def one(solutions):
-        as_floats = [(codes.astype(step.dtype), step, zero) for codes, step, zero in solutions]  # only these scatter
-        codes, steps, zeros = zip(*as_floats, strict=True)
-        first = tuple(slice(None, None, run) for run in runs)
-        step, zero = _full(places, steps, shape, scaled=True)[first], _full(places, zeros, shape)[first]
-        return _full(places, codes, shape).astype(dtype), step, zero
-
-    return jax.vmap(one)(solutions) if laned else one(solutions)
-
-
-def _full(places, arrays, shape, scaled=False):
-    """One array of the parameter's shape from arrays (B, groups or in, out or 1) of its sites."""
-    parts = (
-        chain.scatter(layout.operand(_to_matrices(x, layout.dims)), shape, scaled)
-        for (chain, layout), x in zip(places, arrays, strict=True)
-    )
-    return functools.reduce(operator.add, parts)
-
-
-def _to_matrices(x, dims):
-    B, n, out = dims
-    xp = namespace(x)
-    return xp.broadcast_to(xp.repeat(x, n // x.shape[1], 1), (B, n, out))
-
-
-@functools.lru_cache(maxsize=4096)
-def _runs(places, step_shapes, shape) -> tuple[int, ...]:
-    """Along each axis of a parameter, the length of the runs that share one step.
-
-    Found by sending a number for each step down the same way as the steps; the answer depends on structure alone.
-    """
-    ends = np.cumsum([math.prod(step) for step in step_shapes])
-    numbers = np.split(np.arange(ends[-1], dtype=np.float32), ends[:-1])
-    numbered = [x.reshape(step) for x, step in zip(numbers, step_shapes, strict=True)]
-    labels = np.asarray(jax.jit(lambda numbered: _full(places, numbered, shape))(numbered))
-    changes = (np.flatnonzero(np.diff(labels, axis=a).any(axis=_others(labels, a))) + 1 for a in range(labels.ndim))
-    return tuple(int(np.gcd.reduce([*c, labels.shape[a]])) for a, c in enumerate(changes))
-
-
-def _others(x, axis):
-    return tuple(a for a in range(x.ndim) if a != axis)
 
 
 def _output_error(streams, tracks) -> list[OutputError]:

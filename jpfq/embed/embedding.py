@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 import jax
 import jax.numpy as jnp
 
+from ..matrix.arrays import at_least_float32
 from ..matrix.explicit_mesh import run
-from ..matrix.gram import at_least_float32
 from ..scalar.bits import pack_bits, unpack_bits
 from .quantizers import Quantizer
 from .rows import by_rows

@@ -12,8 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ..matrix.arrays import matmul
 from ..matrix.explicit_mesh import run
-from ..matrix.gram import matmul
 from ..scalar import register_dataclass
 from ..scalar.grid import is_number
 from .embedding import Embedding

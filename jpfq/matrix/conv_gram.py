@@ -19,7 +19,8 @@ import numpy as np
 from jax import lax
 
 from ..scalar.pytree import register_dataclass
-from .gram import Gram, at_least_float32
+from .arrays import at_least_float32
+from .gram import Gram
 from .lanes import each
 from .layout import ConvLayout, Layout
 

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from ..scalar import Codes, Reach
 from ..scalar.exponent import exponent_of, reduced
 from ..scalar.grid import Number
+from .arrays import matmul
 from .bounds import resolution, rounding
 from .damping import MeanDiagonal, factor
-from .gram import Gram, matmul
+from .gram import Gram
 from .lanes import each
 from .prepare import LeastSquares
 from .qtensor import entropy

@@ -16,7 +16,8 @@ from jax import lax
 
 from ..scalar.grid import Number, is_number
 from ..scalar.pytree import register_dataclass
-from .gram import matmul, mean_energy
+from .arrays import matmul
+from .gram import mean_energy
 from .triangular import solve_triangular
 
 

@@ -22,7 +22,8 @@ from jax import lax
 
 from ..scalar import Levels, Rounding
 from ..scalar.pytree import register_dataclass
-from .gram import Gram, matmul
+from .arrays import matmul
+from .gram import Gram
 from .methods import inverse_of
 from .recursion import Recursion, substitute
 from .split import lower, upper

@@ -5,7 +5,6 @@ X are the inputs of a layer in the float network, Xq its inputs in the network q
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -15,14 +14,14 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from ..scalar.pytree import register_dataclass
-from .explicit_mesh import anywhere, no_mesh
+from .arrays import at_least_float32, inner, matmul, over_rows, raised, square, sum_rows
+from .explicit_mesh import anywhere
 from .explicit_mesh import is_traced as is_traced
 from .host import namespace, numpy_or_jit
-from .split import Split, diagonal, permuted
+from .split import diagonal, permuted
 
 _STEP = 14  # powers by which inputs are scaled are multiples of it, so that few programs are compiled
 SUMS = ("H", "C", "drift", "sum_X", "sum_Xq", "count")
-HALVES = 256  # inputs from which on half of a symmetric product costs more than to copy it
 
 
 @register_dataclass
@@ -90,18 +89,18 @@ class Gram:
         """
         X, Xq = raised(at_least_float32(X), power), None if Xq is None else raised(at_least_float32(Xq), power)
         rows = X.shape[:-1]
-        weight = jnp.ones(rows, X.dtype) if weights is None else _over_rows(weights, rows).astype(X.dtype)
+        weight = jnp.ones(rows, X.dtype) if weights is None else over_rows(weights, rows).astype(X.dtype)
         if weights is not None:  # selected, as 0 times NaN is no 0
             counted = lambda x: jnp.where(weight[..., None] > 0, x, 0)
             X, Xq = counted(X), None if Xq is None else counted(Xq)
         right = X if Xq is None else Xq
         left = right if weights is None else right * weight[..., None]
-        sum_q = _sum_rows(weight, right)
+        sum_q = sum_rows(weight, right)
         if Xq is None:
             return cls(square(left, right), None, None, sum_q, sum_q, weight.sum(), power)
         D = X - Xq
         drift = square(D if weights is None else D * weight[..., None], D)
-        return cls(square(left, right), inner(left, D), drift, _sum_rows(weight, X), sum_q, weight.sum(), power)
+        return cls(square(left, right), inner(left, D), drift, sum_rows(weight, X), sum_q, weight.sum(), power)
 
     def update(self, X, Xq=None, weights=None) -> Self:
         """This Gram and one more batch.
@@ -431,90 +430,6 @@ def _third(dtype) -> int:
     return -jnp.finfo(dtype).minexp // 3
 
 
-def raised(x: jax.Array, power: int) -> jax.Array:
-    """x 2^power."""
-    return x * jnp.asarray(2.0**power, x.dtype) if power else x
-
-
 def as_gram(data: Gram | Rows) -> Gram:
     """The Gram of data in either form."""
     return data.gram() if isinstance(data, Rows) else data
-
-
-def matmul(a, b):
-    """a @ b at full precision: products that feed the recursion never run in bfloat16 or TF32."""
-    if isinstance(a, Split):
-        return a.times(b)
-    return jnp.matmul(a, b, precision="highest")
-
-
-def at_least_float32(x):
-    """`x` in the type that Grams and the recursion work in: float64 stays, all else becomes float32."""
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        raise ValueError(f"Inputs must be real numbers; got {x.dtype}.")
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-
-
-def is_finite(x) -> bool:
-    """True if no entry of an array is infinite or NaN; also while something else is traced."""
-    return are_finite([x])[0]
-
-
-def are_finite(arrays: Sequence[jax.Array]) -> list[bool]:
-    """`is_finite` of each: by NumPy in the memory of the host, else by one program for all that lie on the same devices."""
-    places: dict = {}
-    found: dict[int, bool] = {}
-    with no_mesh(), jax.ensure_compile_time_eval():
-        for i, x in enumerate(arrays):
-            devices = frozenset(x.sharding.device_set) if isinstance(x, jax.Array) else frozenset()
-            if all(device.platform == "cpu" for device in devices) and getattr(x, "is_fully_addressable", True):
-                found[i] = all(bool(np.isfinite(part).all()) for part in _parts(x))  # nothing to compile
-            else:
-                places.setdefault(devices, []).append(i)
-        for numbers in places.values():
-            found |= zip(numbers, map(bool, all_finite([arrays[i] for i in numbers])), strict=True)
-    return [found[i] for i in range(len(arrays))]
-
-
-def _parts(x):
-    """An array as NumPy arrays, one for each of its shards: without the copy of the whole that a `jax.Array` would keep."""
-    if not isinstance(x, jax.Array):
-        return [np.asarray(x)]
-    return [np.asarray(shard.data) for shard in x.addressable_shards if shard.replica_id == 0]
-
-
-@jax.jit
-def all_finite(arrays):
-    """`are_finite` as arrays, which nobody waits for."""
-    return [jnp.isfinite(x).all() for x in arrays]
-
-
-def inner(X, Y):
-    """X^T Y over all row axes, without merging them (a sharded axis must not be reshaped)."""
-    rows = tuple(range(X.ndim - 1))
-    return lax.dot_general(X, Y, ((rows, rows), ((), ())), precision="highest")
-
-
-def square(X, Y):
-    """X^T Y where it is symmetric: a quarter of it, below the diagonal, is copied from above."""
-    n = Y.shape[-1]
-    if n < HALVES:
-        return inner(X, Y)
-    half = n // 2
-    top, corner = inner(X[..., :half], Y), inner(X[..., half:], Y[..., half:])
-    return jnp.concatenate([top, jnp.concatenate([top[:, half:].T, corner], 1)])
-
-
-def _sum_rows(weight, X):
-    rows = tuple(range(weight.ndim))
-    return lax.dot_general(weight, X, ((rows, rows), ((), ())), precision="highest")
-
-
-def _over_rows(weights, rows):
-    """Weights whose axes are the leading axes of the rows, broadcast to all of them."""
-    weights = jnp.asarray(weights)
-    if weights.shape != rows[: weights.ndim]:
-        raise ValueError(
-            f"Row weights of shape {weights.shape} do not fit rows of shape {rows}: leading axes must agree."
-        )
-    return jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (len(rows) - weights.ndim)), rows)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .gram import matmul
+from .arrays import matmul
 from .split import Split, Square, lower, upper
 
 SIZE, BLOCKS = 512, 8  # coordinates in a block at least, and blocks along an axis at most

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 
 from ..scalar.grid import Number, is_number
 from ..scalar.pytree import register_dataclass
-from .gram import Gram, Rows, matmul
+from .arrays import matmul
+from .gram import Gram, Rows
 from .half import triangular
 from .split import lower
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from .gram import Gram, Rows, matmul
+from .arrays import matmul
+from .gram import Gram, Rows
 from .half import quadratics, triangular
 from .methods import Method
 from .neurons import Neurons

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..scalar.pytree import register_dataclass
-from .gram import Rows, matmul
+from .arrays import matmul
+from .gram import Rows
 from .prepare import Prepare
 
 REFACTOR = 64  # steps after which the inverse of the basis is made anew

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from ..scalar.grid import Number
 from ..scalar.pytree import register_dataclass
+from .arrays import matmul
 from .damping import Damping, MeanDiagonal, check_alpha, factor
-from .gram import matmul
 from .methods import Method, System, inverse_of
 from .triangular import solve_triangular
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .gram import Rows, matmul
+from .arrays import matmul
+from .gram import Rows
 from .methods import Method
 from .recursion import BLOCK, Path, Recursion
 

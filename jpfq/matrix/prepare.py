@@ -18,8 +18,9 @@ from jax import lax
 
 from ..scalar.grid import Levels, Number, is_number
 from ..scalar.pytree import register_dataclass
+from .arrays import matmul
 from .damping import Damping, MeanDiagonal, check_alpha, factor, top_eigenvalue
-from .gram import Gram, matmul
+from .gram import Gram
 from .methods import inverse_of
 from .triangular import solve_triangular
 

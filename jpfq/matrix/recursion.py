@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..scalar import Here, Levels, Rounding
-from .gram import matmul
+from .arrays import matmul
 from .neurons import ALL, Neurons
 from .pallas import Kernel, chosen
 from .split import Split, padded

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..scalar.pytree import register_dataclass
-from .gram import Gram, matmul
+from .arrays import matmul
+from .gram import Gram
 
 
 @register_dataclass

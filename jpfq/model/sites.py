@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..matrix.gram import at_least_float32
+from ..matrix.arrays import at_least_float32
 from ..matrix.host import numpy_or_jit
 from ..matrix.layout import ConvLayout, DotLayout, Layout
 from .canonical import canonical

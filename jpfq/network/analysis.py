@@ -13,7 +13,7 @@ from ..calibrate.batches import Shaped
 from ..calibrate.bias import find_biases
 from ..calibrate.curvature import curvatures
 from ..calibrate.walk import served
-from ..matrix.gram import are_finite
+from ..matrix.arrays import are_finite
 from ..matrix.layout import ConvLayout
 from ..model.functional import Functional
 from ..model.kernels import Traced, find_kernels

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from ..calibrate.batches import read_batches
 from ..calibrate.stream import Stream
+from ..matrix.arrays import at_least_float32
 from ..matrix.explicit_mesh import context
-from ..matrix.gram import at_least_float32
 from ..model.adapters import adapt
 from ..model.affine import Affine, value
 from ..model.functional import check_values

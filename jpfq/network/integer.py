@@ -22,7 +22,7 @@ from jax import lax
 
 from ..calibrate.activation import Rounded
 from ..matrix import QTensor
-from ..matrix.gram import at_least_float32
+from ..matrix.arrays import at_least_float32
 from ..model.compat import bind
 from ..model.functional import Functional
 from ..model.program import Program, evaluate, form, trace

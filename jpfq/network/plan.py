@@ -12,12 +12,12 @@ import jax
 from ..calibrate.batches import shapes_of
 from ..calibrate.gather import at_once, rows_shape
 from ..calibrate.progress import Step
-from ..calibrate.stream import forks, needs
+from ..calibrate.schedule import forks, needs
 from ..calibrate.walk import Place, served, stops
 from ..matrix import Natural, Recipe, code_dtype, slice_width
+from ..matrix.arrays import HALVES
 from ..matrix.conv_gram import at_a_time, copies, correlates, pays
 from ..matrix.explicit_mesh import context
-from ..matrix.gram import HALVES
 from ..matrix.layout import ConvLayout, Layout
 from ..matrix.patches import DEFAULT
 from ..model.adapters import adapt

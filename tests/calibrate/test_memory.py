@@ -10,7 +10,8 @@ from flax import linen as nn
 from flax import nnx
 
 import jpfq
-from jpfq.calibrate.stream import Stream, needs
+from jpfq.calibrate.schedule import needs
+from jpfq.calibrate.stream import Stream
 from jpfq.model.program import trace
 from jpfq.network.plan import Memory
 from tests.network import zoo

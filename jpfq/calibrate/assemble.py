@@ -1,0 +1,73 @@
+"""The tensor of a parameter from the solutions of its sites."""
+
+import functools
+import math
+import operator
+
+import jax
+import numpy as np
+
+from ..matrix import QTensor, code_dtype
+from ..matrix.host import namespace, numpy_or_jit
+
+
+def assemble(done, shape, dtype, recipe, track) -> QTensor:
+    """The tensor of a parameter from the solutions of its sites."""
+    places = tuple((site.chain, site.layout) for site, _ in done)
+    solutions = [(s.codes, s.step, s.zero) for _, s in done]
+    runs = _runs(places, tuple(step.shape[track.laned :] for _, step, _ in solutions), shape)
+    codes, step, zero = _whole(solutions, places, shape, runs, code_dtype(recipe.grid), track.laned)
+    rotated = None if recipe.rotation is None else (recipe.rotation, done[0][0].layout)
+    return QTensor(codes, step, zero, recipe.grid, np.dtype(dtype), rotated)
+
+
+def _rearranges(solutions, places, shape, runs, dtype, laned) -> bool:
+    """True if the sites do not simply hold the parameter, so that JAX is to take it apart."""
+    return laned or len(places) > 1 or bool(places[0][0].steps)
+
+
+@numpy_or_jit("places", "shape", "runs", "dtype", "laned", unless=_rearranges)
+def _whole(solutions, places, shape, runs, dtype, laned):
+    """Codes, steps and zero points of a parameter; `places` are chain and layout of each of its sites."""
+
+    def one(solutions):
+        as_floats = [(codes.astype(step.dtype), step, zero) for codes, step, zero in solutions]  # only these scatter
+        codes, steps, zeros = zip(*as_floats, strict=True)
+        first = tuple(slice(None, None, run) for run in runs)
+        step, zero = _full(places, steps, shape, scaled=True)[first], _full(places, zeros, shape)[first]
+        return _full(places, codes, shape).astype(dtype), step, zero
+
+    return jax.vmap(one)(solutions) if laned else one(solutions)
+
+
+def _full(places, arrays, shape, scaled=False):
+    """One array of the parameter's shape from arrays (B, groups or in, out or 1) of its sites."""
+    parts = (
+        chain.scatter(layout.operand(_to_matrices(x, layout.dims)), shape, scaled)
+        for (chain, layout), x in zip(places, arrays, strict=True)
+    )
+    return functools.reduce(operator.add, parts)
+
+
+def _to_matrices(x, dims):
+    B, n, out = dims
+    xp = namespace(x)
+    return xp.broadcast_to(xp.repeat(x, n // x.shape[1], 1), (B, n, out))
+
+
+@functools.lru_cache(maxsize=4096)
+def _runs(places, step_shapes, shape) -> tuple[int, ...]:
+    """Along each axis of a parameter, the length of the runs that share one step.
+
+    Found by sending a number for each step down the same way as the steps; the answer depends on structure alone.
+    """
+    ends = np.cumsum([math.prod(step) for step in step_shapes])
+    numbers = np.split(np.arange(ends[-1], dtype=np.float32), ends[:-1])
+    numbered = [x.reshape(step) for x, step in zip(numbers, step_shapes, strict=True)]
+    labels = np.asarray(jax.jit(lambda numbered: _full(places, numbered, shape))(numbered))
+    changes = (np.flatnonzero(np.diff(labels, axis=a).any(axis=_others(labels, a))) + 1 for a in range(labels.ndim))
+    return tuple(int(np.gcd.reduce([*c, labels.shape[a]])) for a, c in enumerate(changes))
+
+
+def _others(x, axis):
+    return tuple(a for a in range(x.ndim) if a != axis)
