@@ -110,7 +110,7 @@ from .storage.caching import cache_compilations as cache_compilations
 from .storage.save import load as load
 from .study import plot as plot
 from .study.space import Space as Space
-from .study.sweep import Sweep as Sweep
 from .study.sweep import sweep as sweep
+from .study.swept import Sweep as Sweep
 
 __version__ = _version("jpfq")

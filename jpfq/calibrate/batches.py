@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..matrix.arrays import all_finite
-from ..matrix.explicit_mesh import automatic
-from ..matrix.gram import is_traced
+from ..matrix.explicit_mesh import automatic, is_traced
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Gather: the calibration data of one stop, over all batches, as a Gram or as rows."""
 
-import dataclasses
 import functools
 import math
 import zlib
@@ -9,19 +8,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from ..matrix import Devices, Gram, Recipe, Rows
-from ..matrix.arrays import at_least_float32, raised
-from ..matrix.conv_gram import Correlations, at_a_time, correlates, pays
-from ..matrix.gram import Shown
+from ..matrix.arrays import at_least_float32
+from ..matrix.conv_gram import pays
 from ..matrix.host import numpy_or_jit
 from ..matrix.lanes import each, over_lanes
 from ..matrix.layout import DotLayout, Layout
 from ..matrix.patches import DEFAULT
+from ..matrix.shown import Shown
 from ..model.keys import fold_in
 from .batches import NotFinite
+from .row_grams import added, at_once, may_merge, nothing
 from .stream import Stream
 
 
@@ -153,10 +151,10 @@ class Gather:
         for layout, x, xq, weights, picked in self._batches():
             laned = self._laned(picked)
             if total is None and several:  # so that one program serves the first batch too
-                total = _nothing(layout, x, xq, picked, laned, power)
-            batch = x, xq, weights, picked, _merges(x)
+                total = nothing(layout, x, xq, picked, laned, power)
+            batch = x, xq, weights, picked, may_merge(x)
             correlate = self._total is not None and pays(layout, self._total)
-            total = _added(total, layout.of_rows, *batch, at_once(), self.rows, laned, power, correlate)
+            total = added(total, layout.of_rows, *batch, at_once(), self.rows, laned, power, correlate)
         return _with_means(total)
 
     def _rows(self, centred):
@@ -282,38 +280,6 @@ def _row_weights(layout, weights, shape):
     return layout.row_weights(weights, shape)
 
 
-def at_once() -> int:
-    """The number of patch entries in memory at a time: what stays in a processor's cache, or fills an accelerator."""
-    return 2**21 if jax.default_backend() == "cpu" else 2**26
-
-
-def _merges(x) -> bool:
-    """True if axes of rows may become one, which multiplies faster: where they are not split over devices."""
-    return len(x.sharding.device_set) == 1
-
-
-@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "over", "laned", "power", "correlate"))
-def _gram(layout, x, xq, weights, picked, merges, at_once, over=None, laned=(False, False), power=0, correlate=True):
-    """The Gram of one batch, its inputs times 2^power; `laned` are xq and picked. By correlations, if it can be."""
-    if power:
-        x, xq = (None if x is None else raised(at_least_float32(x), power) for x in (x, xq))
-    how = merges, at_once, over, correlate
-    one = lambda x, xq, weights, picked: _gram_of_one(layout, x, xq, weights, picked, how)
-    gram = over_lanes(one, (x, xq, weights, picked), (False, laned[0], False, laned[1]))
-    return dataclasses.replace(gram, power=power)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("layout", "merges", "at_once", "over", "laned", "power", "correlate"),
-    donate_argnums=0,  # the sum goes where the sum so far was
-)
-def _added(total, layout, x, xq, weights, picked, merges, at_once, over, laned, power, correlate):
-    """The Gram of one batch more."""
-    gram = _gram(layout, x, xq, weights, picked, merges, at_once, over, laned, power, correlate)
-    return gram if total is None else total.merge(gram)
-
-
 def _with_means(gram) -> tuple[Gathered, jax.Array]:
     """A Gram with its means, and what they tell."""
     mean_X, mean_Xq, told = _means(gram)
@@ -324,74 +290,6 @@ def _with_means(gram) -> tuple[Gathered, jax.Array]:
 def _means(gram):
     mean_X, mean_Xq = gram.mean_X, gram.mean_Xq
     return mean_X, mean_Xq, Shown.told(gram.diagonal, mean_X, mean_Xq, gram.count)
-
-
-def _nothing(layout, x, xq, picked, laned, power) -> Gram:
-    """The Gram of no batch, like that of one. NumPy's zeros compile nothing, but would have to be sent to an accelerator."""
-    lanes = [array.shape[0] for array, own in zip((xq, picked), laned, strict=True) if own][:1]
-    B, n, _ = layout.dims
-    dtype = np.float64 if x.dtype == np.float64 else np.float32
-    make = np.zeros if jax.default_backend() == "cpu" else jnp.zeros
-    zeros: Any = lambda *shape: make((*lanes, B, *shape), dtype)
-    C, drift = (None, None) if xq is None else (zeros(n, n), zeros(n, n))
-    return Gram(zeros(n, n), C, drift, zeros(n), zeros(n), zeros(), power)
-
-
-def _gram_of_one(layout, x, xq, weights, picked, how):
-    """Patches of a convolution are made and let go a few samples, or picked windows, at a time."""
-    merges, at_once, over, correlate = how
-
-    def whole(x, xq, weights, picked=None):
-        take = layout.rows if picked is None else lambda x: layout.picked(x, picked)
-        X, Xq = take(x), None if xq is None else take(xq)
-        if merges:
-            flat = lambda X: X.reshape(X.shape[0], math.prod(X.shape[1:-1]), X.shape[-1])
-            X, Xq = flat(X), None if Xq is None else flat(Xq)
-            weights = None if weights is None else weights.reshape(len(weights), -1)
-        weights = None if weights is None else jnp.broadcast_to(weights, (len(X), *weights.shape[1:]))
-        gram = each(Gram.scaled, X, Xq, weights)
-        return gram if over is None else gram.split(over)
-
-    if picked is not None:
-        weights = None if weights is None else weights.reshape(len(weights), -1)[:, picked]
-        n = math.prod(layout.dims[:2])
-        part = lambda first, size: whole(
-            x, xq, _slice(weights, first, size, 1), lax.dynamic_slice_in_dim(picked, first, size)
-        )
-        return _in_parts(part, picked.size, max(1, at_once // n))
-    if merges and weights is None and correlate and correlates(layout, x.shape):
-        samples = x.shape[(axis := layout.data_spec[0])]
-        together = at_a_time(layout, x.size // samples, 1 if xq is None else 2, at_once)
-        part = lambda first, size: Correlations.of(layout, _slice(x, first, size, axis), _slice(xq, first, size, axis))
-        gram = _in_parts(part, samples, together).gram()
-        return gram if over is None else gram.split(over)
-    cut = layout.split(x, at_once) if merges else None
-    if cut is None:
-        return whole(x, xq, weights)
-    axis, size = cut
-    part = lambda first, size: whole(
-        _slice(x, first, size, axis), _slice(xq, first, size, axis), _slice(weights, first, size, 1)
-    )
-    return _in_parts(part, x.shape[axis], size)
-
-
-def _slice(x, first, size, axis) -> Any:
-    return None if x is None else lax.dynamic_slice_in_dim(x, first, size, axis)
-
-
-def _in_parts(part, total, size):
-    """The sum of the Grams, or correlations, of runs of at most `size`, one after the other; where it can be, of one size.
-
-    A part is compiled once then: it may be a large program.
-    """
-    if size >= total:
-        return part(0, total)
-    least = -(-total // size)
-    even = next((count for count in range(least, 2 * least) if total % count == 0), None)
-    count, size = (total // size, size) if even is None else (even, total // even)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: part(0, size)))
-    gram, _ = lax.scan(lambda gram, i: (gram.merge(part(i * size, size)), None), zero, jnp.arange(count))
-    return gram.merge(part(count * size, total - count * size)) if count * size < total else gram
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "laned"))

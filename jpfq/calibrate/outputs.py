@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..matrix.arrays import at_least_float32
-from ..matrix.gram import is_traced
+from ..matrix.explicit_mesh import is_traced
 from ..matrix.lanes import over_lanes
 from ..scalar.exponent import aligned, exponent_of, reduced
 

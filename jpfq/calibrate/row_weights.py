@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from ..model.compat import bind, is_literal
 from ..model.program import Program
 from .batches import over_rows
-from .weight_rules import Lost, Weights, indices, propagate
+from .lost import Lost
+from .weight_rules import Weights, indices, propagate
 
 
 class Followed(NamedTuple):

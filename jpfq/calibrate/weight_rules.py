@@ -3,19 +3,17 @@
 Three rules make them; see row_weights.py. An operation that has none here loses them, and says so.
 """
 
-import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from ..matrix.layout import ConvLayout, pooled
 from ..model.compat import bind, call_body, is_literal, opened, scan_arity
-from ..model.sites import product_layout
+from .lost import Lost, full, least, lost_or_least, most, note, scalar
+from .window_rules import convolution, starts_late, window
 
 Weights = jax.Array | None
 
@@ -37,12 +35,6 @@ ALONG = {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "fft"}  # entr
 SCATTERS = {"scatter", "scatter-add", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "scatter_sub"}
 # by position, the operands whose values say where weights go
 INDICES = {"gather": (1,), "dynamic_slice": slice(1, None), "dynamic_update_slice": slice(2, None)}
-
-
-class Lost(NamedTuple):
-    """In place of weights that cannot be followed through an operation."""
-
-    by: str
 
 
 def indices(eqn: Any) -> list:
@@ -82,55 +74,30 @@ def _rule(eqn, own, values, cut) -> list:
     if name in ELEMENTWISE:
         if len(outs) == len(own) and len(outs) > 1:  # several values that pass through
             return own
-        return [_least(*(_scalar(w, outs[0].aval.ndim) for w in own))] * len(outs)
+        return [least(*(scalar(w, outs[0].aval.ndim) for w in own))] * len(outs)
     if name == "slice":
         return _slice_of(eqn, own, cut)
     if name in _RULES:
         return _RULES[name](eqn, own, values)
     if name in REDUCTIONS or name == "reduce":
         axes = tuple(eqn.params["axes" if name in REDUCTIONS else "dimensions"])
-        return [_most(_least(*own[: len(outs)]), axes)] * len(outs)
+        return [most(least(*own[: len(outs)]), axes)] * len(outs)
     if name in ALONG:
         return own[:1]
     if name in SCATTERS:
         return [_scatter(eqn, own, values)]
     if name in WINDOWS:
-        return [_window(eqn, own[0], cut)] * len(outs)
+        return [window(eqn, own[0], cut)] * len(outs)
     if name == "conv_general_dilated" and None in own:
-        return [_convolution(eqn, own, cut)]
+        return [convolution(eqn, own, cut)]
     if name == "scan":
         return _scan(eqn, own, cut)
     if name == "cond":
         branches = [_body(branch, own[1:], cut) for branch in eqn.params["branches"]]
-        return [_lost_or_least(found) for found in zip(*branches, strict=True)]
+        return [lost_or_least(found) for found in zip(*branches, strict=True)]
     if name.startswith(("random_", "threefry", "rng_")):
         return [None] * len(outs)
     return [Lost(name)] * len(outs)
-
-
-def _least(*weights) -> Any:
-    """The least of weights of one rank, entry by entry."""
-    found = list({id(w): w for w in weights if w is not None}.values())
-    return functools.reduce(jnp.minimum, found) if found else None
-
-
-def _lost_or_least(weights):
-    return next((w for w in weights if isinstance(w, Lost)), None) or _least(*weights)
-
-
-def _most(w, axes) -> Any:
-    return None if w is None else w.max(axes)
-
-
-def _scalar(w, ndim):
-    """The weight of a number that meets an array."""
-    return w.reshape((1,) * ndim) if w is not None and w.ndim == 0 else w
-
-
-def _full(w, shape, axes):
-    """Weights with these axes at their full size; 1 for infinity where there are none, which constrains nothing."""
-    w = jnp.full((1,) * len(shape), jnp.inf, jnp.float32) if w is None else w
-    return jnp.broadcast_to(w, [n if a in axes else m for a, (n, m) in enumerate(zip(shape, w.shape, strict=True))])
 
 
 def _body(body, own, cut):
@@ -158,7 +125,7 @@ def _scan(eqn, own, cut):
     found = jax.vmap(one, axis_size=length)(steps)
     if cut_inside:
         lost = [Lost("a window inside a scan")] * len(jaxpr.outvars)
-    out = [_most(w, 0) for w in found[:carries]] + found[carries:]
+    out = [most(w, 0) for w in found[:carries]] + found[carries:]
     return [a or b for a, b in zip(lost, out, strict=True)] if any(lost) else out
 
 
@@ -188,7 +155,7 @@ def _reshape(eqn, own, values):
             shape += new[start:j]
         else:
             shape += [1] * (j - start)
-    return [_full(w, old, spread).reshape(shape)]
+    return [full(w, old, spread).reshape(shape)]
 
 
 def _transpose(eqn, own, values):
@@ -217,16 +184,16 @@ def _slice_of(eqn, own, cut):
         late = lax.slice_in_dim(counts, start, limit, axis=axis).any(axis)
         if start > 0:
             front = ~lax.slice_in_dim(counts, 0, start, axis=axis).all(axis)
-            _note(cut, "A slice", [(late & front).any()])
+            note(cut, "A slice", [(late & front).any()])
         if stride > 1:
-            _note(cut, "A slice", [_starts_late(counts, axis)])
+            note(cut, "A slice", [starts_late(counts, axis)])
     return [lax.slice(w, *zip(*kept, strict=True))]
 
 
 def _dynamic_slice(eqn, own, values: Any):
     w, sizes = own[0], eqn.params["slice_sizes"]
     if w is None:
-        return [_least(*(_scalar(x, len(sizes)) for x in own[1:]))]
+        return [least(*(scalar(x, len(sizes)) for x in own[1:]))]
     if values is None:
         return [Lost("dynamic_slice inside a loop")]
     starts = [0 if n == 1 else values(v) for n, v in zip(w.shape, eqn.invars[1:], strict=True)]
@@ -241,7 +208,7 @@ def _dynamic_update_slice(eqn, own, values: Any):
         a for a in range(len(whole)) if part[a] < whole[a] or any(w is not None and w.shape[a] > 1 for w in own[:2])
     }
     starts = [values(v) if a in axes else 0 for a, v in enumerate(eqn.invars[2:])]
-    return [lax.dynamic_update_slice(_full(own[0], whole, axes), _full(own[1], part, axes), starts)]
+    return [lax.dynamic_update_slice(full(own[0], whole, axes), full(own[1], part, axes), starts)]
 
 
 def _rev(eqn, own, values):
@@ -251,7 +218,7 @@ def _rev(eqn, own, values):
 def _pad(eqn, own, values):
     w, config = own[0], eqn.params["padding_config"]
     if w is None:
-        return [_scalar(own[1], len(config))]
+        return [scalar(own[1], len(config))]
     widen = [c if n > 1 else (0, 0, 0) for c, n in zip(config, w.shape, strict=True)]
     return [lax.pad(w, jnp.asarray(jnp.inf, w.dtype), widen)]
 
@@ -260,7 +227,7 @@ def _concatenate(eqn, own, values):
     axis, avals = eqn.params["dimension"], [v.aval for v in eqn.invars]
     if len({id(w) for w in own}) == 1 and own[0].shape[axis] == 1:
         return own[:1]
-    parts = [_full(w, aval.shape, {axis}) for w, aval in zip(own, avals, strict=True)]
+    parts = [full(w, aval.shape, {axis}) for w, aval in zip(own, avals, strict=True)]
     shape = [max(sizes) for sizes in zip(*(w.shape for w in parts), strict=True)]
     parts = [jnp.broadcast_to(w, [*shape[:axis], w.shape[axis], *shape[axis + 1 :]]) for w in parts]
     return [jnp.concatenate(parts, axis)]
@@ -276,11 +243,11 @@ def _split(eqn, own, values):
 def _sort(eqn, own, values):
     p, axis = eqn.params, eqn.params["dimension"]
     if all(w is None or w.shape[axis] == 1 for w in own):
-        return [_least(*own)] * len(own)
+        return [least(*own)] * len(own)
     if values is None:
         return [Lost("sort inside a loop")] * len(own)
     given = [values(v) for v in eqn.invars]
-    w = jnp.broadcast_to(_least(*own), given[0].shape)  # rows are sorted together
+    w = jnp.broadcast_to(least(*own), given[0].shape)  # rows are sorted together
     return [lax.sort((*given, w), dimension=axis, is_stable=p["is_stable"], num_keys=p["num_keys"])[-1]] * len(own)
 
 
@@ -300,7 +267,7 @@ def _gather(eqn, own, values):
     p, out = eqn.params, eqn.outvars[0].aval
     numbers, (w, index) = p["dimension_numbers"], own
     if index is not None:
-        index = _most(index, index.ndim - 1)
+        index = most(index, index.ndim - 1)
         index = lax.expand_dims(index, sorted(numbers.offset_dims))
     if w is None:
         return [index]
@@ -309,7 +276,7 @@ def _gather(eqn, own, values):
     shape = eqn.invars[0].aval.shape
     batching = getattr(numbers, "operand_batching_dims", ())
     indexed = {*numbers.start_index_map, *numbers.collapsed_slice_dims, *batching}
-    w = _full(w, shape, indexed)
+    w = full(w, shape, indexed)
     sizes = tuple(n if a in indexed else w.shape[a] for a, n in enumerate(p["slice_sizes"]))
     picked = lax.gather(
         w,
@@ -321,7 +288,7 @@ def _gather(eqn, own, values):
         mode=p["mode"],
         fill_value=math.inf,
     )
-    return [_least(picked, index) if picked.ndim == out.ndim else Lost("gather")]
+    return [least(picked, index) if picked.ndim == out.ndim else Lost("gather")]
 
 
 def _scatter(eqn, own, values):
@@ -332,8 +299,8 @@ def _scatter(eqn, own, values):
     old, index, new = own
     numbers = p["dimension_numbers"]
     if index is not None:
-        index = lax.expand_dims(_most(index, index.ndim - 1), sorted(numbers.update_window_dims))
-    new = _full(_least(new, index), part, set(range(len(part))))
+        index = lax.expand_dims(most(index, index.ndim - 1), sorted(numbers.update_window_dims))
+    new = full(least(new, index), part, set(range(len(part))))
     new = jnp.where(jnp.isinf(new), jnp.finfo(new.dtype).max, new)
     landed = lax.scatter_max(
         jnp.full(whole, -1, new.dtype),
@@ -344,7 +311,7 @@ def _scatter(eqn, own, values):
         unique_indices=p["unique_indices"],
         mode=p["mode"],
     )
-    old = _full(old, whole, set(range(len(whole))))
+    old = full(old, whole, set(range(len(whole))))
     written = landed if eqn.primitive.name == "scatter" else jnp.minimum(landed, old)
     return _narrow(jnp.where(landed >= 0, written, old), numbers, part)
 
@@ -376,7 +343,7 @@ def _dot(eqn, own, values):
     (head, left, before), (tail, right, after) = parts
     left = None if left is None else left.reshape(head + before + [1] * len(after))
     right = None if right is None else right.reshape(tail + [1] * len(before) + after)
-    return [_least(left, right)]
+    return [least(left, right)]
 
 
 _RULES: dict[str, Callable] = {
@@ -396,61 +363,3 @@ _RULES: dict[str, Callable] = {
     "gather": _gather,
     "dot_general": _dot,
 }
-
-
-def _window(eqn, w, cut):
-    p = eqn.params
-    axes = [a for a, n in enumerate(w.shape) if n > 1]
-    if all(p["window_dimensions"][a] == 1 for a in axes) and all(p["window_strides"][a] == 1 for a in axes):
-        return w if all(p["padding"][a] == (0, 0) for a in axes) else Lost(eqn.primitive.name)
-    names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
-    return _pooled(eqn, w, [p[name] for name in names], cut)
-
-
-def _convolution(eqn, own, cut):
-    side = next(i for i, w in enumerate(own) if w is not None)
-    layout = product_layout(eqn, side=1 - side)
-    if not isinstance(layout, ConvLayout):
-        return Lost("conv_general_dilated")
-    w = own[side].transpose(layout.data_spec[0], *layout.data_spec[2:], layout.data_spec[1]).min(-1, keepdims=True)
-    w = _pooled(eqn, w, layout.pooling, cut)
-    return w.transpose(np.argsort((layout.out_spec[0], *layout.out_spec[2:], layout.out_spec[1])))
-
-
-def _pooled(eqn, w, windows, cut):
-    """The least of each window. Notes where windows would fall otherwise without padding."""
-    out = pooled(w, *windows)
-    _, strides, padding, _, _ = windows
-    counts = w > 0
-    for axis, n in enumerate(w.shape):
-        low, high = padding[axis]
-        if n == 1:
-            continue
-        flags = []
-        if strides[axis] > 1:
-            flags.append(_starts_late(counts, axis))
-            if (
-                low > 0 or high > 0
-            ):  # as much padding as makes sizes round, so that windows lie by the length of the data
-                flags.append((~counts.all(axis) & counts.any(axis)).any())
-        else:
-            place = lax.broadcasted_iota(jnp.float32, w.shape, axis)
-            at = lambda which, sign, place=place: pooled(jnp.where(which, sign * place, jnp.inf), *windows)
-            both = jnp.isfinite(at(counts, 1)) & jnp.isfinite(at(~counts, 1))
-            if high > 0:  # beyond the last row that counts; the least of -place is the last place
-                flags.append((both & (at(~counts, -1) < at(counts, -1))).any())
-            if low > 0:
-                flags.append((both & (at(~counts, 1) < at(counts, 1))).any())
-        name = "Windows of a convolution" if eqn.primitive.name == "conv_general_dilated" else "Windows of a pooling"
-        _note(cut, name, flags)
-    return out
-
-
-def _starts_late(counts, axis):
-    """True if rows that count come after padding anywhere along an axis."""
-    return (~lax.index_in_dim(counts, 0, axis, False) & counts.any(axis)).any()
-
-
-def _note(cut, name, flags):
-    if flags:
-        cut[name] = functools.reduce(jnp.logical_or, flags, cut.get(name, jnp.zeros((), bool)))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..matrix.gram import is_traced
+from ..matrix.explicit_mesh import is_traced
 from ..scalar import register_dataclass
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from ..network.quantized import check_choice
+from ..scalar.checks import check_choice
 from .compressed_tensors import compressed_tensors
 
 FORMATS: dict[str, Callable[..., dict[str, str]]] = {"compressed-tensors": compressed_tensors}

@@ -5,22 +5,20 @@ X are the inputs of a layer in the float network, Xq its inputs in the network q
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
 from ..scalar.pytree import register_dataclass
 from .arrays import at_least_float32, inner, matmul, over_rows, raised, square, sum_rows
-from .explicit_mesh import anywhere
-from .explicit_mesh import is_traced as is_traced
-from .host import namespace, numpy_or_jit
+from .explicit_mesh import anywhere, is_traced
+from .host import namespace
+from .shown import Shown
 from .split import diagonal, permuted
 
-_STEP = 14  # powers by which inputs are scaled are multiples of it, so that few programs are compiled
 SUMS = ("H", "C", "drift", "sum_X", "sum_Xq", "count")
 
 
@@ -372,62 +370,6 @@ class Rows:
 def mean_energy(diagonal: jax.Array) -> jax.Array:
     """The mean of diag(H) over the coordinates that are not dead; 0 where all are."""
     return jnp.sum(diagonal) / jnp.maximum(jnp.sum(diagonal > 0), 1).astype(diagonal.dtype)
-
-
-class Shown(NamedTuple):
-    """The properties of data that decide whether they can be used and in which units."""
-
-    finite_X: bool
-    finite_Xq: bool
-    rows: bool  # whether there are any, of weight above 0
-    inputs: bool  # whether any is not 0
-    power: int  # of 2 by which to multiply inputs, so that squares neither underflow nor overflow; 0 for ordinary sizes
-
-    @classmethod
-    def of(cls, diagonal: jax.Array, X: jax.Array, Xq: jax.Array, count: jax.Array) -> "Shown":
-        """From diag(H), sums or means of both networks' inputs, and the count, with any leading axes. Reads them once."""
-        return cls.read(cls.told(diagonal, X, Xq, count))
-
-    @staticmethod
-    @numpy_or_jit()
-    def told(diagonal: jax.Array, X: jax.Array, Xq: jax.Array, count: jax.Array) -> jax.Array:
-        """What `read` reads (5,): the largest of each, as one reduction, which compiles in a fifth of the time of five."""
-        xp = namespace(diagonal)
-        X, Xq, count = (xp.broadcast_to(x, diagonal.shape) for x in (X, Xq, count[..., None]))
-        told = ~xp.isfinite(X), ~xp.isfinite(Xq), (X != 0) | (Xq != 0), diagonal, count
-        return xp.stack([x.astype(diagonal.dtype) for x in told]).reshape(5, -1).max(1)
-
-    @classmethod
-    def read(cls, told: jax.Array) -> "Shown":
-        """From what `told` tells."""
-        not_X, not_Xq, inputs, largest, count = np.asarray(told)
-        finite_X, finite_Xq, rows = not not_X, not not_Xq, bool(count > 0)
-        inputs = bool(inputs) or not largest <= 0
-        size = (np.inf if np.isnan(largest) else largest) / max(count, 1)  # NaN of infinities that meet
-        third, power = _third(told.dtype), 0
-        if finite_X and finite_Xq and inputs and not 4.0**-third <= size <= 4.0**third:
-            lost = size == 0 or np.isinf(size)  # how far it is from 1 is lost
-            most = third * (1 if size < 1 else -1)
-            power = 2 * most if lost else _STEP * round(-np.log2(size) / 2 / _STEP)
-        return cls(finite_X, finite_Xq, rows, inputs, int(power))
-
-    def refuse(self, name: str) -> None:
-        """Raises for data that show nothing."""
-        if not self.rows:
-            raise ValueError(
-                f"The calibration data of {name} hold no rows, or only rows of weight 0: give rows that count, or leave "
-                "it as it is by a rule with skip=True."
-            )
-        if not self.inputs:
-            raise ValueError(
-                f"The calibration data of {name} show nothing: all its inputs are 0 on all rows. Give inputs that reach it, "
-                "or leave it as it is by a rule with skip=True."
-            )
-
-
-def _third(dtype) -> int:
-    """A third of the exponents below 1: 42 in float32."""
-    return -jnp.finfo(dtype).minexp // 3
 
 
 def as_gram(data: Gram | Rows) -> Gram:

@@ -10,8 +10,7 @@ import numpy as np
 from ..scalar import Grid, Levels, Reach
 from ..scalar.exponent import aligned
 from ..scalar.pytree import register_dataclass
-from .explicit_mesh import anywhere
-from .gram import is_traced
+from .explicit_mesh import anywhere, is_traced
 from .host import namespace, numpy_or_jit
 from .layout import Layout
 from .neurons import ALL, Neurons

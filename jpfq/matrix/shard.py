@@ -22,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..scalar import Bounded, Codes, Reach
-from .gram import Gram, Rows, is_traced
+from .explicit_mesh import is_traced
+from .gram import Gram, Rows
 from .neurons import Neurons
 from .order import MinPivot
 from .qtensor import Info

@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from ..scalar import Grid, Guard, Rounding, Scale
 from .arrays import at_least_float32, is_finite
-from .explicit_mesh import anywhere
+from .explicit_mesh import anywhere, is_traced
 from .finish import Finish
-from .gram import Gram, Rows, is_traced
+from .gram import Gram, Rows
 from .host import namespace, numpy_or_jit
 from .layout import DotLayout
 from .methods import Method

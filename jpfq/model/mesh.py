@@ -15,8 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ..matrix import Devices
-from ..matrix.explicit_mesh import automatic, automatic_mesh
-from ..matrix.gram import is_traced
+from ..matrix.explicit_mesh import automatic, automatic_mesh, is_traced
 from ..matrix.lanes import LANES
 from .functional import Functional
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..matrix import QTensor
 from ..matrix.explicit_mesh import runs_anywhere
+from ..scalar import Reach
 from .integer import integer_sites
 from .table import table
 
@@ -171,3 +173,10 @@ def _width(reach):
     for b in range(MAX_BITS):
         count += reach >= 2**b
     return count
+
+
+def any_codes_bits(tensor: QTensor, reach: Reach) -> tuple[int, int]:
+    """Inputs in a tile of a kernel's sums, and the width that they take of any codes on its grid."""
+    B, _, out, _ = reach.ends.shape
+    n = tensor.codes.size // (B * out)
+    return reach.sums.size(n), reach.types_bits(tensor.grid, n)

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 
 from ..calibrate.batches import shapes_of
-from ..calibrate.gather import at_once, rows_shape
+from ..calibrate.gather import rows_shape
 from ..calibrate.progress import Step
+from ..calibrate.row_grams import at_once
 from ..calibrate.schedule import forks, needs
 from ..calibrate.walk import Place, served, stops
 from ..matrix import Natural, Recipe, code_dtype, slice_width

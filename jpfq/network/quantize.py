@@ -14,16 +14,16 @@ from ..calibrate.progress import Step, progress_of
 from ..calibrate.stream import Stream
 from ..calibrate.walk import Making, Walked, stops, walk
 from ..matrix import Devices
-from ..matrix.explicit_mesh import automatic, context
-from ..matrix.gram import is_traced
+from ..matrix.explicit_mesh import automatic, context, is_traced
 from ..model.adapters import adapt
 from ..model.functional import Functional, check_values
 from ..model.keys import typed
 from ..model.mesh import check_runs, devices_of, like, on_auto_axes, on_mesh_of
 from ..model.sites import Site
+from ..scalar.checks import check_choice
 from .analysis import Analysis, activations_of, block_of, check_key, couple, find_all_kernels, rule_all
 from .plan import steps_of
-from .quantized import Quantized, check_choice
+from .quantized import Quantized
 from .rules import Rule, as_rules
 
 

@@ -16,8 +16,9 @@ from ..matrix import Info, QTensor
 from ..matrix.explicit_mesh import anywhere, automatic, moved, runs_anywhere
 from ..model.functional import Functional, flatten
 from ..model.mesh import like
-from ..scalar import Guard, Reach
+from ..scalar import Guard
 from .apply import run
+from .certify import any_codes_bits
 from .finetune import fake_quant, on_grid, tunable
 from .integer import Integers, Overflow
 from .serve import Served
@@ -397,16 +398,3 @@ def _experts(path, info):
     if (rows > 0).all():
         return line
     return f"{line} Rounded to nearest for want of any: {', '.join(map(str, np.flatnonzero(rows == 0)))}."
-
-
-def any_codes_bits(tensor: QTensor, reach: Reach) -> tuple[int, int]:
-    """Inputs in a tile of a kernel's sums, and the width that they take of any codes on its grid."""
-    B, _, out, _ = reach.ends.shape
-    n = tensor.codes.size // (B * out)
-    return reach.sums.size(n), reach.types_bits(tensor.grid, n)
-
-
-def check_choice(name: str, value: Any, choices: tuple) -> None:
-    """Raises for a value that is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} is {' or '.join(map(repr, choices))}; got {value!r}.")

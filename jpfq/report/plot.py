@@ -14,7 +14,8 @@ import numpy as np
 
 from ..matrix import Info, QTensor
 from ..matrix.explicit_mesh import anywhere
-from ..network.quantized import Quantized, any_codes_bits
+from ..network.certify import any_codes_bits
+from ..network.quantized import Quantized
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,8 @@ import numpy as np
 from ..calibrate.activation import Rounded
 from ..calibrate.outputs import in_words
 from ..model.functional import flatten
-from ..network.quantized import Quantized, any_codes_bits
+from ..network.certify import any_codes_bits
+from ..network.quantized import Quantized
 from ..storage.files import hidden, writing
 from . import plot
 from .html import Cell, Markup, breakable, document, folded, section, table, tag

@@ -6,11 +6,6 @@ from .accumulator import Bounded as Bounded
 from .accumulator import EPInit as EPInit
 from .accumulator import Fit as Fit
 from .accumulator import Guard as Guard
-from .accumulator import Reach as Reach
-from .accumulator import Sums as Sums
-from .accumulator import datatype_bits as datatype_bits
-from .accumulator import input_codes as input_codes
-from .accumulator import width_of as width_of
 from .grid import Alphabet as Alphabet
 from .grid import Asymmetric as Asymmetric
 from .grid import Binary as Binary
@@ -23,6 +18,15 @@ from .grid import Levels as Levels
 from .grid import Symmetric as Symmetric
 from .grid import Ternary as Ternary
 from .grid import grid_of_bits as grid_of_bits
+from .integer_sums import Reach as Reach
+from .integer_sums import Sums as Sums
+from .integer_sums import datatype_bits as datatype_bits
+from .integer_sums import input_codes as input_codes
+from .integer_sums import width_of as width_of
+from .per import Per as Per
+from .per import PerChannel as PerChannel
+from .per import PerGroup as PerGroup
+from .per import PerTensor as PerTensor
 from .pytree import register_dataclass as register_dataclass
 from .rounding import HardThreshold as HardThreshold
 from .rounding import Here as Here
@@ -37,9 +41,5 @@ from .scale import Fixed as Fixed
 from .scale import Median as Median
 from .scale import MinError as MinError
 from .scale import MinMSE as MinMSE
-from .scale import Per as Per
-from .scale import PerChannel as PerChannel
-from .scale import PerGroup as PerGroup
-from .scale import PerTensor as PerTensor
 from .scale import Quantile as Quantile
 from .scale import Scale as Scale

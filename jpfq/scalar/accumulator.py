@@ -19,70 +19,15 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from .grid import Grid, Levels, Number, is_number
+from .grid import Levels, Number, is_number
+from .integer_sums import MAX_WIDTH, Sums, as_int, whole, width_of
 from .pytree import register_dataclass
 from .rounding import Rounding, _Threshold
 from .scale import Based, Scale
 
-MAX_WIDTH = 32
 Feedback = Literal["argument", "shrunk"]
 _static = {"static": True}
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sums:
-    """The sums that are bounded: those over tiles of inputs, by 2^(P-1) - 1. `tile` None is one sum over all inputs."""
-
-    bits: Number
-    lo: Number  # mu, the least input code
-    hi: Number  # nu, the largest
-    tile: int | None = dataclasses.field(metadata=_static)
-
-    @property
-    def capacity(self) -> jax.Array:
-        """2^(P-1) - 1, as int32."""
-        return jnp.right_shift(jnp.int32(2**31 - 1), 32 - _int(self.bits))
-
-    def size(self, n: int) -> int:
-        """Inputs in a tile, of n."""
-        return n if self.tile is None else min(self.tile, n)
-
-    def tiles(self, n: int) -> int:
-        """Tiles of n inputs, the last perhaps not full."""
-        return -(-n // self.size(n))
-
-    def spent(self, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The amounts that integer codes may add to the largest sum, and take from the least."""
-        up, down = jnp.maximum(k, 0), jnp.maximum(-k, 0)
-        nu, mu = _int(self.hi), -_int(self.lo)
-        return nu * up + mu * down, mu * up + nu * down
-
-    def limits(self, above: jax.Array, below: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        """The least and the largest code that fit the room, as floats."""
-        nu, mu = _int(self.hi), -_int(self.lo)
-        most = jnp.minimum(_quotient(above, nu), _quotient(below, mu))
-        least = jnp.minimum(_quotient(below, nu), _quotient(above, mu))
-        return -least.astype(dtype), most.astype(dtype)
-
-    def of_codes(self, k: jax.Array, order: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`spent` of each tile (tiles, out), for integer codes (in, out) in the order of the recursion."""
-        n = k.shape[0]
-        over = lambda x: jax.ops.segment_sum(x, order // self.size(n), self.tiles(n))
-        above, below = self.spent(k)
-        return over(above), over(below)
-
-    def split(self, W: jax.Array, order: jax.Array) -> jax.Array:
-        """Weights in the order of the recursion as (tiles, T, out) in their own; what is missing in the last tile is 0."""
-        n, out = W.shape
-        tiles, size = self.tiles(n), self.size(n)
-        return jnp.zeros((tiles * size, out), W.dtype).at[order].set(W).reshape(tiles, size, out)
-
-    def step_of(self, levels: Levels, order: jax.Array) -> jax.Array:
-        """The step of each tile (tiles, out), from those of all weights in the order of the recursion."""
-        return self.split(levels.step, order)[:, 0]
 
 
 class Told(NamedTuple):
@@ -119,7 +64,7 @@ class Bounded(Rounding):
 
     def reach(self, codes: jax.Array, levels: Levels, order: jax.Array) -> jax.Array:
         """The largest sum of each tile over all inputs, and less the least one (tiles, out, 2), of codes (in, out)."""
-        return jnp.stack(self.sums.of_codes(_whole(codes - levels.zero), order), -1)
+        return jnp.stack(self.sums.of_codes(whole(codes - levels.zero), order), -1)
 
 
 @register_dataclass
@@ -162,7 +107,7 @@ class AXE(Bounded):
         return carry, told
 
     def keep(self, codes, levels, order, rounding, carry, given):
-        k = _whole(codes - levels.zero)
+        k = whole(codes - levels.zero)
         above, below = (self.sums.capacity - x.T for x in self.sums.of_codes(k, order))
         tile, out = order // self.sums.size(codes.shape[0]), codes.shape[1]
         freed = self.sums.spent(k[0])
@@ -180,7 +125,7 @@ class AXE(Bounded):
         inner, code = self.then(carry.inner, meant, here._replace(levels=narrow, given=told.then))
         shift = a - jnp.clip(meant, levels.decode(least), levels.decode(most)) if self._shifts else None
 
-        up, down = self.sums.spent(_whole(code - levels.zero))
+        up, down = self.sums.spent(whole(code - levels.zero))
         if told.now is not None:
             up, down = (x - y for x, y in zip((up, down), self.sums.spent(told.now[0]), strict=True))
         above, below = _take(carry.above, told.tile, up), _take(carry.below, told.tile, down)
@@ -212,7 +157,7 @@ class AXE(Bounded):
         """
         tiles = self.sums.split(W, order)
         centred = jnp.abs(tiles - tiles.mean(1, keepdims=True))
-        width = (_int(self.sums.hi) - _int(self.sums.lo)).astype(W.dtype)
+        width = (as_int(self.sums.hi) - as_int(self.sums.lo)).astype(W.dtype)
         radius = 2 * self.sums.capacity.astype(W.dtype) / width
         return lambda step: _l1_threshold(centred, radius * step)
 
@@ -232,8 +177,8 @@ class ToZero(Bounded):
         parts = jnp.maximum(own, 0), jnp.maximum(-own, 0), jnp.abs(own)
         tile, positive = order // self.sums.size(W.shape[0]), W > 0
         capacity = self.sums.capacity.astype(W.dtype) * (1 - 1e-5)  # of the room for rounding errors in float32
-        magnitude = jnp.maximum(_int(self.sums.hi), -_int(self.sums.lo)).astype(W.dtype)
-        both = (_int(self.sums.lo) < 0) & (_int(self.sums.hi) > 0)
+        magnitude = jnp.maximum(as_int(self.sums.hi), -as_int(self.sums.lo)).astype(W.dtype)
+        both = (as_int(self.sums.lo) < 0) & (as_int(self.sums.hi) > 0)
 
         def told(levels):
             radius = capacity / magnitude * self.sums.step_of(levels, order)
@@ -270,7 +215,7 @@ class Fit(Based):
         levels = self.base(W, grid, importance)
         tiles = self.sums.split(W, jnp.arange(W.shape[0]))
         up, down = jnp.maximum(tiles, 0).sum(1), jnp.maximum(-tiles, 0).sum(1)
-        nu, mu = (x.astype(W.dtype) for x in (_int(self.sums.hi), -_int(self.sums.lo)))
+        nu, mu = (x.astype(W.dtype) for x in (as_int(self.sums.hi), -as_int(self.sums.lo)))
         needed = jnp.maximum(nu * up + mu * down, mu * up + nu * down) / self.sums.capacity.astype(W.dtype)
         groups, shared = levels.step.shape
         over = lambda x: x.reshape(groups, -1, x.shape[1]).max(1)
@@ -363,80 +308,6 @@ class EPInit(Guard):
         return ToZero(self.sums(inputs))
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Reach:
-    """The largest and the least sums of a quantized matrix.
-
-    sums: which, with the accumulator asked for. ends: the largest of each tile over all inputs, and less the least one
-    (matrices, tiles, out, 2).
-    """
-
-    sums: Sums
-    ends: jax.Array
-
-    @property
-    def bits(self) -> int:
-        """The width that the sum of any tile needs."""
-        return width_of(int(np.max(np.asarray(self.ends), initial=0)))
-
-    @property
-    def outer_bits(self) -> int:
-        """The width that the sum of all tiles needs."""
-        return width_of(int(np.sum(np.asarray(self.ends), 1, dtype=np.int64).max(initial=0)))
-
-    def types_bits(self, grid: Grid, n: int) -> int:
-        """P*, of tiles of n inputs in all and weights on a grid, see `datatype_bits`."""
-        return datatype_bits(self.sums.size(n), grid, (int(self.sums.lo), int(self.sums.hi)))
-
-    @classmethod
-    def join(cls, reaches: "list[Reach | None]") -> "Reach | None":
-        """The reach of matrices one after the other; None where they bound nothing."""
-        found = [reach for reach in reaches if reach is not None]
-        return cls(found[0].sums, jnp.concatenate([reach.ends for reach in found])) if found else None
-
-
-def input_codes(inputs: Any) -> tuple[Number, Number]:
-    """The least and the largest input code, of a grid or a pair (mu, nu)."""
-    if isinstance(inputs, Grid):
-        lo, hi, *_ = inputs.alphabet()
-        return lo, hi
-    if not isinstance(inputs, tuple) or len(inputs) != 2:
-        raise ValueError(
-            f"inputs is the grid of the input codes, such as jpfq.Asymmetric(8), or (mu, nu); got {inputs!r}."
-        )
-    lo, hi = inputs
-    if is_number(lo) and is_number(hi) and (lo != int(lo) or hi != int(hi) or not lo <= 0 <= hi or lo == hi):
-        raise ValueError(f"Input codes are integers from mu <= 0 to nu >= 0; got {inputs!r}.")
-    return lo, hi
-
-
-def width_of(reach: int) -> int:
-    """Bits of the smallest signed accumulator, symmetric about 0, that holds +-reach."""
-    return int(reach).bit_length() + 1
-
-
-def datatype_bits(n: int, grid: Grid, inputs: Any) -> int:
-    """P*: the accumulator that n products of any weight codes and any input codes fit, without a constraint.
-
-    The bound in terms of widths, ceil(a + log2(1 + 2^-a) + 1) with a = log2 n + N + M - 1 - [inputs signed], takes both
-    ranges for powers of two and may be one more.
-
-    Args:
-        n: how many products are summed.
-        grid: of the weights; its zero is not to be fitted.
-        inputs: the grid of the inputs, such as `Asymmetric(8)`, or their least and largest code (mu, nu).
-
-    Examples:
-        >>> jpfq.datatype_bits(128, jpfq.Integer(4), jpfq.Asymmetric(4))
-        15
-    """
-    (lo, hi, zero, _), (mu, nu) = grid.alphabet(), input_codes(inputs)
-    if zero is None:
-        raise ValueError(f"{grid} fits a zero point to the weights, which no bound on their codes knows.")
-    return width_of(n * int(max(hi - zero, zero - lo)) * int(max(nu, -mu)))
-
-
 def started(rounding: Rounding, carry: Any, out: int) -> Any:
     """The carries of all neurons: those given, or `init` for each."""
     if carry is not None:
@@ -470,19 +341,6 @@ def _l1_threshold(x: jax.Array, radius: jax.Array) -> jax.Array:
     return jax.lax.while_loop(lambda state: state[2] & (state[0] < x.shape[1]), step, start)[1]
 
 
-def _quotient(x: jax.Array, d: jax.Array) -> jax.Array:
-    """floor(x / d) of int32 x >= 0, as a float: exact below 2^19, about 2^19 and no more than that beyond; d = 0 is beyond.
-
-    A division of integers takes more time than all else at a coordinate. The guess is at most one too small.
-    """
-    beyond, divisor = jnp.float32(2**19), jnp.maximum(d, 1)
-    inverse = (1 - 2**-21) / divisor.astype(jnp.float32)
-    guess = jnp.minimum(jnp.floor(x.astype(jnp.float32) * inverse), beyond)
-    rest = x - guess.astype(jnp.int32) * divisor
-    exact = jnp.where((rest >= divisor) & (guess < beyond), guess + 1, guess)
-    return jnp.maximum(exact, jnp.where(d == 0, beyond, 0))
-
-
 def _take(x, at, spent):
     return x.at[at].add(-spent, mode="promise_in_bounds")
 
@@ -490,15 +348,6 @@ def _take(x, at, spent):
 def _after(x):
     """At each coordinate the entry of the next one, 0 at the last."""
     return jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])
-
-
-def _whole(x):
-    """Integers held as floats, as int32."""
-    return x.astype(jnp.int32)
-
-
-def _int(x):
-    return jnp.asarray(x, jnp.int32) if is_number(x) or isinstance(x, np.ndarray) else x.astype(jnp.int32)
 
 
 def _check(guard):

@@ -16,79 +16,13 @@ import numpy as np
 
 from .exponent import exponent_of, reduced
 from .grid import Grid, Levels, Number, is_number
-from .pytree import refuse_traced, register_dataclass
-
-
-def _static(default):
-    return dataclasses.field(default=default, metadata={"static": True})
+from .per import Per, PerChannel, PerTensor, static
+from .pytree import register_dataclass
 
 
 def _check_positive(x, what):
     if isinstance(x, str) or (is_number(x) and not x > 0):
         raise ValueError(f"{what} must be a positive number; got {x!r}.")
-
-
-class Per(abc.ABC):
-    """The groups of weights of a matrix W (in, out) that share one step."""
-
-    @abc.abstractmethod
-    def split(self, W: jax.Array) -> jax.Array:
-        """W as (groups, members, channels): a step is chosen over each row of members."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PerTensor(Per):
-    """One step for the whole matrix, as in the papers.
-
-    Examples:
-        >>> jpfq.AbsMax(per=jpfq.PerTensor())(W, jpfq.Integer(4)).step.shape
-        (1, 1)
-    """
-
-    def split(self, W):
-        return W.reshape(1, -1, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class PerChannel(Per):
-    """One step per neuron.
-
-    Examples:
-        >>> jpfq.AbsMax(per=jpfq.PerChannel())(W, jpfq.Integer(4)).step.shape
-        (1, 8)
-    """
-
-    def split(self, W):
-        return W[None]
-
-
-@dataclasses.dataclass(frozen=True)
-class PerGroup(Per):
-    """One step per neuron and run of `size` input coordinates.
-
-    The steps are chosen before the recursion; with `refit`, each group's when the recursion reaches it, from what its
-    weights have become by then (the default of OPTQ's code; it needs order=Natural()).
-
-    Examples:
-        >>> jpfq.AbsMax(per=jpfq.PerGroup(16))(W, jpfq.Integer(4)).step.shape
-        (2, 8)
-    """
-
-    size: int
-    refit: bool = False
-
-    def __post_init__(self):
-        refuse_traced("PerGroup", "size", self.size)
-        if not isinstance(self.size, int) or self.size < 1:
-            raise ValueError(f"PerGroup takes a positive number of input coordinates; got {self.size!r}.")
-
-    def split(self, W):
-        if W.shape[0] % self.size:
-            raise ValueError(
-                f"PerGroup({self.size}) does not divide the {W.shape[0]} input coordinates of a kernel; "
-                f"choose a divisor, or PerChannel() for that kernel by a rule of its own."
-            )
-        return W.reshape(-1, self.size, W.shape[1])
 
 
 class Scale(abc.ABC):
@@ -164,7 +98,7 @@ class AbsMax(Scale):
     """
 
     c: Number = 1.0
-    per: Per = _static(PerChannel())
+    per: Per = static(PerChannel())
 
     def __post_init__(self):
         _check_positive(self.c, "AbsMax: the factor c")
@@ -189,7 +123,7 @@ class Quantile(Scale):
 
     p: Number = 1.0
     c: Number = 1.0
-    per: Per = _static(PerTensor())
+    per: Per = static(PerTensor())
 
     def __post_init__(self):
         _check_positive(self.c, "Quantile: the factor c")
@@ -223,7 +157,7 @@ class Median(Scale):
     """
 
     c: Number = 3.0
-    per: Per = _static(PerTensor())
+    per: Per = static(PerTensor())
 
     def __post_init__(self):
         _check_positive(self.c, "Median: the factor c")
@@ -252,11 +186,11 @@ class MinMSE(Scale):
         True
     """
 
-    norm: float = _static(2)
-    candidates: int = _static(40)
+    norm: float = static(2)
+    candidates: int = static(40)
     least: Number = 0.2
-    per: Per = _static(PerChannel())
-    weighted: bool = _static(False)
+    per: Per = static(PerChannel())
+    weighted: bool = static(False)
 
     def __post_init__(self):
         _check_positive(self.norm, "MinMSE: the norm")
@@ -308,8 +242,8 @@ class MinError(Based):
     base: Scale = AbsMax()
     least: Number = 0.3
     most: Number = 1.0
-    candidates: int = _static(8)
-    rounds: int = _static(2)
+    candidates: int = static(8)
+    rounds: int = static(2)
 
     def __post_init__(self):
         for x in (self.least, self.most):

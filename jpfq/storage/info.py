@@ -13,7 +13,7 @@ import numpy as np
 
 from ..matrix import Info, QTensor
 from ..scalar import Reach, Sums
-from ..scalar.accumulator import MAX_WIDTH
+from ..scalar.integer_sums import MAX_WIDTH
 from .codec import column, uncolumn
 
 NEEDED = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(Info) if f.name != "reach"}  # by figure

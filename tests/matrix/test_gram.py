@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jpfq
-from jpfq.matrix import gram as gram_module
+from jpfq.matrix import arrays
 from tests.helpers import assert_close, problem
 
 M, N = 24, 6
@@ -194,7 +194,7 @@ def test_bad_data(make, message):
 @pytest.mark.parametrize("n", [8, 9])
 def test_half_of_a_symmetric_product_is_copied(x64, monkeypatch, n):
     """The whole product comes out; the part below the diagonal block is the one beside it."""
-    monkeypatch.setattr(gram_module, "HALVES", 4)
+    monkeypatch.setattr(arrays, "HALVES", 4)
     X, Xq, _ = problem(n=n)
     weights = np.arange(len(X)) % 3 * 1.0
     gram = jpfq.Gram.from_data(jnp.asarray(X), jnp.asarray(Xq), jnp.asarray(weights))

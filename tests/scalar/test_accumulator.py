@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import jpfq
 from jpfq.matrix import Recursion, substitute
 from jpfq.scalar import Accumulator, EPInit, Levels, datatype_bits, width_of
-from jpfq.scalar.accumulator import _l1_threshold, _quotient
+from jpfq.scalar.accumulator import _l1_threshold
+from jpfq.scalar.integer_sums import _quotient
 from tests.helpers import assert_codes_equal, problem
 from tests.reference import axe as reference
 

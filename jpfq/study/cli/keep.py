@@ -10,7 +10,7 @@ from ...storage.files import hidden, writing
 from ...storage.save import check_leaves
 from ...storage.store import MANIFEST, destination, occupied
 from ..compare import Subject
-from ..sweep import Sweep
+from ..swept import Sweep
 from .settings import nearest
 
 PICTURES = (".png", ".pdf", ".svg")

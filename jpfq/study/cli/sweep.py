@@ -11,7 +11,8 @@ from ...matrix.explicit_mesh import context
 from ...scalar import AbsMax
 from ..compare import METHODS, Subject
 from ..space import FIGURES, Space
-from ..sweep import Sweep, sweep
+from ..sweep import sweep
+from ..swept import Sweep
 from .answer import NO, YES, Answer, note
 from .factory import HELP, TRACING, add_factory, check_name, subject_of
 from .keep import add_saving, check_model, check_saving, keep, kept_lines

@@ -1,0 +1,75 @@
+"""How many weights share a step."""
+
+import abc
+import dataclasses
+
+import jax
+
+from .pytree import refuse_traced
+
+
+def static(default):
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+class Per(abc.ABC):
+    """The groups of weights of a matrix W (in, out) that share one step."""
+
+    @abc.abstractmethod
+    def split(self, W: jax.Array) -> jax.Array:
+        """W as (groups, members, channels): a step is chosen over each row of members."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PerTensor(Per):
+    """One step for the whole matrix, as in the papers.
+
+    Examples:
+        >>> jpfq.AbsMax(per=jpfq.PerTensor())(W, jpfq.Integer(4)).step.shape
+        (1, 1)
+    """
+
+    def split(self, W):
+        return W.reshape(1, -1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerChannel(Per):
+    """One step per neuron.
+
+    Examples:
+        >>> jpfq.AbsMax(per=jpfq.PerChannel())(W, jpfq.Integer(4)).step.shape
+        (1, 8)
+    """
+
+    def split(self, W):
+        return W[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class PerGroup(Per):
+    """One step per neuron and run of `size` input coordinates.
+
+    The steps are chosen before the recursion; with `refit`, each group's when the recursion reaches it, from what its
+    weights have become by then (the default of OPTQ's code; it needs order=Natural()).
+
+    Examples:
+        >>> jpfq.AbsMax(per=jpfq.PerGroup(16))(W, jpfq.Integer(4)).step.shape
+        (2, 8)
+    """
+
+    size: int
+    refit: bool = False
+
+    def __post_init__(self):
+        refuse_traced("PerGroup", "size", self.size)
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f"PerGroup takes a positive number of input coordinates; got {self.size!r}.")
+
+    def split(self, W):
+        if W.shape[0] % self.size:
+            raise ValueError(
+                f"PerGroup({self.size}) does not divide the {W.shape[0]} input coordinates of a kernel; "
+                f"choose a divisor, or PerChannel() for that kernel by a rule of its own."
+            )
+        return W.reshape(-1, self.size, W.shape[1])

@@ -1,0 +1,155 @@
+"""The outcome of a sweep: a record for each setting."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..calibrate.walk import Walked
+from ..matrix import code_dtype
+from ..matrix.explicit_mesh import anywhere
+from ..matrix.lanes import lane
+from ..model.functional import Functional
+from ..model.mesh import LanesMesh
+from ..network.analysis import activations_of
+from ..network.quantize import assemble
+from ..network.quantized import Quantized
+from ..network.rules import Assignment
+from ..network.table import table
+from .plot import loss_against_bits
+
+
+class Chunk(NamedTuple):
+    """Settings that are lanes of one track: their numbers in the space, the last repeated to fill up."""
+
+    numbers: list[int]
+    walked: Walked
+    peak: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The results of a sweep.
+
+    records: one for each setting, in the order of the space: its values, and
+        loss: what `evaluate` says, or the relative error of the outputs on the calibration data where nothing evaluates.
+        output_error: that error in any case; nan where outputs are NaN or infinite in one of the two networks only.
+        bits_per_weight, nbytes: as of `Quantized`.
+
+    Examples:
+        >>> sweep = jpfq.sweep(model, batches, jpfq.Space(bits=[2, 3, 4]), variables=variables)
+        >>> [(record["bits"], record["bits_per_weight"]) for record in sweep.records]
+        [(2, 3.0), (3, 4.0), (4, 5.0)]
+        >>> quantized = sweep[1]  # as if it had been quantized to 3 bits alone
+    """
+
+    records: list[dict[str, Any]]
+    _assignments: list[Assignment]
+    _uses: list[dict[str, int]]  # as of `Quantized`
+    _chunks: list[Chunk]
+    _functional: Functional
+    _example: Any  # shapes of a batch
+    _mesh: LanesMesh | None
+
+    def __len__(self):
+        return len(self.records)
+
+    @anywhere
+    def __getitem__(self, number: int) -> Quantized:
+        """The quantized network of a setting: what `quantize` returns for it."""
+        number = range(len(self.records))[number]
+        chunk = next(chunk for chunk in self._chunks if number in chunk.numbers)
+        own = self._assignments[number]
+        walked = lane_of(chunk.walked, chunk.numbers.index(number), own)
+        if self._mesh is not None:
+            walked = self._mesh.back(walked, self._functional.leaves[0])
+        return assemble(self._functional, walked, own.skipped, chunk.peak, self._example, self._uses[number])
+
+    @property
+    def front(self) -> list[int]:
+        """Numbers of the settings that no other beats in both loss and bits per weight, from few bits to many."""
+        losses = [np.inf if record["loss"] != record["loss"] else record["loss"] for record in self.records]
+        order = sorted(range(len(self)), key=lambda i: (self.records[i]["bits_per_weight"], losses[i]))
+        front, least = [], np.inf
+        for i in order:
+            if losses[i] < least:
+                front.append(i)
+                least = losses[i]
+        return front
+
+    def best(self, bits_per_weight: float | None = None) -> Quantized:
+        """The quantized network of least loss, among those of so many bits per weight at most.
+
+        Args:
+            bits_per_weight: at most, as in `records`; None for any.
+
+        Examples:
+            >>> sweep.best(bits_per_weight=4.5).bits_per_weight
+            4.0
+        """
+        within = [
+            i for i in self.front if bits_per_weight is None or self.records[i]["bits_per_weight"] <= bits_per_weight
+        ]
+        if not within:
+            least = min(record["bits_per_weight"] for record in self.records)
+            raise ValueError(
+                f"No setting of finite loss takes {bits_per_weight} bits per weight or fewer; the least is {least:.3f}."
+            )
+        return self[within[-1]]
+
+    def frame(self) -> Any:
+        """The records as a `pandas.DataFrame`.
+
+        Examples:
+            >>> list(sweep.frame().columns)
+            ['bits', 'loss', 'output_error', 'bits_per_weight', 'nbytes']
+        """
+        try:
+            import pandas  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ValueError("frame() needs pandas: pip install pandas. `records` is a plain list.") from error
+        return pandas.DataFrame(self.records)
+
+    def picture(self, path: str | os.PathLike) -> None:
+        """Saves loss against bits per weight, with the front, as .png, .pdf or .svg. Needs matplotlib.
+
+        Args:
+            path: of a file, its ending says of which kind.
+
+        Examples:
+            >>> sweep.picture("sweep.png")
+        """
+        loss_against_bits(self, Path(path))
+
+    def __str__(self) -> str:
+        front = set(self.front)
+        head = [*self.records[0], "front"]
+        number = lambda x: f"{x:.5g}" if isinstance(x, float) else str(x)
+        rows = [[*map(number, record.values()), "*" if i in front else ""] for i, record in enumerate(self.records)]
+        lines = [table(head, rows)]
+        if any(record["output_error"] != record["output_error"] for record in self.records):
+            lines.append(
+                "nan: there are outputs that are NaN or infinite in one of the two networks only, or none to compare."
+            )
+        return "\n\n".join(lines)
+
+
+def lane_of(walked: Walked, i: int, assignment) -> Walked:
+    """One lane, with the settings as they were given."""
+    own = lane(walked, i)
+    grids = {path: recipe.grid for path, recipe in assignment.recipes.items()}
+    tensors = {
+        path: dataclasses.replace(
+            own.tensors[path], grid=grids[path], codes=own.tensors[path].codes.astype(code_dtype(grids[path]))
+        )
+        for path in walked.tensors  # in the order of the walk, where a pytree is in that of the names
+    }
+    info = {path: own.info[path] for path in tensors}
+    activations = activations_of(assignment)
+    inputs = {
+        path: [dataclasses.replace(rounded, settings=activations[path]) for rounded in uses]
+        for path, uses in own.inputs.items()
+    }
+    return own._replace(tensors=tensors, info=info, inputs=inputs)
