@@ -65,7 +65,7 @@ class Activations:
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rounded:
+class ActivationQuantizer:
     """The rounding of one layer's input. `levels` has a step and zero point (matrices,) or (1,); None if taken per row."""
 
     settings: Activations
@@ -94,7 +94,7 @@ class Rounded:
 
 def choose(
     settings: Activations, layout: Layout, batches: Callable[[], Iterable], laned: tuple[bool, bool] = (False, False)
-) -> Rounded:
+) -> ActivationQuantizer:
     """The rounding of an input, from its calibration data.
 
     Args:
@@ -102,7 +102,7 @@ def choose(
         laned: whether the settings, and whether the inputs have lanes.
     """
     if settings.per == "row":
-        return Rounded(settings, layout, None)
+        return ActivationQuantizer(settings, layout, None)
     range_ = settings.range or MinMSE()
     split = settings.per == "channel"
     ends = [_ends(layout, split, x, weights, laned[1]) for x, weights in batches()]
@@ -112,10 +112,10 @@ def choose(
         for x, weights in batches():
             histogram = _add(layout, split, histogram, x, weights, laned[1])
     grid = settings.grid if laned[0] else Codes.of(settings.grid)  # one program for all grids
-    return Rounded(settings, layout, _lay(range_, histogram, grid, laned))
+    return ActivationQuantizer(settings, layout, _lay(range_, histogram, grid, laned))
 
 
-def round_by(rounded: Rounded, x: jax.Array, laned: tuple[bool, bool]) -> jax.Array:
+def round_by(rounded: ActivationQuantizer, x: jax.Array, laned: tuple[bool, bool]) -> jax.Array:
     """`rounded(x)`, where each of the two may have lanes."""
     return over_lanes(lambda rounded, x: rounded(x), (rounded, x), laned)
 

@@ -6,18 +6,18 @@ import jax
 
 from ..matrix import Recipe, Solution
 from ..matrix.layout import Layout
-from .activation import Activations, Rounded
+from .activation import ActivationQuantizer, Activations
 
 
-class Solved(NamedTuple):
+class SiteResult(NamedTuple):
     """The outcome of quantizing one site, as far as later sites and the result depend on it."""
 
     solution: Solution
     error: jax.Array | None  # mean error of each neuron (B, out), which its bias takes; None where that stays as it is
-    rounded: Rounded | None  # how the input is rounded; None if it is not
+    rounded: ActivationQuantizer | None  # how the input is rounded; None if it is not
 
 
-class Asked(NamedTuple):
+class SiteRequest(NamedTuple):
     """The demands of a run on a site, which a record must fit."""
 
     dims: tuple[int, int, int]  # matrices, inputs, neurons

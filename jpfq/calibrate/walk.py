@@ -45,17 +45,17 @@ from ..matrix.lanes import lane, over_lanes
 from ..model.keys import fold_in
 from ..model.sites import CASTS, Site
 from ..scalar.exponent import reduced
-from .activation import Activations, Rounded, choose, round_by
+from .activation import ActivationQuantizer, Activations, choose, round_by
 from .assemble import assemble
 from .curvature import Coupling
 from .gather import Gather, Joint
 from .outputs import Comparison, OutputError
 from .progress import SILENCE, Report
-from .solved import Asked, Solved
+from .solved import SiteRequest, SiteResult
 from .stream import Stream
 
 
-class Making(NamedTuple):
+class TrackSettings(NamedTuple):
     """The settings of the quantized networks of one track. With lanes, every array has a leading axis of them."""
 
     recipes: dict[str, Recipe]  # by path of the parameter
@@ -65,24 +65,24 @@ class Making(NamedTuple):
     lanes: tuple[str, ...] | None = None  # a name for each; None for one network without lanes
 
 
-class Walked(NamedTuple):
+class CalibrationResult(NamedTuple):
     """The results of a walk on one track. With lanes, every array has a leading axis of them."""
 
     tensors: dict[str, QTensor]
     info: dict[str, Info]
     biases: dict[str, jax.Array]  # corrected, by path of the parameter
-    inputs: dict[str, list[Rounded]]  # by path of the kernel, one for each of its uses in order
+    inputs: dict[str, list[ActivationQuantizer]]  # by path of the kernel, one for each of its uses in order
     output_error: OutputError  # of each output array, on the calibration data
 
 
-class Keeps(Protocol):
+class SiteStore(Protocol):
     """A store of the sites of an earlier run; of one track without lanes. Sites are numbered by stop and position."""
 
-    def read(self, stop: int, position: int, asked: Asked) -> Solved | None:
+    def read(self, stop: int, position: int, asked: SiteRequest) -> SiteResult | None:
         """A site that was solved before."""
         ...
 
-    def write(self, stop: int, position: int, solved: Solved) -> None:
+    def write(self, stop: int, position: int, solved: SiteResult) -> None:
         """Keeps a site."""
         ...
 
@@ -93,13 +93,13 @@ Place = tuple[int, int]  # of a site: its stop, and its position there
 class _Track:
     """The results of a track so far, and the buckets that its sites are solved in."""
 
-    def __init__(self, number: int, making: Making):
+    def __init__(self, number: int, making: TrackSettings):
         self.number, self.making, self.laned = number, making, making.lanes is not None
         self.parts: dict[str, list[tuple[Site, Solution]]] = {}
         self.tensors: dict[str, QTensor] = {}
         self.info: dict[str, Info] = {}
         self.biases: dict[str, jax.Array] = {}
-        self.inputs: dict[str, dict[int, Rounded]] = {}
+        self.inputs: dict[str, dict[int, ActivationQuantizer]] = {}
         self.buckets: dict[Place, Bucket] = {}
 
     def lift(self, f: Callable) -> Callable:
@@ -126,13 +126,13 @@ def served(stops: Sequence[Sequence[Site]]) -> dict[Place, list[Place]]:
 
 def walk(
     streams: Sequence[Stream],
-    makings: Sequence[Making],
+    makings: Sequence[TrackSettings],
     report: Report = SILENCE,
     block: Callable[[Site], Any] | None = None,
     refresh: Callable[[Stream, int], Stream] | None = None,
     devices: Devices | None = None,
-    kept: Keeps | None = None,
-) -> tuple[list[Walked], int]:
+    kept: SiteStore | None = None,
+) -> tuple[list[CalibrationResult], int]:
     """Quantizes every site.
 
     Args:
@@ -173,7 +173,10 @@ def walk(
             _visit(streams, number, track, uses, waiting, report, devices, known, kept)
     errors = _output_error(streams, tracks)
     in_order = lambda inputs: {path: [by_use[use] for use in sorted(by_use)] for path, by_use in inputs.items()}
-    walked = [Walked(t.tensors, t.info, t.biases, in_order(t.inputs), e) for t, e in zip(tracks, errors, strict=True)]
+    walked = [
+        CalibrationResult(t.tensors, t.info, t.biases, in_order(t.inputs), e)
+        for t, e in zip(tracks, errors, strict=True)
+    ]
     return walked, sum(stream.peak for stream in streams)
 
 
@@ -188,10 +191,10 @@ def _buckets(first, uses, making):
     return assign_buckets(problems)
 
 
-def _asked(stop, position, making) -> Asked:
+def _asked(stop, position, making) -> SiteRequest:
     """The demands on a site; the input of a stop is rounded as that of its first one."""
     site, first = stop[position], stop[0]
-    return Asked(
+    return SiteRequest(
         site.layout.dims,
         making.recipes[site.path],
         site.bias is not None,
@@ -221,7 +224,7 @@ def _visit(streams, number, track, uses, waiting, report, devices, known, kept):
         report.done(float(jnp.mean(solved.solution.info.relative_error)))
 
 
-def _solved(first, number, position, track, gather, devices, report) -> Solved:
+def _solved(first, number, position, track, gather, devices, report) -> SiteResult:
     """Solves a site."""
     site, making = first.stops[number][position], track.making
     recipe = making.recipes[site.path]
@@ -248,11 +251,11 @@ def _solved(first, number, position, track, gather, devices, report) -> Solved:
         info = dataclasses.replace(info, rows=jnp.broadcast_to(gathered.used, (*lanes, *W.shape[:1])))
     solution = solution._replace(info=info)
     if site.bias is None:
-        return Solved(solution, None, None)
+        return SiteResult(solution, None, None)
     means = gathered.mean_X, gathered.mean_Xq, gathered.rows
     error, lost = _mean_error(means, W, solution.q, solution.info.exponent, (gather.laned, track.laned))
     info = dataclasses.replace(solution.info, energy=solution.info.energy + lost)
-    return Solved(solution._replace(info=info), error, None)
+    return SiteResult(solution._replace(info=info), error, None)
 
 
 def _take(streams, number, position, track, solved, waiting, places):
@@ -310,7 +313,7 @@ def _raise_on(info, recipe, name, data, lanes, data_laned):
     return None
 
 
-def _round_inputs(streams, number, track, known) -> Rounded | None:
+def _round_inputs(streams, number, track, known) -> ActivationQuantizer | None:
     """Chooses the grid of a stop's input and rounds it, if it is to be; as is known where its first site is."""
     site = streams[0].stops[number][0]
     if site.activations is None:

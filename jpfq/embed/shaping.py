@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from ..matrix import Recursion
-from ..scalar import Here, Levels, Rounding, register_dataclass
+from ..scalar import Levels, Rounding, RoundingContext, register_dataclass
 from .rows import by_rows
 
 
@@ -50,7 +50,7 @@ class Shaped(Rounding):
     def init(self):
         return jnp.zeros(max(self.lags, default=0)), jnp.zeros(()), self.then.init()
 
-    def __call__(self, carry, a, here: Here):
+    def __call__(self, carry, a, here: RoundingContext):
         past, peak, inner = carry
         argument = a + sum(h.astype(a.dtype) * past[lag - 1].astype(a.dtype) for h, lag in zip(self.taps, self.lags))
         inner, code = self.then(inner, argument, here)

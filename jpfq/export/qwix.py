@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..calibrate.activation import Rounded
+from ..calibrate.activation import ActivationQuantizer
 from ..matrix.layout import ConvLayout
 from ..matrix.signed import Signed, signed
 from ..model.compat import key_name
@@ -79,7 +79,9 @@ def to_qwix(quantized: Any, batch: Any, model: Any = None, kwargs: dict | None =
 class _Leaves:
     """The leaf at each place of a qwix model."""
 
-    def __init__(self, array, kernels: dict[str, Signed], kinds: dict[str, Any], inputs: dict[str, list[Rounded]]):
+    def __init__(
+        self, array, kernels: dict[str, Signed], kinds: dict[str, Any], inputs: dict[str, list[ActivationQuantizer]]
+    ):
         self.array, self.kernels, self.kinds, self.inputs = array, kernels, kinds, inputs
 
     def __call__(self, path: tuple[str, ...], old: Any, floats: dict) -> Any:

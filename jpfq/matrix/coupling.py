@@ -16,7 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ..scalar import Codes, Reach
+from ..scalar import Codes, WorstCase
 from ..scalar.exponent import exponent_of, reduced
 from ..scalar.grid import Number
 from .arrays import matmul
@@ -74,7 +74,7 @@ def _solve_coupled(W, gram, F, recipe, key, damping, block):
     zeros, reach = jnp.zeros_like(W), made.info.reach
     if reach is not None:
         ends = jnp.moveaxis(reach.ends, 0, 2).reshape(B, reach.ends.shape[2], -1, 2)[:, :, :out]
-        reach = Reach(recipe.rounding.sums, jnp.take_along_axis(ends, back[:, None, :, None], 2))
+        reach = WorstCase(recipe.rounding.sums, jnp.take_along_axis(ends, back[:, None, :, None], 2))
     magnitude = each(lambda gram: gram.magnitude, gram)
     k = exponent_of(jnp.max(jnp.abs(W)), jnp.max(magnitude))
     of = lambda f, x: each(f, gram, reduced(W, k), reduced(x, k)).sum()

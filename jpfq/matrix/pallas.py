@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from ..scalar import Here, Levels, register_dataclass
+from ..scalar import Levels, RoundingContext, register_dataclass
 from .lanes import lane
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _block(count, here, codes, arguments, after):
         if here["L"] is not None:
             a = a + jnp.sum(here["L"][t] * e, axis=0, keepdims=True)
         levels = Levels(at(here["step"]), at(here["zero"]), lo, hi)
-        one = lambda carry, a, levels, given, rounding: rounding(carry, a, Here(levels, None, given))
+        one = lambda carry, a, levels, given, rounding: rounding(carry, a, RoundingContext(levels, None, given))
         carry, code = jax.vmap(jax.vmap(one))(carry, a, levels, jax.tree.map(at, here["given"]), rounding)
         codes[t], arguments[t] = code, a
         rest = at(here["about"]) - levels.decode(code)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..scalar import Grid, Levels, Reach
+from ..scalar import Grid, Levels, WorstCase
 from ..scalar.exponent import aligned
 from ..scalar.pytree import register_dataclass
 from .explicit_mesh import anywhere, is_traced
@@ -129,7 +129,7 @@ class Info:
     failed: jax.Array  # entries of the system that are not finite: a factorisation that failed where positive
     square_rounding: jax.Array | float = np.nan  # how far rounding in float32 may have moved the square error
     exponent: jax.Array | int = 0  # squares are in units of 4^exponent; 0 where they fit into float32 as they are
-    reach: Reach | None = None  # how far its integer sums go; None where no accumulator was asked for
+    reach: WorstCase | None = None  # how far its integer sums go; None where no accumulator was asked for
     rows: jax.Array | None = None  # of a kernel of several matrices (experts): rows that are not 0, of each
 
     @property
@@ -170,7 +170,7 @@ class Info:
     @classmethod
     def join(cls, infos: "list[Info]") -> "Info":
         """The `Info` of a kernel quantized in equal parts (the layers of a stack)."""
-        reach = Reach.join([info.reach for info in infos])
+        reach = WorstCase.join([info.reach for info in infos])
         found = [jnp.atleast_1d(info.rows) for info in infos if info.rows is not None]
         rows = jnp.concatenate(found) if found else None
         bare = [dataclasses.replace(info, reach=None, rows=None) for info in infos]

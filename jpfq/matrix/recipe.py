@@ -6,10 +6,10 @@ from typing import Literal
 from ..scalar import (
     AbsMax,
     Bounded,
-    Fit,
+    Constraint,
+    FitScale,
     Fixed,
     Grid,
-    Guard,
     MinError,
     MinMSE,
     Nearest,
@@ -155,7 +155,7 @@ def _guarded(settings, guard, inputs, given) -> dict:
     if isinstance(rounding, AXE) and "scale" not in given:
         searches = isinstance(settings["scale"], MinError)
         settings["scale"] = (
-            MinError(Fit(AbsMax(), rounding.sums)) if searches else Fit(settings["scale"], rounding.sums)
+            MinError(FitScale(AbsMax(), rounding.sums)) if searches else FitScale(settings["scale"], rounding.sums)
         )
     if rounding.settled is None and "finish" not in given:
         settings = settings | {"finish": None}
@@ -172,7 +172,7 @@ _kinds = {
     "finish": (Finish, "Refit()"),
     "rotation": (Hadamard, "Hadamard()"),
     "shrinkage": (Shrinkage, "Shrinkage()"),
-    "accumulator": (Guard, "Accumulator(16, tile=64)"),
+    "accumulator": (Constraint, "Accumulator(16, tile=64)"),
 }
 
 

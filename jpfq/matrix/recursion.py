@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..scalar import Here, Levels, Rounding
+from ..scalar import Levels, Rounding, RoundingContext
 from .arrays import matmul
 from .neurons import ALL, Neurons
 from .pallas import Kernel, chosen
@@ -114,7 +114,7 @@ class Recursion(NamedTuple):
                 here_step, here_zero = group or (step, zero)
                 here = Levels(here_step, here_zero, levels.lo, levels.hi)
                 key = None if draw is None else jax.random.fold_in(draw, i)
-                carry, code = self.rounding(carry, a, Here(here, key, given))
+                carry, code = self.rounding(carry, a, RoundingContext(here, key, given))
                 path = Path(code, here.decode(code), here.saturates(a), shift=self.rounding.shift(carry))
                 path = path._replace(arguments=a) if self.keeps else path
                 return (carry, e.at[t].set(b - path.fed)), path
@@ -132,7 +132,7 @@ class Recursion(NamedTuple):
         """The codes of W (in, out), each weight rounded by itself, for a rounding that carries nothing."""
         levels = self.spread()
         one = lambda w, step, zero, key: self.rounding(
-            self.rounding.init(), w, Here(Levels(step, zero, levels.lo, levels.hi), key, ())
+            self.rounding.init(), w, RoundingContext(Levels(step, zero, levels.lo, levels.hi), key, ())
         )[1]
         if self.key is None or not self.rounding.random:
             return one(W, levels.step, levels.zero, None)

@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..scalar import Bounded, Codes, Reach
+from ..scalar import Bounded, Codes, WorstCase
 from .explicit_mesh import is_traced
 from .gram import Gram, Rows
 from .neurons import Neurons
@@ -135,5 +135,5 @@ def _solve_sharded(W, data, recipe, key, devices, split_gram):
 def _of_info(recipe, whole, split):
     """The partition specs of `Info`: its figures are of all neurons, but for the sums of each."""
     fields: dict[str, Any] = {f.name: whole for f in dataclasses.fields(Info)}
-    fields["reach"] = Reach(whole, split) if isinstance(recipe.rounding, Bounded) else None
+    fields["reach"] = WorstCase(whole, split) if isinstance(recipe.rounding, Bounded) else None
     return Info(**fields)

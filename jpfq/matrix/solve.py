@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..scalar import Grid, Guard, Rounding, Scale
+from ..scalar import Constraint, Grid, Rounding, Scale
 from .arrays import at_least_float32, is_finite
 from .explicit_mesh import anywhere, is_traced
 from .finish import Finish
@@ -44,7 +44,7 @@ def solve(
     rounding: Rounding | None = None,
     finish: Finish | Literal["recommended"] | None = "recommended",
     shrinkage: Shrinkage | Literal["recommended"] | None = "recommended",
-    accumulator: Guard | None = None,
+    accumulator: Constraint | None = None,
     inputs: Any = None,
     form: Form = "auto",
     block: int | None = BLOCK,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..scalar import Bounded, Codes, Levels, Reach
+from ..scalar import Bounded, Codes, Levels, WorstCase
 from ..scalar.exponent import exponent_of, reduced
 from .bounds import resolution, rounding, square_bound, target
 from .gram import Gram, Rows, as_gram, mean_energy
@@ -54,7 +54,7 @@ def solve_all(
     return _solve_all(W, data, dataclasses.replace(recipe, grid=Codes.of(recipe.grid)), key, count, first)
 
 
-class _Job(NamedTuple):
+class _Prepared(NamedTuple):
     """One matrix on its way, its coordinates in the order of the recursion."""
 
     order: jax.Array
@@ -91,7 +91,7 @@ def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | Non
         return _quantize(job, weights, recursion, recipe, lambda x, sign=1: reduced(x, sign * k))
 
     codes, q, step, zero, parts, ends = each(one, jobs, ready, step, zero, jnp.arange(B))
-    reach = Reach(recipe.rounding.sums, ends) if isinstance(recipe.rounding, Bounded) else None
+    reach = WorstCase(recipe.rounding.sums, ends) if isinstance(recipe.rounding, Bounded) else None
     if shared and not recipe.moves_step:
         step, zero = step[:1], zero[:1]
     sums = {name: x.sum() for name, x in parts.items()}
@@ -118,7 +118,7 @@ def _lay(W, importance, recipe, neurons) -> Levels:
     return dataclasses.replace(levels, step=own(levels.step), zero=own(levels.zero))
 
 
-def _prepare(W, data, recipe) -> _Job:
+def _prepare(W, data, recipe) -> _Prepared:
     trusted, dead = data, jnp.sum(data.unseen)
     if recipe.rotation is not None:
         W, data, trusted = recipe.rotation.forth(W), recipe.rotation.gram(data), recipe.rotation.gram(data.awake())
@@ -131,10 +131,10 @@ def _prepare(W, data, recipe) -> _Job:
         if not part.needs_levels:
             ready = part(*ready, None)
     ready_W, ready_data = ready
-    return _Job(jnp.arange(W.shape[0]) if p is None else p, W, data, trusted, ready_W, ready_data, dead)
+    return _Prepared(jnp.arange(W.shape[0]) if p is None else p, W, data, trusted, ready_W, ready_data, dead)
 
 
-def _quantize(job: _Job, weights, recursion: Recursion, recipe: Recipe, reduce):
+def _quantize(job: _Prepared, weights, recursion: Recursion, recipe: Recipe, reduce):
     """Codes, values, steps and figures of one matrix; `weights` are the prepared ones in their own order.
 
     `reduce` divides what is squared, whose squares would else overflow or underflow.

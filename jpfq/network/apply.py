@@ -4,14 +4,14 @@ from typing import Any
 
 import jax
 
-from ..calibrate.activation import Rounded
+from ..calibrate.activation import ActivationQuantizer
 from ..model.compat import bind
 from ..model.functional import Functional
 from ..model.program import evaluate, trace
 from ..model.sites import find_sites
 
 
-def run(functional: Functional, leaves, inputs: dict[str, list[Rounded]], batch: Any) -> Any:
+def run(functional: Functional, leaves, inputs: dict[str, list[ActivationQuantizer]], batch: Any) -> Any:
     """The model's outputs for a batch, with the inputs of the kernels in `inputs` rounded.
 
     Pure, and to be compiled: the model is traced for the shapes of the batch.

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..matrix import QTensor
 from ..matrix.explicit_mesh import runs_anywhere
-from ..scalar import Reach
+from ..scalar import WorstCase
 from .integer import integer_sites
 from .table import table
 
@@ -175,7 +175,7 @@ def _width(reach):
     return count
 
 
-def any_codes_bits(tensor: QTensor, reach: Reach) -> tuple[int, int]:
+def any_codes_bits(tensor: QTensor, reach: WorstCase) -> tuple[int, int]:
     """Inputs in a tile of a kernel's sums, and the width that they take of any codes on its grid."""
     B, _, out, _ = reach.ends.shape
     n = tensor.codes.size // (B * out)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..calibrate.activation import Rounded
+from ..calibrate.activation import ActivationQuantizer
 from ..matrix import QTensor
 from ..matrix.arrays import at_least_float32
 from ..model.compat import bind
@@ -44,7 +44,7 @@ class IntegerSite(NamedTuple):
 
     site: Site
     path: str
-    rounded: Rounded
+    rounded: ActivationQuantizer
     weights: Weights
 
     @property
@@ -55,7 +55,7 @@ class IntegerSite(NamedTuple):
 
 
 def integer_sites(
-    functional: Functional, tensors: dict[str, QTensor], inputs: dict[str, list[Rounded]], shapes: Any
+    functional: Functional, tensors: dict[str, QTensor], inputs: dict[str, list[ActivationQuantizer]], shapes: Any
 ) -> tuple[Program, list[IntegerSite]]:
     """The program for a shape of batch, and its sites whose inputs are quantized, in the order of execution."""
     program = trace(functional.fn, functional.paths, functional.leaves, shapes)
@@ -196,7 +196,7 @@ class Integers:
 
     functional: Functional
     tensors: dict[str, QTensor]
-    inputs: dict[str, list[Rounded]]
+    inputs: dict[str, list[ActivationQuantizer]]
 
     def __post_init__(self):
         self.known: dict = {}

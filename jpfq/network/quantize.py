@@ -12,7 +12,7 @@ from ..calibrate.batches import Shaped, naming, read_batches, shapes_of
 from ..calibrate.hosts import check_hosts, leaves_of, spans_hosts
 from ..calibrate.progress import Step, progress_of
 from ..calibrate.stream import Stream
-from ..calibrate.walk import Making, Walked, stops, walk
+from ..calibrate.walk import CalibrationResult, TrackSettings, stops, walk
 from ..matrix import Devices
 from ..matrix.explicit_mesh import automatic, context, is_traced
 from ..model.adapters import adapt
@@ -102,16 +102,16 @@ def quantize(
         check_key(first.assignment, key)
         kept, stopping = None, contextlib.nullcontext()
         if checkpoint is not None:
-            from ..storage.checkpoint import Kept, stoppable
+            from ..storage.checkpoint import Checkpoint, stoppable
 
             programs = [one.program for one in traced]
             own = {"key": key, "reference": reference, "fresh batches": fresh is not None}
-            kept = Kept.of(checkpoint, placed, programs, shaped, devices, rules, **own)
+            kept = Checkpoint.of(checkpoint, placed, programs, shaped, devices, rules, **own)
             held.enter_context(contextlib.closing(kept))
             stopping = stoppable(kept)
         groups, rebases = stops(first.sites), reference == "block"
         coupled = couple(placed, analyses, shaped, groups, key, kept.sites if kept else ())
-        making = Making(first.assignment.recipes, activations_of(first.assignment), key, coupled)
+        making = TrackSettings(first.assignment.recipes, activations_of(first.assignment), key, coupled)
         streams = streams_of(
             placed, analyses, shaped, groups, offload=offload, rebases=rebases, keeps=fresh is not None
         )
@@ -174,7 +174,7 @@ def streams_of(functional: Functional, analyses, shaped: Sequence[Shaped], group
 
 def assemble(
     functional: Functional,
-    walked: Walked,
+    walked: CalibrationResult,
     skipped: dict[str, str],
     peak: int,
     example: Any,

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from ..calibrate.activation import Rounded
+from ..calibrate.activation import ActivationQuantizer
 from ..calibrate.outputs import OutputError, in_words
 from ..matrix import Info, QTensor
 from ..matrix.explicit_mesh import anywhere, automatic, moved, runs_anywhere
 from ..model.functional import Functional, flatten
 from ..model.mesh import like
-from ..scalar import Guard
+from ..scalar import Constraint
 from .apply import run
 from .certify import any_codes_bits
 from .finetune import fake_quant, on_grid, tunable
@@ -51,7 +51,7 @@ class Quantized:
     tensors: dict[str, QTensor]
     info: dict[str, Info]
     skipped: dict[str, str]
-    inputs: dict[str, list[Rounded]]
+    inputs: dict[str, list[ActivationQuantizer]]
     biases: tuple[str, ...]
     output_error: float
     peak_bytes: int  # of live activations of both networks while calibrating, on the device
@@ -138,7 +138,7 @@ class Quantized:
         return jax.jit(functools.partial(run, dataclasses.replace(self._functional, leaves=())))
 
     @runs_anywhere
-    def apply_integer(self, batch: Any, *, accumulator: Guard | None = None, overflow: Overflow = "wrap") -> Any:
+    def apply_integer(self, batch: Any, *, accumulator: Constraint | None = None, overflow: Overflow = "wrap") -> Any:
         """`apply` with the products of kernels whose inputs are quantized made of integers, scales applied afterwards.
 
         Args:
@@ -156,7 +156,7 @@ class Quantized:
             >>> bool(same > 0.95)  # others are a step apart, where floats round an input that is halfway to the other side
             True
         """
-        if accumulator is not None and not isinstance(accumulator, Guard):
+        if accumulator is not None and not isinstance(accumulator, Constraint):
             raise ValueError(f"accumulator is such as jpfq.Accumulator(16, tile=64); got {accumulator!r}.")
         bits, tile = (32, None) if accumulator is None else (accumulator.bits, accumulator.tile)
         return self._integers(batch, bits, tile, overflow)

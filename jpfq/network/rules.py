@@ -10,7 +10,7 @@ from ..calibrate.activation import Activations
 from ..calibrate.curvature import Coupling
 from ..matrix import Finish, Form, Hadamard, Method, Order, Prepare, Recipe, Shrinkage, recipe_of
 from ..matrix.patches import Patches
-from ..scalar import Asymmetric, Grid, Guard, PerTensor, Rounding, Scale, register_dataclass
+from ..scalar import Asymmetric, Constraint, Grid, PerTensor, Rounding, Scale, register_dataclass
 from ..scalar.grid import Number
 
 _static = {"static": True}
@@ -69,7 +69,7 @@ class Rule:
     block: int | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
     activation_bits: Number | None = dataclasses.field(default=None, kw_only=True)
     activations: Activations | None = dataclasses.field(default=None, kw_only=True)
-    accumulator: Guard | None = dataclasses.field(default=None, kw_only=True)
+    accumulator: Constraint | None = dataclasses.field(default=None, kw_only=True)
     patches: Patches | None = dataclasses.field(default=None, kw_only=True)
     correct_bias: bool = dataclasses.field(default=False, kw_only=True, metadata=_static)
     coupling: Coupling | None = dataclasses.field(default=None, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from ..calibrate.activation import Rounded
+from ..calibrate.activation import ActivationQuantizer
 from ..matrix import Packed, QTensor, dequantize
 from ..matrix.explicit_mesh import automatic, moved, runs_anywhere
 from ..model.functional import Functional
@@ -27,11 +27,13 @@ class Served:
     """
 
     leaves: tuple
-    inputs: dict[str, list[Rounded]]
+    inputs: dict[str, list[ActivationQuantizer]]
     _functional: Functional  # without leaves
 
     @classmethod
-    def of(cls, functional: Functional, tensors: dict[str, QTensor], inputs: dict[str, list[Rounded]]) -> "Served":
+    def of(
+        cls, functional: Functional, tensors: dict[str, QTensor], inputs: dict[str, list[ActivationQuantizer]]
+    ) -> "Served":
         """Packs the kernels of a result. Other leaves stay as they are."""
         named = zip(functional.paths, functional.leaves, functional.trainable, strict=True)
         leaves = tuple(Packed.of(tensors[path]) if ours and path in tensors else leaf for path, leaf, ours in named)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..calibrate.activation import Rounded
+from ..calibrate.activation import ActivationQuantizer
 from ..calibrate.outputs import in_words
 from ..model.functional import flatten
 from ..network.certify import any_codes_bits
@@ -222,7 +222,7 @@ def _inputs(quantized):
     return section("Inputs and biases", *parts)
 
 
-def _levels(rounded: Rounded):
+def _levels(rounded: ActivationQuantizer):
     """Step and ends of what a layer's inputs are rounded to, over all its channels where each has its own."""
     if rounded.levels is None:
         return ("taken from the row", "", "")

@@ -3,9 +3,9 @@
 from .accumulator import AXE as AXE
 from .accumulator import Accumulator as Accumulator
 from .accumulator import Bounded as Bounded
+from .accumulator import Constraint as Constraint
 from .accumulator import EPInit as EPInit
-from .accumulator import Fit as Fit
-from .accumulator import Guard as Guard
+from .accumulator import FitScale as FitScale
 from .grid import Alphabet as Alphabet
 from .grid import Asymmetric as Asymmetric
 from .grid import Binary as Binary
@@ -18,8 +18,8 @@ from .grid import Levels as Levels
 from .grid import Symmetric as Symmetric
 from .grid import Ternary as Ternary
 from .grid import grid_of_bits as grid_of_bits
-from .integer_sums import Reach as Reach
-from .integer_sums import Sums as Sums
+from .integer_sums import SumSpec as SumSpec
+from .integer_sums import WorstCase as WorstCase
 from .integer_sums import datatype_bits as datatype_bits
 from .integer_sums import input_codes as input_codes
 from .integer_sums import width_of as width_of
@@ -29,10 +29,10 @@ from .per import PerGroup as PerGroup
 from .per import PerTensor as PerTensor
 from .pytree import register_dataclass as register_dataclass
 from .rounding import HardThreshold as HardThreshold
-from .rounding import Here as Here
 from .rounding import Nearest as Nearest
 from .rounding import Prune as Prune
 from .rounding import Rounding as Rounding
+from .rounding import RoundingContext as RoundingContext
 from .rounding import SoftThreshold as SoftThreshold
 from .rounding import Stochastic as Stochastic
 from .rounding import prune as prune

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from .grid import Levels, Number, is_number
-from .integer_sums import MAX_WIDTH, Sums, as_int, whole, width_of
+from .integer_sums import MAX_WIDTH, SumSpec, as_int, whole, width_of
 from .pytree import register_dataclass
 from .rounding import Rounding, _Threshold
 from .scale import Based, Scale
@@ -30,7 +30,7 @@ Feedback = Literal["argument", "shrunk"]
 _static = {"static": True}
 
 
-class Told(NamedTuple):
+class AXEInputs(NamedTuple):
     """The information that AXE gets about a coordinate."""
 
     tile: jax.Array
@@ -42,7 +42,7 @@ class Told(NamedTuple):
     then: Any  # what the rounding within is told
 
 
-class Kept(NamedTuple):
+class AXEState(NamedTuple):
     """The carry of AXE, for one neuron.
 
     The limits are made at the coordinate before, once its code is known: what is carried XLA computes once, and not again
@@ -60,7 +60,7 @@ class Kept(NamedTuple):
 class Bounded(Rounding):
     """A rounding whose codes keep sums within bounds."""
 
-    sums: Sums
+    sums: SumSpec
 
     def reach(self, codes: jax.Array, levels: Levels, order: jax.Array) -> jax.Array:
         """The largest sum of each tile over all inputs, and less the least one (tiles, out, 2), of codes (in, out)."""
@@ -78,7 +78,7 @@ class AXE(Bounded):
     """
 
     then: Rounding
-    sums: Sums
+    sums: SumSpec
     soft: bool = dataclasses.field(default=True, metadata=_static)
     feedback: Feedback = dataclasses.field(default="argument", metadata=_static)
 
@@ -96,13 +96,13 @@ class AXE(Bounded):
         inner, inner_told = self.then.meet(W, order)
         least, most = self.sums.limits(room[:, 0], room[:, 0], W.dtype)
         shift = jnp.zeros(out, W.dtype) if self._shifts else None
-        carry = Kept(room, room, least, most, started(self.then, inner, out), shift)
+        carry = AXEState(room, room, least, most, started(self.then, inner, out), shift)
         tile = order // self.sums.size(n)
         theta = self._thresholds(W, order) if self.soft else None
 
         def told(levels):
             threshold = None if theta is None else theta(self.sums.step_of(levels, order))[tile]
-            return Told(tile, _after(tile), threshold, None, inner_told(levels))
+            return AXEInputs(tile, _after(tile), threshold, None, inner_told(levels))
 
         return carry, told
 
@@ -113,8 +113,8 @@ class AXE(Bounded):
         freed = self.sums.spent(k[0])
         least, most = self.sums.limits(above[:, tile[0]] + freed[0], below[:, tile[0]] + freed[1], codes.dtype)
         then = rounding.then if isinstance(rounding, AXE) else rounding
-        start = Kept(above, below, least, most, started(then, carry, out), None)
-        told = Told(tile, _after(tile), None, (k, _after(k)), given)
+        start = AXEState(above, below, least, most, started(then, carry, out), None)
+        told = AXEInputs(tile, _after(tile), None, (k, _after(k)), given)
         return dataclasses.replace(self, then=then, feedback="argument"), start, told
 
     def __call__(self, carry, a, here):
@@ -133,7 +133,7 @@ class AXE(Bounded):
         if told.now is not None:
             left, right = (x + y for x, y in zip((left, right), self.sums.spent(told.now[1]), strict=True))
         least, most = self.sums.limits(left, right, a.dtype)
-        return Kept(above, below, least, most, inner, shift), code
+        return AXEState(above, below, least, most, inner, shift), code
 
     def shift(self, carry):
         return carry.shift
@@ -170,7 +170,7 @@ class ToZero(Bounded):
     Inputs of one sign bound positive and negative codes apart: each part is projected by itself.
     """
 
-    sums: Sums
+    sums: SumSpec
 
     def meet(self, W, order):
         own = self.sums.split(W, order)
@@ -202,14 +202,14 @@ class ToZero(Bounded):
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Fit(Based):
+class FitScale(Based):
     """The steps of `base`, enlarged where weights rounded to nearest would not fit the sums.
 
     No further than to the largest weight of a neuron, whose code is then 1: where that does not fit, AXE leaves codes out.
     """
 
     base: Scale
-    sums: Sums
+    sums: SumSpec
 
     def __call__(self, W, grid, importance=None):
         levels = self.base(W, grid, importance)
@@ -225,7 +225,7 @@ class Fit(Based):
         return dataclasses.replace(levels, step=jnp.maximum(levels.step, needed))
 
 
-class Guard(abc.ABC):
+class Constraint(abc.ABC):
     """A setting that bounds the sums of a layer."""
 
     bits: Number
@@ -238,7 +238,7 @@ class Guard(abc.ABC):
     def __str__(self):
         return f"{type(self).__name__}({self.bits}, {self.tile})"
 
-    def sums(self, inputs: tuple[Number, Number]) -> Sums:
+    def sums(self, inputs: tuple[Number, Number]) -> SumSpec:
         """The sums it bounds; raises where no code but 0 would fit."""
         lo, hi = inputs
         if is_number(self.bits) and is_number(lo) and is_number(hi):
@@ -248,12 +248,12 @@ class Guard(abc.ABC):
                     f"{self} holds no product of a weight code 1 with inputs from {int(lo)} to {int(hi)}: every weight "
                     f"would be 0. That takes {least} bits at least; or quantize the activations to fewer bits."
                 )
-        return Sums(self.bits, lo, hi, self.tile)
+        return SumSpec(self.bits, lo, hi, self.tile)
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Accumulator(Guard):
+class Accumulator(Constraint):
     """AXE: sums of `bits` bits over tiles of `tile` inputs never overflow, whatever the inputs.
 
     Args:
@@ -287,7 +287,7 @@ class Accumulator(Guard):
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class EPInit(Guard):
+class EPInit(Constraint):
     """The bound kept by projecting weights on an l1 ball and rounding towards zero (A2Q+): what AXE is compared with.
 
     `bits` and `tile` are as for `Accumulator`.

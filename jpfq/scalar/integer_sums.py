@@ -15,7 +15,7 @@ MAX_WIDTH = 32
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Sums:
+class SumSpec:
     """The sums that are bounded: those over tiles of inputs, by 2^(P-1) - 1. `tile` None is one sum over all inputs."""
 
     bits: Number
@@ -69,14 +69,14 @@ class Sums:
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Reach:
+class WorstCase:
     """The largest and the least sums of a quantized matrix.
 
     sums: which, with the accumulator asked for. ends: the largest of each tile over all inputs, and less the least one
     (matrices, tiles, out, 2).
     """
 
-    sums: Sums
+    sums: SumSpec
     ends: jax.Array
 
     @property
@@ -94,7 +94,7 @@ class Reach:
         return datatype_bits(self.sums.size(n), grid, (int(self.sums.lo), int(self.sums.hi)))
 
     @classmethod
-    def join(cls, reaches: "list[Reach | None]") -> "Reach | None":
+    def join(cls, reaches: "list[WorstCase | None]") -> "WorstCase | None":
         """The reach of matrices one after the other; None where they bound nothing."""
         found = [reach for reach in reaches if reach is not None]
         return cls(found[0].sums, jnp.concatenate([reach.ends for reach in found])) if found else None

@@ -24,7 +24,7 @@ from .pytree import register_dataclass
 Unit = Literal["weight", "step", "radius"]
 
 
-class Here(NamedTuple):
+class RoundingContext(NamedTuple):
     """The information that a rounding has about the coordinate it is at."""
 
     levels: Levels  # scalars
@@ -60,7 +60,7 @@ class Rounding(abc.ABC):
         return rounding, carry, given
 
     @abc.abstractmethod
-    def __call__(self, carry: Any, a: jax.Array, here: Here) -> tuple[Any, jax.Array]:
+    def __call__(self, carry: Any, a: jax.Array, here: RoundingContext) -> tuple[Any, jax.Array]:
         """Rounds the argument `a` of one coordinate (a scalar) to a code; returns the new carry and the code."""
 
     def shift(self, carry: Any) -> jax.Array | None:

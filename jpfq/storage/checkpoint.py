@@ -31,7 +31,7 @@ import safetensors.numpy
 from ..calibrate.batches import Shaped
 from ..calibrate.fingerprint import checksum, differences, setting, shape_of, steady, versions
 from ..calibrate.hosts import spans_hosts
-from ..calibrate.solved import Asked, Solved
+from ..calibrate.solved import SiteRequest, SiteResult
 from ..matrix import Devices
 from ..model.canonical import by_code
 from ..model.functional import Functional, numbered
@@ -78,7 +78,7 @@ def fingerprint(
     }
 
 
-class Kept:
+class Checkpoint:
     """The sites of a run in a folder, and the lock on it: to be closed at the end."""
 
     def __init__(self, folder: str | os.PathLike, fingerprint: dict[str, Any], devices: Devices | None):
@@ -171,7 +171,7 @@ class Kept:
     @classmethod
     def of(
         cls, folder: str | os.PathLike, functional: Functional, programs: Sequence[Program], *given, **settings
-    ) -> "Kept":
+    ) -> "Checkpoint":
         """The run of `fingerprint(functional, programs, *given, **settings)`."""
         shaped, devices, _ = given
         if spans_hosts([*functional.leaves, *jax.tree.leaves([group.leaves for group in shaped])]):
@@ -227,7 +227,7 @@ class Kept:
                 "function give the same for the same number, or give a new folder."
             )
 
-    def read(self, stop: int, position: int, asked: Asked) -> Solved | None:
+    def read(self, stop: int, position: int, asked: SiteRequest) -> SiteResult | None:
         """A site that was solved before, with its arrays where they were."""
         self.leave()
         file = self.sites.get((stop, position))
@@ -247,7 +247,7 @@ class Kept:
                 f"checkpoint: {file} is damaged: {error}. Delete it, and its layer is solved again."
             ) from error
 
-    def write(self, stop: int, position: int, solved: Solved) -> None:
+    def write(self, stop: int, position: int, solved: SiteResult) -> None:
         """Keeps a site; what is asked to stop stops here."""
         record, arrays = write_solved(solved)
         noted = {"run": self.run, "site": _site(stop, position), "record": json.dumps(record)}
@@ -277,7 +277,7 @@ class Kept:
 
 
 @contextlib.contextmanager
-def stoppable(kept: Kept | None) -> Iterator[None]:
+def stoppable(kept: Checkpoint | None) -> Iterator[None]:
     """Within it SIGTERM lets the site at work end and be kept, and then exits with status 143.
 
     Only the main thread of a process can be told so; elsewhere, where others than Python handle the signal, and where

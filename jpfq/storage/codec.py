@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..calibrate.activation import Activations, Rounded
+from ..calibrate.activation import ActivationQuantizer, Activations
 from ..matrix import Hadamard
 from ..matrix.layout import ConvLayout, DotLayout, Layout
 from ..matrix.packed import plain
@@ -26,7 +26,7 @@ from ..scalar import (
     Infinite,
     Integer,
     Levels,
-    Sums,
+    SumSpec,
     Symmetric,
     Ternary,
     ranges,
@@ -41,6 +41,7 @@ DTYPES = {  # of arrays that are kept as they are; by name, and never looked up 
         *(jnp.int4, jnp.uint4, jnp.int2, jnp.uint2),
     )
 }
+ON_DISK = {"ActivationQuantizer": "Rounded", "SumSpec": "Sums"}  # classes that files know by an earlier name
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -54,7 +55,7 @@ def encode(value: Any) -> Any:
         return {"": "array", "dtype": value.dtype.name, "data": _listed(value)}
     if kind in FIELDS:
         given = {f.name: getattr(value, f.name) for f in dataclasses.fields(kind) if not _is_default(value, f)}
-        return {"": kind.__name__} | {name: encode(x) for name, x in given.items()}
+        return {"": name_of(kind)} | {name: encode(x) for name, x in given.items()}
     if isinstance(value, (list, tuple)):
         return [encode(x) for x in value]
     if kind is float and not math.isfinite(value):
@@ -74,7 +75,7 @@ def decode(value: Any, kind: type | tuple[type, ...]) -> Any:
     name = value.get("") if isinstance(value, dict) else None
     if name == "array" and jax.Array in kinds:
         return array(value)
-    found = next((cls for cls in FIELDS if cls.__name__ == name and issubclass(cls, kinds)), None)
+    found = next((cls for cls in FIELDS if name_of(cls) == name and issubclass(cls, kinds)), None)
     if found is None:
         raise ValueError(f"Expected {' or '.join(k.__name__ for k in kinds)}; got {str(value)[:80]!r}.")
     checks = FIELDS[found]
@@ -83,6 +84,11 @@ def decode(value: Any, kind: type | tuple[type, ...]) -> Any:
     if missing or not value.keys() - {""} <= checks.keys():
         raise ValueError(f"{name} has the fields {', '.join(checks) or 'none'}; got {', '.join(sorted(value))}.")
     return found(**{field: checks[field](x) for field, x in value.items() if field})
+
+
+def name_of(kind: type) -> str:
+    """The name of a class in files."""
+    return ON_DISK.get(kind.__name__, kind.__name__)
 
 
 def array(value: dict) -> jax.Array:
@@ -209,6 +215,6 @@ FIELDS: dict[type, dict[str, Callable]] = {
     | {"padding": _tuple(_wholes), "groups": _whole},
     Activations: {"grid": _a(Grid), "range": _maybe(_a(ranges.Range)), "per": _text},
     Levels: {"step": _array, "zero": _array, "lo": _array, "hi": _array},
-    Sums: {"bits": _array, "lo": _array, "hi": _array, "tile": _maybe(_whole)},
-    Rounded: {"settings": _a(Activations), "layout": _a(Layout), "levels": _maybe(_a(Levels))},
+    SumSpec: {"bits": _array, "lo": _array, "hi": _array, "tile": _maybe(_whole)},
+    ActivationQuantizer: {"settings": _a(Activations), "layout": _a(Layout), "levels": _maybe(_a(Levels))},
 }

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..matrix import Info, QTensor
-from ..scalar import Reach, Sums
+from ..scalar import SumSpec, WorstCase
 from ..scalar.integer_sums import MAX_WIDTH
 from .codec import column, uncolumn
 
@@ -25,7 +25,7 @@ LARGEST = 2**31 - 1
 class Noted(NamedTuple):
     """A record of one kernel: which sums, (matrices, tiles, out) of them, their unit, and bits of each in it."""
 
-    sums: Sums
+    sums: SumSpec
     shape: tuple[int, int, int]
     unit: int
     width: int
@@ -56,7 +56,7 @@ def _is_told(x, name):
     return NEEDED[name] or (x is not None and (default is None or bool(np.any(np.asarray(x) != default))))
 
 
-def read_infos(columns: Mapping[str, Any], paths: Sequence[str], reaches: Mapping[str, Reach]) -> dict[str, Info]:
+def read_infos(columns: Mapping[str, Any], paths: Sequence[str], reaches: Mapping[str, WorstCase]) -> dict[str, Info]:
     """The `Info` of each kernel that `write_infos` noted, by path; how far sums go is read before.
 
     Raises:
@@ -88,8 +88,8 @@ def read_noted(columns: Mapping[str, Any], count: int) -> dict[int, Noted]:
     return {i: _noted(shape, *row) for i, shape, *row in zip(numbers, shapes, *rest, strict=True)}
 
 
-def read_reach(noted: Noted, words: np.ndarray, tensor: QTensor, name: str) -> Reach:
-    """The `Reach` of a kernel's sums, from the record of them and its packed sums."""
+def read_reach(noted: Noted, words: np.ndarray, tensor: QTensor, name: str) -> WorstCase:
+    """The `WorstCase` of a kernel's sums, from the record of them and its packed sums."""
     matrices, tiles, out = noted.shape
     n, more = divmod(tensor.codes.size, matrices * out)
     if more or not n or noted.sums.tiles(n) != tiles or tensor.grid.alphabet().zero is None:
@@ -101,7 +101,7 @@ def read_reach(noted: Noted, words: np.ndarray, tensor: QTensor, name: str) -> R
     ends = noted.unit * sum((bits[:, i].astype(np.int64) << i for i in range(width)), np.zeros(count, np.int64))
     if ends.max() > LARGEST:
         raise ValueError(f"{name} has sums that no accumulator holds.")
-    return Reach(noted.sums, jnp.asarray(ends.astype(np.int32).reshape(*noted.shape, 2)))
+    return WorstCase(noted.sums, jnp.asarray(ends.astype(np.int32).reshape(*noted.shape, 2)))
 
 
 def _shapes(values, count):
@@ -122,7 +122,7 @@ def _noted(shape, bits, lo, hi, tile, unit, width):
     if not (tile is None or _counts(tile)) or not _counts(unit) or type(width) is not int or not 0 <= width < 32:
         raise ValueError(f"Expected a tile, a unit and a width; got {str((tile, unit, width))[:80]}.")
     bits, lo, hi = map(jnp.asarray, found)
-    return Noted(Sums(bits, lo, hi, tile), shape, unit, width)
+    return Noted(SumSpec(bits, lo, hi, tile), shape, unit, width)
 
 
 def _counts(x):

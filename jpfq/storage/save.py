@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..calibrate.activation import Rounded
+from ..calibrate.activation import ActivationQuantizer
 from ..calibrate.outputs import OutputError
 from ..matrix.explicit_mesh import anywhere, automatic
 from ..model.adapters import adapt, adapter_of, phrase_of
@@ -316,7 +316,7 @@ def _placed(leaf, sharding):
 
 
 def _rounded(value):
-    rounded = decode(value, Rounded)
+    rounded = decode(value, ActivationQuantizer)
     one.check_layout(rounded.layout)
     return rounded
 

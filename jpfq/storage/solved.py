@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..calibrate.activation import Rounded
-from ..calibrate.solved import Asked, Solved
+from ..calibrate.activation import ActivationQuantizer
+from ..calibrate.solved import SiteRequest, SiteResult
 from ..matrix import Devices, Info, Solution, code_dtype
-from ..scalar import Bounded, Reach, Sums
+from ..scalar import Bounded, SumSpec, WorstCase
 from .codec import decode, encode
 
 FIGURES = {f"info.{f.name}": f.default is dataclasses.MISSING for f in dataclasses.fields(Info) if f.name != "reach"}
@@ -23,7 +23,7 @@ COUNTS = {"info.dead", "info.zero_steps", "info.failed"}
 FIELDS = {"q", "places", "rounded", "sums"}
 
 
-def write_solved(solved: Solved) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def write_solved(solved: SiteResult) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Encodes a solved site as JSON and arrays by name."""
     solution, reach = solved.solution, solved.solution.info.reach
     figures = {name: getattr(solution.info, name.removeprefix("info.")) for name in FIGURES}
@@ -48,7 +48,7 @@ def write_solved(solved: Solved) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     return record, arrays
 
 
-def read_solved(record: Any, arrays: dict[str, np.ndarray], asked: Asked, devices: Devices | None) -> Solved:
+def read_solved(record: Any, arrays: dict[str, np.ndarray], asked: SiteRequest, devices: Devices | None) -> SiteResult:
     """The inverse of `write_solved`.
 
     Raises:
@@ -69,11 +69,11 @@ def read_solved(record: Any, arrays: dict[str, np.ndarray], asked: Asked, device
     if not isinstance(places, dict) or places.keys() != arrays.keys():
         raise ValueError(f"expected where each of its arrays was; got {str(places)[:80]}")
     placed = {name: _at(places[name], x, devices) for name, x in arrays.items()}
-    reach = None if sums is None else Reach(decode(record["sums"], Sums), placed["reach"])
+    reach = None if sums is None else WorstCase(decode(record["sums"], SumSpec), placed["reach"])
     figures = {name.removeprefix("info."): placed[name] for name in FIGURES if name in placed}
     info = Info(**figures, reach=reach)
     solution = Solution(placed["codes"], placed["q"], placed["step"], placed["zero"], info)
-    return Solved(solution, placed.get("error"), rounded)
+    return SiteResult(solution, placed.get("error"), rounded)
 
 
 def _check_arrays(arrays, asked, sums):
@@ -117,7 +117,7 @@ def _rounded(value, asked):
         if value is not None or asked.activations is not None:
             raise ValueError(f"its input is {'not ' if value is None else ''}rounded")
         return None
-    rounded, levels = decode(value, Rounded), value.get("levels")
+    rounded, levels = decode(value, ActivationQuantizer), value.get("levels")
     if encode(rounded.settings) != encode(asked.activations) or rounded.layout != asked.layout:
         raise ValueError("its input is rounded by other settings")
     if (levels is None) != (asked.activations.per == "row"):

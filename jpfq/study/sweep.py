@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 
 from ..calibrate.batches import Shaped, naming, shapes_of
 from ..calibrate.progress import Report, Step, progress_of
-from ..calibrate.walk import Making, stops, walk
+from ..calibrate.walk import TrackSettings, stops, walk
 from ..matrix.explicit_mesh import automatic, context, no_mesh
 from ..matrix.lanes import lane, over_lanes, stack
 from ..model.adapters import adapt
@@ -200,8 +200,8 @@ def _walk(
     return [Chunk(part, found, peak) for part, found in zip(parts, walked, strict=True)]
 
 
-def _making(functional, shaped, settings, part, groups) -> Making:
-    """The `Making` of the settings of a chunk, as lanes."""
+def _making(functional, shaped, settings, part, groups) -> TrackSettings:
+    """The `TrackSettings` of the settings of a chunk, as lanes."""
     mine = [settings[i] for i in part]
     assignments = [setting.first.assignment for setting in mine]
     recipes = stack([assignment.recipes for assignment in assignments])
@@ -219,7 +219,7 @@ def _making(functional, shaped, settings, part, groups) -> Making:
         }
         for setting in mine
     ]
-    return Making(recipes, activations, keys, stack(couplings), tuple(words(s.point) for s in mine))
+    return TrackSettings(recipes, activations, keys, stack(couplings), tuple(words(s.point) for s in mine))
 
 
 def _losses(functional, leaves, settings, chunks, evaluate, example) -> dict[int, float]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..calibrate.walk import Walked
+from ..calibrate.walk import CalibrationResult
 from ..matrix import code_dtype
 from ..matrix.explicit_mesh import anywhere
 from ..matrix.lanes import lane
@@ -25,7 +25,7 @@ class Chunk(NamedTuple):
     """Settings that are lanes of one track: their numbers in the space, the last repeated to fill up."""
 
     numbers: list[int]
-    walked: Walked
+    walked: CalibrationResult
     peak: int
 
 
@@ -136,7 +136,7 @@ class Sweep:
         return "\n\n".join(lines)
 
 
-def lane_of(walked: Walked, i: int, assignment) -> Walked:
+def lane_of(walked: CalibrationResult, i: int, assignment) -> CalibrationResult:
     """One lane, with the settings as they were given."""
     own = lane(walked, i)
     grids = {path: recipe.grid for path, recipe in assignment.recipes.items()}

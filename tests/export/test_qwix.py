@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import jpfq
-from jpfq.calibrate.activation import Rounded
+from jpfq.calibrate.activation import ActivationQuantizer
 from jpfq.matrix.layout import ConvLayout, DotLayout
 from jpfq.matrix.signed import signed
 from tests.network.saved import result, tensor
@@ -32,9 +32,9 @@ def inputs():
     """Static, static with a zero point, and by row."""
     rows = jpfq.Activations(jpfq.Integer(8), per="row")
     return {
-        "first": [Rounded(jpfq.Activations(jpfq.Integer(8)), conv((3, 3, 3, 8)), LEVELS)],
-        "second": [Rounded(jpfq.Activations(), conv((3, 3, 8, 8)), SHIFTED)],
-        "third": [Rounded(rows, DotLayout((8, 4), (0,), (), (1,), (), False), None)],
+        "first": [ActivationQuantizer(jpfq.Activations(jpfq.Integer(8)), conv((3, 3, 3, 8)), LEVELS)],
+        "second": [ActivationQuantizer(jpfq.Activations(), conv((3, 3, 8, 8)), SHIFTED)],
+        "third": [ActivationQuantizer(rows, DotLayout((8, 4), (0,), (), (1,), (), False), None)],
     }
 
 

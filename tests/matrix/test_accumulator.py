@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jpfq
-from jpfq.scalar import AXE, Fit
+from jpfq.scalar import AXE, FitScale
 from tests.helpers import PLAIN, problem, problem32
 from tests.scalar.test_accumulator import assert_fits, reached
 
@@ -133,7 +133,7 @@ def test_defaults_are_the_recommended_ones_around_the_bound():
     assert recipe.rounding.sums.lo == 0
     assert recipe.rounding.sums.hi == 255
     assert (recipe.method, recipe.finish, recipe.order) == (free.method, free.finish, free.order)
-    assert isinstance(recipe.scale.base, Fit)
+    assert isinstance(recipe.scale.base, FitScale)
 
 
 REFUSED = {

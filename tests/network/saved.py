@@ -10,7 +10,7 @@ import jpfq
 from jpfq.matrix import code_dtype
 from jpfq.model.adapters import adapt
 from jpfq.model.mesh import like
-from jpfq.scalar import Reach, Sums
+from jpfq.scalar import SumSpec, WorstCase
 
 
 def tensor(shape, step_shape, grid, dtype=jnp.float32, seed=0, **rest):
@@ -37,7 +37,7 @@ def reached(bits, tile, shape, inputs=(0, 255), seed=0):
     most = (2 ** (bits - 1) - 1) // (hi - lo)
     up, down = np.random.default_rng(seed).integers(0, most + 1, (2, *shape))
     ends = np.stack([hi * up - lo * down, hi * down - lo * up], -1).astype(np.int32)
-    return Reach(Sums(*map(jnp.asarray, (bits, lo, hi)), tile), jnp.asarray(ends))
+    return WorstCase(SumSpec(*map(jnp.asarray, (bits, lo, hi)), tile), jnp.asarray(ends))
 
 
 def result(model, tensors, *, variables=None, params=None, kwargs=None, inputs=None):

@@ -18,7 +18,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import jpfq
-from jpfq.calibrate.activation import Rounded
+from jpfq.calibrate.activation import ActivationQuantizer
 from jpfq.matrix.layout import DotLayout
 from jpfq.report import report as report_module
 from jpfq.scalar import Levels
@@ -52,8 +52,8 @@ def example():
     reach = reached(15, 4, (1, 3, 4))
     levels = Levels(*(jnp.asarray(x, jnp.float32) for x in ([0.5], [2.0], 0, 255)))
     inputs = [
-        Rounded(jpfq.Activations(), layout(12, 4), levels),
-        Rounded(jpfq.Activations(jpfq.Integer(8), per="row"), layout(12, 4), None),
+        ActivationQuantizer(jpfq.Activations(), layout(12, 4), levels),
+        ActivationQuantizer(jpfq.Activations(jpfq.Integer(8), per="row"), layout(12, 4), None),
     ]
     return dataclasses.replace(
         quantized,

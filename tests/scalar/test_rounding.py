@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import jpfq
 from jpfq.matrix import System
-from jpfq.scalar import Here, Levels
+from jpfq.scalar import Levels, RoundingContext
 from jpfq.scalar.rounding import prune
 from tests.helpers import assert_close, assert_codes_equal, recursed
 from tests.reference import gpfq as reference
@@ -27,14 +27,14 @@ def levels_of(step=1.0, zero=0.0, lo=-3.0, hi=3.0):
 
 @jax.jit
 def visit(rounding, levels, a, key=None):
-    return rounding((), a, Here(levels, key, ()))
+    return rounding((), a, RoundingContext(levels, key, ()))
 
 
 @jax.jit
 def drawn(rounding, levels, a):
     """The values of many draws for one argument, and the bound on |a - q|."""
     keys = jax.random.split(jax.random.key(0), DRAWS)
-    codes = jax.vmap(lambda key: rounding((), a, Here(levels, key, ()))[1])(keys)
+    codes = jax.vmap(lambda key: rounding((), a, RoundingContext(levels, key, ()))[1])(keys)
     return levels.decode(codes), rounding.error(levels)
 
 
@@ -70,7 +70,7 @@ def test_nearest_is_a_stateless_setting_without_numbers():
 def test_mapped_over_neurons_it_is_encode():
     levels = levels_of(0.3, 0, -8, 7)
     a = jnp.asarray(np.random.default_rng(0).standard_normal(50) * 3, jnp.float32)
-    _, codes = jax.vmap(lambda x: jpfq.Nearest()((), x, Here(levels, None, ())))(a)
+    _, codes = jax.vmap(lambda x: jpfq.Nearest()((), x, RoundingContext(levels, None, ())))(a)
     np.testing.assert_array_equal(codes, levels.encode(a))
     assert len(set(codes.tolist())) > 10
 

@@ -46,6 +46,6 @@ def paced(*args):
 
 
 if __name__ == "__main__":
-    keep, resume.Kept.write = resume.Kept.write, paced
+    keep, resume.Checkpoint.write = resume.Checkpoint.write, paced
     made = run(sys.argv[1])  # what it prints is a checksum of the codes
     print(zlib.crc32(b"".join(np.asarray(tensor.codes).tobytes() for tensor in made.tensors.values())))

@@ -79,7 +79,7 @@ def expected():
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A whole run in a folder, its result, and how it asks for each of its sites."""
-    folder, read, asks = tmp_path_factory.mktemp("done") / "run", resume.Kept.read, {}
+    folder, read, asks = tmp_path_factory.mktemp("done") / "run", resume.Checkpoint.read, {}
 
     def noted(kept, stop, position, asked):
         asks[stop, position] = asked
@@ -88,7 +88,7 @@ def done(tmp_path_factory):
 
     standard = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
     with pytest.MonkeyPatch.context() as patched, standard[0], standard[1]:
-        patched.setattr(resume.Kept, "read", noted)
+        patched.setattr(resume.Checkpoint, "read", noted)
         result = run(folder)
     return folder, result, asks.pop("kept"), asks
 
@@ -111,7 +111,7 @@ def assert_same(made, expected):
 
 def stopped_after(count, how, monkeypatch, folder, **changed):
     """A run that `how` befalls once so many sites are kept."""
-    write = resume.Kept.write
+    write = resume.Checkpoint.write
 
     def counted(self, *site):
         write(self, *site)
@@ -119,7 +119,7 @@ def stopped_after(count, how, monkeypatch, folder, **changed):
             how()
 
     with monkeypatch.context() as patched:
-        patched.setattr(resume.Kept, "write", counted)
+        patched.setattr(resume.Checkpoint, "write", counted)
         return run(folder, **changed)
 
 
@@ -213,7 +213,7 @@ def test_fresh_batches_that_are_read_again_must_be_the_same(tmp_path, monkeypatc
 
 def test_fresh_batches_of_another_stop_or_run_are_refused(tmp_path):
     (shaped,) = read_batches(BATCHES)
-    with contextlib.closing(resume.Kept(tmp_path / "run", {"of": "this"}, None)) as kept:
+    with contextlib.closing(resume.Checkpoint(tmp_path / "run", {"of": "this"}, None)) as kept:
         kept.meet(4, shaped)
         record = tmp_path / "run" / "data-0004.json"
         known = json.loads(record.read_text())
@@ -373,7 +373,7 @@ def test_the_lock_dies_with_its_process(done, copied):
 def test_processes_of_one_distributed_run_share_a_folder(done, copied, monkeypatch):
     fingerprint = json.loads((copied / "run.json").read_text())
     del fingerprint["format"]
-    begin = lambda: contextlib.closing(resume.Kept(copied, fingerprint, None))
+    begin = lambda: contextlib.closing(resume.Checkpoint(copied, fingerprint, None))
     (copied / "jpfq-live.tmp").write_bytes(b"of another host")
     with monkeypatch.context() as patched:
         patched.setattr(jax, "process_count", lambda: 2)

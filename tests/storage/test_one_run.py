@@ -59,7 +59,7 @@ def test_of_runs_that_race_for_a_folder_one_begins(tmp_path, monkeypatch):
         def race(which, folder=folder, barrier=barrier, held=held):
             barrier.wait()
             try:
-                held[which] = resume.Kept(folder, {"bits": which}, None)
+                held[which] = resume.Checkpoint(folder, {"bits": which}, None)
             except ValueError as error:
                 held[which] = str(error)
 
@@ -68,7 +68,7 @@ def test_of_runs_that_race_for_a_folder_one_begins(tmp_path, monkeypatch):
             thread.start()
         for thread in threads:
             thread.join()
-        (winner,) = (which for which, found in held.items() if isinstance(found, resume.Kept))
+        (winner,) = (which for which, found in held.items() if isinstance(found, resume.Checkpoint))
         assert json.loads((folder / "run.json").read_text())["bits"] == winner
         assert [path.name for path in folder.iterdir()] == ["run.json"]
         assert all("another process is at the run" in x for which, x in held.items() if which != winner)

@@ -20,7 +20,7 @@ from flax import nnx
 import jpfq
 import jpfq.storage.info as infos
 import jpfq.storage.store as store
-from jpfq.calibrate.activation import Rounded
+from jpfq.calibrate.activation import ActivationQuantizer
 from jpfq.matrix.layout import DotLayout
 from tests.network import zoo
 from tests.network.saved import assert_same, plain, reached, result, tensor
@@ -182,9 +182,9 @@ def test_quantized_inputs_come_back_and_run(tmp_path):
     layout = DotLayout((12, 4), (0,), (), (1,), (), False)
     levels = jpfq.scalar.Levels(*map(jnp.asarray, ([0.03], [7.0], 0.0, 255.0)))
     inputs = {
-        "a": [Rounded(jpfq.Activations(jpfq.Integer(8), jpfq.ranges.Max(), per="row"), layout, None)],
-        "b": [Rounded(jpfq.Activations(range=jpfq.ranges.Percentile(0.99)), layout, levels)],
-        "c": [Rounded(jpfq.Activations(range=jpfq.ranges.KL(7)), layout, levels)],
+        "a": [ActivationQuantizer(jpfq.Activations(jpfq.Integer(8), jpfq.ranges.Max(), per="row"), layout, None)],
+        "b": [ActivationQuantizer(jpfq.Activations(range=jpfq.ranges.Percentile(0.99)), layout, levels)],
+        "c": [ActivationQuantizer(jpfq.Activations(range=jpfq.ranges.KL(7)), layout, levels)],
     }
     quantized = result(fn, {"a": tensor((12, 4), (1, 4), jpfq.Integer(4))}, params=params, inputs=inputs)
     quantized.save(tmp_path / "r")
@@ -203,7 +203,7 @@ REACHES = {  # by name, the shape of its kernel and how far its sums go
     "stack": ((3, 20, 6), reached(16, 64, (3, 1, 6))),
     "zeros": (
         (20, 6),
-        jpfq.scalar.Reach(jpfq.scalar.Sums(*map(jnp.asarray, (9, 0, 255)), 4), jnp.zeros((1, 5, 6, 2), int)),
+        jpfq.scalar.WorstCase(jpfq.scalar.SumSpec(*map(jnp.asarray, (9, 0, 255)), 4), jnp.zeros((1, 5, 6, 2), int)),
     ),
 }
 
