@@ -41,7 +41,7 @@ GRID, INPUTS = jpfq.Integer(4, narrow=True), jpfq.Asymmetric(8)
 TILES = {"one stage": None, "T = 64": 64, "T = 128": 128}
 WIDE = 32
 LEAST = 1e-3  # of what is lost, in the picture
-PLAIN = {"scale": jpfq.MinMSE(), "order": jpfq.Descending(), "finish": None, "shrinkage": None}
+PLAIN = {"scale": jpfq.scale.MinMSE(), "order": jpfq.order.Descending(), "finish": None, "shrinkage": None}
 AXE = {"AXE-GPFQ": jpfq.GPFQ(), "AXE-OPTQ": jpfq.OPTQ(), "AXE-Qronos": jpfq.Qronos()}
 BASELINES = ("EP-init", "fewer bits")
 OURS = {"scale-aware": 8, "scale-aware, A6": 6, "scale-aware, A5": 5, "scale-aware, A4": 4}  # bits of activations
@@ -157,8 +157,13 @@ def overhead(n: int, repeats: int) -> list[tuple[str, float]]:
         jnp.asarray(rng.permutation(n)),
         Levels(f32(np.full((1, n), 0.4)), f32(np.zeros((1, n))), f32(-7), f32(7)),
     )
-    around = lambda tile, inputs=(0, 255): jpfq.Accumulator(16, tile).around(jpfq.Nearest(), inputs)
-    kinds = {"nearest": jpfq.Nearest(), "one stage": around(None), "T = 128": around(128), "T = 64": around(64)}
+    around = lambda tile, inputs=(0, 255): jpfq.Accumulator(16, tile).around(jpfq.rounding.Nearest(), inputs)
+    kinds = {
+        "nearest": jpfq.rounding.Nearest(),
+        "one stage": around(None),
+        "T = 128": around(128),
+        "T = 64": around(64),
+    }
     kinds["T = 128, signed inputs"] = around(128, (-128, 127))
     runs = {
         k: functools.partial(_recursed, r, W, L, order, levels, *_told(r, W, order, levels)) for k, r in kinds.items()

@@ -18,9 +18,9 @@ HERE = Path(__file__).parent
 PLAIN = jpfq.Rule(  # GPFQ alone: what claims about the walk and the loop are made of
     ".*",
     bits=4,
-    scale=jpfq.MinMSE(),
+    scale=jpfq.scale.MinMSE(),
     method=jpfq.GPFQ(),
-    order=jpfq.Natural(),
+    order=jpfq.order.Natural(),
     finish=None,
     shrinkage=None,
 )

@@ -21,7 +21,7 @@ from common import report, table, verdict
 
 import jpfq
 
-ALONE = {"scale": jpfq.MinMSE(), "shrinkage": None, "finish": None}
+ALONE = {"scale": jpfq.scale.MinMSE(), "shrinkage": None, "finish": None}
 PLAIN = ALONE | {"method": jpfq.MSQ()}
 METHODS = {
     "best": {},

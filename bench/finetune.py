@@ -22,7 +22,13 @@ import jpfq
 from jpfq.study.demo import digits, train_cnn
 
 SHARE = 0.5  # of the loss against float, to be recovered at least
-_PLAIN = {"grid": jpfq.Ternary(), "scale": jpfq.MinMSE(), "order": jpfq.Natural(), "finish": None, "shrinkage": None}
+_PLAIN = {
+    "grid": jpfq.Ternary(),
+    "scale": jpfq.scale.MinMSE(),
+    "order": jpfq.order.Natural(),
+    "finish": None,
+    "shrinkage": None,
+}
 RULES = {
     "MSQ, step MinMSE": [jpfq.Rule(".*", method=jpfq.MSQ(), **_PLAIN)],
     "GPFQ, step MinMSE": [jpfq.Rule(".*", method=jpfq.GPFQ(), **_PLAIN)],

@@ -29,10 +29,10 @@ def at_size(n: int, out: int, args: argparse.Namespace, kernel: Kernel) -> tuple
     mix = jnp.eye(n) + jax.random.normal(keys[0], (n, n)) / n**0.5  # inputs that correlate
     X = jax.nn.relu(jax.random.normal(keys[1], (2 * n, n)) @ mix)
     W, gram = jax.random.normal(keys[2], (n, out)) / n**0.5, Gram.from_data(X)
-    system, levels = jax.jit(GPFQ())(W, gram), jpfq.AbsMax()(W, jpfq.Integer(4))
+    system, levels = jax.jit(GPFQ())(W, gram), jpfq.scale.AbsMax()(W, jpfq.Integer(4))
 
     def run(base, L, about, levels, kernel, block):
-        recursion = Recursion(levels, jnp.arange(n), out, jpfq.Nearest(), kernel=kernel)
+        recursion = Recursion(levels, jnp.arange(n), out, jpfq.rounding.Nearest(), kernel=kernel)
         return substitute(base, L, recursion, block=block, about=about).codes
 
     ways = {f"kernel, blocks of {b}": (kernel, b) for b in args.blocks}

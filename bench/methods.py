@@ -18,8 +18,8 @@ from common import report, table, verdict
 import jpfq
 
 MULTIPLES = jnp.linspace(0.5, 1.0, 6)
-PLAIN = {"order": jpfq.Descending(), "finish": None, "shrinkage": None}
-TINY = jpfq.TopEigenvalue(1e-6)
+PLAIN = {"order": jpfq.order.Descending(), "finish": None, "shrinkage": None}
+TINY = jpfq.damping.TopEigenvalue(1e-6)
 LEAST = {2: 0.08, 3: 0.06, 4: 0.03}  # by how much the recommended rules are to be below Qronos on new rows
 METHODS = {
     "RTN": {"method": jpfq.MSQ()},
@@ -28,20 +28,20 @@ METHODS = {
     "GPTAQ .25": {"method": jpfq.GPTAQ(0.25, TINY)},
     "GPTAQ 1": {"method": jpfq.GPTAQ(1.0, TINY)},
     "Qronos": {"method": jpfq.Qronos(damping=TINY)},
-    "LS + GPFQ": {"method": jpfq.GPFQ(), "prepare": jpfq.LeastSquares(damping=TINY)},
-    "GPFQ + 3 passes": {"method": jpfq.GPFQ(), "finish": jpfq.Descend(3)},
+    "LS + GPFQ": {"method": jpfq.GPFQ(), "prepare": jpfq.prepare.LeastSquares(damping=TINY)},
+    "GPFQ + 3 passes": {"method": jpfq.GPFQ(), "finish": jpfq.finish.Descend(3)},
 }
 DAMPED = {
     "RTN": jpfq.MSQ(),
     "GPFQ": jpfq.GPFQ(),
-    **{f"OPTQ {x:g}": jpfq.OPTQ(jpfq.MeanDiagonal(x)) for x in (1e-4, 0.01, 0.1)},
-    **{f"Qronos {x:g}": jpfq.Qronos(damping=jpfq.MeanDiagonal(x)) for x in (1e-4, 0.01, 0.1)},
+    **{f"OPTQ {x:g}": jpfq.OPTQ(jpfq.damping.MeanDiagonal(x)) for x in (1e-4, 0.01, 0.1)},
+    **{f"Qronos {x:g}": jpfq.Qronos(damping=jpfq.damping.MeanDiagonal(x)) for x in (1e-4, 0.01, 0.1)},
 }
 FINISHED = {
     "Qronos": {"method": jpfq.Qronos(damping=TINY)},
-    "+ free step": {"method": jpfq.Qronos(damping=TINY), "finish": jpfq.Refit()},
-    "RTN + 5 passes": {"method": jpfq.MSQ(), "finish": jpfq.CosineDescend(5)},
-    "Qronos + 5 passes": {"method": jpfq.Qronos(damping=TINY), "finish": jpfq.CosineDescend(5)},
+    "+ free step": {"method": jpfq.Qronos(damping=TINY), "finish": jpfq.finish.Refit()},
+    "RTN + 5 passes": {"method": jpfq.MSQ(), "finish": jpfq.finish.CosineDescend(5)},
+    "Qronos + 5 passes": {"method": jpfq.Qronos(damping=TINY), "finish": jpfq.finish.CosineDescend(5)},
 }
 
 
@@ -75,7 +75,7 @@ def grid(bits: int) -> jpfq.Integer:
 
 def published(layer: Layer, bits: int, settings: dict, multiples=MULTIPLES) -> jax.Array:
     """The quantized weights at the layer's best multiple of the largest weights."""
-    one = lambda c: jpfq.solve(layer.W, layer.gram, grid=grid(bits), scale=jpfq.AbsMax(c), **PLAIN | settings)
+    one = lambda c: jpfq.solve(layer.W, layer.gram, grid=grid(bits), scale=jpfq.scale.AbsMax(c), **PLAIN | settings)
     tensors, infos = jax.vmap(one)(multiples)
     best = jnp.argmin(infos.square_error)
     return jax.tree.map(lambda x: x[best], tensors).dequantize()

@@ -64,19 +64,21 @@ def main():
     def quantized(rules) -> float:
         return accuracy(jpfq.quantize(model, batches, rules, variables=variables, progress=False).variables)
 
-    def ternary(method: str, scale: jpfq.AbsMax | jpfq.Median | jpfq.MinMSE | jpfq.MinError) -> float:
-        plain = {"order": jpfq.Natural(), "finish": None, "shrinkage": None}
+    def ternary(
+        method: str, scale: jpfq.scale.AbsMax | jpfq.scale.Median | jpfq.scale.MinMSE | jpfq.scale.MinError
+    ) -> float:
+        plain = {"order": jpfq.order.Natural(), "finish": None, "shrinkage": None}
         return quantized(jpfq.Rule(".*", grid=jpfq.Ternary(), scale=scale, method=METHODS[method], **plain))
 
     exact, counts = accuracy(variables), range(1, args.most + 1)
-    found = {m: [ternary(m, jpfq.Median(float(C))) for C in counts] for m in METHODS}
+    found = {m: [ternary(m, jpfq.scale.Median(float(C))) for C in counts] for m in METHODS}
     show = lambda *values: [f"{value:.2f}" for value in values]
     papers = zip(*PAPER.values(), strict=True)
     rows = [(str(C), *show(*ours, *theirs)) for C, ours, theirs in zip(counts, zip(*found.values()), papers)]
     per_tensor = table(("C", "ours GPFQ", "ours MSQ", "paper GPFQ", "paper MSQ"), rows)
 
-    channel = {f"Median({C})": jpfq.Median(float(C), per=jpfq.PerChannel()) for C in counts}
-    channel |= {"AbsMax()": jpfq.AbsMax(), "MinMSE()": jpfq.MinMSE(), "MinError()": jpfq.MinError()}
+    channel = {f"Median({C})": jpfq.scale.Median(float(C), per=jpfq.scale.PerChannel()) for C in counts}
+    channel |= {"AbsMax()": jpfq.scale.AbsMax(), "MinMSE()": jpfq.scale.MinMSE(), "MinError()": jpfq.scale.MinError()}
     rows = [(name, *show(*(ternary(m, scale) for m in METHODS))) for name, scale in channel.items()]
     per_channel = table(("scale per neuron", "ours GPFQ", "ours MSQ"), rows)
 

@@ -31,9 +31,9 @@ from paper_tables import SETTINGS
 import jpfq
 
 PLAIN = {  # plain rounding: the largest weight of each neuron on the top level
-    "scale": jpfq.AbsMax(),
+    "scale": jpfq.scale.AbsMax(),
     "method": jpfq.MSQ(),
-    "order": jpfq.Natural(),
+    "order": jpfq.order.Natural(),
     "finish": None,
     "shrinkage": None,
 }

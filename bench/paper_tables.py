@@ -55,14 +55,14 @@ METHODS = {
 
 def _with(method: str, **settings) -> dict:
     """What is recommended for some networks is said here, so that rows differ in what their names say alone."""
-    plain = {"scale": jpfq.MinError(), "order": jpfq.Descending(), "finish": None, "shrinkage": None}
+    plain = {"scale": jpfq.scale.MinError(), "order": jpfq.order.Descending(), "finish": None, "shrinkage": None}
     return {"method": METHODS[method]} | plain | settings
 
 
 SETTINGS = {  # what a rule says besides the grid
     "best": {},
     **{m: _with(m) for m in METHODS},
-    **{f"{m} + 4 passes": _with(m, finish=jpfq.CosineDescend(4)) for m in METHODS},
+    **{f"{m} + 4 passes": _with(m, finish=jpfq.finish.CosineDescend(4)) for m in METHODS},
 }
 BREVITAS = {"Qronos": (80.81, 80.02), "OPTQ": (80.68, 78.70), "GPFQ": (80.68, 79.01)}  # ResNet20 here, at 4 and 3 bits
 
@@ -106,7 +106,7 @@ def gpfq20(args: argparse.Namespace) -> Iterator[str]:
     exact, few = s.accuracy(s.variables), [s.batches[0][:8]]
 
     def found(M: int, C: int, name: str, method: jpfq.GPFQ | jpfq.MSQ, batches: list) -> float:
-        settings = {"grid": jpfq.Equispaced(M), "scale": jpfq.Median(float(C)), "order": jpfq.Natural()}
+        settings = {"grid": jpfq.Equispaced(M), "scale": jpfq.scale.Median(float(C)), "order": jpfq.order.Natural()}
         settings |= {"finish": None, "shrinkage": None}
         rule = jpfq.Rule(".*", method=method, **settings)
         return s.quantized(f"gpfq20: {name}, M = {M}, C = {C}", rule, batches)

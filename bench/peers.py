@@ -39,13 +39,13 @@ with warnings.catch_warnings():
 
 CLOSE = 1.005  # our error over the peer's, at most
 FASTER = {"Brevitas GPFQ": 50, "Brevitas GPTQ": 10, "Brevitas Qronos": 10, "GPFQ loop": 200}  # their time over ours
-DAMPING = jpfq.MeanDiagonal(0.01)  # of Brevitas' GPTQ and of qwix
+DAMPING = jpfq.damping.MeanDiagonal(0.01)  # of Brevitas' GPTQ and of qwix
 OURS = {
     "GPFQ": {"": jpfq.GPFQ()},
     "GPTQ": {"": jpfq.OPTQ(damping=DAMPING)},
     "Qronos": {
-        "exact": jpfq.Qronos(exact=True, damping=jpfq.TopEigenvalue(1e-6)),
-        "least squares": jpfq.Qronos(damping=jpfq.TopEigenvalue(1e-6)),
+        "exact": jpfq.Qronos(exact=True, damping=jpfq.damping.TopEigenvalue(1e-6)),
+        "least squares": jpfq.Qronos(damping=jpfq.damping.TopEigenvalue(1e-6)),
     },
     "QEP": {"": jpfq.QEP(alpha=0.5, damping=DAMPING)},
 }
@@ -94,8 +94,8 @@ def inputs(Ws, X) -> list[jax.Array]:
 
 def solved(W, gram, done: Done, grid, method, order=None) -> jax.Array:
     """Our values on a peer's steps."""
-    plain = {"order": order or jpfq.Natural(), "finish": None, "shrinkage": None}
-    return jpfq.solve(W, gram, grid=grid, scale=jpfq.Fixed(done.step), method=method, **plain)[0].dequantize()
+    plain = {"order": order or jpfq.order.Natural(), "finish": None, "shrinkage": None}
+    return jpfq.solve(W, gram, grid=grid, scale=jpfq.scale.Fixed(done.step), method=method, **plain)[0].dequantize()
 
 
 def error(W, X, Xq, q) -> float:
@@ -188,7 +188,7 @@ def brevitas_errors(args) -> tuple[str, list[str]]:
     lines, worst = [], {}
     X, Ws = problem(args.rows, args.width, args.width, args.depth, args.width // 32, args.seed)
     floats = inputs(Ws, X)
-    orders = [("natural", False, jpfq.Natural()), ("descending", True, jpfq.Descending())]
+    orders = [("natural", False, jpfq.order.Natural()), ("descending", True, jpfq.order.Descending())]
     for name in THEIRS:
         for label, act_order, order in orders:
             for bits in args.bits:

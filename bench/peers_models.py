@@ -32,7 +32,7 @@ import jpfq
 
 MODES = {"GPFQ": gpfq_mode, "GPTQ": gptq_mode}
 FASTER = {"GPFQ": 10, "GPTQ": 3}  # their seconds over ours, at least
-_SAME = {"scale": jpfq.AbsMax(), "order": jpfq.Natural(), "finish": None, "shrinkage": None}
+_SAME = {"scale": jpfq.scale.AbsMax(), "order": jpfq.order.Natural(), "finish": None, "shrinkage": None}
 OURS = {  # what a rule says besides the grid
     "GPFQ": {"method": jpfq.GPFQ(), **_SAME},
     "GPTQ": {"method": jpfq.OPTQ(damping=DAMPING), **_SAME},

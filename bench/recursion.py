@@ -41,12 +41,12 @@ def forms(n: int, out: int, seed: int) -> tuple[Form, list[Form]]:
     gram, rows, method, grid = Gram.from_data(X), Rows(X[: n // 8]), GPFQ(), jpfq.Integer(4)
     system = jax.jit(method)(W, gram)
     fed = system.base, system.L, system.about
-    levels = jpfq.AbsMax()(W, grid)
-    recursion = lambda levels: Recursion(levels, jnp.arange(n), out, jpfq.Nearest())
+    levels = jpfq.scale.AbsMax()(W, grid)
+    recursion = lambda levels: Recursion(levels, jnp.arange(n), out, jpfq.rounding.Nearest())
     plain = lambda base, L, about, levels, block: substitute(base, L, recursion(levels), block=block, about=about)
     data = lambda W, rows, levels: follow(W, rows, method, recursion(levels))
-    whole = [("AbsMax", jpfq.AbsMax()), ("MinMSE", jpfq.MinMSE())]
-    bare = {"method": method, "order": jpfq.Natural(), "finish": None, "shrinkage": None}
+    whole = [("AbsMax", jpfq.scale.AbsMax()), ("MinMSE", jpfq.scale.MinMSE())]
+    bare = {"method": method, "order": jpfq.order.Natural(), "finish": None, "shrinkage": None}
     recipe = lambda scale: recipe_of(None, grid, scale=scale, **bare)
     blocked = {f"blocks of {b}": b for b in sorted({BLOCK, 32, 128})}
     lead = functools.partial(jax.tree.map, lambda x: x[None])
@@ -71,7 +71,7 @@ def methods(n: int, out: int, seed: int) -> tuple[Form, list[Form]]:
     X = jax.nn.relu(jax.random.normal(keys[0], (2 * n, n)) + jax.random.normal(keys[1], (2 * n, 1)))
     Xq = X + 0.05 * jax.random.normal(keys[2], X.shape)
     W, gram = jax.random.normal(keys[3], (n, out)) / n**0.5, Gram.from_data(X, Xq)
-    levels, order, key = jpfq.AbsMax()(W, jpfq.Integer(4)), jnp.arange(n), jax.random.key(0)
+    levels, order, key = jpfq.scale.AbsMax()(W, jpfq.Integer(4)), jnp.arange(n), jax.random.key(0)
 
     def run(rounding, draws=None):
         f = lambda base, L, about, levels: substitute(
@@ -79,16 +79,16 @@ def methods(n: int, out: int, seed: int) -> tuple[Form, list[Form]]:
         )
         return jax.jit(f)
 
-    nearest = run(jpfq.Nearest())
+    nearest = run(jpfq.rounding.Nearest())
     parts = {"GPFQ": GPFQ(), "UNI": jpfq.UNI(2.0), "OPTQ": jpfq.OPTQ(), "QEP": jpfq.QEP(), "Qronos": jpfq.Qronos()}
     parts |= {"Qronos, exact": jpfq.Qronos(exact=True), "GPTAQ": jpfq.GPTAQ()}
     systems = {name: jax.jit(method)(W, gram) for name, method in parts.items()}
     fed = {name: (s.base, s.L, jnp.zeros_like(s.base) if s.about is None else s.about) for name, s in systems.items()}
     found = [compiled(name, nearest, *args, levels) for name, args in fed.items()]
-    found.append(compiled("GPFQ, soft threshold", run(jpfq.SoftThreshold(0.01)), *fed["GPFQ"], levels))
-    found.append(compiled("GPFQ, stochastic", run(jpfq.Stochastic(), key), *fed["GPFQ"], levels))
+    found.append(compiled("GPFQ, soft threshold", run(jpfq.rounding.SoftThreshold(0.01)), *fed["GPFQ"], levels))
+    found.append(compiled("GPFQ, stochastic", run(jpfq.rounding.Stochastic(), key), *fed["GPFQ"], levels))
     codes = nearest(*fed["GPFQ"], levels).codes
-    for passes in (jpfq.Descend, jpfq.CosineDescend):
+    for passes in (jpfq.finish.Descend, jpfq.finish.CosineDescend):
         both = [jax.jit(functools.partial(_finish, passes(k), out)) for k in (1, 5)]
         found.extend(
             compiled(f"{passes.__name__}, {k} passes", f, W, gram, codes, levels) for k, f in zip((1, 5), both)
@@ -97,7 +97,7 @@ def methods(n: int, out: int, seed: int) -> tuple[Form, list[Form]]:
 
 
 def _finish(finish, out, W, gram, codes, levels):
-    return finish(W, gram, codes, Recursion(levels, jnp.arange(W.shape[0]), out, jpfq.Nearest()), BLOCK)[0]
+    return finish(W, gram, codes, Recursion(levels, jnp.arange(W.shape[0]), out, jpfq.rounding.Nearest()), BLOCK)[0]
 
 
 def compiled(name, f, *args) -> Form:

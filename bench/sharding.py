@@ -21,10 +21,11 @@ import jpfq
 from jpfq.matrix import Devices, Gram, recipe_of, solve_all, solve_sharded
 from jpfq.matrix.shard import SQUARES, program
 
-PLAIN = {"scale": jpfq.AbsMax(), "order": jpfq.Natural(), "finish": None, "shrinkage": None}
+PLAIN = {"scale": jpfq.scale.AbsMax(), "order": jpfq.order.Natural(), "finish": None, "shrinkage": None}
 RECIPES = {
     "GPFQ": PLAIN | {"method": jpfq.GPFQ()},
-    "GPFQ, searched": PLAIN | {"method": jpfq.GPFQ(), "scale": jpfq.MinError(), "finish": jpfq.CosineDescend()},
+    "GPFQ, searched": PLAIN
+    | {"method": jpfq.GPFQ(), "scale": jpfq.scale.MinError(), "finish": jpfq.finish.CosineDescend()},
     "Qronos": PLAIN | {"method": jpfq.Qronos()},
 }
 

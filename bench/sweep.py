@@ -24,10 +24,10 @@ KINDS = {
     "GPFQ": lambda bits, c: jpfq.Rule(
         ".*",
         bits=bits,
-        scale=jpfq.AbsMax(c),
+        scale=jpfq.scale.AbsMax(c),
         **{k: getattr(PLAIN, k) for k in ("method", "order", "finish", "shrinkage")},
     ),
-    "recommended": lambda bits, c: jpfq.Rule(".*", bits=bits, scale=jpfq.MinError(jpfq.AbsMax(c))),
+    "recommended": lambda bits, c: jpfq.Rule(".*", bits=bits, scale=jpfq.scale.MinError(jpfq.scale.AbsMax(c))),
 }
 
 

@@ -33,6 +33,12 @@ The examples below, and those of all classes and functions, run one by one. They
 
 from importlib.metadata import version as _version
 
+from . import damping as damping
+from . import finish as finish
+from . import order as order
+from . import prepare as prepare
+from . import rounding as rounding
+from . import scale as scale
 from .calibrate.activation import Activations as Activations
 from .calibrate.batches import Weighted as Weighted
 from .calibrate.curvature import Coupling as Coupling
@@ -44,26 +50,14 @@ from .matrix import MSQ as MSQ
 from .matrix import OPTQ as OPTQ
 from .matrix import QEP as QEP
 from .matrix import UNI as UNI
-from .matrix import Align as Align
-from .matrix import CosineDescend as CosineDescend
-from .matrix import Descend as Descend
-from .matrix import Descending as Descending
 from .matrix import Gram as Gram
 from .matrix import Hadamard as Hadamard
 from .matrix import Info as Info
-from .matrix import LeastSquares as LeastSquares
-from .matrix import MagR as MagR
-from .matrix import MalySaab as MalySaab
-from .matrix import MeanDiagonal as MeanDiagonal
-from .matrix import MinPivot as MinPivot
-from .matrix import Natural as Natural
 from .matrix import Packed as Packed
 from .matrix import Qronos as Qronos
 from .matrix import QTensor as QTensor
-from .matrix import Refit as Refit
 from .matrix import Rows as Rows
 from .matrix import Shrinkage as Shrinkage
-from .matrix import TopEigenvalue as TopEigenvalue
 from .matrix import dequantize as dequantize
 from .matrix import patches as patches
 from .matrix.solve import solve as solve
@@ -81,27 +75,13 @@ from .network.quantize import quantize as quantize
 from .network.quantized import Quantized as Quantized
 from .network.rules import Rule as Rule
 from .network.serve import Served as Served
-from .scalar import AbsMax as AbsMax
 from .scalar import Accumulator as Accumulator
 from .scalar import Asymmetric as Asymmetric
 from .scalar import Binary as Binary
 from .scalar import EPInit as EPInit
 from .scalar import Equispaced as Equispaced
-from .scalar import Fixed as Fixed
-from .scalar import HardThreshold as HardThreshold
 from .scalar import Infinite as Infinite
 from .scalar import Integer as Integer
-from .scalar import Median as Median
-from .scalar import MinError as MinError
-from .scalar import MinMSE as MinMSE
-from .scalar import Nearest as Nearest
-from .scalar import PerChannel as PerChannel
-from .scalar import PerGroup as PerGroup
-from .scalar import PerTensor as PerTensor
-from .scalar import Prune as Prune
-from .scalar import Quantile as Quantile
-from .scalar import SoftThreshold as SoftThreshold
-from .scalar import Stochastic as Stochastic
 from .scalar import Symmetric as Symmetric
 from .scalar import Ternary as Ternary
 from .scalar import datatype_bits as datatype_bits
@@ -114,3 +94,15 @@ from .study.sweep import sweep as sweep
 from .study.swept import Sweep as Sweep
 
 __version__ = _version("jpfq")
+
+_SPACES = ("scale", "order", "prepare", "rounding", "finish", "damping", "ranges", "patches", "paper", "embed", "plot")
+_KNOWN_AS = {"GPTQ": "OPTQ", "RTN": "MSQ"}
+
+
+def __getattr__(name: str):
+    """Says where a name is that others, or earlier versions, have here."""
+    place = _KNOWN_AS.get(name) or next(
+        (f"{s}.{name}" for s in _SPACES if name[0] != "_" and hasattr(globals()[s], name)), None
+    )
+    hint = f": take jpfq.{place}" if place else ""
+    raise AttributeError(f"jpfq has no {name}{hint}.")

@@ -13,7 +13,7 @@ from jpfq.scalar import Rounding, register_dataclass
 from tests.reference import gpfq as reference
 
 # What `solve` does about a method when nothing more than the method is meant.
-PLAIN = {"shrinkage": None, "scale": jpfq.MinMSE(), "order": jpfq.Natural(), "finish": None}
+PLAIN = {"shrinkage": None, "scale": jpfq.scale.MinMSE(), "order": jpfq.order.Natural(), "finish": None}
 
 # How far two ways of computing one number of order 1 may lie apart: a few hundred roundings.
 TOLERANCE = {"float64": 1e-12, "float32": 3e-5, "bfloat16": 3e-2}
@@ -116,7 +116,7 @@ def problem32(seed=30, *, n=40, out=6, **settings):
 def recursed(system, levels, order=None, rounding=None, key=None, block=None):
     """The path of a system; methods of one shape share a program."""
     order = jnp.arange(system.base.shape[0]) if order is None else order
-    return _recursed(system._replace(cost=None), levels, order, rounding or jpfq.Nearest(), key, block)
+    return _recursed(system._replace(cost=None), levels, order, rounding or jpfq.rounding.Nearest(), key, block)
 
 
 @functools.partial(jax.jit, static_argnames="block")

@@ -21,7 +21,8 @@ import jpfq.matrix
 from tests.helpers import assert_close, problem
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-SPACES = ("paper", "ranges", "patches", "embed", "plot")  # what `jpfq` offers one level down
+SLOTS = ("scale", "order", "prepare", "rounding", "finish", "damping")  # of a rule, and the namespaces of their choices
+SPACES = (*SLOTS, "paper", "ranges", "patches", "embed", "plot")  # what `jpfq` offers one level down
 SHOWN = (  # classes whose methods are examples of their own
     jpfq.Gram,
     jpfq.QTensor,
@@ -48,7 +49,7 @@ SLOW = {
     "fake_quant",
     "plot.accumulators",
     "Certificate",
-    "MalySaab",
+    "prepare.MalySaab",
 }  # programs of their own, which the README or other tests run as well
 NEEDS = {
     "Sweep.frame": "pandas",
@@ -60,7 +61,7 @@ NEEDS = {
 
 def names_of(space):
     """The public names of `jpfq` or one of the modules it offers."""
-    if space is jpfq or space is jpfq.embed:  # which list them
+    if space in (jpfq, jpfq.embed, *(getattr(jpfq, slot) for slot in SLOTS)):  # which list them
         return [name for name, x in vars(space).items() if name[0] != "_" and not isinstance(x, types.ModuleType)]
     home = "jpfq.report.plot" if space is jpfq.plot else space.__name__
     return [name for name, x in vars(space).items() if name[0] != "_" and getattr(x, "__module__", "") == home]
@@ -251,3 +252,24 @@ def test_the_check_itself_sees(doc, complaint):
 def test_the_list_of_arguments_is_read():
     doc = "It.\n\nArgs:\n    a, b: two.\n        c: no argument.\n    **more: others.\n\nReturns:\n    d: none."
     assert listed(doc) == {"a", "b", "more"}
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("AbsMax", "scale.AbsMax"),
+        ("PerGroup", "scale.PerGroup"),
+        ("Descend", "finish.Descend"),
+        ("GPTQ", "OPTQ"),
+        ("RTN", "MSQ"),
+    ],
+)
+def test_a_name_from_elsewhere_leads_here(name, place):
+    with pytest.raises(AttributeError, match=rf"jpfq has no {name}: take jpfq\.{place}\."):
+        getattr(jpfq, name)
+
+
+def test_a_name_that_is_nowhere_is_missing():
+    assert not hasattr(jpfq, "_nothing")
+    with pytest.raises(AttributeError, match=r"jpfq has no nothing\.$"):
+        _ = jpfq.nothing

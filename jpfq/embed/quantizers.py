@@ -312,7 +312,7 @@ class Memoryless(Quantizer):
     def __post_init__(self):
         self._check()
         if not isinstance(self.rounding, Rounding):
-            raise ValueError(f"rounding takes a Rounding, such as jpfq.Stochastic(); got {self.rounding!r}.")
+            raise ValueError(f"rounding takes a Rounding, such as jpfq.rounding.Stochastic(); got {self.rounding!r}.")
 
     @classmethod
     def stochastic(cls, K: int = 1) -> "Memoryless":

@@ -35,7 +35,7 @@ length V_tt.
 
 As code, for all neurons at once:
 
-    >>> plain = {"scale": jpfq.AbsMax(), "order": jpfq.Natural(), "shrinkage": None, "finish": None}
+    >>> plain = {"scale": jpfq.scale.AbsMax(), "order": jpfq.order.Natural(), "shrinkage": None, "finish": None}
     >>> tensor, info = jpfq.solve(W, gram, bits=4, method=jpfq.GPFQ(), **plain)
     >>> system, step, q = jpfq.GPFQ()(W, gram), tensor.step[0], jnp.zeros_like(W)
     >>> for t in range(32):

@@ -42,7 +42,7 @@ class MeanDiagonal(Damping):
     """lam = share times the mean of diag(H) over the coordinates that are alive (OPTQ: .01).
 
     Examples:
-        >>> float(jpfq.MeanDiagonal(share=0.25)(jnp.diag(jnp.array([1.0, 3.0, 0.0]))))
+        >>> float(jpfq.damping.MeanDiagonal(share=0.25)(jnp.diag(jnp.array([1.0, 3.0, 0.0]))))
         0.5
     """
 
@@ -61,7 +61,7 @@ class TopEigenvalue(Damping):
     `share` is of that eigenvalue.
 
     Examples:
-        >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.Qronos(damping=jpfq.TopEigenvalue(1e-3)))
+        >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.Qronos(damping=jpfq.damping.TopEigenvalue(1e-3)))
     """
 
     share: Number = 1e-6

@@ -60,7 +60,7 @@ class Refit(Finish):
     Where one step serves the whole matrix, one factor for all its neurons. A neuron of c* <= 0 keeps its step.
 
     Examples:
-        >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.GPFQ(), finish=jpfq.Refit())
+        >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.GPFQ(), finish=jpfq.finish.Refit())
     """
 
     fills = True
@@ -79,7 +79,7 @@ class Descend(Finish):
     """Cyclic coordinate descent on the grid as it is (CDQuant, COMQ): with nearest rounding the error never grows.
 
     Examples:
-        >>> rule = jpfq.Rule(".*", bits=4, scale=jpfq.MinMSE(), finish=jpfq.Descend(passes=3))  # the steps stay
+        >>> rule = jpfq.Rule(".*", bits=4, scale=jpfq.scale.MinMSE(), finish=jpfq.finish.Descend(passes=3))  # the steps stay
     """
 
     passes: int = dataclasses.field(default=3, metadata={"static": True})
@@ -115,7 +115,7 @@ class CosineDescend(Finish):
     `passes` over all coordinates.
 
     Examples:
-        >>> rule = jpfq.Rule(".*", bits=3, method=jpfq.GPFQ(), finish=jpfq.CosineDescend(passes=8))
+        >>> rule = jpfq.Rule(".*", bits=3, method=jpfq.GPFQ(), finish=jpfq.finish.CosineDescend(passes=8))
     """
 
     passes: int = dataclasses.field(default=4, metadata={"static": True})

@@ -146,7 +146,7 @@ class UNI(Method):
     `Stochastic` and scaling 1, on aligned weights (`Align`), this is SPFQ.
 
     Examples:
-        >>> rule = jpfq.Rule(".*", grid=jpfq.Binary(), method=jpfq.UNI(scaling=4.0), rounding=jpfq.Stochastic())
+        >>> rule = jpfq.Rule(".*", grid=jpfq.Binary(), method=jpfq.UNI(scaling=4.0), rounding=jpfq.rounding.Stochastic())
     """
 
     scaling: Number = 1.0

@@ -28,8 +28,8 @@ class MalySaab(Prepare):
 
     Examples:
         >>> few = jpfq.Rows(X[:8])  # 8 calibration rows for 32 inputs
-        >>> one_bit = {"grid": jpfq.Binary(), "scale": jpfq.AbsMax(), "method": jpfq.MSQ(), "finish": None}
-        >>> tensor, info = jpfq.solve(W, few, prepare=jpfq.MalySaab(), **one_bit)
+        >>> one_bit = {"grid": jpfq.Binary(), "scale": jpfq.scale.AbsMax(), "method": jpfq.MSQ(), "finish": None}
+        >>> tensor, info = jpfq.solve(W, few, prepare=jpfq.prepare.MalySaab(), **one_bit)
     """
 
     needs_rows = True

@@ -42,7 +42,7 @@ class OPTQ(_Factored):
     `damping` is what is added to the diagonal of H before it is factored.
 
     Examples:
-        >>> tensor, info = jpfq.solve(W, gram, bits=4, method=jpfq.OPTQ(jpfq.MeanDiagonal(0.05)))
+        >>> tensor, info = jpfq.solve(W, gram, bits=4, method=jpfq.OPTQ(jpfq.damping.MeanDiagonal(0.05)))
     """
 
     damping: Damping = MeanDiagonal(0.01)

@@ -28,7 +28,7 @@ class Natural(Order):
     """As they come, as in the papers of GPFQ.
 
     Examples:
-        >>> jpfq.Natural()(gram) is None  # nothing is moved
+        >>> jpfq.order.Natural()(gram) is None  # nothing is moved
         True
     """
 
@@ -44,7 +44,7 @@ class Descending(Order):
     """Largest input first (called act-order elsewhere); ties by index.
 
     Examples:
-        >>> order = jpfq.Descending()(gram)
+        >>> order = jpfq.order.Descending()(gram)
         >>> int(order[0]) == int(gram.diagonal.argmax())
         True
     """
@@ -67,7 +67,7 @@ class MinPivot(Order):
     `damping` is lam.
 
     Examples:
-        >>> rule = jpfq.Rule(".*", bits=4, order=jpfq.MinPivot(jpfq.MeanDiagonal(0.01)))
+        >>> rule = jpfq.Rule(".*", bits=4, order=jpfq.order.MinPivot(jpfq.damping.MeanDiagonal(0.01)))
     """
 
     damping: Damping = MeanDiagonal(0.01)

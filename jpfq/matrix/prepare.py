@@ -49,7 +49,8 @@ class Align(Prepare):
     stay.
 
     Examples:
-        >>> rule = jpfq.Rule(".*", bits=4, prepare=jpfq.Align(passes=4), method=jpfq.UNI(), rounding=jpfq.Stochastic())
+        >>> spfq = {"method": jpfq.UNI(), "rounding": jpfq.rounding.Stochastic()}
+        >>> rule = jpfq.Rule(".*", bits=4, prepare=jpfq.prepare.Align(passes=4), **spfq)
     """
 
     passes: int = dataclasses.field(default=1, metadata={"static": True})
@@ -78,7 +79,7 @@ class LeastSquares(Prepare):
     `damping` is lam.
 
     Examples:
-        >>> rule = jpfq.Rule(".*", bits=4, prepare=jpfq.LeastSquares(), method=jpfq.GPFQ())
+        >>> rule = jpfq.Rule(".*", bits=4, prepare=jpfq.prepare.LeastSquares(), method=jpfq.GPFQ())
     """
 
     alpha: Number = 1.0
@@ -104,7 +105,7 @@ class MagR(Prepare):
     `iterations` is the number of those steps.
 
     Examples:
-        >>> rule = jpfq.Rule(".*", bits=2, prepare=jpfq.MagR(0.01), scale=jpfq.AbsMax())
+        >>> rule = jpfq.Rule(".*", bits=2, prepare=jpfq.prepare.MagR(0.01), scale=jpfq.scale.AbsMax())
     """
 
     alpha: Number = 0.01

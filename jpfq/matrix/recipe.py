@@ -164,12 +164,12 @@ def _guarded(settings, guard, inputs, given) -> dict:
 
 _kinds = {
     "grid": (Grid, "Ternary()"),
-    "scale": (Scale, "AbsMax()"),
+    "scale": (Scale, "scale.AbsMax()"),
     "method": (Method, "GPFQ()"),
-    "rounding": (Rounding, "Nearest()"),
-    "order": (Order, "Natural()"),
-    "prepare": (Prepare, "Align()"),
-    "finish": (Finish, "Refit()"),
+    "rounding": (Rounding, "rounding.Nearest()"),
+    "order": (Order, "order.Natural()"),
+    "prepare": (Prepare, "prepare.Align()"),
+    "finish": (Finish, "finish.Refit()"),
     "rotation": (Hadamard, "Hadamard()"),
     "shrinkage": (Shrinkage, "Shrinkage()"),
     "accumulator": (Constraint, "Accumulator(16, tile=64)"),
@@ -178,7 +178,9 @@ _kinds = {
 
 def _check_kind(name, value, kind, example):
     if not isinstance(value, kind):
-        hint = f"; did you mean jpfq.{value.__name__}()?" if isinstance(value, type) and issubclass(value, kind) else ""
+        given = isinstance(value, type) and issubclass(value, kind)
+        place = f"{name}." if example.startswith(f"{name}.") else ""
+        hint = f"; did you mean jpfq.{place}{value.__name__}()?" if given else ""
         article = "an" if kind is Order else "a"
         raise ValueError(f"{name} takes {article} {kind.__name__}, such as jpfq.{example}; got {value!r}{hint}")
 

@@ -123,12 +123,14 @@ def raise_on(info: Info, recipe: Recipe, name: str, data: Gram | Rows) -> None:
         raise ValueError(
             f"{recipe.method} with prepare={recipe.prepare}: the factorisation of H + lam I failed for {name}, where H has "
             f"the condition number {_condition(data):.1e}. Raise the damping, for example to "
-            "damping=jpfq.MeanDiagonal(0.05), calibrate with more rows than inputs, or take jpfq.GPFQ(), which factors none."
+            "damping=jpfq.damping.MeanDiagonal(0.05), calibrate with more rows than inputs, or take jpfq.GPFQ(), which "
+            "factors none."
         )
     if int(info.zero_steps):
         raise ValueError(
             f"{recipe.scale} gives a step of zero under weights of {name} that are not all zero "
-            f"({int(info.zero_steps)} steps): take a scale that sees them, such as jpfq.AbsMax() or jpfq.MinMSE()."
+            f"({int(info.zero_steps)} steps): take a scale that sees them, such as jpfq.scale.AbsMax() or "
+            "jpfq.scale.MinMSE()."
         )
     if not bool(jnp.isfinite(info.square_error)):
         raise ValueError(f"The quantized outputs of {name} overflow: scale its inputs down.")

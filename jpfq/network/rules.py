@@ -49,7 +49,7 @@ class Rule:
     Examples:
         >>> rules = [
         ...     jpfq.Rule("head/.*", skip=True),
-        ...     jpfq.Rule(".*kernel", bits=4, scale=jpfq.AbsMax(per=jpfq.PerGroup(16))),
+        ...     jpfq.Rule(".*kernel", bits=4, scale=jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(16))),
         ... ]
     """
 

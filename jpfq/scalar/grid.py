@@ -105,7 +105,7 @@ class Asymmetric(Grid):
     """Unsigned integers 0 .. 2^b - 1 with an integer zero point fitted to the weights (OPTQ's default).
 
     Examples:
-        >>> levels = jpfq.AbsMax()(W, jpfq.Asymmetric(bits=4))
+        >>> levels = jpfq.scale.AbsMax()(W, jpfq.Asymmetric(bits=4))
         >>> levels.step.shape, levels.zero.shape  # a zero point of its own for each neuron
         ((1, 8), (1, 8))
     """
@@ -197,7 +197,7 @@ class Infinite(Grid):
     Codes stay within +-2^24, the integers that float32 holds; nothing else saturates.
 
     Examples:
-        >>> tensor, info = jpfq.solve(W, gram, grid=jpfq.Infinite(), scale=jpfq.Fixed(0.1))
+        >>> tensor, info = jpfq.solve(W, gram, grid=jpfq.Infinite(), scale=jpfq.scale.Fixed(0.1))
         >>> float(info.saturation)
         0.0
     """

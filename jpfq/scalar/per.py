@@ -25,7 +25,7 @@ class PerTensor(Per):
     """One step for the whole matrix, as in the papers.
 
     Examples:
-        >>> jpfq.AbsMax(per=jpfq.PerTensor())(W, jpfq.Integer(4)).step.shape
+        >>> jpfq.scale.AbsMax(per=jpfq.scale.PerTensor())(W, jpfq.Integer(4)).step.shape
         (1, 1)
     """
 
@@ -38,7 +38,7 @@ class PerChannel(Per):
     """One step per neuron.
 
     Examples:
-        >>> jpfq.AbsMax(per=jpfq.PerChannel())(W, jpfq.Integer(4)).step.shape
+        >>> jpfq.scale.AbsMax(per=jpfq.scale.PerChannel())(W, jpfq.Integer(4)).step.shape
         (1, 8)
     """
 
@@ -54,7 +54,7 @@ class PerGroup(Per):
     weights have become by then (the default of OPTQ's code; it needs order=Natural()).
 
     Examples:
-        >>> jpfq.AbsMax(per=jpfq.PerGroup(16))(W, jpfq.Integer(4)).step.shape
+        >>> jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(16))(W, jpfq.Integer(4)).step.shape
         (2, 8)
     """
 

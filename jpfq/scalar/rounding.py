@@ -83,7 +83,7 @@ class Nearest(Rounding):
     """The level p that minimises (a - p)^2; of two at equal distance the upper one.
 
     Examples:
-        >>> rule = jpfq.Rule(".*", bits=4, rounding=jpfq.Nearest())  # as it is without being named
+        >>> rule = jpfq.Rule(".*", bits=4, rounding=jpfq.rounding.Nearest())  # as it is without being named
     """
 
     fills = True
@@ -104,7 +104,7 @@ class Stochastic(Rounding):
     Source: SPFQ (Zhang, Saab 2023) section 2; the unified framework (H. Zhang, Saab 2024) for one bit.
 
     Examples:
-        >>> tensor, info = jpfq.solve(W, gram, bits=4, rounding=jpfq.Stochastic(), key=key)
+        >>> tensor, info = jpfq.solve(W, gram, bits=4, rounding=jpfq.rounding.Stochastic(), key=key)
     """
 
     random = True
@@ -145,7 +145,7 @@ class SoftThreshold(_Threshold):
     `unit` is what `lam` is measured in: "weight", "step", or "radius", the largest level.
 
     Examples:
-        >>> tensor, info = jpfq.solve(W, gram, bits=4, rounding=jpfq.SoftThreshold(0.1, unit="radius"))
+        >>> tensor, info = jpfq.solve(W, gram, bits=4, rounding=jpfq.rounding.SoftThreshold(0.1, unit="radius"))
         >>> float(info.sparsity) == float((tensor.codes == 0).mean())
         True
     """
@@ -174,7 +174,7 @@ class HardThreshold(_Threshold):
     `unit` is what `lam` is measured in: "weight", "step", or "radius", the largest level.
 
     Examples:
-        >>> rule = jpfq.Rule(".*", bits=4, rounding=jpfq.HardThreshold(1.0, unit="step"))
+        >>> rule = jpfq.Rule(".*", bits=4, rounding=jpfq.rounding.HardThreshold(1.0, unit="step"))
     """
 
     lam: Number
@@ -202,7 +202,7 @@ class Prune(_Threshold):
     `unit` is what `c` is measured in: "weight", "step", or "radius", the largest level.
 
     Examples:
-        >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.UNI(), rounding=jpfq.Prune(2.0, unit="step"))  # takes a key
+        >>> rule = jpfq.Rule(".*", bits=4, method=jpfq.UNI(), rounding=jpfq.rounding.Prune(2.0, unit="step"))  # takes a key
     """
 
     random = True

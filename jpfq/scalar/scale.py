@@ -94,7 +94,7 @@ class AbsMax(Scale):
     `per` says which weights share a step: `PerTensor()`, `PerChannel()` or `PerGroup(size)`.
 
     Examples:
-        >>> rule = jpfq.Rule(".*", bits=4, scale=jpfq.AbsMax(0.9, per=jpfq.PerGroup(16)))
+        >>> rule = jpfq.Rule(".*", bits=4, scale=jpfq.scale.AbsMax(0.9, per=jpfq.scale.PerGroup(16)))
     """
 
     c: Number = 1.0
@@ -118,7 +118,7 @@ class Quantile(Scale):
     `per` says which weights share a step.
 
     Examples:
-        >>> rule = jpfq.Rule(".*", grid=jpfq.Symmetric(8), scale=jpfq.Quantile(p=0.99, c=1.1))
+        >>> rule = jpfq.Rule(".*", grid=jpfq.Symmetric(8), scale=jpfq.scale.Quantile(p=0.99, c=1.1))
     """
 
     p: Number = 1.0
@@ -152,7 +152,7 @@ class Median(Scale):
     `per` says which weights share a step.
 
     Examples:
-        >>> jpfq.Median(3.0)(W, jpfq.Ternary()).step.shape  # one for the whole matrix
+        >>> jpfq.scale.Median(3.0)(W, jpfq.Ternary()).step.shape  # one for the whole matrix
         (1, 1)
     """
 
@@ -181,8 +181,8 @@ class MinMSE(Scale):
     `per` says which weights share a step.
 
     Examples:
-        >>> levels = jpfq.MinMSE()(W, jpfq.Integer(3))
-        >>> bool((levels.step <= jpfq.AbsMax()(W, jpfq.Integer(3)).step).all())  # never wider than [min, max]
+        >>> levels = jpfq.scale.MinMSE()(W, jpfq.Integer(3))
+        >>> bool((levels.step <= jpfq.scale.AbsMax()(W, jpfq.Integer(3)).step).all())  # never wider than [min, max]
         True
     """
 
@@ -234,8 +234,8 @@ class MinError(Based):
     `base` is the scale whose steps are multiplied.
 
     Examples:
-        >>> tensor, info = jpfq.solve(W, gram, bits=3, scale=jpfq.MinError(jpfq.AbsMax(), least=0.4))
-        >>> jpfq.MinError(candidates=8, rounds=2).runs  # of the recursion
+        >>> tensor, info = jpfq.solve(W, gram, bits=3, scale=jpfq.scale.MinError(jpfq.scale.AbsMax(), least=0.4))
+        >>> jpfq.scale.MinError(candidates=8, rounds=2).runs  # of the recursion
         16
     """
 
@@ -280,7 +280,7 @@ class Fixed(Scale):
     """The step itself, in units of the weights: a number, or an array that broadcasts to (groups, out).
 
     Examples:
-        >>> tensor, info = jpfq.solve(W, gram, bits=4, scale=jpfq.Fixed(0.25))
+        >>> tensor, info = jpfq.solve(W, gram, bits=4, scale=jpfq.scale.Fixed(0.25))
         >>> tensor.step.shape, bool((tensor.step == 0.25).all())
         ((1, 1), True)
     """
@@ -326,7 +326,9 @@ def lay(low, high, grid: Grid) -> Levels:
     """The grid over the intervals [low, high]."""
     lo, hi, zero, reach = grid.alphabet()
     if reach is None:
-        raise ValueError("Infinite has no largest level to put a radius on: give its step with scale=jpfq.Fixed(step).")
+        raise ValueError(
+            "Infinite has no largest level to put a radius on: give its step with scale=jpfq.scale.Fixed(step)."
+        )
     number = lambda x: jnp.asarray(x, high.dtype)  # of a traced integer
     if zero is not None:
         return _levels(high / number(reach), zero, grid)

@@ -28,7 +28,7 @@ class Space:
 
     Examples:
         >>> space = jpfq.Space(bits=[2, 3, 4], method=[jpfq.GPFQ(), jpfq.Qronos()])
-        >>> rules = lambda bits, c: jpfq.Rule(".*", bits=bits, scale=jpfq.AbsMax(c))
+        >>> rules = lambda bits, c: jpfq.Rule(".*", bits=bits, scale=jpfq.scale.AbsMax(c))
         >>> len(space), len(jpfq.Space(rules, bits=[2, 3], c=[0.6, 0.8, 1.0]))
         (6, 6)
     """
@@ -53,7 +53,8 @@ class Space:
             rules: as for `Space`.
 
         Examples:
-            >>> space = jpfq.Space.listed([{"bits": 2, "scale": jpfq.MinError()}, {"bits": 4, "scale": jpfq.AbsMax()}])
+            >>> scales = jpfq.scale.MinError(), jpfq.scale.AbsMax()
+            >>> space = jpfq.Space.listed([{"bits": 2, "scale": scales[0]}, {"bits": 4, "scale": scales[1]}])
             >>> len(space)
             2
         """

@@ -102,7 +102,7 @@ def test_the_same_codes_as_with_a_column_of_ones_that_is_not_rounded():
         u -= np.outer(Z[:, t], q[t])
     model = nn.Dense(3)
     params = {"kernel": jnp.asarray(W), "bias": jnp.zeros(3)}
-    rule = zoo.plain(grid=jpfq.Integer(3, narrow=True), scale=jpfq.AbsMax(), correct_bias=True, form="gram")
+    rule = zoo.plain(grid=jpfq.Integer(3, narrow=True), scale=jpfq.scale.AbsMax(), correct_bias=True, form="gram")
     quantized = jpfq.quantize(model, [jnp.asarray(X)], rule, variables={"params": params})
     np.testing.assert_allclose(quantized.params["kernel"], q, atol=1e-5)
     np.testing.assert_allclose(quantized.params["bias"], X.mean(0) @ (W - q), atol=1e-5)

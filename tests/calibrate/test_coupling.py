@@ -131,7 +131,7 @@ def test_settings_that_cannot_be(settings, message):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"form": "data", "finish": None, "shrinkage": None}, {"scale": jpfq.AbsMax(per=jpfq.PerTensor())}],
+    [{"form": "data", "finish": None, "shrinkage": None}, {"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerTensor())}],
 )
 def test_what_does_not_go_with_it(settings):
     with pytest.raises(ValueError, match="coupling takes one neuron after the other"):

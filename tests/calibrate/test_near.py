@@ -11,7 +11,9 @@ from tests.network import zoo
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("settings", [{}, {"correct_bias": True}, {"scale": jpfq.AbsMax(per=jpfq.PerTensor())}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"correct_bias": True}, {"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerTensor())}]
+)
 def test_a_network_is_quantized_alike_either_way(settings, dtype, monkeypatch):
     case = zoo.cnn()
     variables = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, case.variables)

@@ -283,7 +283,7 @@ def test_fresh_batches_run_through_all_layers_before(recorded):
 
 @pytest.mark.slow
 def test_a_sweep_tells_of_each_program_at_each_layer(recorded):
-    rules = lambda bits, finish: zoo.plain(bits=bits, method=jpfq.MSQ(), finish=jpfq.Refit() if finish else None)
+    rules = lambda bits, finish: zoo.plain(bits=bits, method=jpfq.MSQ(), finish=jpfq.finish.Refit() if finish else None)
     jpfq.sweep(apply, [X], jpfq.Space(rules, bits=[2, 3, 4], finish=[False, True]), params=PARAMS, lanes=2)
     (one,) = recorded
     assert len(one.errors) == len(one.steps) == 4 * 3  # two programs of two chunks each

@@ -11,7 +11,7 @@ from jax import lax
 import jpfq
 from tests.network import zoo
 
-RULE = zoo.plain(grid=jpfq.Symmetric(7), scale=jpfq.AbsMax(0.8))
+RULE = zoo.plain(grid=jpfq.Symmetric(7), scale=jpfq.scale.AbsMax(0.8))
 BATCH, LENGTH, WIDTH = 3, 8, 4
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import jpfq
 
-ALONE = {"scale": jpfq.MinMSE(), "finish": None, "shrinkage": None}
+ALONE = {"scale": jpfq.scale.MinMSE(), "finish": None, "shrinkage": None}
 
 
 def normal(seed, *shape):

@@ -38,7 +38,10 @@ def codes():
         (lambda: Beta(4.0, K=2), r"1 < beta < 2K = 4; got 4\.0"),
         (lambda: Beta("1.5"), "1 < beta < 2K = 2; got '1.5'"),
         (lambda: Beta(float("nan")), "got nan"),
-        (lambda: Memoryless(2, jpfq.Stochastic), r"rounding takes a Rounding, such as jpfq\.Stochastic\(\)"),
+        (
+            lambda: Memoryless(2, jpfq.rounding.Stochastic),
+            r"rounding takes a Rounding, such as jpfq\.rounding\.Stochastic\(\)",
+        ),
         (lambda: Memoryless(True), "whole number K of at least 1; got True"),
         (lambda: fourier(m=14), r"14 measurements are no multiple of width=4.*Take 12 or 16"),
         (lambda: fourier(m=3), r"3 measurements are no multiple of width=4.*Take 4\."),

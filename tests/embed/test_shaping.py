@@ -71,7 +71,7 @@ def test_a_wider_step_is_the_same_as_scaled_data(x64, beta, width, K):
 
 @functools.partial(jax.jit, static_argnames="block")
 def dense(system, levels, block):
-    recursion = Recursion(levels, jnp.arange(M), ROWS, jpfq.Nearest())
+    recursion = Recursion(levels, jnp.arange(M), ROWS, jpfq.rounding.Nearest())
     return substitute(system.base, system.L, recursion, block=block, about=system.about).codes
 
 

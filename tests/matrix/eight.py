@@ -36,8 +36,14 @@ MESH = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
 MODEL, BOTH = Devices(MESH, ("model",)), Devices(MESH, ("model", "data"))
 METHODS = [jpfq.MSQ(), jpfq.GPFQ(), jpfq.UNI(2.0), jpfq.OPTQ(), jpfq.QEP(), jpfq.GPTAQ(), jpfq.Qronos()]
 METHODS += [jpfq.Qronos(exact=True)]
-ROUNDINGS = [jpfq.Nearest(), jpfq.Stochastic(), jpfq.SoftThreshold(0.1), jpfq.HardThreshold(0.1), jpfq.Prune(0.3)]
-TENSOR = jpfq.PerTensor()
+ROUNDINGS = [
+    jpfq.rounding.Nearest(),
+    jpfq.rounding.Stochastic(),
+    jpfq.rounding.SoftThreshold(0.1),
+    jpfq.rounding.HardThreshold(0.1),
+    jpfq.rounding.Prune(0.3),
+]
+TENSOR = jpfq.scale.PerTensor()
 GPFQ = PLAIN | {"method": jpfq.GPFQ(), "block": 8}
 
 # name: settings, neurons, matrices, devices, form of the data
@@ -45,20 +51,26 @@ FEW = {
     "recommended": ({}, 10, 1, BOTH, "gram"),
     "shared steps, drawn": (
         {
-            "scale": jpfq.MinError(jpfq.Quantile(0.9), candidates=3),
+            "scale": jpfq.scale.MinError(jpfq.scale.Quantile(0.9), candidates=3),
             "method": jpfq.UNI(2.0),
-            "rounding": jpfq.Stochastic(),
+            "rounding": jpfq.rounding.Stochastic(),
             "shrinkage": None,
-            "finish": jpfq.CosineDescend(1),
+            "finish": jpfq.finish.CosineDescend(1),
         },
         10,
         3,
         MODEL,
         "gram",
     ),
-    "split": (GPFQ | {"order": jpfq.Descending(), "finish": jpfq.Descend(1)}, 10, 1, BOTH, "split"),
+    "split": (GPFQ | {"order": jpfq.order.Descending(), "finish": jpfq.finish.Descend(1)}, 10, 1, BOTH, "split"),
     "rows, pruned": (
-        GPFQ | {"form": "data", "method": jpfq.UNI(), "rounding": jpfq.Prune(0.3), "scale": jpfq.Median(per=TENSOR)},
+        GPFQ
+        | {
+            "form": "data",
+            "method": jpfq.UNI(),
+            "rounding": jpfq.rounding.Prune(0.3),
+            "scale": jpfq.scale.Median(per=TENSOR),
+        },
         10,
         1,
         MODEL,
@@ -67,49 +79,66 @@ FEW = {
 }
 FIXED = np.linspace(0.3, 0.5, 10)
 ALL = FEW | {
-    "one neuron each": ({"scale": jpfq.MinError(candidates=3)}, 8, 1, BOTH, "gram"),
+    "one neuron each": ({"scale": jpfq.scale.MinError(candidates=3)}, 8, 1, BOTH, "gram"),
     "refit groups": (
-        PLAIN | {"scale": jpfq.AbsMax(per=jpfq.PerGroup(8, refit=True)), "method": jpfq.OPTQ()},
+        PLAIN | {"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(8, refit=True)), "method": jpfq.OPTQ()},
         10,
         1,
         MODEL,
         "gram",
     ),
-    "groups": (PLAIN | {"scale": jpfq.MinMSE(per=jpfq.PerGroup(8), weighted=True)}, 10, 2, BOTH, "gram"),
-    "rotated": (PLAIN | {"rotation": jpfq.Hadamard(), "finish": jpfq.Refit()}, 10, 1, MODEL, "gram"),
+    "groups": (PLAIN | {"scale": jpfq.scale.MinMSE(per=jpfq.scale.PerGroup(8), weighted=True)}, 10, 2, BOTH, "gram"),
+    "rotated": (PLAIN | {"rotation": jpfq.Hadamard(), "finish": jpfq.finish.Refit()}, 10, 1, MODEL, "gram"),
     "prepared": (
-        PLAIN | {"prepare": (jpfq.Align(2), jpfq.MagR(iterations=5), jpfq.LeastSquares()), "order": jpfq.MinPivot()},
+        PLAIN
+        | {
+            "prepare": (jpfq.prepare.Align(2), jpfq.prepare.MagR(iterations=5), jpfq.prepare.LeastSquares()),
+            "order": jpfq.order.MinPivot(),
+        },
         10,
         1,
         MODEL,
         "gram",
     ),
-    "walked": (PLAIN | {"prepare": jpfq.MalySaab(), "method": jpfq.MSQ(), "form": "data"}, 10, 1, BOTH, "few rows"),
-    "fixed": (PLAIN | {"scale": jpfq.Fixed(FIXED)}, 10, 1, BOTH, "gram"),
-    "fixed, one step": (PLAIN | {"scale": jpfq.Fixed(0.4), "finish": jpfq.Descend(1)}, 10, 1, BOTH, "gram"),
+    "walked": (
+        PLAIN | {"prepare": jpfq.prepare.MalySaab(), "method": jpfq.MSQ(), "form": "data"},
+        10,
+        1,
+        BOTH,
+        "few rows",
+    ),
+    "fixed": (PLAIN | {"scale": jpfq.scale.Fixed(FIXED)}, 10, 1, BOTH, "gram"),
+    "fixed, one step": (
+        PLAIN | {"scale": jpfq.scale.Fixed(0.4), "finish": jpfq.finish.Descend(1)},
+        10,
+        1,
+        BOTH,
+        "gram",
+    ),
     "absmax, shared": (
-        PLAIN | {"scale": jpfq.AbsMax(per=TENSOR), "finish": jpfq.Refit()},
+        PLAIN | {"scale": jpfq.scale.AbsMax(per=TENSOR), "finish": jpfq.finish.Refit()},
         10,
         2,
         BOTH,
         "gram",
     ),
-    "mse, shared": (PLAIN | {"scale": jpfq.MinMSE(per=TENSOR)}, 8, 1, BOTH, "gram"),
+    "mse, shared": (PLAIN | {"scale": jpfq.scale.MinMSE(per=TENSOR)}, 8, 1, BOTH, "gram"),
     "split, searched": (
-        GPFQ | {"scale": jpfq.MinError(jpfq.AbsMax(), candidates=3), "finish": jpfq.CosineDescend(1)},
+        GPFQ
+        | {"scale": jpfq.scale.MinError(jpfq.scale.AbsMax(), candidates=3), "finish": jpfq.finish.CosineDescend(1)},
         10,
         1,
         MODEL,
         "split",
     ),
     "split, drawn": (
-        GPFQ | {"method": jpfq.UNI(), "rounding": jpfq.Stochastic(), "order": jpfq.Descending()},
+        GPFQ | {"method": jpfq.UNI(), "rounding": jpfq.rounding.Stochastic(), "order": jpfq.order.Descending()},
         10,
         2,
         BOTH,
         "split",
     ),
-    "split, refit": (GPFQ | {"scale": jpfq.AbsMax(per=jpfq.PerGroup(8, refit=True))}, 8, 1, BOTH, "split"),
+    "split, refit": (GPFQ | {"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(8, refit=True))}, 8, 1, BOTH, "split"),
 }
 ALL |= {
     f"{method} {rounding}": (PLAIN | {"method": method, "rounding": rounding, "block": 16}, 10, 1, BOTH, "gram")

@@ -27,15 +27,23 @@ def solve(P, T, inputs=U8, bits=4, seed=0, **settings):
     ("T", "settings"),
     [
         (16, {}),  # what is recommended: a search for steps, then descent with steps free
-        (None, {"method": jpfq.OPTQ(), "scale": jpfq.AbsMax(), "finish": jpfq.Descend(2), "block": 8}),
+        (None, {"method": jpfq.OPTQ(), "scale": jpfq.scale.AbsMax(), "finish": jpfq.finish.Descend(2), "block": 8}),
         pytest.param(
             7,
-            {"scale": jpfq.AbsMax(per=jpfq.PerTensor()), "finish": jpfq.CosineDescend(1), "order": jpfq.MinPivot()},
+            {
+                "scale": jpfq.scale.AbsMax(per=jpfq.scale.PerTensor()),
+                "finish": jpfq.finish.CosineDescend(1),
+                "order": jpfq.order.MinPivot(),
+            },
             marks=pytest.mark.slow,
         ),
         pytest.param(
             12,
-            {"scale": jpfq.AbsMax(per=jpfq.PerGroup(24)), "finish": jpfq.CosineDescend(2), "method": jpfq.GPFQ()},
+            {
+                "scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(24)),
+                "finish": jpfq.finish.CosineDescend(2),
+                "method": jpfq.GPFQ(),
+            },
             marks=pytest.mark.slow,
         ),
     ],
@@ -73,8 +81,10 @@ def compiled(T, run):
 @pytest.mark.slow
 def test_descent_under_the_bound_lowers_the_error():
     """From codes that fit to codes that fit."""
-    settings = {"scale": jpfq.AbsMax(), "shrinkage": None, "method": jpfq.GPFQ()}
-    errors = [float(solve(13, 16, finish=finish, **settings)[1].relative_error) for finish in (None, jpfq.Descend(2))]
+    settings = {"scale": jpfq.scale.AbsMax(), "shrinkage": None, "method": jpfq.GPFQ()}
+    errors = [
+        float(solve(13, 16, finish=finish, **settings)[1].relative_error) for finish in (None, jpfq.finish.Descend(2))
+    ]
     assert errors[0] > errors[1]
 
 
@@ -83,7 +93,7 @@ def test_steps_chosen_with_the_accumulator_in_view_lose_less():
     """By far, where the bound binds: the published order of things keeps the steps and drops weights."""
     own = {"finish": None, "shrinkage": None}
     for inputs in (U8, S8):
-        fixed = solve(13, None, inputs, scale=jpfq.AbsMax(), **own)[1].relative_error
+        fixed = solve(13, None, inputs, scale=jpfq.scale.AbsMax(), **own)[1].relative_error
         fitted = solve(13, None, inputs, **own)[1].relative_error
         assert fitted < 0.8 * fixed
 
@@ -92,7 +102,12 @@ def test_steps_chosen_with_the_accumulator_in_view_lose_less():
 def test_the_data_form_gives_the_codes_of_the_gram_form():
     X, Xq, W = (jnp.asarray(x, jnp.float32) for x in problem(2, m=40, n=N, out=OUT))
     rows = jpfq.Rows(X, Xq)
-    how = PLAIN | {"scale": jpfq.AbsMax(), "method": jpfq.GPFQ(), "accumulator": jpfq.Accumulator(14, 16), "inputs": U8}
+    how = PLAIN | {
+        "scale": jpfq.scale.AbsMax(),
+        "method": jpfq.GPFQ(),
+        "accumulator": jpfq.Accumulator(14, 16),
+        "inputs": U8,
+    }
     data, _ = jpfq.solve(W, rows, bits=4, form="data", **how)
     made, _ = jpfq.solve(W, rows.gram(), bits=4, form="gram", **how)
     assert (np.asarray(data.codes) != np.asarray(made.codes)).mean() < 0.01
@@ -102,10 +117,12 @@ def test_the_data_form_gives_the_codes_of_the_gram_form():
 @pytest.mark.slow
 def test_other_roundings_within():
     """Random ones draw, thresholds prune, and the bound holds; it comes with no bound on the error but a finite one."""
-    drawn, _ = solve(12, 16, rounding=jpfq.Stochastic(), key=jax.random.key(0), scale=jpfq.AbsMax())
-    again, _ = solve(12, 16, rounding=jpfq.Stochastic(), key=jax.random.key(1), scale=jpfq.AbsMax())
+    drawn, _ = solve(12, 16, rounding=jpfq.rounding.Stochastic(), key=jax.random.key(0), scale=jpfq.scale.AbsMax())
+    again, _ = solve(12, 16, rounding=jpfq.rounding.Stochastic(), key=jax.random.key(1), scale=jpfq.scale.AbsMax())
     assert (np.asarray(drawn.codes) != np.asarray(again.codes)).any()
-    pruned, info = solve(16, 16, rounding=jpfq.HardThreshold(1.5, "step"), scale=jpfq.AbsMax(), finish=None)
+    pruned, info = solve(
+        16, 16, rounding=jpfq.rounding.HardThreshold(1.5, "step"), scale=jpfq.scale.AbsMax(), finish=None
+    )
     assert not (np.abs(np.asarray(pruned.codes)) == 1).any()
     for tensor, P in ((drawn, 12), (again, 12), (pruned, 16)):
         assert_fits(tensor.codes, (0, 255), P, 16)
@@ -119,7 +136,7 @@ def test_an_odd_number_of_levels_counts_about_its_zero():
         grid=jpfq.Equispaced(7),
         accumulator=jpfq.Accumulator(12, 16),
         inputs=U8,
-        scale=jpfq.AbsMax(),
+        scale=jpfq.scale.AbsMax(),
         finish=None,
     )
     assert_fits(np.asarray(tensor.codes, int) - 3, (0, 255), 12, 16)
@@ -145,26 +162,29 @@ REFUSED = {
     "codes without 0": ({"inputs": (3, 9)}, "mu <= 0"),
     "zero point": ({"bits": None, "grid": jpfq.Asymmetric(4), "inputs": U8}, "zero point"),
     "no zero": ({"bits": None, "grid": jpfq.Binary(), "inputs": U8}, "the weight 0"),
-    "straddling groups": ({"inputs": U8, "scale": jpfq.AbsMax(per=jpfq.PerGroup(24))}, "straddle the tiles"),
-    "given groups": ({"inputs": U8, "scale": jpfq.Fixed(np.ones((3, OUT)))}, "straddle the tiles of 32"),
+    "straddling groups": (
+        {"inputs": U8, "scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(24))},
+        "straddle the tiles",
+    ),
+    "given groups": ({"inputs": U8, "scale": jpfq.scale.Fixed(np.ones((3, OUT)))}, "straddle the tiles of 32"),
     "refit groups": (
         {
             "inputs": U8,
-            "scale": jpfq.AbsMax(per=jpfq.PerGroup(16, refit=True)),
-            "order": jpfq.Natural(),
+            "scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(16, refit=True)),
+            "order": jpfq.order.Natural(),
             "finish": None,
         },
         "refit=False",
     ),
     "rotated inputs": ({"inputs": U8, "rotation": jpfq.Hadamard()}, "rotates inputs"),
-    "radius": ({"inputs": U8, "rounding": jpfq.SoftThreshold(0.1, "radius")}, "unit='step'"),
+    "radius": ({"inputs": U8, "rounding": jpfq.rounding.SoftThreshold(0.1, "radius")}, "unit='step'"),
     "feedback of GPFQ": (
         {"inputs": U8, "accumulator": jpfq.Accumulator(16, feedback="shrunk"), "method": jpfq.GPFQ()},
         "without it",
     ),
-    "EP-init with feedback": ({"inputs": U8, "accumulator": jpfq.EPInit(16, 32), "scale": jpfq.AbsMax()}, "MSQ"),
+    "EP-init with feedback": ({"inputs": U8, "accumulator": jpfq.EPInit(16, 32), "scale": jpfq.scale.AbsMax()}, "MSQ"),
     "EP-init, then descent": (
-        {"inputs": U8, "accumulator": jpfq.EPInit(16, 32), "method": jpfq.MSQ(), "finish": jpfq.Descend()},
+        {"inputs": U8, "accumulator": jpfq.EPInit(16, 32), "method": jpfq.MSQ(), "finish": jpfq.finish.Descend()},
         "break the bound",
     ),
     "inputs alone": ({"accumulator": None, "inputs": U8}, "inputs"),

@@ -41,19 +41,31 @@ def problem32(seed, **kwargs):
         (lambda c: c | {"bits": 17}, "from 1 to 16; got 17"),
         (lambda c: c | {"bits": None, "grid": jpfq.Ternary}, r"grid takes a Grid.*did you mean jpfq\.Ternary\(\)"),
         (lambda c: c | {"bits": None, "grid": 4}, r"grid takes a Grid, such as jpfq\.Ternary\(\); got 4"),
-        (lambda c: c | {"scale": jpfq.Median}, r"scale takes a Scale.*did you mean jpfq\.Median\(\)"),
-        (lambda c: c | {"scale": 0.5}, r"scale takes a Scale, such as jpfq\.AbsMax\(\); got 0\.5"),
+        (lambda c: c | {"scale": jpfq.scale.Median}, r"scale takes a Scale.*did you mean jpfq\.scale\.Median\(\)"),
+        (lambda c: c | {"scale": 0.5}, r"scale takes a Scale, such as jpfq\.scale\.AbsMax\(\); got 0\.5"),
         (lambda c: c | {"method": jpfq.GPFQ}, r"method takes a Method.*did you mean jpfq\.GPFQ\(\)"),
         (lambda c: c | {"method": "GPFQ"}, r"method takes a Method, such as jpfq\.GPFQ\(\); got 'GPFQ'"),
-        (lambda c: c | {"order": jpfq.Descending}, r"order takes an Order.*did you mean jpfq\.Descending\(\)"),
-        (lambda c: c | {"rounding": jpfq.Nearest}, r"rounding takes a Rounding.*did you mean jpfq\.Nearest\(\)"),
+        (
+            lambda c: c | {"order": jpfq.order.Descending},
+            r"order takes an Order.*did you mean jpfq\.order\.Descending\(\)",
+        ),
+        (
+            lambda c: c | {"rounding": jpfq.rounding.Nearest},
+            r"rounding takes a Rounding.*did you mean jpfq\.rounding\.Nearest\(\)",
+        ),
         (lambda c: c | {"form": "data"}, r"form='data' needs the calibration rows: pass jpfq\.Rows\(X, Xq\)"),
         (lambda c: c | {"form": "data", "method": jpfq.OPTQ(), "data": jpfq.Rows(c["X"])}, "OPTQ.*no data form"),
         (lambda c: c | {"form": "rows"}, "form is 'auto', 'gram' or 'data'; got 'rows'"),
         (lambda c: c | {"block": 0}, "block is a positive number of coordinates, or None.*got 0"),
         (lambda c: c | {"block": 2.5}, "block is a positive number of coordinates, or None.*got 2.5"),
-        (lambda c: c | {"scale": jpfq.AbsMax(per=jpfq.PerGroup(7))}, r"PerGroup\(7\) does not divide the 40"),
-        (lambda c: c | {"bits": None, "grid": jpfq.Asymmetric(4), "scale": jpfq.Median()}, "Asymmetric needs two ends"),
+        (
+            lambda c: c | {"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(7))},
+            r"PerGroup\(7\) does not divide the 40",
+        ),
+        (
+            lambda c: c | {"bits": None, "grid": jpfq.Asymmetric(4), "scale": jpfq.scale.Median()},
+            "Asymmetric needs two ends",
+        ),
         (lambda c: c | {"bits": None, "grid": jpfq.Infinite()}, r"Infinite has no largest level.*Fixed\(step\)"),
     ],
 )
@@ -68,23 +80,23 @@ def test_mistakes_are_named(change, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: jpfq.Align(0), "order of at least 1 pass; got 0"),
-        (lambda: jpfq.Align(True), "order of at least 1 pass; got True"),
+        (lambda: jpfq.prepare.Align(0), "order of at least 1 pass; got 0"),
+        (lambda: jpfq.prepare.Align(True), "order of at least 1 pass; got True"),
         (lambda: jpfq.UNI(0.5), "scaling C of at least 1; got 0.5"),
         (lambda: jpfq.QEP(1.5), r"QEP takes alpha in \[0, 1\]; got 1.5"),
         (lambda: jpfq.GPTAQ(-0.1), r"GPTAQ takes alpha in \[0, 1\]; got -0.1"),
-        (lambda: jpfq.LeastSquares(2), r"LeastSquares takes alpha in \[0, 1\]; got 2"),
-        (lambda: jpfq.MagR(0), "positive alpha; got 0"),
-        (lambda: jpfq.MagR(iterations=0), "at least one iteration; got 0"),
-        (lambda: jpfq.MeanDiagonal(-0.01), "MeanDiagonal takes a share of 0 or more; got -0.01"),
-        (lambda: jpfq.TopEigenvalue("1"), "TopEigenvalue takes a share of 0 or more; got '1'"),
-        (lambda: jpfq.Descend(0), "Descend takes at least one pass; got 0"),
-        (lambda: jpfq.CosineDescend(1.5), "CosineDescend takes at least one pass; got 1.5"),
+        (lambda: jpfq.prepare.LeastSquares(2), r"LeastSquares takes alpha in \[0, 1\]; got 2"),
+        (lambda: jpfq.prepare.MagR(0), "positive alpha; got 0"),
+        (lambda: jpfq.prepare.MagR(iterations=0), "at least one iteration; got 0"),
+        (lambda: jpfq.damping.MeanDiagonal(-0.01), "MeanDiagonal takes a share of 0 or more; got -0.01"),
+        (lambda: jpfq.damping.TopEigenvalue("1"), "TopEigenvalue takes a share of 0 or more; got '1'"),
+        (lambda: jpfq.finish.Descend(0), "Descend takes at least one pass; got 0"),
+        (lambda: jpfq.finish.CosineDescend(1.5), "CosineDescend takes at least one pass; got 1.5"),
         (lambda: jpfq.Hadamard("0"), "integer seed; got '0'"),
-        (lambda: jpfq.SoftThreshold(-1.0), "SoftThreshold: lam must be a number, 0 or more; got -1.0"),
-        (lambda: jpfq.HardThreshold(NAN), "HardThreshold: lam must be a number, 0 or more; got nan"),
-        (lambda: jpfq.Prune("0.1"), "Prune: c must be a number, 0 or more; got '0.1'"),
-        (lambda: jpfq.Prune(0.1, unit="bits"), "unit is 'weight', 'step' or 'radius'; got 'bits'"),
+        (lambda: jpfq.rounding.SoftThreshold(-1.0), "SoftThreshold: lam must be a number, 0 or more; got -1.0"),
+        (lambda: jpfq.rounding.HardThreshold(NAN), "HardThreshold: lam must be a number, 0 or more; got nan"),
+        (lambda: jpfq.rounding.Prune("0.1"), "Prune: c must be a number, 0 or more; got '0.1'"),
+        (lambda: jpfq.rounding.Prune(0.1, unit="bits"), "unit is 'weight', 'step' or 'radius'; got 'bits'"),
     ],
 )
 def test_settings_out_of_range(make, message):
@@ -92,41 +104,56 @@ def test_settings_out_of_range(make, message):
         make()
 
 
-REFIT = jpfq.PerGroup(8, refit=True)
+REFIT = jpfq.scale.PerGroup(8, refit=True)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"form": "data", "method": jpfq.OPTQ()}, r"OPTQ\(.*has no data form; use form='gram'"),
-        ({"form": "data", "finish": jpfq.Descend()}, r"Descend\(.*has no data form; use form='gram'"),
-        ({"form": "data", "prepare": jpfq.Align()}, r"Align\(.*has no data form; use form='gram'"),
-        ({"form": "data", "scale": jpfq.MinError()}, r"MinError\(.*has no data form; use form='gram'"),
+        ({"form": "data", "finish": jpfq.finish.Descend()}, r"Descend\(.*has no data form; use form='gram'"),
+        ({"form": "data", "prepare": jpfq.prepare.Align()}, r"Align\(.*has no data form; use form='gram'"),
+        ({"form": "data", "scale": jpfq.scale.MinError()}, r"MinError\(.*has no data form; use form='gram'"),
         ({"form": "data", "rotation": jpfq.Hadamard()}, r"Hadamard\(.*has no data form; use form='gram'"),
-        ({"form": "data", "scale": jpfq.AbsMax(per=REFIT)}, r"AbsMax\(.*has no data form; use form='gram'"),
-        ({"grid": jpfq.Binary(), "rounding": jpfq.Prune(0.1)}, r"Prune.*no level of Binary\(\): take a grid with 0"),
-        ({"grid": jpfq.Equispaced(4), "rounding": jpfq.SoftThreshold(0.1)}, r"no level of Equispaced\(4\)"),
+        ({"form": "data", "scale": jpfq.scale.AbsMax(per=REFIT)}, r"AbsMax\(.*has no data form; use form='gram'"),
         (
-            {"rounding": jpfq.Prune(0.1), "finish": jpfq.Descend()},
+            {"grid": jpfq.Binary(), "rounding": jpfq.rounding.Prune(0.1)},
+            r"Prune.*no level of Binary\(\): take a grid with 0",
+        ),
+        ({"grid": jpfq.Equispaced(4), "rounding": jpfq.rounding.SoftThreshold(0.1)}, r"no level of Equispaced\(4\)"),
+        (
+            {"rounding": jpfq.rounding.Prune(0.1), "finish": jpfq.finish.Descend()},
             r"Descend.*bring back.*Prune.*finish=Refit\(\) or None",
         ),
         (
-            {"rounding": jpfq.HardThreshold(0.1), "finish": jpfq.CosineDescend()},
+            {"rounding": jpfq.rounding.HardThreshold(0.1), "finish": jpfq.finish.CosineDescend()},
             "CosineDescend.*bring back.*HardThreshold",
         ),
-        ({"scale": jpfq.Fixed(0.1), "finish": jpfq.Refit()}, r"Refit.*changes the step.*finish=Descend\(\) or None"),
         (
-            {"scale": jpfq.Fixed(0.1), "finish": jpfq.CosineDescend()},
+            {"scale": jpfq.scale.Fixed(0.1), "finish": jpfq.finish.Refit()},
+            r"Refit.*changes the step.*finish=Descend\(\) or None",
+        ),
+        (
+            {"scale": jpfq.scale.Fixed(0.1), "finish": jpfq.finish.CosineDescend()},
             "CosineDescend.*changes the step that Fixed gives",
         ),
-        ({"scale": jpfq.MinError(jpfq.AbsMax(per=REFIT))}, "MinError.*beforehand.*chooses on the way"),
-        ({"scale": jpfq.AbsMax(per=REFIT), "order": jpfq.Descending()}, r"it needs order=Natural\(\)"),
-        ({"prepare": (jpfq.Align(), jpfq.MalySaab())}, "MalySaab.*works on the calibration rows: alone"),
-        ({"prepare": (jpfq.MalySaab(), jpfq.Align())}, "MalySaab.*works on the calibration rows: alone"),
-        ({"prepare": jpfq.MalySaab(), "rotation": jpfq.Hadamard()}, "MalySaab.*alone, without a rotation"),
-        ({"prepare": (jpfq.Align(), jpfq.MagR)}, r"prepare takes a Prepare.*did you mean jpfq\.MagR\(\)"),
-        ({"finish": "polish"}, r"finish takes a Finish, such as jpfq\.Refit\(\); got 'polish'"),
-        ({"rotation": jpfq.Natural()}, r"rotation takes a Hadamard, such as jpfq\.Hadamard\(\); got Natural"),
+        ({"scale": jpfq.scale.MinError(jpfq.scale.AbsMax(per=REFIT))}, "MinError.*beforehand.*chooses on the way"),
+        ({"scale": jpfq.scale.AbsMax(per=REFIT), "order": jpfq.order.Descending()}, r"it needs order=Natural\(\)"),
+        (
+            {"prepare": (jpfq.prepare.Align(), jpfq.prepare.MalySaab())},
+            "MalySaab.*works on the calibration rows: alone",
+        ),
+        (
+            {"prepare": (jpfq.prepare.MalySaab(), jpfq.prepare.Align())},
+            "MalySaab.*works on the calibration rows: alone",
+        ),
+        ({"prepare": jpfq.prepare.MalySaab(), "rotation": jpfq.Hadamard()}, "MalySaab.*alone, without a rotation"),
+        (
+            {"prepare": (jpfq.prepare.Align(), jpfq.prepare.MagR)},
+            r"prepare takes a Prepare.*did you mean jpfq\.prepare\.MagR\(\)",
+        ),
+        ({"finish": "polish"}, r"finish takes a Finish, such as jpfq\.finish\.Refit\(\); got 'polish'"),
+        ({"rotation": jpfq.order.Natural()}, r"rotation takes a Hadamard, such as jpfq\.Hadamard\(\); got Natural"),
     ],
     ids=str,
 )
@@ -137,11 +164,11 @@ def test_contradictions_are_named(settings, message):
 
 def test_what_fits_is_not_refused():
     for settings in (
-        {"grid": jpfq.Equispaced(5), "rounding": jpfq.Prune(0.1), "finish": jpfq.Refit()},
-        {"grid": jpfq.Asymmetric(2), "rounding": jpfq.SoftThreshold(0.1), "finish": jpfq.Descend()},
-        {"grid": jpfq.Infinite(), "scale": jpfq.Fixed(0.1)},
-        {"grid": jpfq.Ternary(), "scale": jpfq.AbsMax(per=REFIT)},
-        {"grid": jpfq.Binary(), "prepare": jpfq.MalySaab(), "method": jpfq.MSQ()},
+        {"grid": jpfq.Equispaced(5), "rounding": jpfq.rounding.Prune(0.1), "finish": jpfq.finish.Refit()},
+        {"grid": jpfq.Asymmetric(2), "rounding": jpfq.rounding.SoftThreshold(0.1), "finish": jpfq.finish.Descend()},
+        {"grid": jpfq.Infinite(), "scale": jpfq.scale.Fixed(0.1)},
+        {"grid": jpfq.Ternary(), "scale": jpfq.scale.AbsMax(per=REFIT)},
+        {"grid": jpfq.Binary(), "prepare": jpfq.prepare.MalySaab(), "method": jpfq.MSQ()},
         {"grid": jpfq.Ternary(), "form": "data"},
     ):
         recipe_of(None, **settings)
@@ -155,12 +182,12 @@ def test_a_setting_that_does_not_exist():
 def test_a_median_of_zero_under_other_weights():
     W, rows = problem32(53)
     W = W.at[: N - 5].set(0)
-    settings = {"scale": jpfq.Median(), "method": jpfq.GPFQ(), "finish": None}
+    settings = {"scale": jpfq.scale.Median(), "method": jpfq.GPFQ(), "finish": None}
     with pytest.raises(ValueError, match=r"Median.*step of zero under weights of the matrix.*AbsMax\(\)"):
         jpfq.solve(W, rows.gram(), bits=4, **settings)
 
 
-@pytest.mark.parametrize("rounding", [jpfq.Stochastic(), jpfq.Prune(0.1)], ids=str)
+@pytest.mark.parametrize("rounding", [jpfq.rounding.Stochastic(), jpfq.rounding.Prune(0.1)], ids=str)
 def test_what_draws_needs_a_key(rounding):
     W, rows = problem32(54)
     with pytest.raises(ValueError, match="random numbers: pass key="):
@@ -169,7 +196,7 @@ def test_what_draws_needs_a_key(rounding):
 
 def test_a_walk_without_a_kernel():
     W, rows = problem32(54)  # 64 rows, 40 inputs
-    settings = {"prepare": jpfq.MalySaab(), "method": jpfq.MSQ(), "bits": 1}
+    settings = {"prepare": jpfq.prepare.MalySaab(), "method": jpfq.MSQ(), "bits": 1}
     message = "the matrix has n = 40 inputs and m = 64 calibration rows.*fewer rows than inputs.*GPFQ"
     with pytest.raises(ValueError, match=message):
         jpfq.solve(W, rows, **settings)
@@ -186,8 +213,8 @@ def test_an_odd_number_of_inputs_has_no_hadamard_matrix():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": jpfq.OPTQ(jpfq.MeanDiagonal(0.0))},
-        {"prepare": jpfq.LeastSquares(damping=jpfq.TopEigenvalue(0.0)), "method": jpfq.GPFQ()},
+        {"method": jpfq.OPTQ(jpfq.damping.MeanDiagonal(0.0))},
+        {"prepare": jpfq.prepare.LeastSquares(damping=jpfq.damping.TopEigenvalue(0.0)), "method": jpfq.GPFQ()},
     ],
     ids=str,
 )
@@ -198,7 +225,7 @@ def test_a_factorisation_that_fails(settings):
     message = (
         r"failed for the matrix, where H has the condition number (inf|\d\.\de\+\d+).*MeanDiagonal\(0\.05\).*GPFQ\(\)"
     )
-    settings = PLAIN | {"scale": jpfq.AbsMax()} | settings
+    settings = PLAIN | {"scale": jpfq.scale.AbsMax()} | settings
     with pytest.raises(ValueError, match=message):
         jpfq.solve(W, jpfq.Gram.from_data(X, 2 * X), bits=4, **settings)
 

@@ -27,7 +27,9 @@ def endless(out, step=STEP):
     return Levels(jnp.full((1, out), step), jnp.zeros((1, out)), *(jnp.asarray(x) for x in (-(2.0**20), 2.0**20)))
 
 
-@pytest.mark.parametrize("rounding", [jpfq.Nearest(), jpfq.Stochastic()], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize(
+    "rounding", [jpfq.rounding.Nearest(), jpfq.rounding.Stochastic()], ids=["nearest", "stochastic"]
+)
 @pytest.mark.parametrize("name", METHODS)
 def test_square_bound(x64, name, rounding):
     """||Xq (W0 - q)||^2 of every neuron, W0 what a grid of step 0 would give."""
@@ -76,7 +78,7 @@ def test_covariance_and_largest_error(x64, scaling):
     draws, m, rng = 400, 8, np.random.default_rng(6)
     X = rng.standard_normal((m, N)) / np.sqrt(m)
     W = np.repeat(rng.uniform(-1, 1, (N, 1)), draws, 1)
-    for method in (jpfq.UNI(scaling), jpfq.OPTQ(jpfq.MeanDiagonal(0.1))):
+    for method in (jpfq.UNI(scaling), jpfq.OPTQ(jpfq.damping.MeanDiagonal(0.1))):
         system = method(jnp.asarray(W), jpfq.Gram.from_data(X))
         if isinstance(method, jpfq.OPTQ):
             if scaling > 1:
@@ -84,7 +86,7 @@ def test_covariance_and_largest_error(x64, scaling):
             cost = system.cost
         else:
             cost = jnp.sum(jnp.asarray(X) ** 2, 0)
-        q = recursed(system, endless(draws), rounding=jpfq.Stochastic(), key=jax.random.key(0)).q
+        q = recursed(system, endless(draws), rounding=jpfq.rounding.Stochastic(), key=jax.random.key(0)).q
         u = X @ (W - np.asarray(q))
         assert (np.abs(u.mean(1)) < 5 * u.std(1) / np.sqrt(draws)).all()  # unbiased
         largest = np.linalg.eigvalsh(u @ u.T / draws)[-1]
@@ -102,13 +104,15 @@ def test_confidence():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"method": jpfq.GPFQ()}, {"prepare": jpfq.LeastSquares(), "method": jpfq.UNI(2.0)}, {}], ids=str
+    "settings",
+    [{"method": jpfq.GPFQ()}, {"prepare": jpfq.prepare.LeastSquares(), "method": jpfq.UNI(2.0)}, {}],
+    ids=str,
 )
 def test_figures_of_a_solve(x64, settings):
     """relative_floor is the error without rounding, and where nothing saturates the bound holds beforehand."""
     X, Xq, W = problem(8, n=N, out=OUT, drift=0.2, dead=(5,))
     gram, method = jpfq.Gram.from_data(X, Xq), settings.get("method", jpfq.Qronos())
-    settings = PLAIN | {"scale": jpfq.AbsMax(1.3), "method": method} | settings
+    settings = PLAIN | {"scale": jpfq.scale.AbsMax(1.3), "method": method} | settings
     tensor, info = jpfq.solve(W, gram, bits=5, **settings)
     assert info.saturation == 0
     ready = settings["prepare"](jnp.asarray(W), gram, None) if "prepare" in settings else (jnp.asarray(W), gram)

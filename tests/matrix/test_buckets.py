@@ -13,16 +13,16 @@ from jpfq.matrix import Bucket, Gram, assign_buckets, cut, fill, recipe_of, solv
 from jpfq.matrix.buckets import COMPILE, fills, seconds
 
 PLAIN = {"finish": None, "shrinkage": None}
-TENSOR = jpfq.AbsMax(per=jpfq.PerTensor())
+TENSOR = jpfq.scale.AbsMax(per=jpfq.scale.PerTensor())
 RECIPES = {
     "recommended": {},
-    "GPFQ": {"method": jpfq.GPFQ(), "scale": jpfq.MinMSE(), **PLAIN},
-    "one step": {"method": jpfq.OPTQ(), "scale": TENSOR, "finish": jpfq.Refit()},
-    "random": {"rounding": jpfq.Stochastic(), "order": jpfq.Natural()},
+    "GPFQ": {"method": jpfq.GPFQ(), "scale": jpfq.scale.MinMSE(), **PLAIN},
+    "one step": {"method": jpfq.OPTQ(), "scale": TENSOR, "finish": jpfq.finish.Refit()},
+    "random": {"rounding": jpfq.rounding.Stochastic(), "order": jpfq.order.Natural()},
     "MSQ": {"method": jpfq.MSQ(), **PLAIN},
     "GPTAQ": {"method": jpfq.GPTAQ(), "shrinkage": None},
-    "UNI": {"method": jpfq.UNI(2.0), "finish": jpfq.Descend()},
-    "exact": {"method": jpfq.Qronos(exact=True, damping=jpfq.TopEigenvalue())},
+    "UNI": {"method": jpfq.UNI(2.0), "finish": jpfq.finish.Descend()},
+    "exact": {"method": jpfq.Qronos(exact=True, damping=jpfq.damping.TopEigenvalue())},
 }
 GRIDS = (jpfq.Integer(3), jpfq.Ternary(), jpfq.Binary(), jpfq.Asymmetric(2))
 
@@ -54,7 +54,7 @@ def check(name, agree, size, drifts):
     for grid in GRIDS[: 2 if name == "exact" else 4]:
         recipe, key = recipe_of(None, grid, **RECIPES[name]), jax.random.key(5)
         if not fills(recipe):
-            assert isinstance(recipe.scale, jpfq.MinMSE)
+            assert isinstance(recipe.scale, jpfq.scale.MinMSE)
             assert isinstance(grid, jpfq.Binary)
             continue
         W, gram = problem(agree, 12 if name == "recommended" else 60)
@@ -95,13 +95,13 @@ def test_parts_of_others_are_filled_up_only_if_they_say_so():
 
 def test_parts_that_count_weights_are_not_filled_up():
     refused = (
-        {"scale": jpfq.Quantile()},
-        {"scale": jpfq.MinError(jpfq.Median())},
-        {"rounding": jpfq.Prune(0.5)},
-        {"order": jpfq.MinPivot()},
+        {"scale": jpfq.scale.Quantile()},
+        {"scale": jpfq.scale.MinError(jpfq.scale.Median())},
+        {"rounding": jpfq.rounding.Prune(0.5)},
+        {"order": jpfq.order.MinPivot()},
         {"rotation": jpfq.Hadamard()},
-        {"prepare": jpfq.Align()},
-        {"scale": jpfq.AbsMax(per=jpfq.PerGroup(4, refit=True)), "order": jpfq.Natural()},
+        {"prepare": jpfq.prepare.Align()},
+        {"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(4, refit=True)), "order": jpfq.order.Natural()},
     )
     for settings in refused:
         assert not fills(recipe_of(4, None, **settings)), settings
@@ -141,7 +141,7 @@ def test_a_bucket_holds_its_members_and_costs_less_than_they_do_alone():
 
 
 def test_groups_keep_their_inputs():
-    grouped = {"scale": jpfq.AbsMax(per=jpfq.PerGroup(16))}
+    grouped = {"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(16))}
     found = found_for([(1, 32, 8), (1, 32, 16), (1, 64, 16)], **grouped)
     assert {i: bucket.size for i, bucket in found.items()} == {0: (1, 32, 16), 1: (1, 32, 16)}
 
@@ -161,7 +161,7 @@ def test_a_network_of_many_sizes_is_solved_by_one_program(x64):
 
     x = jax.random.normal(keys[-1], (300, 12), jnp.float64)
     before = solve_all.__globals__["_solve_all"]._cache_size()
-    rule = jpfq.Rule(".*", bits=4, scale=jpfq.AbsMax(), method=jpfq.OPTQ())
+    rule = jpfq.Rule(".*", bits=4, scale=jpfq.scale.AbsMax(), method=jpfq.OPTQ())
     out = jpfq.quantize(fn, [x], rule, params=params)
     assert solve_all.__globals__["_solve_all"]._cache_size() - before <= 1
     X = Xq = x

@@ -13,34 +13,62 @@ from tests.helpers import Dither, assert_close, assert_codes_equal, assert_on_gr
 N, OUT, DEAD = 40, 6, (3, 17)
 
 SCALES = {
-    "groups": jpfq.AbsMax(1.1, per=jpfq.PerGroup(8)),
-    "channel": jpfq.AbsMax(1.1),
-    "tensor": jpfq.AbsMax(1.1, per=jpfq.PerTensor()),
-    "search": jpfq.MinError(candidates=3),
-    "refit": jpfq.AbsMax(per=jpfq.PerGroup(8, refit=True)),
-    "mse": jpfq.MinMSE(candidates=5, per=jpfq.PerGroup(8), weighted=True),
+    "groups": jpfq.scale.AbsMax(1.1, per=jpfq.scale.PerGroup(8)),
+    "channel": jpfq.scale.AbsMax(1.1),
+    "tensor": jpfq.scale.AbsMax(1.1, per=jpfq.scale.PerTensor()),
+    "search": jpfq.scale.MinError(candidates=3),
+    "refit": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(8, refit=True)),
+    "mse": jpfq.scale.MinMSE(candidates=5, per=jpfq.scale.PerGroup(8), weighted=True),
 }
 # Every part at least twice, each next to others every time; "rows" asks for the calibration rows, "X = Xq" has no drift.
 COMBINATIONS = {
-    "data form": ("groups", (), jpfq.GPFQ(), jpfq.Nearest(), None, "rows"),
-    "data form, drawn": ("channel", (), jpfq.UNI(2.0), jpfq.Stochastic(), None, "rows"),
-    "MSQ": ("mse", (), jpfq.MSQ(), jpfq.Nearest(), jpfq.Descend(1), "X = Xq"),
-    "SPFQ": ("channel", jpfq.Align(2), jpfq.UNI(), jpfq.Stochastic(), jpfq.Refit(), "natural"),
-    "sparse": ("groups", jpfq.LeastSquares(), jpfq.GPFQ(), jpfq.SoftThreshold(0.1), jpfq.Descend(1), ""),
-    "pruned": ("channel", jpfq.Align(), jpfq.UNI(2.0), jpfq.Prune(0.5, "step"), jpfq.Refit(), ""),
-    "OPTQ": ("refit", (), jpfq.OPTQ(), jpfq.Nearest(), jpfq.CosineDescend(1), "natural"),
-    "QEP": ("mse", (), jpfq.QEP(), jpfq.HardThreshold(0.2, "step"), jpfq.Refit(), "rotated"),
-    "GPTAQ": ("groups", jpfq.MagR(iterations=5), jpfq.GPTAQ(), jpfq.Stochastic(), jpfq.CosineDescend(1), ""),
-    "Qronos": ("search", (), jpfq.Qronos(), jpfq.Nearest(), jpfq.CosineDescend(1), ""),
+    "data form": ("groups", (), jpfq.GPFQ(), jpfq.rounding.Nearest(), None, "rows"),
+    "data form, drawn": ("channel", (), jpfq.UNI(2.0), jpfq.rounding.Stochastic(), None, "rows"),
+    "MSQ": ("mse", (), jpfq.MSQ(), jpfq.rounding.Nearest(), jpfq.finish.Descend(1), "X = Xq"),
+    "SPFQ": ("channel", jpfq.prepare.Align(2), jpfq.UNI(), jpfq.rounding.Stochastic(), jpfq.finish.Refit(), "natural"),
+    "sparse": (
+        "groups",
+        jpfq.prepare.LeastSquares(),
+        jpfq.GPFQ(),
+        jpfq.rounding.SoftThreshold(0.1),
+        jpfq.finish.Descend(1),
+        "",
+    ),
+    "pruned": (
+        "channel",
+        jpfq.prepare.Align(),
+        jpfq.UNI(2.0),
+        jpfq.rounding.Prune(0.5, "step"),
+        jpfq.finish.Refit(),
+        "",
+    ),
+    "OPTQ": ("refit", (), jpfq.OPTQ(), jpfq.rounding.Nearest(), jpfq.finish.CosineDescend(1), "natural"),
+    "QEP": ("mse", (), jpfq.QEP(), jpfq.rounding.HardThreshold(0.2, "step"), jpfq.finish.Refit(), "rotated"),
+    "GPTAQ": (
+        "groups",
+        jpfq.prepare.MagR(iterations=5),
+        jpfq.GPTAQ(),
+        jpfq.rounding.Stochastic(),
+        jpfq.finish.CosineDescend(1),
+        "",
+    ),
+    "Qronos": ("search", (), jpfq.Qronos(), jpfq.rounding.Nearest(), jpfq.finish.CosineDescend(1), ""),
     "Qronos exact": (
         "tensor",
-        jpfq.Align(),
+        jpfq.prepare.Align(),
         jpfq.Qronos(exact=True),
-        jpfq.HardThreshold(0.1),
-        jpfq.Descend(1),
+        jpfq.rounding.HardThreshold(0.1),
+        jpfq.finish.Descend(1),
         "rotated",
     ),
-    "all": ("search", (jpfq.MagR(iterations=5), jpfq.LeastSquares(0.5)), jpfq.MSQ(), Dither(), jpfq.Refit(), "rotated"),
+    "all": (
+        "search",
+        (jpfq.prepare.MagR(iterations=5), jpfq.prepare.LeastSquares(0.5)),
+        jpfq.MSQ(),
+        Dither(),
+        jpfq.finish.Refit(),
+        "rotated",
+    ),
 }
 GRIDS = [jpfq.Integer(3), jpfq.Integer(3, narrow=True), jpfq.Symmetric(4), jpfq.Equispaced(5), jpfq.Ternary()]
 GRIDS += [jpfq.Equispaced(4), jpfq.Binary()]
@@ -60,7 +88,7 @@ def settings(name):
     """What `solve` is called with."""
     scale, prepare, method, rounding, finish, how = COMBINATIONS[name]
     parts = {"scale": SCALES[scale], "prepare": prepare, "method": method, "rounding": rounding, "finish": finish}
-    parts |= {"order": jpfq.Natural() if how == "natural" else jpfq.Descending(), "block": 16}
+    parts |= {"order": jpfq.order.Natural() if how == "natural" else jpfq.order.Descending(), "block": 16}
     parts |= {"rotation": jpfq.Hadamard() if how == "rotated" else None, "form": "data" if how == "rows" else "auto"}
     return parts | {"shrinkage": None, "key": jax.random.key(0) if rounding.random else None}
 
@@ -88,12 +116,12 @@ def assert_own(tensor, W, rounding, finish):
     lo, hi, *_ = tensor.grid.alphabet()
     codes = np.asarray(tensor.codes)[at]
     if rounding.random and not (finish is not None and finish.descends):
-        reach = rounding.c if isinstance(rounding, jpfq.Prune) else 0
+        reach = rounding.c if isinstance(rounding, jpfq.rounding.Prune) else 0
         assert (np.abs(codes - np.clip(w / step + zero, lo, hi)) <= 1 + reach + 1e-5).all()
         return
-    if isinstance(rounding, jpfq.SoftThreshold):
+    if isinstance(rounding, jpfq.rounding.SoftThreshold):
         w = np.sign(w) * np.maximum(np.abs(w) - rounding.lam, 0)
-    if isinstance(rounding, jpfq.HardThreshold):
+    if isinstance(rounding, jpfq.rounding.HardThreshold):
         w = np.where(np.abs(w) <= rounding.lam * (step if rounding.unit == "step" else 1), 0, w)
     assert_codes_equal(codes, np.clip(np.floor(w / step + zero + 0.5), lo, hi))
 
@@ -155,16 +183,16 @@ def number(x):
 
 SWEEPS = {
     "GPTAQ": lambda alpha, share, lam, c: {
-        "method": jpfq.GPTAQ(alpha, jpfq.MeanDiagonal(share)),
-        "rounding": jpfq.SoftThreshold(lam, "step"),
-        "scale": jpfq.AbsMax(c),
-        "finish": jpfq.Descend(1),
+        "method": jpfq.GPTAQ(alpha, jpfq.damping.MeanDiagonal(share)),
+        "rounding": jpfq.rounding.SoftThreshold(lam, "step"),
+        "scale": jpfq.scale.AbsMax(c),
+        "finish": jpfq.finish.Descend(1),
     },
     "pruned": lambda scaling, c, share, alpha: {
         "method": jpfq.UNI(1 + scaling),
-        "rounding": jpfq.Prune(c, "step"),
-        "prepare": jpfq.LeastSquares(alpha, jpfq.TopEigenvalue(share)),
-        "finish": jpfq.Refit(),
+        "rounding": jpfq.rounding.Prune(c, "step"),
+        "prepare": jpfq.prepare.LeastSquares(alpha, jpfq.damping.TopEigenvalue(share)),
+        "finish": jpfq.finish.Refit(),
         "key": jax.random.key(1),
     },
 }

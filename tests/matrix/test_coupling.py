@@ -9,7 +9,13 @@ import jpfq
 from jpfq.matrix import recipe_of, solve_all
 from jpfq.matrix.coupling import feedback, solve_coupled
 
-PLAIN = {"method": jpfq.OPTQ(), "order": jpfq.Natural(), "scale": jpfq.AbsMax(0.8), "finish": None, "shrinkage": None}
+PLAIN = {
+    "method": jpfq.OPTQ(),
+    "order": jpfq.order.Natural(),
+    "scale": jpfq.scale.AbsMax(0.8),
+    "finish": None,
+    "shrinkage": None,
+}
 N, OUT = 12, 7
 
 

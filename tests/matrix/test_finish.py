@@ -15,20 +15,20 @@ from tests.reference import finish as reference
 N, OUT, SIZE = 40, 6, 8
 DEAD = (0, 7, 39)
 GRIDS = {
-    "Integer(3)": (jpfq.Integer(3), jpfq.PerChannel()),
-    "Ternary, tensor": (jpfq.Ternary(), jpfq.PerTensor()),
-    "Asymmetric(2), groups": (jpfq.Asymmetric(2), jpfq.PerGroup(SIZE)),
-    "Binary": (jpfq.Binary(), jpfq.PerChannel()),
+    "Integer(3)": (jpfq.Integer(3), jpfq.scale.PerChannel()),
+    "Ternary, tensor": (jpfq.Ternary(), jpfq.scale.PerTensor()),
+    "Asymmetric(2), groups": (jpfq.Asymmetric(2), jpfq.scale.PerGroup(SIZE)),
+    "Binary": (jpfq.Binary(), jpfq.scale.PerChannel()),
 }
 DESCENTS = {
-    "Descend": (jpfq.Descend, reference.coordinate_descent),
-    "Cosine": (jpfq.CosineDescend, reference.cosine_descent),
+    "Descend": (jpfq.finish.Descend, reference.coordinate_descent),
+    "Cosine": (jpfq.finish.CosineDescend, reference.cosine_descent),
 }
 
 
 @functools.partial(jax.jit, static_argnames="block")
 def finished(finish, W, gram, codes, levels, order, block=None):
-    recursion = Recursion(levels, order, W.shape[1], jpfq.Nearest())
+    recursion = Recursion(levels, order, W.shape[1], jpfq.rounding.Nearest())
     codes, levels = finish(W, gram, codes, recursion, block)
     return codes, levels, recursion._replace(levels=levels).values(codes)
 
@@ -37,7 +37,7 @@ def case(name, seed=81, *, drift=0.2, dead=DEAD, permuted=False):
     """X, Xq, W in the order p, their Gram, levels, and the codes that GPFQ starts from."""
     X, Xq, W = problem(seed, n=N, out=OUT, drift=drift, dead=dead)
     grid, per = GRIDS[name]
-    levels = jpfq.AbsMax(0.7, per)(jnp.asarray(W), grid)
+    levels = jpfq.scale.AbsMax(0.7, per)(jnp.asarray(W), grid)
     p = np.random.default_rng(seed).permutation(N) if permuted else np.arange(N)
     X, Xq, W = X[:, p], Xq[:, p], jnp.asarray(W[p])
     gram = jpfq.Gram.from_data(X, Xq) if drift else jpfq.Gram.from_data(Xq)
@@ -89,7 +89,7 @@ def test_the_error_never_grows(x64, descent, name):
     make, _ = DESCENTS[descent]
     for seed in range(5):
         X, Xq, W, gram, levels, codes, p = case(name, seed, drift=0.3)
-        q = Recursion(levels, p, OUT, jpfq.Nearest()).values(codes)
+        q = Recursion(levels, p, OUT, jpfq.rounding.Nearest()).values(codes)
         errors = [np.linalg.norm(X @ W - Xq @ np.asarray(q), axis=0)]
         for _ in range(4):
             codes, levels, q = finished(make(1), W, gram, codes, levels, p)
@@ -104,10 +104,10 @@ def test_the_error_never_grows(x64, descent, name):
 @pytest.mark.parametrize("name", GRIDS)
 def test_refit(x64, name):
     X, Xq, W, gram, levels, codes, p = case(name, permuted=True)
-    same, now, values = finished(jpfq.Refit(), W, gram, codes, levels, p)
+    same, now, values = finished(jpfq.finish.Refit(), W, gram, codes, levels, p)
     assert_codes_equal(same, codes)
     np.testing.assert_array_equal(now.zero, levels.zero)
-    q = np.asarray(Recursion(levels, p, OUT, jpfq.Nearest()).values(codes))
+    q = np.asarray(Recursion(levels, p, OUT, jpfq.rounding.Nearest()).values(codes))
     factor = reference.free_scale(q, W, X, Xq)
     if levels.step.shape[1] == 1:  # one factor for all neurons
         factor = ((X @ np.asarray(W)) * (Xq @ q)).sum() / ((Xq @ q) ** 2).sum()
@@ -118,10 +118,10 @@ def test_refit(x64, name):
 def test_a_step_that_should_be_negative_stays(x64):
     *_, W, gram, levels, codes, p = case("Integer(3)", drift=0, dead=())
     flipped = codes.at[:, 2].multiply(-1)
-    _, now, _ = finished(jpfq.Refit(), W, gram, flipped, levels, p)
+    _, now, _ = finished(jpfq.finish.Refit(), W, gram, flipped, levels, p)
     assert now.step[0, 2] == levels.step[0, 2]
     assert now.step[0, 3] != levels.step[0, 3]
-    nothing = finished(jpfq.Refit(), W, gram, 0 * codes, levels, p)[1]
+    nothing = finished(jpfq.finish.Refit(), W, gram, 0 * codes, levels, p)[1]
     np.testing.assert_array_equal(nothing.step, levels.step)
 
 
@@ -140,7 +140,7 @@ def test_a_neuron_of_zeros_is_revived(x64, descent):
 def test_after_stochastic_rounding(x64, descent):
     """Codes that were drawn are settled by the nearest level: dead coordinates and all end on the grid, and lower."""
     X, Xq, W, gram, levels, *_, p = case("Integer(3)")
-    drawn = recursed(jpfq.GPFQ()(W, gram), levels, p, jpfq.Stochastic(), jax.random.key(0))
+    drawn = recursed(jpfq.GPFQ()(W, gram), levels, p, jpfq.rounding.Stochastic(), jax.random.key(0))
     make, _ = DESCENTS[descent]
     codes, _, q = finished(make(3), W, gram, drawn.codes, levels, p)
     assert ((codes >= levels.lo) & (codes <= levels.hi) & (codes == jnp.round(codes))).all()
@@ -150,6 +150,10 @@ def test_after_stochastic_rounding(x64, descent):
 
 
 def test_what_a_finisher_changes():
-    changes = {jpfq.Refit(): (False, True), jpfq.Descend(): (True, False), jpfq.CosineDescend(): (True, True)}
+    changes = {
+        jpfq.finish.Refit(): (False, True),
+        jpfq.finish.Descend(): (True, False),
+        jpfq.finish.CosineDescend(): (True, True),
+    }
     for finish, expected in changes.items():
         assert (finish.descends, finish.frees_step) == expected

@@ -15,7 +15,7 @@ from tests.reference import gpfq as reference
 from tests.reference import spfq
 
 N, OUT, K = 40, 6, 4
-NEAREST = jpfq.Nearest()
+NEAREST = jpfq.rounding.Nearest()
 BLOCKS = [1, 5, 16, 32, 64, None]
 DEAD = (0, 7, 39)
 
@@ -120,7 +120,7 @@ def test_sparse_gpfq(x64, kind):
     levels, lam = level_lists(W), 0.3
     rule = {"soft": spfq.soft_threshold, "hard": spfq.hard_threshold_grid}[kind]
     expected = spfq.sparse_gpfq(W, X, Xq, lambda a, t, o: rule(a, lam, levels[t, o]))
-    rounding = {"soft": jpfq.SoftThreshold(lam), "hard": jpfq.HardThreshold(lam)}[kind]
+    rounding = {"soft": jpfq.rounding.SoftThreshold(lam), "hard": jpfq.rounding.HardThreshold(lam)}[kind]
     gram = jpfq.Gram.from_data(X, Xq)
     _, q, _ = quantized(W, gram, steps(W), jpfq.GPFQ(), 16, "gram", rounding)
     assert_close(q, expected.q)

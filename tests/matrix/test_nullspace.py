@@ -15,7 +15,7 @@ from tests.reference import maly_saab as reference
 M, N, OUT = 8, 2 * REFACTOR + 9, 5  # two renewals of the basis, and a rest
 
 walk = jax.jit(jax.vmap(kernel_walk, (1, None, 1, 1), 1))
-prepared = jax.jit(jpfq.MalySaab())
+prepared = jax.jit(jpfq.prepare.MalySaab())
 
 
 def problem(seed, *, drift=0.0, dead=(), rank=M):
@@ -129,12 +129,17 @@ def test_float32_is_stable():
 def test_the_published_method(x64, grid):
     """The walk, then rounding: on one bit the error is far below that of rounding alone."""
     X, Xq, W = problem(6, drift=0.05)
-    settings = PLAIN | {"grid": grid, "scale": jpfq.AbsMax(), "method": jpfq.MSQ(), "order": jpfq.Descending()}
+    settings = PLAIN | {
+        "grid": grid,
+        "scale": jpfq.scale.AbsMax(),
+        "method": jpfq.MSQ(),
+        "order": jpfq.order.Descending(),
+    }
     rows = jpfq.Rows(jnp.asarray(X), jnp.asarray(Xq))
-    tensor, info = jpfq.solve(W, rows, prepare=jpfq.MalySaab(), **settings)
+    tensor, info = jpfq.solve(W, rows, prepare=jpfq.prepare.MalySaab(), **settings)
     assert_on_grid(tensor)
     error = np.linalg.norm(X @ W - Xq @ np.asarray(tensor.dequantize())) / np.linalg.norm(X @ W)
     assert_close(info.relative_error, error)
-    levels = jpfq.AbsMax()(jnp.asarray(W), grid)
+    levels = jpfq.scale.AbsMax()(jnp.asarray(W), grid)
     alone = X @ W - Xq @ np.asarray(levels.decode(levels.encode(W)))
     assert error < 0.7 * np.linalg.norm(alone) / np.linalg.norm(X @ W)

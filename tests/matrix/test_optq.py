@@ -16,7 +16,7 @@ from tests.reference import gpfq, optq, qronos
 
 N, OUT, SIZE = 40, 6, 8
 DEAD = (0, 7, 39)
-NONE = jpfq.MeanDiagonal(0.0)
+NONE = jpfq.damping.MeanDiagonal(0.0)
 
 
 def share(Xq, x=0.01):
@@ -26,11 +26,11 @@ def share(Xq, x=0.01):
 
 # What a grid and an order are: symmetric per neuron as it comes; asymmetric in groups, in another order.
 CASES = {
-    "X = Xq": (0, (), jpfq.Integer(3), jpfq.PerChannel(), False),
-    "X = Xq, groups": (0, (), jpfq.Asymmetric(3), jpfq.PerGroup(SIZE), True),
-    "apart": (0.3, (), jpfq.Asymmetric(3), jpfq.PerChannel(), False),
-    "apart, dead": (0.3, DEAD, jpfq.Integer(3), jpfq.PerChannel(), False),
-    "apart, dead, groups": (0.3, DEAD, jpfq.Asymmetric(3), jpfq.PerGroup(SIZE), True),
+    "X = Xq": (0, (), jpfq.Integer(3), jpfq.scale.PerChannel(), False),
+    "X = Xq, groups": (0, (), jpfq.Asymmetric(3), jpfq.scale.PerGroup(SIZE), True),
+    "apart": (0.3, (), jpfq.Asymmetric(3), jpfq.scale.PerChannel(), False),
+    "apart, dead": (0.3, DEAD, jpfq.Integer(3), jpfq.scale.PerChannel(), False),
+    "apart, dead, groups": (0.3, DEAD, jpfq.Asymmetric(3), jpfq.scale.PerGroup(SIZE), True),
 }
 each_case = pytest.mark.parametrize("name", CASES)
 
@@ -52,7 +52,7 @@ def case(name):
     drift, dead, grid, per, permuted = CASES[name]
     X, Xq, W = problem(61, n=N, out=OUT, drift=drift, dead=dead)
     with jax.enable_x64(True):
-        levels = jpfq.AbsMax(0.8, per)(jnp.asarray(W), grid)
+        levels = jpfq.scale.AbsMax(0.8, per)(jnp.asarray(W), grid)
         p = np.argsort(-(Xq**2).sum(0), kind="stable") if permuted else np.arange(N)
         return X[:, p], Xq[:, p], W[p], p, levels, level_lists(levels, W.shape)[p]
 
@@ -76,8 +76,8 @@ def test_other_dampings(x64, name):
     X, Xq, W, p, levels, lists = case(name)
     gram = jpfq.Gram.from_data(X, Xq)
     for damping, lam in (
-        (jpfq.MeanDiagonal(0.3), share(Xq, 0.3)),
-        (jpfq.TopEigenvalue(1e-3), 1e-3 * float(top_eigenvalue(gram.H))),
+        (jpfq.damping.MeanDiagonal(0.3), share(Xq, 0.3)),
+        (jpfq.damping.TopEigenvalue(1e-3), 1e-3 * float(top_eigenvalue(gram.H))),
     ):
         for method, reference in (
             (jpfq.OPTQ(damping), METHODS["OPTQ"][1]),
@@ -121,7 +121,7 @@ def test_groups_refit_on_the_way(x64, kind):
     grid = {"symmetric": jpfq.Integer(3, narrow=True), "asymmetric": jpfq.Asymmetric(3)}[kind]
     codes = gpfq.integer(3, narrow=True)[0] if kind == "symmetric" else gpfq.unsigned(3)[0]
     fit = optq.fit_absmax(codes) if kind == "symmetric" else optq.fit_minmax(3)
-    settings = PLAIN | {"scale": jpfq.AbsMax(per=jpfq.PerGroup(SIZE, refit=True)), "grid": grid}
+    settings = PLAIN | {"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(SIZE, refit=True)), "grid": grid}
     for drift, dead in ((0, ()), (0.3, DEAD)):
         X, Xq, W = problem(62, n=N, out=OUT, drift=drift, dead=dead)
         lam = share(Xq)
@@ -152,7 +152,7 @@ def test_relations(x64):
     assert_systems_close(jpfq.QEP(0.0)(W, gram), jpfq.OPTQ()(W, gram))
     assert_systems_close(jpfq.GPTAQ(0.0)(W, gram), jpfq.OPTQ()(W, gram))
     for alpha in (1.0, 0.4):
-        moved, aligned = jpfq.LeastSquares(alpha)(W, gram, None)
+        moved, aligned = jpfq.prepare.LeastSquares(alpha)(W, gram, None)
         assert aligned.C is None
         assert_systems_close(jpfq.OPTQ()(moved, aligned), jpfq.QEP(alpha)(W, gram))
     same = jpfq.Gram.from_data(Xq)
@@ -166,14 +166,14 @@ def test_damping_is_more_rows(x64):
     lam = share(Xq)
     more = [np.concatenate([x, np.sqrt(lam) * np.eye(N)]) for x in (X, Xq)]
     for method in (jpfq.OPTQ, lambda damping: jpfq.Qronos(damping=damping), lambda d: jpfq.GPTAQ(damping=d)):
-        damped = method(jpfq.MeanDiagonal(0.01))(jnp.asarray(W), jpfq.Gram.from_data(X, Xq))
+        damped = method(jpfq.damping.MeanDiagonal(0.01))(jnp.asarray(W), jpfq.Gram.from_data(X, Xq))
         assert_systems_close(damped, method(NONE)(jnp.asarray(W), jpfq.Gram.from_data(*more)))
 
 
 def test_limits(x64):
     X, Xq, W, *_ = case("apart")
     W, gram = jnp.asarray(W), jpfq.Gram.from_data(X, Xq)
-    system = jpfq.OPTQ(jpfq.MeanDiagonal(1e14))(W, gram)  # much damping: rounding to nearest
+    system = jpfq.OPTQ(jpfq.damping.MeanDiagonal(1e14))(W, gram)  # much damping: rounding to nearest
     assert_close(system.A, W)
     assert_close(system.L, np.zeros((N, N)), scale=1)
     orthogonal = jpfq.Gram.from_data(np.linalg.qr(np.asarray(X))[0] * np.linspace(1, 3, N))
@@ -210,7 +210,7 @@ def test_the_factor(x64, dead):
     _, Xq, W = problem(63, n=N, out=OUT, dead=dead)
     lam, alive = share(Xq), Xq.any(0)
     damped = Xq.T @ Xq + np.diag(np.where(alive, lam, 1))
-    found = factor(jpfq.Gram.from_data(Xq).H, jpfq.MeanDiagonal(0.01))
+    found = factor(jpfq.Gram.from_data(Xq).H, jpfq.damping.MeanDiagonal(0.01))
     V = np.asarray(found.V)
     assert_close(V @ V.T, damped)
     assert not np.tril(V, -1).any()
@@ -246,12 +246,12 @@ def test_error_identity_and_babai(x64, name):
 def test_dampings(x64):
     _, Xq, _ = problem(64, n=N, out=OUT, dead=DEAD)
     H = jpfq.Gram.from_data(Xq).H
-    assert_close(jpfq.MeanDiagonal(0.1)(H), share(Xq, 0.1))
+    assert_close(jpfq.damping.MeanDiagonal(0.1)(H), share(Xq, 0.1))
     largest = np.linalg.eigvalsh(np.asarray(H))[-1]
-    found = float(jpfq.TopEigenvalue(0.5)(H))
+    found = float(jpfq.damping.TopEigenvalue(0.5)(H))
     assert 0.49 * largest < found <= 0.5 * largest * (1 + 1e-12)
-    assert jpfq.TopEigenvalue()(jnp.zeros((4, 4))) == jpfq.MeanDiagonal()(jnp.zeros((4, 4))) == 0
+    assert jpfq.damping.TopEigenvalue()(jnp.zeros((4, 4))) == jpfq.damping.MeanDiagonal()(jnp.zeros((4, 4))) == 0
     one = np.outer(np.arange(5.0), np.arange(5.0))
     assert_close(top_eigenvalue(jnp.asarray(one)), 30.0)
     for method in (jpfq.OPTQ(), jpfq.QEP(), jpfq.GPTAQ(), jpfq.Qronos()):
-        assert method.damping == jpfq.MeanDiagonal(0.01)
+        assert method.damping == jpfq.damping.MeanDiagonal(0.01)

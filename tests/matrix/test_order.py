@@ -12,21 +12,21 @@ from tests.reference import optq
 N = 40
 DEAD = (0, 7, 39)
 
-min_pivot = jax.jit(lambda share, data: jpfq.MinPivot(jpfq.MeanDiagonal(share))(data))
+min_pivot = jax.jit(lambda share, data: jpfq.order.MinPivot(jpfq.damping.MeanDiagonal(share))(data))
 
 
 def test_natural_and_descending():
     _, Xq, _ = (np.float32(x) for x in problem(91, n=N, dead=DEAD))
     Xq[:, 5] = Xq[:, 9]  # a tie, which goes to the lower index
     for data in (jpfq.Rows(Xq), jpfq.Gram.from_data(Xq)):
-        assert jpfq.Natural()(data) is None
-        p = np.asarray(jpfq.Descending()(data))
+        assert jpfq.order.Natural()(data) is None
+        p = np.asarray(jpfq.order.Descending()(data))
         assert_codes_equal(np.sort(p), np.arange(N))
         energy = (np.float64(Xq) ** 2).sum(0)
         assert (np.diff(energy[p]) <= 1e-5 * energy.max()).all()
         assert_codes_equal(p[-3:], DEAD)
     exact = jpfq.Rows(np.float32([[1, 2, 1, 2, 0]]))
-    assert_codes_equal(jpfq.Descending()(exact), [1, 3, 0, 2, 4])
+    assert_codes_equal(jpfq.order.Descending()(exact), [1, 3, 0, 2, 4])
 
 
 @pytest.mark.parametrize("dead", [(), DEAD])
@@ -43,7 +43,7 @@ def test_min_pivot(x64, dead, share):
 def test_min_pivot_of_dependent_inputs(x64):
     """Without damping the inputs that the rows cannot tell apart come last, and no pivot is divided by."""
     X = np.random.default_rng(0).integers(-3, 4, (6, 10)).astype(float)
-    p = np.asarray(jpfq.MinPivot(jpfq.MeanDiagonal(0.0))(jpfq.Gram.from_data(X)))
+    p = np.asarray(jpfq.order.MinPivot(jpfq.damping.MeanDiagonal(0.0))(jpfq.Gram.from_data(X)))
     assert_codes_equal(np.sort(p), np.arange(10))
 
 
@@ -53,7 +53,7 @@ def test_orders_lower_the_pivots(x64):
         _, Xq, _ = problem(95 + seed, n=N, drift=0)
         lam = 0.01 * (Xq**2).sum() / N
         gram = jpfq.Gram.from_data(Xq)
-        orders = np.arange(N), np.asarray(min_pivot(0.01, gram)), np.asarray(jpfq.Descending()(gram))
+        orders = np.arange(N), np.asarray(min_pivot(0.01, gram)), np.asarray(jpfq.order.Descending()(gram))
         natural, least, descending = (optq.pivots(Xq[:, p], lam) for p in orders)
         assert least.sum() < 0.95 * natural.sum()
         assert least.sum() < 1.05 * descending.sum()

@@ -44,7 +44,9 @@ def both(A, L, step, rounding, order=None, about=None, given=(), block=10):
     return (run(A, L, step, order, about, given, rounding, kernel, block) for kernel in (KERNEL, None))
 
 
-@pytest.mark.parametrize("rounding", [jpfq.SoftThreshold(0.3), jpfq.HardThreshold(1.0, "step"), Carrying(), Budget()])
+@pytest.mark.parametrize(
+    "rounding", [jpfq.rounding.SoftThreshold(0.3), jpfq.rounding.HardThreshold(1.0, "step"), Carrying(), Budget()]
+)
 def test_codes_are_those_of_the_scan(x64, rounding):
     """Blocks of ten coordinates, which is no power of two; groups of steps; an order; about values."""
     A, L, step = system(0, groups=4)
@@ -60,7 +62,7 @@ def test_codes_are_those_of_the_scan(x64, rounding):
 def test_codes_are_those_of_the_loop(x64):
     A, L, step = system(2)
     for block, L_ in ((10, L), (None, L), (10, None)):  # blocks, one block of all, and no feedback
-        fast, _ = both(A, L_, step, jpfq.Nearest(), block=block)
+        fast, _ = both(A, L_, step, jpfq.rounding.Nearest(), block=block)
         assert_codes_equal(fast.codes, by_loop(A, 0 * L if L_ is None else L_, step).index - 16)
 
 
@@ -70,7 +72,7 @@ def test_many_matrices_at_once(x64):
 
     def solved(A, L, step, lam, kernel):
         levels = Levels(step, jnp.full_like(step, 1.0), jnp.array(-3.0), jnp.array(4.0))
-        recursion = Recursion(levels, jnp.arange(N), OUT, jpfq.SoftThreshold(lam), kernel=kernel)
+        recursion = Recursion(levels, jnp.arange(N), OUT, jpfq.rounding.SoftThreshold(lam), kernel=kernel)
         return substitute(A, L, recursion, block=10).codes
 
     fast, plain = (
@@ -88,7 +90,7 @@ def test_steps_that_are_refit_on_the_way(x64):
 
     def solved(kernel):
         recursion = Recursion(
-            levels_of(jnp.repeat(step, 4, 0)), jnp.arange(N), OUT, jpfq.Nearest(), refit=refit, kernel=kernel
+            levels_of(jnp.repeat(step, 4, 0)), jnp.arange(N), OUT, jpfq.rounding.Nearest(), refit=refit, kernel=kernel
         )
         return substitute(jnp.asarray(A), jnp.asarray(L), recursion, block=10)
 
@@ -102,25 +104,25 @@ def recursion(rounding, key=None, kernel=None):
 
 
 def test_the_scan_runs_unless_a_kernel_is_given():
-    assert chosen(recursion(jpfq.Nearest())) is None
+    assert chosen(recursion(jpfq.rounding.Nearest())) is None
     for platform in ("cpu", "gpu", "tpu"):  # on none of them was it measured
-        assert chosen(recursion(jpfq.Nearest()), platform) is None
-    assert chosen(recursion(jpfq.Nearest(), kernel=KERNEL)) is KERNEL
+        assert chosen(recursion(jpfq.rounding.Nearest()), platform) is None
+    assert chosen(recursion(jpfq.rounding.Nearest(), kernel=KERNEL)) is KERNEL
 
 
 def test_where_it_wins_it_runs_what_it_can(monkeypatch):
     monkeypatch.setattr("jpfq.matrix.pallas.WINS", ("tpu",))
-    assert chosen(recursion(jpfq.Nearest()), "tpu") == Kernel()
-    assert chosen(recursion(jpfq.Nearest()), "gpu") is None
+    assert chosen(recursion(jpfq.rounding.Nearest()), "tpu") == Kernel()
+    assert chosen(recursion(jpfq.rounding.Nearest()), "gpu") is None
     assert chosen(recursion(Dither(), jax.random.key(0)), "tpu") is None
-    assert chosen(recursion(jpfq.SoftThreshold(jnp.ones(3))), "tpu") is None
+    assert chosen(recursion(jpfq.rounding.SoftThreshold(jnp.ones(3))), "tpu") is None
 
 
 def test_a_kernel_that_is_asked_for_says_what_it_cannot_do():
     A = jnp.zeros((N, OUT))
     for rounding, key, match in (
         (Dither(), jax.random.key(0), "it draws random numbers.* Leave Recursion.kernel at None"),
-        (jpfq.SoftThreshold(jnp.ones(3)), None, r"SoftThreshold\(.*\) holds arrays"),
+        (jpfq.rounding.SoftThreshold(jnp.ones(3)), None, r"SoftThreshold\(.*\) holds arrays"),
     ):
         with pytest.raises(ValueError, match=match):
             substitute(A, None, recursion(rounding, key, KERNEL))

@@ -31,7 +31,7 @@ def codes_of(method, W, gram, levels, rounding=None, key=None):
 @pytest.mark.parametrize("passes", [1, 2, 5])
 def test_align_is_phase_one_of_spfq(x64, passes):
     X, Xq, W = case()
-    V, data = jpfq.Align(passes)(jnp.asarray(W), jpfq.Gram.from_data(X, Xq), None)
+    V, data = jpfq.prepare.Align(passes)(jnp.asarray(W), jpfq.Gram.from_data(X, Xq), None)
     assert_close(V, spfq.align(W, X, Xq, passes))
     assert data.C is None
     assert data.drift is None
@@ -41,7 +41,7 @@ def test_align_is_phase_one_of_spfq(x64, passes):
 def test_align_where_the_networks_agree(x64):
     """There is nothing to align; weights of dead coordinates stay."""
     _, Xq, W = case()
-    V, _ = jpfq.Align(2)(jnp.asarray(W), jpfq.Gram.from_data(Xq), None)
+    V, _ = jpfq.prepare.Align(2)(jnp.asarray(W), jpfq.Gram.from_data(Xq), None)
     np.testing.assert_array_equal(V, W)
 
 
@@ -49,18 +49,18 @@ def test_many_passes_are_least_squares(x64):
     X, Xq, W = case(dead=())
     gram = jpfq.Gram.from_data(X, Xq)
     best = qronos.least_squares(W, X, Xq, 0)
-    far = [np.abs(np.asarray(jpfq.Align(r)(jnp.asarray(W), gram, None)[0]) - best).max() for r in (1, 20, 3000)]
+    far = [np.abs(np.asarray(jpfq.prepare.Align(r)(jnp.asarray(W), gram, None)[0]) - best).max() for r in (1, 20, 3000)]
     assert far[0] > 2 * far[1]
     assert far[2] < 1e-6
-    solved, _ = jpfq.LeastSquares(damping=jpfq.MeanDiagonal(0.0))(jnp.asarray(W), gram, None)
+    solved, _ = jpfq.prepare.LeastSquares(damping=jpfq.damping.MeanDiagonal(0.0))(jnp.asarray(W), gram, None)
     assert_close(solved, best, scale=10)
 
 
 def test_one_pass_before_path_following_changes_nothing(x64):
     X, Xq, W = case()
     gram = jpfq.Gram.from_data(X, Xq)
-    levels = jpfq.AbsMax(0.8)(jnp.asarray(W), GRID)
-    aligned = jpfq.Align()(jnp.asarray(W), gram, None)
+    levels = jpfq.scale.AbsMax(0.8)(jnp.asarray(W), GRID)
+    aligned = jpfq.prepare.Align()(jnp.asarray(W), gram, None)
     assert_codes_equal(codes_of(jpfq.GPFQ(), *aligned, levels), codes_of(jpfq.GPFQ(), W, gram, levels))
 
 
@@ -75,10 +75,10 @@ def test_spfq(x64, passes):
     """Alignment, UNI and stochastic rounding are the published codes, given the same random numbers."""
     X, Xq, W = case()
     key = jax.random.key(3)
-    levels = jpfq.AbsMax(0.8)(jnp.asarray(W), GRID)
+    levels = jpfq.scale.AbsMax(0.8)(jnp.asarray(W), GRID)
     expected = spfq.spfq(W, X, Xq, level_lists(levels, W.shape), np.asarray(uniforms(key)), passes)
-    aligned = jpfq.Align(passes)(jnp.asarray(W), jpfq.Gram.from_data(X, Xq), None)
-    codes = codes_of(jpfq.UNI(), *aligned, levels, jpfq.Stochastic(), key)
+    aligned = jpfq.prepare.Align(passes)(jnp.asarray(W), jpfq.Gram.from_data(X, Xq), None)
+    codes = codes_of(jpfq.UNI(), *aligned, levels, jpfq.rounding.Stochastic(), key)
     assert_codes_equal(codes, expected.index - 4)
     assert (np.asarray(codes) != np.asarray(codes_of(jpfq.UNI(), *aligned, levels))).mean() > 0.1
 
@@ -91,11 +91,11 @@ def test_least_squares(x64, alpha):
     X, Xq, W = case()
     lam = 0.01 * (Xq**2).sum() / Xq.any(0).sum()
     full = qronos.least_squares(W, X, Xq, lam)
-    V, data = jpfq.LeastSquares(alpha)(jnp.asarray(W), jpfq.Gram.from_data(X, Xq), None)
+    V, data = jpfq.prepare.LeastSquares(alpha)(jnp.asarray(W), jpfq.Gram.from_data(X, Xq), None)
     assert_close(V, W + alpha * (full - W))
     assert data.C is None
     alone = jpfq.Gram.from_data(Xq)
-    assert jpfq.LeastSquares(alpha)(jnp.asarray(W), alone, None)[1] is alone
+    assert jpfq.prepare.LeastSquares(alpha)(jnp.asarray(W), alone, None)[1] is alone
 
 
 @pytest.mark.parametrize("drift", [0, 0.3])
@@ -109,7 +109,7 @@ def test_magr(x64, drift):
     largest = [np.abs(W).max(0)]
     for alpha in (0.01, 0.1, 1.0):
         expected = magr.magr(W, X, np.full(OUT, alpha / np.abs(S).sum(0).max()), 30)
-        V, data = jpfq.MagR(alpha, 30)(jnp.asarray(W), gram, None)
+        V, data = jpfq.prepare.MagR(alpha, 30)(jnp.asarray(W), gram, None)
         assert np.abs(V - expected).max() < 1e-9
         assert data is gram
         largest.append(np.abs(V).max(0))
@@ -119,7 +119,7 @@ def test_magr(x64, drift):
 def test_magr_keeps_the_output(x64):
     """Few rows leave weights room to be smaller at the same output."""
     X, _, W = problem(73, m=12, n=N, out=OUT, drift=0)
-    V, _ = jpfq.MagR(0.1)(jnp.asarray(W), jpfq.Gram.from_data(X), None)
+    V, _ = jpfq.prepare.MagR(0.1)(jnp.asarray(W), jpfq.Gram.from_data(X), None)
     assert (np.abs(V).max(0) < 0.8 * np.abs(W).max(0)).all()
     assert gpfq.relative_error(X, W, X, np.asarray(V)) < 0.03
 
@@ -127,10 +127,10 @@ def test_magr_keeps_the_output(x64):
 def test_magr_by_itself(x64):
     """The step on the largest weight, where inputs are orthogonal: prox of the largest magnitude, once and for all."""
     W = problem(72, n=N, out=OUT)[2]
-    V, _ = jpfq.MagR(0.5, 3)(jnp.asarray(W), jpfq.Gram.from_data(np.eye(N)), None)
+    V, _ = jpfq.prepare.MagR(0.5, 3)(jnp.asarray(W), jpfq.Gram.from_data(np.eye(N)), None)
     expected = np.stack([magr.prox_max_norm(W[:, o], 0.5) for o in range(OUT)], axis=1)
     assert_close(V, expected)
-    zeros = jpfq.MagR()(jnp.asarray(W), jpfq.Gram.from_data(np.zeros((3, N))), None)[0]
+    zeros = jpfq.prepare.MagR()(jnp.asarray(W), jpfq.Gram.from_data(np.zeros((3, N))), None)[0]
     assert_close(zeros, W)
 
 
@@ -138,10 +138,10 @@ def test_preparations_in_a_row(x64):
     """They act in the order in which they are given; errors are against the weights as they were."""
     X, Xq, W = case()
     gram = jpfq.Gram.from_data(X, Xq)
-    settings = PLAIN | {"method": jpfq.MSQ(), "grid": GRID, "scale": jpfq.AbsMax()}
-    tensor, info = jpfq.solve(W, gram, prepare=(jpfq.MagR(0.1), jpfq.Align(2)), **settings)
-    V = jpfq.Align(2)(jpfq.MagR(0.1)(jnp.asarray(W), gram, None)[0], gram, None)[0]
-    levels = jpfq.AbsMax()(V, GRID)
+    settings = PLAIN | {"method": jpfq.MSQ(), "grid": GRID, "scale": jpfq.scale.AbsMax()}
+    tensor, info = jpfq.solve(W, gram, prepare=(jpfq.prepare.MagR(0.1), jpfq.prepare.Align(2)), **settings)
+    V = jpfq.prepare.Align(2)(jpfq.prepare.MagR(0.1)(jnp.asarray(W), gram, None)[0], gram, None)[0]
+    levels = jpfq.scale.AbsMax()(V, GRID)
     assert_codes_equal(tensor.codes, levels.encode(V))
     assert_close(tensor.step, levels.step)
     assert_close(info.relative_error, gpfq.relative_error(X, W, Xq, tensor.dequantize()))
@@ -185,10 +185,10 @@ def test_a_rotated_solve(x64):
     W = W.copy()
     W[5, 2] = 30  # an outlier, which the rotation spreads over eight inputs
     turn = jpfq.Hadamard(seed=2)
-    settings = PLAIN | {"method": jpfq.GPFQ(), "grid": GRID, "scale": jpfq.AbsMax()}
+    settings = PLAIN | {"method": jpfq.GPFQ(), "grid": GRID, "scale": jpfq.scale.AbsMax()}
     tensor, info = jpfq.solve(W, jpfq.Gram.from_data(X, Xq), rotation=turn, **settings)
     R = np.asarray(turn.back(jnp.eye(N)))
-    levels = jpfq.AbsMax()(jnp.asarray(R.T @ W), GRID)
+    levels = jpfq.scale.AbsMax()(jnp.asarray(R.T @ W), GRID)
     seen = np.eye(N)[list(DEAD)] * np.sqrt((Xq**2).sum() / (N - len(DEAD)))
     expected = gpfq.gpfq_state(
         R.T @ W, np.vstack([X, seen]) @ R, np.vstack([Xq, seen]) @ R, level_lists(levels, W.shape)

@@ -56,7 +56,7 @@ def run(A, L, step, order, rounding, key, block):
 
 def solved(A, L, step, block, rounding=None, key=None, order=None):
     order = np.arange(A.shape[0]) if order is None else order
-    return run(A, L, step, order, rounding or jpfq.Nearest(), key, block)
+    return run(A, L, step, order, rounding or jpfq.rounding.Nearest(), key, block)
 
 
 def by_loop(A, L, step):
@@ -81,7 +81,7 @@ def test_the_form_about_values(x64, block):
     """q = Q(A + L (v - q)) is q = Q(A' - L q) with A' = A + L v."""
     A, L, step = system(10)
     about = np.random.default_rng(0).standard_normal(A.shape)
-    recursion = Recursion(levels_of(step), jnp.arange(N), OUT, jpfq.Nearest())
+    recursion = Recursion(levels_of(step), jnp.arange(N), OUT, jpfq.rounding.Nearest())
     path = jax.jit(lambda A, about: substitute(A, jnp.asarray(L), recursion, block=block, about=about))(A, about)
     assert_codes_equal(path.codes, by_loop(A + L @ about, L, step).index - 16)
 
@@ -115,7 +115,7 @@ def test_panels_change_nothing(x64, monkeypatch, panel, panels, block):
     monkeypatch.setattr(module, "PANEL", panel)
     monkeypatch.setattr(module, "PANELS", panels)
     A, L, step = system(4)
-    recursion = Recursion(levels_of(step), jnp.arange(N), OUT, jpfq.Nearest())
+    recursion = Recursion(levels_of(step), jnp.arange(N), OUT, jpfq.rounding.Nearest())
     codes = jax.jit(lambda A, L: substitute(A, L, recursion, block=block).codes)(A, L)
     assert_codes_equal(codes, by_loop(A, L, step).index - 16)
 

@@ -19,14 +19,16 @@ def case(seed=85):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "per"), [(jpfq.Qronos(), jpfq.PerGroup(SIZE)), (jpfq.GPFQ(), jpfq.PerTensor())], ids=["groups", "tensor"]
+    ("method", "per"),
+    [(jpfq.Qronos(), jpfq.scale.PerGroup(SIZE)), (jpfq.GPFQ(), jpfq.scale.PerTensor())],
+    ids=["groups", "tensor"],
 )
 def test_minerror_is_the_plain_search(x64, method, per):
     """Eight multiples, then eight between the neighbours of the best. A neuron's groups share a multiple; one step for the
     whole matrix takes the best for all neurons together."""
     X, Xq, W, gram = case()
-    base, grid, shared = jpfq.AbsMax(per=per), jpfq.Asymmetric(2), isinstance(per, jpfq.PerTensor)
-    p = np.asarray(jpfq.Descending()(gram))
+    base, grid, shared = jpfq.scale.AbsMax(per=per), jpfq.Asymmetric(2), isinstance(per, jpfq.scale.PerTensor)
+    p = np.asarray(jpfq.order.Descending()(gram))
     system, levels = method(W[p], gram.permute(p)), base(W, grid)
     best, chosen, codes = np.full(OUT, np.inf), np.zeros(OUT), np.zeros((N, OUT))
     first = [np.full(OUT, c) for c in np.linspace(0.3, 1, 8)]
@@ -41,7 +43,7 @@ def test_minerror_is_the_plain_search(x64, method, per):
             codes[:, better] = np.asarray(path.codes)[np.argsort(p)][:, better]
             chosen, best = np.where(better, c, chosen), np.minimum(error, best)
         assert turn == 1 or shared or len(set(chosen)) > 1
-    settings = PLAIN | {"scale": jpfq.MinError(base), "method": method, "order": jpfq.Descending()}
+    settings = PLAIN | {"scale": jpfq.scale.MinError(base), "method": method, "order": jpfq.order.Descending()}
     tensor, info = jpfq.solve(W, gram, grid=grid, **settings)
     assert_codes_equal(tensor.codes, codes)
     assert_close(tensor.step, np.asarray(levels.step) * (chosen[:1] if shared else chosen))
@@ -50,24 +52,26 @@ def test_minerror_is_the_plain_search(x64, method, per):
 
 
 def test_multiples_zoom_in(x64):
-    scale = jpfq.MinError(jpfq.Quantile(0.9, per=jpfq.PerGroup(SIZE)), least=0.5, most=2.0, candidates=4, rounds=3)
-    assert scale.per == jpfq.PerGroup(SIZE)
+    scale = jpfq.scale.MinError(
+        jpfq.scale.Quantile(0.9, per=jpfq.scale.PerGroup(SIZE)), least=0.5, most=2.0, candidates=4, rounds=3
+    )
+    assert scale.per == jpfq.scale.PerGroup(SIZE)
     found = scale.multiples(jnp.float64)
     assert found is not None
     least, rounds = found
     assert least == 0.5
     for x, expected in zip(rounds, ([0, 0.5, 1, 1.5], [-0.3, -0.1, 0.1, 0.3], [-0.12, -0.04, 0.04, 0.12]), strict=True):
         assert_close(x, expected)
-    assert jpfq.MinMSE().multiples(jnp.float64) is None
+    assert jpfq.scale.MinMSE().multiples(jnp.float64) is None
 
 
 def test_weighted_minmse_is_given_the_energies(x64):
     """Whatever the order of the recursion, a weight keeps the energy of its own input."""
     _, Xq, W, gram = case()
-    scale, grid = jpfq.MinMSE(per=jpfq.PerGroup(SIZE), weighted=True), jpfq.Integer(3)
+    scale, grid = jpfq.scale.MinMSE(per=jpfq.scale.PerGroup(SIZE), weighted=True), jpfq.Integer(3)
     energy = jnp.broadcast_to((jnp.asarray(Xq) ** 2).sum(0)[:, None], W.shape)
-    settings = PLAIN | {"scale": scale, "method": jpfq.MSQ(), "order": jpfq.Descending()}
+    settings = PLAIN | {"scale": scale, "method": jpfq.MSQ(), "order": jpfq.order.Descending()}
     tensor, _ = jpfq.solve(W, gram, grid=grid, **settings)
     assert_close(tensor.step, scale(W, grid, energy).step)
-    plain = jpfq.MinMSE(per=jpfq.PerGroup(SIZE))(W, grid)
+    plain = jpfq.scale.MinMSE(per=jpfq.scale.PerGroup(SIZE))(W, grid)
     assert (np.asarray(plain.step) != np.asarray(tensor.step)).mean() > 0.1

@@ -135,8 +135,8 @@ def test_fewer_neurons_than_devices_are_solved_whole(two):
         ({"method": jpfq.OPTQ()}, False),
         ({"rotation": jpfq.Hadamard()}, False),
         ({"shrinkage": jpfq.Shrinkage()}, False),
-        ({"prepare": (jpfq.Align(),)}, False),
-        ({"order": jpfq.MinPivot()}, False),
+        ({"prepare": (jpfq.prepare.Align(),)}, False),
+        ({"order": jpfq.order.MinPivot()}, False),
     ],
 )
 def test_what_needs_the_gram_whole(changes, by_rows):

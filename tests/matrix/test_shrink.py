@@ -52,7 +52,7 @@ def test_many_rows_need_none(x64):
 def test_in_a_solve(x64):
     """The method sees the Gram after shrinkage; figures are those of the data themselves."""
     X, _, W = problem(103, n=N, out=OUT, drift=0)
-    settings = PLAIN | {"method": jpfq.GPFQ(), "bits": 3, "scale": jpfq.AbsMax()}
+    settings = PLAIN | {"method": jpfq.GPFQ(), "bits": 3, "scale": jpfq.scale.AbsMax()}
     tensor, info = jpfq.solve(W, jpfq.Gram.from_data(X), **settings | {"shrinkage": Shrinkage()})
     H = X.T @ X
     shrunk = without_chance(H, np.diag(H), np.diag(H), 64) + 0.5 * N / 64 * np.diag(np.diag(H))
@@ -69,7 +69,7 @@ def test_few_rows_fit_new_ones_better():
         X, Xq, W = (np.float32(x) for x in problem(104 + seed, m=640, n=N, out=OUT, drift=0.3))
         gram = jpfq.Gram.from_data(X[:48], Xq[:48])
         for shrinkage in (None, Shrinkage()):
-            method = jpfq.Qronos(damping=jpfq.MeanDiagonal(1e-3))
+            method = jpfq.Qronos(damping=jpfq.damping.MeanDiagonal(1e-3))
             tensor, _ = jpfq.solve(W, gram, **PLAIN | {"method": method, "bits": 3, "shrinkage": shrinkage})
             errors.setdefault(shrinkage, []).append(gpfq.relative_error(X[48:], W, Xq[48:], tensor.dequantize()))
     assert np.mean(errors[Shrinkage()]) < 0.9 * np.mean(errors[None])

@@ -12,8 +12,8 @@ from jpfq.matrix import Gram, cut, recipe_of, slice_width, slices, solve_all, so
 
 RECIPES = {
     "recommended": {},
-    "random": {"method": jpfq.GPFQ(), "rounding": jpfq.Stochastic(), "scale": jpfq.AbsMax()},
-    "groups": {"scale": jpfq.AbsMax(per=jpfq.PerGroup(4)), "method": jpfq.OPTQ(), "finish": None},
+    "random": {"method": jpfq.GPFQ(), "rounding": jpfq.rounding.Stochastic(), "scale": jpfq.scale.AbsMax()},
+    "groups": {"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(4)), "method": jpfq.OPTQ(), "finish": None},
 }
 
 
@@ -59,7 +59,7 @@ def test_a_wide_matrix_and_a_wide_layer_are_solved_in_runs(monkeypatch, x64):
 def test_what_neurons_share_keeps_them_together():
     wide = (1, 64, 2**20)
     assert slice_width(wide, recipe_of(4, None)) == 2**17
-    tensor = jpfq.AbsMax(per=jpfq.PerTensor())
-    for settings in ({"scale": tensor}, {"prepare": jpfq.MagR()}, {"rounding": jpfq.Prune(0.5)}):
+    tensor = jpfq.scale.AbsMax(per=jpfq.scale.PerTensor())
+    for settings in ({"scale": tensor}, {"prepare": jpfq.prepare.MagR()}, {"rounding": jpfq.rounding.Prune(0.5)}):
         assert slice_width(wide, recipe_of(4, None, **settings)) == wide[2]
     assert slice_width((1, 14336, 4096), recipe_of(4, None)) == 4096  # as many factors would cost more than they save

@@ -64,7 +64,7 @@ def test_codes_are_the_published_ones(x64, name, form):
     X, Xq, W = problem(21, n=N, out=OUT, dead=DEAD)
     step, zeros, levels = laid(W, name, "channel", 0.8)
     expected = reference.gpfq_state(W, X, Xq, levels)
-    settings = GPFQ | {"grid": GRIDS[name][0], "scale": jpfq.AbsMax(0.8), "form": form, "block": 16}
+    settings = GPFQ | {"grid": GRIDS[name][0], "scale": jpfq.scale.AbsMax(0.8), "form": form, "block": 16}
     tensor, info = jpfq.solve(W, data_of(X, Xq, form), **settings)
     assert_codes_equal(tensor.codes, expected.index + GRIDS[name][1][0][0])
     assert_close(tensor.dequantize(), expected.q)
@@ -89,7 +89,11 @@ def test_codes_are_the_published_ones(x64, name, form):
 def test_where_the_networks_agree(x64, name, form):
     X, _, W = problem(22, n=N, out=OUT, drift=0)
     expected = reference.gpfq_state(W, X, X, laid(W, name, "tensor", 0.7)[2])
-    settings = GPFQ | {"grid": GRIDS[name][0], "scale": jpfq.AbsMax(0.7, per=jpfq.PerTensor()), "form": form}
+    settings = GPFQ | {
+        "grid": GRIDS[name][0],
+        "scale": jpfq.scale.AbsMax(0.7, per=jpfq.scale.PerTensor()),
+        "form": form,
+    }
     tensor, info = jpfq.solve(W, data_of(X, X, form), **settings)
     assert_codes_equal(tensor.codes, expected.index + GRIDS[name][1][0][0])
     assert_close(info.relative_error, reference.relative_error(X, W, X, expected.q))
@@ -104,9 +108,14 @@ def test_descending_is_the_permuted_problem_put_back(x64, form):
     _, _, levels = laid(W, "Integer(3)", "group", 0.8)
     p = np.argsort(-(Xq**2).sum(0), kind="stable")
     expected = reference.in_order(reference.gpfq_state, p, W, X, Xq, levels=levels)
-    settings = {"grid": jpfq.Integer(3), "scale": jpfq.AbsMax(0.8, per=jpfq.PerGroup(SIZE)), "form": form, "block": 16}
+    settings = {
+        "grid": jpfq.Integer(3),
+        "scale": jpfq.scale.AbsMax(0.8, per=jpfq.scale.PerGroup(SIZE)),
+        "form": form,
+        "block": 16,
+    }
     settings = GPFQ | settings
-    tensor, info = jpfq.solve(W, data_of(X, Xq, form), **settings | {"order": jpfq.Descending()})
+    tensor, info = jpfq.solve(W, data_of(X, Xq, form), **settings | {"order": jpfq.order.Descending()})
     assert_codes_equal(tensor.codes, expected.index - 4)
     assert_close(tensor.dequantize(), expected.q)
     assert_close(info.relative_error, reference.relative_error(X, W, Xq, expected.q))
@@ -120,11 +129,11 @@ def test_msq_does_not_read_the_data(x64):
     expected = reference.msq(W, laid(W, "Integer(3)", "group", 0.8)[2])
     settings = {
         "grid": jpfq.Integer(3),
-        "scale": jpfq.AbsMax(0.8, per=jpfq.PerGroup(SIZE)),
+        "scale": jpfq.scale.AbsMax(0.8, per=jpfq.scale.PerGroup(SIZE)),
         "method": jpfq.MSQ(),
         "finish": None,
     }
-    for order in (jpfq.Natural(), jpfq.Descending()):
+    for order in (jpfq.order.Natural(), jpfq.order.Descending()):
         tensor, info = jpfq.solve(W, data_of(X, Xq, "gram"), order=order, **settings)
         assert_codes_equal(tensor.codes, expected.index - 4)
         assert_close(info.relative_error, reference.relative_error(X, W, Xq, expected.q))
@@ -133,7 +142,7 @@ def test_msq_does_not_read_the_data(x64):
 @each_form
 def test_a_fine_grid_returns_the_weights(x64, form):
     X, _, W = problem(25, n=N, out=OUT, drift=0)
-    settings = GPFQ | {"grid": jpfq.Infinite(), "scale": jpfq.Fixed(2.0**-20), "form": form, "block": 16}
+    settings = GPFQ | {"grid": jpfq.Infinite(), "scale": jpfq.scale.Fixed(2.0**-20), "form": form, "block": 16}
     tensor, info = jpfq.solve(W, data_of(X, X, form), **settings)
     L = np.tril(X.T @ X, -1) / (X**2).sum(0)[:, None]
     error = np.abs(np.linalg.inv(np.eye(N) + L)).sum(1, keepdims=True) * 2.0**-21  # of e = r - L e with |r| <= step / 2
@@ -147,15 +156,19 @@ def test_a_fine_grid_returns_the_weights(x64, form):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("form", "order"), [("gram", jpfq.Natural()), ("data", jpfq.Descending())], ids=["gram", "data"]
+    ("form", "order"), [("gram", jpfq.order.Natural()), ("data", jpfq.order.Descending())], ids=["gram", "data"]
 )
 def test_float32_differs_at_ties_alone(form, order):
     X, Xq, W = (np.float32(x) for x in problem(26, m=256, n=96, out=16, dead=(5,)))
     W64 = np.float64(W)
     step, _, levels = laid(W64, "Symmetric(8)", "channel", 1.0)
-    p = np.arange(96) if isinstance(order, jpfq.Natural) else np.argsort(-(np.float64(Xq) ** 2).sum(0), kind="stable")
+    p = (
+        np.arange(96)
+        if isinstance(order, jpfq.order.Natural)
+        else np.argsort(-(np.float64(Xq) ** 2).sum(0), kind="stable")
+    )
     expected = reference.in_order(reference.gpfq_state, p, W64, X, Xq, levels=levels)
-    settings = GPFQ | {"grid": jpfq.Symmetric(8), "scale": jpfq.AbsMax(), "order": order, "form": form}
+    settings = GPFQ | {"grid": jpfq.Symmetric(8), "scale": jpfq.scale.AbsMax(), "order": order, "form": form}
     tensor, info = jpfq.solve(W, data_of(X, Xq, form), **settings)
     assert_codes_equal_but_for_ties(tensor.codes, expected.index - 8, expected.argument / step, order=p)
     direct = reference.relative_error(X, W, Xq, tensor.dequantize())
@@ -236,7 +249,7 @@ def test_many_more_rows_than_inputs_take_the_gram_form():
     assert not recipe().prefers_rows(4096, 128, 4)
     assert recipe(form="data").prefers_rows(4096, 128, 4)
     assert not recipe(form="gram").prefers_rows(8, 128, 4)
-    for part in ({"method": jpfq.OPTQ()}, {"finish": jpfq.Refit()}, {"scale": jpfq.MinError()}):
+    for part in ({"method": jpfq.OPTQ()}, {"finish": jpfq.finish.Refit()}, {"scale": jpfq.scale.MinError()}):
         assert not recipe(**part).prefers_rows(8, 128, 4)
 
 
@@ -269,9 +282,9 @@ def test_a_random_rounding_needs_a_key():
     W, gram = problem32(54)
     with pytest.raises(ValueError, match="random numbers: pass key="):
         jpfq.solve(W, gram, bits=4, rounding=Dither())
-    settings = {"bits": 4, "scale": jpfq.AbsMax(), "rounding": Dither(), "method": jpfq.MSQ()}
+    settings = {"bits": 4, "scale": jpfq.scale.AbsMax(), "rounding": Dither(), "method": jpfq.MSQ()}
     first, _ = jpfq.solve(W, gram, key=jax.random.key(0), **settings)
-    again, _ = jpfq.solve(W, gram, key=jax.random.key(0), order=jpfq.Descending(), **settings)
+    again, _ = jpfq.solve(W, gram, key=jax.random.key(0), order=jpfq.order.Descending(), **settings)
     other, _ = jpfq.solve(W, gram, key=jax.random.key(1), **settings)
     assert_codes_equal(first.codes, again.codes)
     assert (np.asarray(first.codes) != np.asarray(other.codes)).mean() > 0.1

@@ -38,7 +38,7 @@ def test_what_the_arguments_of_gpfq_tell(x64):
 def test_figures_of_a_solve_in_several_blocks(method, drift, x64):
     """More inputs than one block holds; some of them dead, and the others out of order."""
     X, Xq, W = problem(6, m=1100, n=1030, out=4, drift=drift, dead=(0, 300))
-    settings = PLAIN | {"method": method, "bits": 3, "scale": jpfq.AbsMax(), "order": jpfq.Descending()}
+    settings = PLAIN | {"method": method, "bits": 3, "scale": jpfq.scale.AbsMax(), "order": jpfq.order.Descending()}
     tensor, info = jpfq.solve(W, jpfq.Gram.from_data(X, Xq if drift else None), **settings)
     q, Xq = np.asarray(tensor.dequantize()), Xq if drift else X
     assert_close(info.relative_error, gpfq.relative_error(X, W, Xq, q))

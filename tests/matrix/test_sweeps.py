@@ -20,7 +20,7 @@ GPFQ = PLAIN | {"method": jpfq.GPFQ()}
 def test_vmap_over_numbers_is_the_loop():
     """Over the width of the grid and the factor of the scale at once."""
     W, gram = problem32()
-    run = lambda bits, c: jpfq.solve(W, gram, **GPFQ | {"grid": jpfq.Integer(bits), "scale": jpfq.AbsMax(c)})
+    run = lambda bits, c: jpfq.solve(W, gram, **GPFQ | {"grid": jpfq.Integer(bits), "scale": jpfq.scale.AbsMax(c)})
     numbers = [(2, 1.0), (3, 0.5), (3, 1.0), (8, 0.9)]
     tensors, infos = jax.vmap(run)(*(jnp.array(x) for x in zip(*numbers, strict=True)))
     for i, (bits, c) in enumerate(numbers):
@@ -49,7 +49,7 @@ def test_several_matrices_at_once_are_the_loop():
 def test_matrices_share_a_step_per_tensor():
     cases = [problem32(seed) for seed in (31, 32, 33)]
     W, grams = jax.tree.map(lambda *x: jnp.stack(x), *cases)
-    recipe = recipe_of(3, None, **GPFQ | {"scale": jpfq.AbsMax(per=jpfq.PerTensor())})
+    recipe = recipe_of(3, None, **GPFQ | {"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerTensor())})
     found = solve_all(W, grams, recipe, None)
     assert found.step.shape == (1, 1, 1)
     assert_close(found.step, np.abs(W).max().reshape(1, 1, 1) / 3)
@@ -69,12 +69,12 @@ def test_jit_of_solve():
 def test_one_compilation_serves_equal_shapes():
     compiled = importlib.import_module("jpfq.matrix.stages")._solve_all
     W, gram = problem32()
-    settings = GPFQ | {"scale": jpfq.AbsMax()}
+    settings = GPFQ | {"scale": jpfq.scale.AbsMax()}
     jpfq.solve(W, gram, bits=4, **settings)
     before = compiled._cache_size()
     other_W, other_gram = problem32(34)
     for c, grid in ((0.5, jpfq.Integer(2)), (1.0, jpfq.Integer(8)), (0.9, jpfq.Ternary()), (1.1, jpfq.Equispaced(4))):
-        jpfq.solve(other_W, other_gram, grid=grid, **settings | {"scale": jpfq.AbsMax(c)})
+        jpfq.solve(other_W, other_gram, grid=grid, **settings | {"scale": jpfq.scale.AbsMax(c)})
     jpfq.solve(W.astype(jnp.bfloat16), gram, bits=3, **settings)
     assert compiled._cache_size() == before
     jpfq.solve(W, gram, bits=4, **settings, block=7)

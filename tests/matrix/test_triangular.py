@@ -19,7 +19,7 @@ X = jax.nn.relu(jax.random.normal(k[0], (3, 300, 130)))
 gram = jax.vmap(Gram.from_data)(X, X + 0.05 * jax.random.normal(k[1], X.shape))
 W = jax.random.normal(k[2], (3, 130, 40))
 system = jax.jit(jax.vmap(jpfq.GPTAQ()))
-recipe = recipe_of(4, None, form="gram", method=jpfq.GPFQ(), scale=jpfq.AbsMax(), finish=None)
+recipe = recipe_of(4, None, form="gram", method=jpfq.GPFQ(), scale=jpfq.scale.AbsMax(), finish=None)
 F = jnp.einsum("bij,bik->bjk", W, W)
 for _ in range(1000):
     jax.block_until_ready(system(W, gram))

@@ -10,7 +10,7 @@ from tests.helpers import PLAIN, assert_close, assert_codes_equal, problem
 from tests.reference.shrinkage import without_chance
 
 N, OUT = 32, 6
-ROUNDED = {"method": jpfq.MSQ(), "scale": jpfq.MinMSE(), "shrinkage": None, "finish": None}
+ROUNDED = {"method": jpfq.MSQ(), "scale": jpfq.scale.MinMSE(), "shrinkage": None, "finish": None}
 
 
 def new_error(X, Xq, W, q):

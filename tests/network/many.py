@@ -33,8 +33,8 @@ RULES = {
     "recommended": [jpfq.Rule(".*", bits=3)],
     "offload": [jpfq.Rule(".*", bits=3, activation_bits=4)],
     "block": [
-        zoo.plain("a", bits=3, form="data", rounding=jpfq.Stochastic()),
-        zoo.plain("[bd]", bits=3, scale=jpfq.Quantile(), patches=jpfq.patches.Random(0.5)),
+        zoo.plain("a", bits=3, form="data", rounding=jpfq.rounding.Stochastic()),
+        zoo.plain("[bd]", bits=3, scale=jpfq.scale.Quantile(), patches=jpfq.patches.Random(0.5)),
         zoo.plain(bits=3, coupling=jpfq.Coupling()),
     ],
 }
@@ -127,7 +127,7 @@ def eight(which):
 
 def sweep():
     rule = lambda bits, c: zoo.plain(
-        bits=bits, scale=jpfq.AbsMax(c), correct_bias=True, activation_bits=8, rounding=jpfq.Stochastic()
+        bits=bits, scale=jpfq.scale.AbsMax(c), correct_bias=True, activation_bits=8, rounding=jpfq.rounding.Stochastic()
     )
     points = [{"bits": bits, "c": c, "seed": seed} for bits, c, seed in ((2, 0.7, 0), (3, 0.8, 0), (3, 0.8, 1))]
     space = jpfq.Space.listed(points, rule)  # fewer than devices of the axis

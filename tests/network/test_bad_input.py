@@ -114,38 +114,55 @@ def test_bits_out_of_range(bits):
         ([(".*", {})], "bits=... or grid="),
         ([(".*", {"bits": 4, "grid": jpfq.Ternary()})], "one of them"),
         ([(".*", {"bits": 4, "method": jpfq.GPFQ})], r"did you mean jpfq.GPFQ\(\)"),
-        ([(".*", {"bits": 4, "scale": "absmax"})], r"scale takes a Scale, such as jpfq.AbsMax\(\)"),
+        ([(".*", {"bits": 4, "scale": "absmax"})], r"scale takes a Scale, such as jpfq.scale.AbsMax\(\)"),
         ([(".*", {"skip": True, "bits": 4})], r"skips its kernels, so \['bits'\] mean nothing"),
         ([(".*", {"bits": 4, "form": "rows"})], "form is"),
         ([(".*", {"bits": 4, "unsupported": "ignore"})], "unsupported is"),
         ([(".*", {"bits": 4, "method": jpfq.OPTQ(), "form": "data"})], r"Rule\('\.\*'\): OPTQ.* has no data form"),
-        ([(".*", {"bits": 4, "finish": jpfq.Refit(), "form": "data"})], r"Refit\(\) has no data form"),
-        ([("a", {"bits": 1, "rounding": jpfq.Prune(0.1)})], r"Rule\('a'\): Prune.* no level of Binary"),
+        ([(".*", {"bits": 4, "finish": jpfq.finish.Refit(), "form": "data"})], r"Refit\(\) has no data form"),
+        ([("a", {"bits": 1, "rounding": jpfq.rounding.Prune(0.1)})], r"Rule\('a'\): Prune.* no level of Binary"),
         (
-            [(".*", {"bits": 4, "rounding": jpfq.HardThreshold(0.1), "finish": jpfq.CosineDescend()})],
+            [(".*", {"bits": 4, "rounding": jpfq.rounding.HardThreshold(0.1), "finish": jpfq.finish.CosineDescend()})],
             r"CosineDescend.* would bring back weights .* take finish=Refit\(\) or None",
         ),
         (
-            [(".*", {"bits": 4, "scale": jpfq.Fixed(0.1), "finish": jpfq.Refit()})],
+            [(".*", {"bits": 4, "scale": jpfq.scale.Fixed(0.1), "finish": jpfq.finish.Refit()})],
             r"Rule.* changes the step that Fixed",
         ),
         (
-            [(".*", {"bits": 4, "scale": jpfq.MinError(jpfq.AbsMax(per=jpfq.PerGroup(2, refit=True)))})],
+            [
+                (
+                    ".*",
+                    {
+                        "bits": 4,
+                        "scale": jpfq.scale.MinError(jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(2, refit=True))),
+                    },
+                )
+            ],
             r"searches for steps beforehand",
         ),
         (
-            [(".*", {"bits": 4, "order": jpfq.Descending(), "scale": jpfq.AbsMax(per=jpfq.PerGroup(2, refit=True))})],
+            [
+                (
+                    ".*",
+                    {
+                        "bits": 4,
+                        "order": jpfq.order.Descending(),
+                        "scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(2, refit=True)),
+                    },
+                )
+            ],
             r"needs order=Natural",
         ),
         (
-            [(".*", {"bits": 4, "prepare": jpfq.MalySaab(), "rotation": jpfq.Hadamard()})],
+            [(".*", {"bits": 4, "prepare": jpfq.prepare.MalySaab(), "rotation": jpfq.Hadamard()})],
             r"works on the calibration rows: alone",
         ),
         (
-            [(".*", {"bits": 4, "finish": jpfq.CosineDescend})],
-            r"finish takes a Finish.*did you mean jpfq.CosineDescend\(\)",
+            [(".*", {"bits": 4, "finish": jpfq.finish.CosineDescend})],
+            r"finish takes a Finish.*did you mean jpfq.finish.CosineDescend\(\)",
         ),
-        ([(".*", {"bits": 4, "order": "descending"})], r"order takes an Order, such as jpfq.Natural\(\)"),
+        ([(".*", {"bits": 4, "order": "descending"})], r"order takes an Order, such as jpfq.order.Natural\(\)"),
         ([(".*", {"skip": True, "finish": None})], r"skips its kernels, so \['finish'\] mean nothing"),
     ],
 )
@@ -179,7 +196,7 @@ def test_a_step_of_zero_under_weights_names_the_kernel_and_an_all_zero_neuron_do
     W = np.zeros((4, 3), np.float32)
     W[0, 1] = 1.0
     with pytest.raises(ValueError, match=r"Median.* gives a step of zero under weights of layer_1/kernel"):
-        quantize(rules=zoo.plain(bits=4, scale=jpfq.Median(3.0)), params={**PARAMS, "layer_1": {"kernel": W}})
+        quantize(rules=zoo.plain(bits=4, scale=jpfq.scale.Median(3.0)), params={**PARAMS, "layer_1": {"kernel": W}})
     quantized = quantize(params={**PARAMS, "layer_1": {"kernel": W}})
     np.testing.assert_array_equal(quantized.params["layer_1"]["kernel"][:, [0, 2]], 0)
     assert np.isfinite(quantized.output_error)

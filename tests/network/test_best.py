@@ -8,12 +8,12 @@ import jpfq
 from tests.network import zoo
 
 RECOMMENDED = {
-    "scale": jpfq.MinError(),
+    "scale": jpfq.scale.MinError(),
     "shrinkage": jpfq.Shrinkage(),
-    "order": jpfq.Descending(),
+    "order": jpfq.order.Descending(),
     "method": jpfq.Qronos(),
-    "rounding": jpfq.Nearest(),
-    "finish": jpfq.CosineDescend(passes=4),
+    "rounding": jpfq.rounding.Nearest(),
+    "finish": jpfq.finish.CosineDescend(passes=4),
 }
 NOTHING_MORE = {"finish": None, "shrinkage": None}
 
@@ -97,12 +97,12 @@ def test_what_is_left_out_is_recommended_and_none_is_none():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"rounding": jpfq.Stochastic()}, {"finish": None}),  # the finish would round what is drawn to nearest
-        ({"rounding": jpfq.SoftThreshold(0.1)}, {"finish": None}),
-        ({"scale": jpfq.Fixed(0.1)}, {"finish": jpfq.Descend()}),  # a step that is given stays
-        ({"form": "data"}, {"method": jpfq.GPFQ(), "scale": jpfq.MinMSE(), **NOTHING_MORE}),
-        ({"prepare": jpfq.MalySaab()}, {"prepare": (jpfq.MalySaab(),), "shrinkage": None}),
-        ({"scale": jpfq.AbsMax(per=jpfq.PerGroup(8, refit=True))}, {"order": jpfq.Natural()}),
+        ({"rounding": jpfq.rounding.Stochastic()}, {"finish": None}),  # the finish would round what is drawn to nearest
+        ({"rounding": jpfq.rounding.SoftThreshold(0.1)}, {"finish": None}),
+        ({"scale": jpfq.scale.Fixed(0.1)}, {"finish": jpfq.finish.Descend()}),  # a step that is given stays
+        ({"form": "data"}, {"method": jpfq.GPFQ(), "scale": jpfq.scale.MinMSE(), **NOTHING_MORE}),
+        ({"prepare": jpfq.prepare.MalySaab()}, {"prepare": (jpfq.prepare.MalySaab(),), "shrinkage": None}),
+        ({"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(8, refit=True))}, {"order": jpfq.order.Natural()}),
     ],
 )
 def test_recommendations_make_way_for_what_is_named(given, expected):

@@ -139,7 +139,11 @@ def test_a_rule_without_activations_is_refused():
     with pytest.raises(ValueError, match="mean nothing"):
         jpfq.Rule(".*", skip=True, accumulator=jpfq.Accumulator(16))
     rule = jpfq.Rule(
-        ".*", bits=4, activation_bits=8, scale=jpfq.AbsMax(per=jpfq.PerGroup(3)), accumulator=jpfq.Accumulator(16)
+        ".*",
+        bits=4,
+        activation_bits=8,
+        scale=jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(3)),
+        accumulator=jpfq.Accumulator(16),
     )
     with pytest.raises(ValueError, match="of a sums"):
         jpfq.plan(fn, zoo.normal(2, 30, 6), rule, params=PARAMS)

@@ -31,9 +31,9 @@ def fn(params, x):
 @functools.cache
 def quantized():
     """A rotation, groups with fitted zeros, and a stack of kernels."""
-    groups = {"grid": jpfq.Asymmetric(3), "scale": jpfq.AbsMax(per=jpfq.PerGroup(4))}
+    groups = {"grid": jpfq.Asymmetric(3), "scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(4))}
     rules = [
-        zoo.plain("turned", bits=4, scale=jpfq.AbsMax(), rotation=jpfq.Hadamard(1)),
+        zoo.plain("turned", bits=4, scale=jpfq.scale.AbsMax(), rotation=jpfq.Hadamard(1)),
         zoo.plain("grouped", **groups),
         zoo.plain("stacked", grid=jpfq.Ternary()),
     ]
@@ -177,7 +177,7 @@ def test_training_halves_the_error_and_keeps_the_codes():
 
     train, test = zoo.normal(8, 256, 16) + 1, zoo.normal(9, 256, 16) + 1
     q = jpfq.quantize(
-        run, [train], zoo.plain(grid=jpfq.Ternary(), method=jpfq.MSQ(), scale=jpfq.AbsMax()), params=params
+        run, [train], zoo.plain(grid=jpfq.Ternary(), method=jpfq.MSQ(), scale=jpfq.scale.AbsMax()), params=params
     )
     loss = lambda p: jnp.mean((run(jpfq.fake_quant(p, q), train) - run(params, train)) ** 2)
     optimizer = optax.adam(1e-2)

@@ -121,7 +121,7 @@ def test_overflow_is_that_of_a_register(overflow):
 @pytest.mark.slow
 def test_results_that_differ_in_numbers_share_one_program(compilations):
     """Bits, steps and zero points, codes, the accumulator; and another result is another all the same."""
-    (first, x, *_), (second, *_) = one(), one(bits=3, activation_bits=6, scale=jpfq.AbsMax(0.8))
+    (first, x, *_), (second, *_) = one(), one(bits=3, activation_bits=6, scale=jpfq.scale.AbsMax(0.8))
     guard, other = jpfq.Accumulator(20, T), jpfq.Accumulator(24, T)
     outputs = [first.apply_integer(x, accumulator=guard)]
     compilations.clear()
@@ -136,7 +136,7 @@ def test_results_that_differ_in_numbers_share_one_program(compilations):
 
 
 def test_groups_are_scaled_tile_by_tile():
-    quantized, x, *_ = one(scale=jpfq.AbsMax(per=jpfq.PerGroup(4)))
+    quantized, x, *_ = one(scale=jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(4)))
     for tile in (4, 2):
         found = quantized.apply_integer(x, accumulator=jpfq.Accumulator(32, tile))
         np.testing.assert_allclose(found, quantized.apply(x), rtol=1e-5, atol=1e-5)

@@ -12,7 +12,7 @@ from tests.network import zoo
 PARAMS = {name: zoo.normal(seed, 16, 16) for seed, name in enumerate("ab")}
 ROWS = np.asarray(zoo.normal(7, 40, 16))
 BEFORE = jpfq.Rule(
-    "a", bits=3, scale=jpfq.AbsMax(), method=jpfq.MSQ(), order=jpfq.Natural(), finish=None, shrinkage=None
+    "a", bits=3, scale=jpfq.scale.AbsMax(), method=jpfq.MSQ(), order=jpfq.order.Natural(), finish=None, shrinkage=None
 )
 
 
@@ -84,7 +84,7 @@ def test_a_preset_has_the_grid_and_the_steps_of_its_paper(name):
     recipe = rule.recipe()
     assert recipe.finish is None
     assert recipe.shrinkage is None
-    assert isinstance(recipe.order, jpfq.Descending) == (name == "optq by size" or name.startswith("qronos"))
+    assert isinstance(recipe.order, jpfq.order.Descending) == (name == "optq by size" or name.startswith("qronos"))
 
     draws = name.startswith(("spfq", "uni"))
     if draws:

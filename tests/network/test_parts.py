@@ -9,7 +9,7 @@ import jpfq
 from tests.network import zoo
 
 X = zoo.normal(0, 30, 16)
-CHEAP = {"scale": jpfq.AbsMax(), "bits": 4}
+CHEAP = {"scale": jpfq.scale.AbsMax(), "bits": 4}
 PARAMS = {"first": {"kernel": zoo.normal(1, 16, 16)}, "second": {"kernel": zoo.normal(2, 16, 16)}}
 
 
@@ -33,30 +33,33 @@ def both(rules, x=X, batches=1):
 @pytest.mark.parametrize("method", [jpfq.OPTQ, jpfq.Qronos])
 def test_a_factorisation_that_fails_names_its_kernel(method):
     """Of fewer rows than inputs, without damping."""
-    rule = zoo.plain("second/.*", bits=3, method=method(damping=jpfq.MeanDiagonal(0.0)))
+    rule = zoo.plain("second/.*", bits=3, method=method(damping=jpfq.damping.MeanDiagonal(0.0)))
     _, quantize = both(rule, X[:4])
     with pytest.raises(
         ValueError, match=r"failed for second/kernel, .* condition number (inf|\d\.\de\+\d+)\. "
     ) as caught:
         quantize()
-    for remedy in ("damping=jpfq.MeanDiagonal(0.05)", "more rows than inputs", "jpfq.GPFQ()"):
+    for remedy in ("damping=jpfq.damping.MeanDiagonal(0.05)", "more rows than inputs", "jpfq.GPFQ()"):
         assert remedy in str(caught.value)
 
 
 def test_shrinkage_is_a_remedy_too():
-    rules = jpfq.Rule("second/.*", bits=3, method=jpfq.OPTQ(damping=jpfq.MeanDiagonal(0.0)), finish=None)
+    rules = jpfq.Rule("second/.*", bits=3, method=jpfq.OPTQ(damping=jpfq.damping.MeanDiagonal(0.0)), finish=None)
     assert np.isfinite(jpfq.quantize(fn, [X[:4]], rules, params=PARAMS).output_error)
 
 
 def test_groups_that_do_not_divide_name_the_kernel():
-    for scale in (jpfq.AbsMax(per=jpfq.PerGroup(5)), jpfq.MinError(jpfq.AbsMax(per=jpfq.PerGroup(5)))):
+    for scale in (
+        jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(5)),
+        jpfq.scale.MinError(jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(5))),
+    ):
         for call in both(zoo.plain("second/.*", bits=3, scale=scale)):
             with pytest.raises(ValueError, match=r"PerGroup\(5\) does not divide the 16 input .* of second/kernel"):
                 call()
 
 
 def test_a_kernel_walk_with_too_many_rows_names_the_kernel():
-    rule = zoo.plain("second/.*", grid=jpfq.Binary(), prepare=jpfq.MalySaab(), method=jpfq.MSQ())
+    rule = zoo.plain("second/.*", grid=jpfq.Binary(), prepare=jpfq.prepare.MalySaab(), method=jpfq.MSQ())
     for call in both(rule, X[:6], batches=3):
         with pytest.raises(ValueError, match=r"second/kernel has n = 16 inputs and m = 18 calibration rows"):
             call()
@@ -74,7 +77,7 @@ def test_a_rotation_is_folded_into_kernels():
     """Dense and convolution; the kernel that the network gets is the one that the codes stand for."""
     params = {"conv": zoo.normal(0, 3, 2, 2, 6), "dense": zoo.normal(1, 36, 5)}  # of 12 and 36 inputs
     x = zoo.normal(2, 40, 4, 3, 4)
-    rule = zoo.plain(bits=8, scale=jpfq.AbsMax(), rotation=jpfq.Hadamard(3))
+    rule = zoo.plain(bits=8, scale=jpfq.scale.AbsMax(), rotation=jpfq.Hadamard(3))
     quantized = jpfq.quantize(image, [x], rule, params=params)
     for name, kernel in params.items():
         tensor = quantized.tensors[name]
@@ -127,7 +130,7 @@ def test_codes_depend_on_the_key_and_on_nothing_else(x64):
     params, x = {name: {"kernel": zoo.normal(i, 16, 16)} for i, name in enumerate(PARAMS)}, zoo.normal(9, 30, 16)
 
     def codes(batches, seed=0, **settings):
-        rule = zoo.plain(rounding=jpfq.Stochastic(), **CHEAP, **settings)
+        rule = zoo.plain(rounding=jpfq.rounding.Stochastic(), **CHEAP, **settings)
         tensors = jpfq.quantize(fn, batches, rule, params=params, key=jax.random.key(seed)).tensors
         return np.stack([tensor.codes for tensor in tensors.values()])
 
@@ -143,7 +146,7 @@ def test_kernels_of_equal_weights_and_inputs_draw_apart():
     W = zoo.normal(1, 16, 16)
     params = {"a": W, "b": W, "c": jnp.stack([W, W])}
     run = lambda p, x: (x @ p["a"], x @ p["b"], jnp.einsum("bi,eio->ebo", x, p["c"]))
-    rule = zoo.plain(rounding=jpfq.Stochastic(), **CHEAP)
+    rule = zoo.plain(rounding=jpfq.rounding.Stochastic(), **CHEAP)
     tensors = jpfq.quantize(run, [X], rule, params=params, key=jax.random.key(0)).tensors
     drawn = [tensors["a"].codes, tensors["b"].codes, *tensors["c"].codes]
     for i, one in enumerate(drawn):

@@ -15,7 +15,7 @@ from jpfq.calibrate.stream import Stream
 from tests.network import zoo
 from tests.reference import gpfq as reference
 
-SYMMETRIC = zoo.plain(grid=jpfq.Symmetric(4), scale=jpfq.AbsMax(0.8))
+SYMMETRIC = zoo.plain(grid=jpfq.Symmetric(4), scale=jpfq.scale.AbsMax(0.8))
 
 
 def codes_of(W, X, Xq, step):
@@ -129,7 +129,7 @@ def test_rows_of_weight_zero_are_left_out(x64, shape, form):
     x = zoo.normal(9, 4, 6, 8)
     weights = np.ones(shape)
     weights[2:] = 0  # the last two samples are padding
-    rule = zoo.plain(grid=jpfq.Symmetric(4), scale=jpfq.AbsMax(0.8), form=form)
+    rule = zoo.plain(grid=jpfq.Symmetric(4), scale=jpfq.scale.AbsMax(0.8), form=form)
     masked = jpfq.quantize(fn, [jpfq.Weighted(x, weights)], rule, params=params)
     kept = jpfq.quantize(fn, [x[:2]], rule, params=params)
     for name in "abc":
@@ -202,7 +202,7 @@ def test_per_group_scales_land_on_the_kernel():
     """Groups of input coordinates in a kernel of rank 3 whose contracted axes are merged."""
     W, x = zoo.normal(0, 4, 8, 6), zoo.normal(1, 20, 4, 8)
     fn = lambda params, x: jnp.einsum("bhd,hdo->bo", x, params["w"])
-    rule = zoo.plain(bits=4, scale=jpfq.AbsMax(per=jpfq.PerGroup(4)))
+    rule = zoo.plain(bits=4, scale=jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(4)))
     quantized = jpfq.quantize(fn, [x], rule, params={"w": W})
     tensor = quantized.tensors["w"]
     assert tensor.step.shape == (4, 2, 6)
@@ -214,7 +214,7 @@ def test_per_group_scales_land_on_the_kernel():
 def test_a_per_tensor_scale_is_one_number_for_all_groups():
     W, x = zoo.normal(0, 3, 3, 1, 6), zoo.normal(1, 4, 8, 8, 6)
     fn = lambda params, x: zoo.convolve(x, params, groups=6)
-    tensor = jpfq.quantize(fn, [x], zoo.plain(bits=4, scale=jpfq.Median(3.0)), params=W).tensors[""]
+    tensor = jpfq.quantize(fn, [x], zoo.plain(bits=4, scale=jpfq.scale.Median(3.0)), params=W).tensors[""]
     assert tensor.step.shape == (1, 1, 1, 1)
     np.testing.assert_allclose(tensor.step.item(), 3 * np.median(np.abs(W)) / 7, rtol=1e-6)
 

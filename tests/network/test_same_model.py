@@ -12,7 +12,7 @@ from flax import nnx
 import jpfq
 from tests.network import zoo
 
-SETTINGS = {"grid": jpfq.Symmetric(4), "scale": jpfq.AbsMax(0.8)}
+SETTINGS = {"grid": jpfq.Symmetric(4), "scale": jpfq.scale.AbsMax(0.8)}
 
 
 class Pair(NamedTuple):

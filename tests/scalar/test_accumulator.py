@@ -13,7 +13,7 @@ import jpfq
 from jpfq.matrix import Recursion, substitute
 from jpfq.scalar import Accumulator, EPInit, Levels, datatype_bits, width_of
 from jpfq.scalar.accumulator import _l1_threshold
-from jpfq.scalar.integer_sums import _quotient
+from jpfq.scalar.integer_sums import quotient
 from tests.helpers import assert_codes_equal, problem
 from tests.reference import axe as reference
 
@@ -43,7 +43,7 @@ def rounded(A, L, about, order, step, top, P, lo, hi, T, how):
 
     def one(A, L, about, order, step, top, P, lo, hi, key):
         guard = Accumulator(P, T) if how is None else how(P, T)
-        rounding = guard.around(jpfq.Stochastic() if how is None else jpfq.Nearest(), (lo, hi))
+        rounding = guard.around(jpfq.rounding.Stochastic() if how is None else jpfq.rounding.Nearest(), (lo, hi))
         levels = Levels(step, jnp.zeros_like(step), -top - 1, top)
         recursion = Recursion(levels, order, OUT, rounding, key)
         carry, told = rounding.meet(about, order)
@@ -159,7 +159,7 @@ def test_the_quotient_is_exact(seed):
     assert (np.asarray(quotient(np.full(500, 2**31 - 1, np.int32), d)) <= (2**31 - 1) // d).all()
 
 
-quotient = jax.jit(_quotient)
+quotient = jax.jit(quotient)
 
 
 def test_nothing_divides_by_zero():
@@ -189,8 +189,14 @@ def test_codes_are_those_of_brevitas(x64, inputs, P, T):
     """GPFQ, OPTQ with its own feedback and with ours: natural and in descending order, the last tile not full."""
     X, Xq, W = problem(3, m=80, n=40, out=5, dead=(7,))
     step = np.abs(W).max(0) / 7
-    parts = {"grid": jpfq.Integer(4), "scale": jpfq.Fixed(step), "inputs": inputs, "finish": None, "shrinkage": None}
-    for order in (jpfq.Natural(), jpfq.Descending()):
+    parts = {
+        "grid": jpfq.Integer(4),
+        "scale": jpfq.scale.Fixed(step),
+        "inputs": inputs,
+        "finish": None,
+        "shrinkage": None,
+    }
+    for order in (jpfq.order.Natural(), jpfq.order.Descending()):
         p = np.arange(40)
         solve = lambda data, method, **how: np.asarray(
             jpfq.solve(jnp.asarray(W), data, method=method, order=order, accumulator=Accumulator(P, T, **how), **parts)[
@@ -198,7 +204,7 @@ def test_codes_are_those_of_brevitas(x64, inputs, P, T):
             ].codes
         )
         gram = jpfq.Gram.from_data(jnp.asarray(X), jnp.asarray(Xq))
-        if isinstance(order, jpfq.Descending):
+        if isinstance(order, jpfq.order.Descending):
             p = np.argsort(-np.diag(Xq.T @ Xq), kind="stable")
         given = (step, (-8, 7), inputs, P, T or 40, p)
         assert_codes_equal(solve(gram, jpfq.GPFQ()), reference.gpfq(W, X, Xq, *given))
@@ -206,7 +212,7 @@ def test_codes_are_those_of_brevitas(x64, inputs, P, T):
         lam = 0.01 * np.mean(np.diag(Xq.T @ Xq))
         for feedback in ("shrunk", "argument"):
             expected = reference.optq(W, Xq, *given, lam, feedback)
-            method = jpfq.OPTQ(jpfq.MeanDiagonal(0.01))
+            method = jpfq.OPTQ(jpfq.damping.MeanDiagonal(0.01))
             assert_codes_equal(solve(own, method, feedback=feedback), expected)
 
 

@@ -14,17 +14,50 @@ from jpfq.scalar import register_dataclass
 SETTINGS = {
     "grids": [jpfq.Ternary(), jpfq.Binary(), jpfq.Infinite()]
     + [jpfq.Integer(4), jpfq.Integer(4, narrow=True), jpfq.Asymmetric(4), jpfq.Symmetric(4), jpfq.Equispaced(4)],
-    "scales": [make(0.5, per=jpfq.PerTensor()) for make in (jpfq.AbsMax, jpfq.Median, jpfq.Quantile)]
-    + [jpfq.AbsMax(0.5), jpfq.AbsMax(0.5, per=jpfq.PerGroup(4)), jpfq.AbsMax(0.5, per=jpfq.PerGroup(8))]
-    + [jpfq.MinMSE(), jpfq.MinMSE(norm=2.4), jpfq.MinMSE(weighted=True), jpfq.MinError(), jpfq.MinError(rounds=3)]
-    + [jpfq.Fixed(0.5), jpfq.AbsMax(0.5, per=jpfq.PerGroup(8, refit=True))],
+    "scales": [
+        make(0.5, per=jpfq.scale.PerTensor()) for make in (jpfq.scale.AbsMax, jpfq.scale.Median, jpfq.scale.Quantile)
+    ]
+    + [
+        jpfq.scale.AbsMax(0.5),
+        jpfq.scale.AbsMax(0.5, per=jpfq.scale.PerGroup(4)),
+        jpfq.scale.AbsMax(0.5, per=jpfq.scale.PerGroup(8)),
+    ]
+    + [
+        jpfq.scale.MinMSE(),
+        jpfq.scale.MinMSE(norm=2.4),
+        jpfq.scale.MinMSE(weighted=True),
+        jpfq.scale.MinError(),
+        jpfq.scale.MinError(rounds=3),
+    ]
+    + [jpfq.scale.Fixed(0.5), jpfq.scale.AbsMax(0.5, per=jpfq.scale.PerGroup(8, refit=True))],
     "methods": [jpfq.GPFQ(), jpfq.MSQ(), jpfq.UNI(), jpfq.OPTQ(), jpfq.QEP(), jpfq.GPTAQ()]
-    + [jpfq.Qronos(), jpfq.Qronos(exact=True), jpfq.OPTQ(jpfq.TopEigenvalue(0.01))],
-    "orders": [jpfq.Natural(), jpfq.Descending(), jpfq.MinPivot()],
-    "prepare": [jpfq.Align(), jpfq.Align(2), jpfq.LeastSquares(), jpfq.MagR(), jpfq.MalySaab()],
-    "roundings": [jpfq.Nearest(), jpfq.Stochastic(), jpfq.SoftThreshold(0.1), jpfq.SoftThreshold(0.1, "step")]
-    + [jpfq.HardThreshold(0.1), jpfq.Prune(0.1), jpfq.Prune(0.1, then=jpfq.Nearest())],
-    "finish": [jpfq.Refit(), jpfq.Descend(), jpfq.Descend(2), jpfq.CosineDescend(3), jpfq.CosineDescend()],
+    + [jpfq.Qronos(), jpfq.Qronos(exact=True), jpfq.OPTQ(jpfq.damping.TopEigenvalue(0.01))],
+    "orders": [jpfq.order.Natural(), jpfq.order.Descending(), jpfq.order.MinPivot()],
+    "prepare": [
+        jpfq.prepare.Align(),
+        jpfq.prepare.Align(2),
+        jpfq.prepare.LeastSquares(),
+        jpfq.prepare.MagR(),
+        jpfq.prepare.MalySaab(),
+    ],
+    "roundings": [
+        jpfq.rounding.Nearest(),
+        jpfq.rounding.Stochastic(),
+        jpfq.rounding.SoftThreshold(0.1),
+        jpfq.rounding.SoftThreshold(0.1, "step"),
+    ]
+    + [
+        jpfq.rounding.HardThreshold(0.1),
+        jpfq.rounding.Prune(0.1),
+        jpfq.rounding.Prune(0.1, then=jpfq.rounding.Nearest()),
+    ],
+    "finish": [
+        jpfq.finish.Refit(),
+        jpfq.finish.Descend(),
+        jpfq.finish.Descend(2),
+        jpfq.finish.CosineDescend(3),
+        jpfq.finish.CosineDescend(),
+    ],
 }
 
 
@@ -44,10 +77,12 @@ def test_settings_survive(setting):
 
 
 def test_numbers_are_leaves_and_are_named():
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(jpfq.Quantile(0.9, 1.1))]
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(jpfq.scale.Quantile(0.9, 1.1))
+    ]
     assert paths == [".p", ".c"]
-    assert jax.tree.leaves(jpfq.Quantile(0.9, 1.1)) == [0.9, 1.1]
-    assert jax.tree.structure(jpfq.AbsMax(0.5)) == jax.tree.structure(jpfq.AbsMax(2.0))
+    assert jax.tree.leaves(jpfq.scale.Quantile(0.9, 1.1)) == [0.9, 1.1]
+    assert jax.tree.structure(jpfq.scale.AbsMax(0.5)) == jax.tree.structure(jpfq.scale.AbsMax(2.0))
 
 
 def test_jit_never_takes_one_class_for_another():

@@ -18,7 +18,7 @@ from tests.reference import gpfq as reference
 from tests.reference import spfq
 
 DRAWS = 20_000
-THRESHOLDS = {"soft": jpfq.SoftThreshold, "hard": jpfq.HardThreshold}
+THRESHOLDS = {"soft": jpfq.rounding.SoftThreshold, "hard": jpfq.rounding.HardThreshold}
 
 
 def levels_of(step=1.0, zero=0.0, lo=-3.0, hi=3.0):
@@ -54,23 +54,23 @@ def assert_mean(x, mean, variance):
 def test_nearest_minimises_the_square_distance(exponent, sixteenths):
     step, a = 2.0**exponent, 2.0**exponent * sixteenths / 16
     levels = [step * k for k in range(-3, 4)]
-    carry, code = visit(jpfq.Nearest(), levels_of(step), jnp.float32(a))
+    carry, code = visit(jpfq.rounding.Nearest(), levels_of(step), jnp.float32(a))
     assert carry == ()
     assert code == reference.nearest(a, levels) - 3
     assert (a - step * float(code)) ** 2 == min((a - p) ** 2 for p in levels)
 
 
 def test_nearest_is_a_stateless_setting_without_numbers():
-    assert jpfq.Nearest().init() == ()
-    assert not jpfq.Nearest.random
-    assert jax.tree.leaves(jpfq.Nearest()) == []
-    assert jpfq.Nearest() == jpfq.Nearest()
+    assert jpfq.rounding.Nearest().init() == ()
+    assert not jpfq.rounding.Nearest.random
+    assert jax.tree.leaves(jpfq.rounding.Nearest()) == []
+    assert jpfq.rounding.Nearest() == jpfq.rounding.Nearest()
 
 
 def test_mapped_over_neurons_it_is_encode():
     levels = levels_of(0.3, 0, -8, 7)
     a = jnp.asarray(np.random.default_rng(0).standard_normal(50) * 3, jnp.float32)
-    _, codes = jax.vmap(lambda x: jpfq.Nearest()((), x, RoundingContext(levels, None, ())))(a)
+    _, codes = jax.vmap(lambda x: jpfq.rounding.Nearest()((), x, RoundingContext(levels, None, ())))(a)
     np.testing.assert_array_equal(codes, levels.encode(a))
     assert len(set(codes.tolist())) > 10
 
@@ -82,7 +82,7 @@ def test_mapped_over_neurons_it_is_encode():
 def test_stochastic_is_unbiased(a):
     step, below = 0.2, np.floor(np.float32(a) / np.float32(0.2))
     part = a / step - below
-    q, error = drawn(jpfq.Stochastic(), levels_of(step), jnp.float32(a))
+    q, error = drawn(jpfq.rounding.Stochastic(), levels_of(step), jnp.float32(a))
     assert_mean(q, a, step**2 * part * (1 - part))
     assert set(np.round(np.asarray(q) / step)) <= {below, below + 1}
     assert np.abs(q - a).max() <= error
@@ -90,7 +90,7 @@ def test_stochastic_is_unbiased(a):
 
 def test_stochastic_saturates_and_keeps_levels():
     for a, expected in ((5.0, 3), (-7.5, -3), (2.0, 2), (-3.0, -3)):
-        q, _ = drawn(jpfq.Stochastic(), levels_of(), jnp.float32(a))
+        q, _ = drawn(jpfq.rounding.Stochastic(), levels_of(), jnp.float32(a))
         assert (q == expected).all()
 
 
@@ -98,7 +98,7 @@ def test_stochastic_saturates_and_keeps_levels():
 def test_one_bit_is_unbiased(a):
     """+K with probability (1 + a / K) / 2, -K otherwise, hence of variance K^2 - a^2."""
     K = 1.5
-    q, error = drawn(jpfq.Stochastic(), levels_of(2 * K, 0.5, 0, 1), jnp.float32(a))
+    q, error = drawn(jpfq.rounding.Stochastic(), levels_of(2 * K, 0.5, 0, 1), jnp.float32(a))
     assert_mean(q, a, K**2 - a**2)
     assert set(np.asarray(q).tolist()) == {-K, K}
     assert np.abs(q - a).max() <= error == 2 * K
@@ -121,7 +121,7 @@ def test_pruning_is_unbiased(a):
 @pytest.mark.parametrize("a", [0.3, -0.13, 0.55])
 def test_pruning_then_quantizing_is_unbiased(a, c):
     step = 0.2
-    q, error = drawn(jpfq.Prune(c), levels_of(step), jnp.float32(a))
+    q, error = drawn(jpfq.rounding.Prune(c), levels_of(step), jnp.float32(a))
     outcomes = [(c * np.sign(a), abs(a) / c), (0.0, 1 - abs(a) / c)] if abs(a) < c else [(a, 1.0)]
     second = lambda z: z**2 + step**2 * (z / step % 1) * (1 - z / step % 1)
     assert_mean(q, a, sum(share * second(z) for z, share in outcomes) - a**2)
@@ -131,7 +131,7 @@ def test_pruning_then_quantizing_is_unbiased(a, c):
 
 
 def test_pruning_before_another_rounding():
-    q, error = drawn(jpfq.Prune(0.5, then=jpfq.Nearest()), levels_of(0.2), jnp.float32(0.3))
+    q, error = drawn(jpfq.rounding.Prune(0.5, then=jpfq.rounding.Nearest()), levels_of(0.2), jnp.float32(0.3))
     assert set(np.round(np.asarray(q) / 0.2)) == {0, 3}  # .5 is a tie of .4 and .6
     assert_close(error, 0.6)
 
@@ -144,7 +144,7 @@ def system():
     return np.float32(A), np.float32(L), levels
 
 
-@pytest.mark.parametrize("rounding", [jpfq.Stochastic(), jpfq.Prune(0.5)], ids=str)
+@pytest.mark.parametrize("rounding", [jpfq.rounding.Stochastic(), jpfq.rounding.Prune(0.5)], ids=str)
 def test_draws_depend_on_coordinate_and_neuron_alone(rounding):
     """One key, one set of codes: in blocks, and whatever the order of the visit."""
     A, L, levels = system()
@@ -167,7 +167,7 @@ def test_soft_threshold_is_a_proximal_map(sixteenths, lam, step):
     """argmin_p (a - p)^2 / 2 + lam |p| over the levels; numbers are such that ties are exact."""
     a, lam = step * sixteenths / 16, step * lam / 16
     levels = [step * k for k in range(-3, 4)]
-    _, code = visit(jpfq.SoftThreshold(jnp.float32(lam)), levels_of(step), jnp.float32(a))
+    _, code = visit(jpfq.rounding.SoftThreshold(jnp.float32(lam)), levels_of(step), jnp.float32(a))
     q, cost = step * float(code), lambda p: (a - p) ** 2 / 2 + lam * abs(p)
     assert cost(q) == min(cost(p) for p in levels)
     assert q == spfq.soft_threshold(a, lam, levels)
@@ -177,11 +177,11 @@ def test_soft_threshold_is_a_proximal_map(sixteenths, lam, step):
 @given(st.integers(-80, 80), st.integers(0, 24))
 def test_hard_threshold(sixteenths, lam):
     a, lam = sixteenths / 16, lam / 16
-    _, code = visit(jpfq.HardThreshold(jnp.float32(lam)), levels_of(), jnp.float32(a))
+    _, code = visit(jpfq.rounding.HardThreshold(jnp.float32(lam)), levels_of(), jnp.float32(a))
     assert code == spfq.hard_threshold_grid(a, lam, [float(k) for k in range(-3, 4)])
 
 
-@pytest.mark.parametrize("make", [*THRESHOLDS.values(), jpfq.Prune])
+@pytest.mark.parametrize("make", [*THRESHOLDS.values(), jpfq.rounding.Prune])
 def test_units_of_a_threshold(make):
     """The same threshold of .9 in weights, in steps of .3, and in radii: the top level is six steps above zero."""
     levels = levels_of(0.3, 1.0, -4, 7)
@@ -198,13 +198,13 @@ def test_units_of_a_threshold(make):
 
 
 ROUNDINGS = {
-    "nearest": jpfq.Nearest(),
-    "stochastic": jpfq.Stochastic(),
-    "soft": jpfq.SoftThreshold(0.7),
-    "hard": jpfq.HardThreshold(0.7),
-    "hard, small": jpfq.HardThreshold(0.1),
-    "prune": jpfq.Prune(0.7),
-    "prune, nearest": jpfq.Prune(1.3, then=jpfq.Nearest()),
+    "nearest": jpfq.rounding.Nearest(),
+    "stochastic": jpfq.rounding.Stochastic(),
+    "soft": jpfq.rounding.SoftThreshold(0.7),
+    "hard": jpfq.rounding.HardThreshold(0.7),
+    "hard, small": jpfq.rounding.HardThreshold(0.1),
+    "prune": jpfq.rounding.Prune(0.7),
+    "prune, nearest": jpfq.rounding.Prune(1.3, then=jpfq.rounding.Nearest()),
 }
 
 
@@ -232,9 +232,11 @@ def test_error_has_the_shape_of_the_steps():
 
 
 def test_what_a_descent_rounds_by_afterwards():
-    assert jpfq.Stochastic().settled == jpfq.Nearest() == jpfq.Nearest().settled
-    assert jpfq.SoftThreshold(0.1).settled == jpfq.SoftThreshold(0.1)
-    assert jpfq.Prune(0.1).settled is None
+    assert jpfq.rounding.Stochastic().settled == jpfq.rounding.Nearest() == jpfq.rounding.Nearest().settled
+    assert jpfq.rounding.SoftThreshold(0.1).settled == jpfq.rounding.SoftThreshold(0.1)
+    assert jpfq.rounding.Prune(0.1).settled is None
     for rounding in ROUNDINGS.values():
-        assert rounding.random == (type(rounding) in (jpfq.Stochastic, jpfq.Prune))
-        assert rounding.sparse == (type(rounding) in (jpfq.SoftThreshold, jpfq.HardThreshold, jpfq.Prune))
+        assert rounding.random == (type(rounding) in (jpfq.rounding.Stochastic, jpfq.rounding.Prune))
+        assert rounding.sparse == (
+            type(rounding) in (jpfq.rounding.SoftThreshold, jpfq.rounding.HardThreshold, jpfq.rounding.Prune)
+        )

@@ -12,7 +12,7 @@ from tests.helpers import assert_close
 from tests.reference import gpfq as reference
 
 N, OUT, SIZE = 12, 4, 3
-PER = {"tensor": jpfq.PerTensor(), "channel": jpfq.PerChannel(), "group": jpfq.PerGroup(SIZE)}
+PER = {"tensor": jpfq.scale.PerTensor(), "channel": jpfq.scale.PerChannel(), "group": jpfq.scale.PerGroup(SIZE)}
 GRIDS = {
     "integer": (jpfq.Integer(4), reference.integer(4), 7),
     "equispaced": (jpfq.Equispaced(4), reference.equispaced(4), 1.5),
@@ -56,9 +56,9 @@ def step_and_zero(low, high, grid):
 
 
 SCALES = {
-    "absmax": lambda per: jpfq.AbsMax(0.9, per=per),
-    "quantile": lambda per: jpfq.Quantile(0.8, 1.1, per=per),
-    "median": lambda per: jpfq.Median(2.5, per=per),
+    "absmax": lambda per: jpfq.scale.AbsMax(0.9, per=per),
+    "quantile": lambda per: jpfq.scale.Quantile(0.8, 1.1, per=per),
+    "median": lambda per: jpfq.scale.Median(2.5, per=per),
 }
 
 
@@ -86,7 +86,7 @@ def test_scale_is_the_plain_loop(x64, rule, per, grid):
 def test_minmse_is_the_plain_search(x64, per, grid):
     W, norm = weights(1), 2.4
     codes, zero = GRIDS[grid][1]
-    levels = lay(jpfq.MinMSE(norm, candidates=20, least=0.3, per=PER[per]), jnp.asarray(W), GRIDS[grid][0])
+    levels = lay(jpfq.scale.MinMSE(norm, candidates=20, least=0.3, per=PER[per]), jnp.asarray(W), GRIDS[grid][0])
     shares = []
     for at, w in reference.sets(W, per, SIZE).items():
         low, high = (w.min(), w.max()) if zero is None else (-reference.absmax(w), reference.absmax(w))
@@ -104,7 +104,7 @@ def test_weighted_minmse_is_the_plain_search(x64, per, grid):
     """As above, each square error times the importance of its weight."""
     W, (codes, zero) = weights(1), GRIDS[grid][1]
     importance = np.random.default_rng(2).exponential(size=W.shape) ** 2
-    scale = jpfq.MinMSE(candidates=20, least=0.3, per=PER[per], weighted=True)
+    scale = jpfq.scale.MinMSE(candidates=20, least=0.3, per=PER[per], weighted=True)
     levels = lay(scale, jnp.asarray(W), GRIDS[grid][0], jnp.asarray(importance))
     weight = reference.sets(importance, per, SIZE)
     for at, w in reference.sets(W, per, SIZE).items():
@@ -119,30 +119,30 @@ def test_weighted_minmse_is_the_plain_search(x64, per, grid):
                 least, best = cost, (step, zeros)
         assert_close(levels.step[at], best[0])
         assert levels.zero[at] == best[1]
-    plain = lay(jpfq.MinMSE(candidates=20, least=0.3, per=PER[per]), jnp.asarray(W), GRIDS[grid][0])
+    plain = lay(jpfq.scale.MinMSE(candidates=20, least=0.3, per=PER[per]), jnp.asarray(W), GRIDS[grid][0])
     assert per == "tensor" or (np.asarray(levels.step) != np.asarray(plain.step)).any()
 
 
 def test_weights_need_an_importance():
     with pytest.raises(ValueError, match=r"weighted=True\) needs the importance of each weight"):
-        jpfq.MinMSE(weighted=True)(jnp.asarray(weights(1, np.float32)), jpfq.Integer(4))
+        jpfq.scale.MinMSE(weighted=True)(jnp.asarray(weights(1, np.float32)), jpfq.Integer(4))
 
 
 def test_minmse_error_is_at_most_absmax_error():
     W = jnp.asarray(weights(2, np.float32))
     grid = jpfq.Integer(3)
     error = {}
-    for scale in (jpfq.AbsMax(), jpfq.MinMSE()):
+    for scale in (jpfq.scale.AbsMax(), jpfq.scale.MinMSE()):
         levels = lay(scale, W, grid)
         error[type(scale)] = np.sum((W - levels.decode(levels.encode(W))) ** 2, axis=0)
-    assert (error[jpfq.MinMSE] <= error[jpfq.AbsMax]).all()
-    assert (error[jpfq.MinMSE] < error[jpfq.AbsMax]).any()
+    assert (error[jpfq.scale.MinMSE] <= error[jpfq.scale.AbsMax]).all()
+    assert (error[jpfq.scale.MinMSE] < error[jpfq.scale.AbsMax]).any()
 
 
 @pytest.mark.parametrize("grid", [jpfq.Integer(4), jpfq.Symmetric(4), jpfq.Equispaced(5), jpfq.Binary()], ids=str)
 def test_absmax_puts_the_largest_weight_on_the_top_level(x64, grid):
     W = jnp.asarray(np.abs(weights(3)))
-    levels = lay(jpfq.AbsMax(), W, grid)
+    levels = lay(jpfq.scale.AbsMax(), W, grid)
     assert not levels.saturates(W).any()
     top = levels.decode(levels.encode(W.max(0, keepdims=True)))
     assert_close(top, W.max(0, keepdims=True))
@@ -154,7 +154,7 @@ def test_absmax_puts_the_largest_weight_on_the_top_level(x64, grid):
 def test_asymmetric_represents_zero_and_clips_nothing(seed, shift):
     """Whatever the signs of the weights: the zero point is a code, and no weight is more than half a step outside."""
     W = jnp.asarray(weights(seed, np.float32) + np.float32(shift))
-    levels = lay(jpfq.AbsMax(), W, jpfq.Asymmetric(3))
+    levels = lay(jpfq.scale.AbsMax(), W, jpfq.Asymmetric(3))
     assert (levels.zero == jnp.round(levels.zero)).all()
     assert ((levels.zero >= 0) & (levels.zero <= 7)).all()
     assert (levels.decode(levels.encode(jnp.zeros_like(W))) == 0).all()
@@ -162,7 +162,9 @@ def test_asymmetric_represents_zero_and_clips_nothing(seed, shift):
     assert (error <= levels.step * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("scale", [jpfq.AbsMax(), jpfq.Quantile(0.9), jpfq.Median(), jpfq.MinMSE()], ids=repr)
+@pytest.mark.parametrize(
+    "scale", [jpfq.scale.AbsMax(), jpfq.scale.Quantile(0.9), jpfq.scale.Median(), jpfq.scale.MinMSE()], ids=repr
+)
 def test_steps_follow_the_units_of_the_weights(x64, scale):
     W = jnp.asarray(weights(4))
     assert_close(lay(scale, 8 * W, jpfq.Integer(4)).step, 8 * lay(scale, W, jpfq.Integer(4)).step)
@@ -172,7 +174,7 @@ def test_steps_follow_the_units_of_the_weights(x64, scale):
 def test_fixed_broadcasts_its_step():
     W = jnp.asarray(weights(5, np.float32))
     for step in (0.25, np.float32([0.1, 0.2, 0.3, 0.4]), np.full((3, OUT), 0.5, np.float32), np.full((2, 1), 0.5)):
-        levels = jpfq.Fixed(np.asarray(step, np.float32))(W, jpfq.Infinite())
+        levels = jpfq.scale.Fixed(np.asarray(step, np.float32))(W, jpfq.Infinite())
         shown = np.atleast_2d(np.asarray(step, np.float32))
         np.testing.assert_array_equal(levels.step, shown)
         assert levels.zero.shape == shown.shape
@@ -181,11 +183,13 @@ def test_fixed_broadcasts_its_step():
 
 def test_quantile_one_per_channel_is_absmax(x64):
     W = jnp.asarray(weights(6))
-    quantile = lay(jpfq.Quantile(1.0, per=jpfq.PerChannel()), W, jpfq.Integer(4))
-    np.testing.assert_array_equal(quantile.step, lay(jpfq.AbsMax(), W, jpfq.Integer(4)).step)
+    quantile = lay(jpfq.scale.Quantile(1.0, per=jpfq.scale.PerChannel()), W, jpfq.Integer(4))
+    np.testing.assert_array_equal(quantile.step, lay(jpfq.scale.AbsMax(), W, jpfq.Integer(4)).step)
 
 
-@pytest.mark.parametrize("scale", [jpfq.AbsMax(), jpfq.Quantile(0.9), jpfq.Median(), jpfq.MinMSE()], ids=repr)
+@pytest.mark.parametrize(
+    "scale", [jpfq.scale.AbsMax(), jpfq.scale.Quantile(0.9), jpfq.scale.Median(), jpfq.scale.MinMSE()], ids=repr
+)
 def test_zero_weights_have_a_zero_step(scale):
     levels = lay(scale, jnp.zeros((N, OUT)), jpfq.Integer(4))
     assert (levels.step == 0).all()
@@ -193,13 +197,16 @@ def test_zero_weights_have_a_zero_step(scale):
 
 
 def test_zero_weights_on_the_fitted_grid():
-    levels = lay(jpfq.MinMSE(), jnp.zeros((N, OUT)), jpfq.Asymmetric(3))
+    levels = lay(jpfq.scale.MinMSE(), jnp.zeros((N, OUT)), jpfq.Asymmetric(3))
     assert (levels.step == 0).all()
     assert jnp.isfinite(levels.zero).all()
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -1, "1"])
-@pytest.mark.parametrize("make", [jpfq.AbsMax, lambda c: jpfq.Quantile(c=c), jpfq.Median, jpfq.MinMSE, jpfq.Fixed])
+@pytest.mark.parametrize(
+    "make",
+    [jpfq.scale.AbsMax, lambda c: jpfq.scale.Quantile(c=c), jpfq.scale.Median, jpfq.scale.MinMSE, jpfq.scale.Fixed],
+)
 def test_factors_are_positive(make, value):
     with pytest.raises(ValueError, match="must be a positive number; got"):
         make(value)
@@ -208,19 +215,19 @@ def test_factors_are_positive(make, value):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: jpfq.Quantile(0), r"share p in \(0, 1\]; got 0"),
-        (lambda: jpfq.Quantile(1.01), r"share p in \(0, 1\]; got 1.01"),
-        (lambda: jpfq.MinMSE(candidates=1), "two candidates or more; got 1"),
-        (lambda: jpfq.MinMSE(candidates=2.5), "two candidates or more; got 2.5"),
-        (lambda: jpfq.MinMSE(least=1.0), r"least share in \(0, 1\); got 1"),
-        (lambda: jpfq.MinMSE(least=0), r"least share in \(0, 1\); got 0"),
-        (lambda: jpfq.MinError(candidates=1), "two candidates or more; got 1"),
-        (lambda: jpfq.MinError(rounds=0), "one round or more; got 0"),
-        (lambda: jpfq.MinError(least=0), "a multiple must be a positive number; got 0"),
-        (lambda: jpfq.MinError(least=1.0, most=0.5), "from least to most; got 1.0 to 0.5"),
-        (lambda: jpfq.MinError(jpfq.MinError()), "multiples of a plain scale, not of another search"),
-        (lambda: jpfq.PerGroup(0), "positive number of input coordinates; got 0"),
-        (lambda: jpfq.PerGroup(2.5), "positive number of input coordinates; got 2.5"),
+        (lambda: jpfq.scale.Quantile(0), r"share p in \(0, 1\]; got 0"),
+        (lambda: jpfq.scale.Quantile(1.01), r"share p in \(0, 1\]; got 1.01"),
+        (lambda: jpfq.scale.MinMSE(candidates=1), "two candidates or more; got 1"),
+        (lambda: jpfq.scale.MinMSE(candidates=2.5), "two candidates or more; got 2.5"),
+        (lambda: jpfq.scale.MinMSE(least=1.0), r"least share in \(0, 1\); got 1"),
+        (lambda: jpfq.scale.MinMSE(least=0), r"least share in \(0, 1\); got 0"),
+        (lambda: jpfq.scale.MinError(candidates=1), "two candidates or more; got 1"),
+        (lambda: jpfq.scale.MinError(rounds=0), "one round or more; got 0"),
+        (lambda: jpfq.scale.MinError(least=0), "a multiple must be a positive number; got 0"),
+        (lambda: jpfq.scale.MinError(least=1.0, most=0.5), "from least to most; got 1.0 to 0.5"),
+        (lambda: jpfq.scale.MinError(jpfq.scale.MinError()), "multiples of a plain scale, not of another search"),
+        (lambda: jpfq.scale.PerGroup(0), "positive number of input coordinates; got 0"),
+        (lambda: jpfq.scale.PerGroup(2.5), "positive number of input coordinates; got 2.5"),
     ],
 )
 def test_bad_settings(make, message):
@@ -231,15 +238,19 @@ def test_bad_settings(make, message):
 @pytest.mark.parametrize(
     ("scale", "grid", "message"),
     [
-        (jpfq.AbsMax(per=jpfq.PerGroup(5)), jpfq.Integer(4), r"PerGroup\(5\) does not divide the 12 input.*PerChannel"),
-        (jpfq.Median(), jpfq.Asymmetric(4), "Asymmetric needs two ends: use AbsMax, Quantile or MinMSE"),
-        (jpfq.AbsMax(), jpfq.Infinite(), r"Infinite has no largest level.*Fixed\(step\)"),
-        (jpfq.MinMSE(), jpfq.Infinite(), r"Infinite has no largest level.*Fixed\(step\)"),
-        (jpfq.Quantile(), jpfq.Infinite(), r"Infinite has no largest level.*Fixed\(step\)"),
-        (jpfq.Fixed(0.1), jpfq.Asymmetric(4), "no zero point, which Asymmetric needs"),
-        (jpfq.Fixed(np.ones(3, np.float32)), jpfq.Integer(4), r"step of shape \(3,\); a kernel of 4 neurons"),
-        (jpfq.Fixed(np.ones((1, 1, 4), np.float32)), jpfq.Integer(4), r"step of shape \(1, 1, 4\)"),
-        (jpfq.Fixed(np.ones((5, 4), np.float32)), jpfq.Integer(4), "5 groups, which do not divide 12"),
+        (
+            jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(5)),
+            jpfq.Integer(4),
+            r"PerGroup\(5\) does not divide the 12 input.*PerChannel",
+        ),
+        (jpfq.scale.Median(), jpfq.Asymmetric(4), "Asymmetric needs two ends: use AbsMax, Quantile or MinMSE"),
+        (jpfq.scale.AbsMax(), jpfq.Infinite(), r"Infinite has no largest level.*Fixed\(step\)"),
+        (jpfq.scale.MinMSE(), jpfq.Infinite(), r"Infinite has no largest level.*Fixed\(step\)"),
+        (jpfq.scale.Quantile(), jpfq.Infinite(), r"Infinite has no largest level.*Fixed\(step\)"),
+        (jpfq.scale.Fixed(0.1), jpfq.Asymmetric(4), "no zero point, which Asymmetric needs"),
+        (jpfq.scale.Fixed(np.ones(3, np.float32)), jpfq.Integer(4), r"step of shape \(3,\); a kernel of 4 neurons"),
+        (jpfq.scale.Fixed(np.ones((1, 1, 4), np.float32)), jpfq.Integer(4), r"step of shape \(1, 1, 4\)"),
+        (jpfq.scale.Fixed(np.ones((5, 4), np.float32)), jpfq.Integer(4), "5 groups, which do not divide 12"),
     ],
 )
 def test_what_does_not_fit_together(scale, grid, message):
@@ -256,25 +267,25 @@ def test_one_trace_serves_all_numbers():
         return scale(W, grid).step
 
     W = jnp.asarray(weights(8, np.float32))
-    found = np.stack([steps(jpfq.AbsMax(c), W, jpfq.Integer(bits)) for c, bits in ((1.0, 4), (0.5, 4), (0.5, 8))])
+    found = np.stack([steps(jpfq.scale.AbsMax(c), W, jpfq.Integer(bits)) for c, bits in ((1.0, 4), (0.5, 4), (0.5, 8))])
     assert len(traces) == 1
     np.testing.assert_allclose(found[1], found[0] / 2, rtol=1e-6)
     np.testing.assert_allclose(found[2], found[1] * 7 / 127, rtol=1e-6)
-    steps(jpfq.AbsMax(1.0, per=jpfq.PerTensor()), W, jpfq.Integer(4))
+    steps(jpfq.scale.AbsMax(1.0, per=jpfq.scale.PerTensor()), W, jpfq.Integer(4))
     assert len(traces) == 2  # which weights share a step is a size, not a number
 
 
 @pytest.mark.parametrize(
     ("make", "numbers"),
     [
-        (lambda c: (jpfq.AbsMax(c), jpfq.Integer(4)), jnp.array([0.5, 1.0, 2.0])),
-        (lambda c: (jpfq.Median(c), jpfq.Ternary()), jnp.array([0.5, 1.0, 2.0])),
-        (lambda p: (jpfq.Quantile(p), jpfq.Integer(4)), jnp.array([0.5, 0.9, 1.0])),
-        (lambda p: (jpfq.MinMSE(least=p), jpfq.Integer(4)), jnp.array([0.2, 0.5])),
-        (lambda bits: (jpfq.MinMSE(), jpfq.Integer(bits)), jnp.array([2, 3, 8])),
-        (lambda bits: (jpfq.AbsMax(), jpfq.Asymmetric(bits)), jnp.array([1, 3, 8])),
-        (lambda K: (jpfq.AbsMax(), jpfq.Symmetric(K)), jnp.array([1, 4])),
-        (lambda M: (jpfq.AbsMax(), jpfq.Equispaced(M)), jnp.array([2, 3, 16])),
+        (lambda c: (jpfq.scale.AbsMax(c), jpfq.Integer(4)), jnp.array([0.5, 1.0, 2.0])),
+        (lambda c: (jpfq.scale.Median(c), jpfq.Ternary()), jnp.array([0.5, 1.0, 2.0])),
+        (lambda p: (jpfq.scale.Quantile(p), jpfq.Integer(4)), jnp.array([0.5, 0.9, 1.0])),
+        (lambda p: (jpfq.scale.MinMSE(least=p), jpfq.Integer(4)), jnp.array([0.2, 0.5])),
+        (lambda bits: (jpfq.scale.MinMSE(), jpfq.Integer(bits)), jnp.array([2, 3, 8])),
+        (lambda bits: (jpfq.scale.AbsMax(), jpfq.Asymmetric(bits)), jnp.array([1, 3, 8])),
+        (lambda K: (jpfq.scale.AbsMax(), jpfq.Symmetric(K)), jnp.array([1, 4])),
+        (lambda M: (jpfq.scale.AbsMax(), jpfq.Equispaced(M)), jnp.array([2, 3, 16])),
     ],
     ids=["AbsMax c", "Median c", "Quantile p", "MinMSE least", "bits", "Asymmetric bits", "K", "M"],
 )

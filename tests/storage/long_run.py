@@ -33,7 +33,7 @@ def given():
 def run(folder):
     """Quantizes the network."""
     params, batches = given()
-    rule = zoo.plain(bits=3, rounding=jpfq.Stochastic(), activation_bits=8)
+    rule = zoo.plain(bits=3, rounding=jpfq.rounding.Stochastic(), activation_bits=8)
     return jpfq.quantize(
         network, batches, rule, params=params, key=jax.random.key(3), checkpoint=folder, progress=False
     )

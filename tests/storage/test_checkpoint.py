@@ -51,9 +51,9 @@ def given(seed=0):
 
 
 RULES = [  # everything that a site can leave behind: inputs of several grids, zero points, a bias, sums, a rotation
-    zoo.plain("a", bits=3, rounding=jpfq.Stochastic()),
+    zoo.plain("a", bits=3, rounding=jpfq.rounding.Stochastic()),
     zoo.plain("b", bits=3, correct_bias=True),
-    zoo.plain("c", grid=jpfq.Asymmetric(4), scale=jpfq.MinMSE(per=jpfq.PerGroup(4)), activation_bits=6),
+    zoo.plain("c", grid=jpfq.Asymmetric(4), scale=jpfq.scale.MinMSE(per=jpfq.scale.PerGroup(4)), activation_bits=6),
     zoo.plain("d", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(14, tile=4)),
     zoo.plain(
         "e", grid=jpfq.Ternary(), rotation=jpfq.Hadamard(), activations=jpfq.Activations(jpfq.Integer(8), per="row")
@@ -464,7 +464,7 @@ def test_a_run_of_an_earlier_format_is_refused_by_name(copied):
 def test_swapped_and_foreign_layers_are_refused(done, tmp_path):
     """Layers swapped within a run, and taken from runs that differ in one thing, each under its own checksum."""
     others = {
-        "bits": {"rules": [zoo.plain("a", bits=4, rounding=jpfq.Stochastic()), *RULES[1:]]},
+        "bits": {"rules": [zoo.plain("a", bits=4, rounding=jpfq.rounding.Stochastic()), *RULES[1:]]},
         "key": {"key": jax.random.key(2)},
         "data": {"batches": [BATCHES[1], BATCHES[0]]},
     }

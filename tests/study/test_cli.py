@@ -173,9 +173,9 @@ FOUR = {"grid": jpfq.Integer(4)}
     ("options", "rules", "how"),
     [
         ("", [Rule(".*", **FOUR)], {}),
-        ("--bits ternary --scale absmax", [Rule(".*", grid=jpfq.Ternary(), scale=jpfq.AbsMax())], {}),
-        ("--group 4", [Rule(".*", **FOUR, scale=jpfq.MinError(jpfq.AbsMax(per=jpfq.PerGroup(4))))], {}),
-        ("--scale minmse --group 8", [Rule(".*", **FOUR, scale=jpfq.MinMSE(per=jpfq.PerGroup(8)))], {}),
+        ("--bits ternary --scale absmax", [Rule(".*", grid=jpfq.Ternary(), scale=jpfq.scale.AbsMax())], {}),
+        ("--group 4", [Rule(".*", **FOUR, scale=jpfq.scale.MinError(jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(4))))], {}),
+        ("--scale minmse --group 8", [Rule(".*", **FOUR, scale=jpfq.scale.MinMSE(per=jpfq.scale.PerGroup(8)))], {}),
         (
             "--skip a --skip c/.* --rule b 8 --bits 2",
             [
@@ -191,7 +191,7 @@ FOUR = {"grid": jpfq.Integer(4)}
             [Rule(".*", **FOUR, activation_bits=8, accumulator=jpfq.Accumulator(16, 4))],
             {},
         ),
-        ("--rounding stochastic --seed 3", [Rule(".*", **FOUR, rounding=jpfq.Stochastic())], {"key": 3}),
+        ("--rounding stochastic --seed 3", [Rule(".*", **FOUR, rounding=jpfq.rounding.Stochastic())], {"key": 3}),
         ("--reference block --offload", [Rule(".*", **FOUR)], {"reference": "block", "offload": True}),
         ("--strict", [Rule(".*", **FOUR)], {"strict": True}),
         ("--checkpoint kept", [Rule(".*", **FOUR)], {"checkpoint": "kept"}),

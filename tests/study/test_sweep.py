@@ -32,17 +32,17 @@ def data():
 
 def settings(kind, number, seed):
     """Rules of several kinds, each with a number that lanes share a program over."""
-    plain = functools.partial(zoo.plain, activation_bits=7, correct_bias=True, bits=3, scale=jpfq.AbsMax(number))
-    drawn = {"rounding": jpfq.Stochastic(), "patches": jpfq.patches.Random(0.5)}
+    plain = functools.partial(zoo.plain, activation_bits=7, correct_bias=True, bits=3, scale=jpfq.scale.AbsMax(number))
+    drawn = {"rounding": jpfq.rounding.Stochastic(), "patches": jpfq.patches.Random(0.5)}
     head = jpfq.Rule("third", skip=True)
     return {
         "all at once": lambda: [head, plain(**drawn)],
-        "nearest": lambda: [head, zoo.plain(method=jpfq.MSQ(), grid=jpfq.Ternary(), scale=jpfq.Fixed(number))],
+        "nearest": lambda: [head, zoo.plain(method=jpfq.MSQ(), grid=jpfq.Ternary(), scale=jpfq.scale.Fixed(number))],
         "plain": lambda: plain(),
-        "optq": lambda: plain(method=jpfq.OPTQ(jpfq.MeanDiagonal(number))),
+        "optq": lambda: plain(method=jpfq.OPTQ(jpfq.damping.MeanDiagonal(number))),
         "drawn": lambda: zoo.plain(bits=4, **drawn),
         "skips": lambda: [head, jpfq.Rule(".*", bits=2 + int(4 * number))],
-        "rows": lambda: zoo.plain(bits=3, scale=jpfq.AbsMax(number), form="data"),
+        "rows": lambda: zoo.plain(bits=3, scale=jpfq.scale.AbsMax(number), form="data"),
     }[kind]()
 
 
@@ -128,7 +128,7 @@ def test_each_row_is_the_single_run_for_every_kind(x64, batch, request):
 @pytest.mark.parametrize("name", ["stack", pytest.param("experts", marks=pytest.mark.slow)])
 def test_stacked_kernels_and_experts(x64, name):
     case = zoo.CASES[name]()
-    space = jpfq.Space(lambda c: zoo.plain(bits=3, scale=jpfq.AbsMax(c)), c=[0.6, 0.9])
+    space = jpfq.Space(lambda c: zoo.plain(bits=3, scale=jpfq.scale.AbsMax(c)), c=[0.6, 0.9])
     run = jpfq.sweep(case.model, case.batches, space, **case.given)
     for i, point in enumerate(space.points):
         single = jpfq.quantize(case.model, case.batches, space.rules_of(point), **case.given)
@@ -143,7 +143,7 @@ def simple(params, x):
 
 SIMPLE = {"a": zoo.normal(0, 16, 8), "b": zoo.normal(1, 8, 4)}
 X = [zoo.normal(2, 32, 16)]
-SPACE = jpfq.Space(lambda bits, c: zoo.plain(bits=bits, scale=jpfq.AbsMax(c)), bits=[2, 3, 4], c=[0.6, 1.0])
+SPACE = jpfq.Space(lambda bits, c: zoo.plain(bits=bits, scale=jpfq.scale.AbsMax(c)), bits=[2, 3, 4], c=[0.6, 1.0])
 
 
 def loss(quantized):
@@ -242,7 +242,7 @@ def bad(space=SPACE, **given):
         (lambda: bad(sharding="sweep"), r"sharding is such as NamedSharding\(mesh, PartitionSpec\('sweep'\)\).*got 'sweep'"),
         (lambda: bad(lanes=0), "lanes is a positive number of settings, or None; got 0"),
         (
-            lambda: bad(jpfq.Space(bits=[3], rounding=[jpfq.Stochastic()])),
+            lambda: bad(jpfq.Space(bits=[3], rounding=[jpfq.rounding.Stochastic()])),
             r"The setting \(bits=3, rounding=Stochastic\(\)\): Stochastic\(\) of a draws random numbers: pass key",
         ),
         (lambda: jpfq.sweep(simple, lambda n: X, SPACE, params=SIMPLE), "no function that makes fresh ones"),
@@ -251,15 +251,15 @@ def bad(space=SPACE, **given):
         (lambda: bad(evaluate=lambda q: float(loss(q))), r"evaluate is compiled, but .* with float\(\) or np.asarray"),
         (lambda: bad(evaluate=lambda q: q.params["a"]), r"evaluate returns one number for a network; got shape \(16, 8\)"),
         (
-            lambda: bad(jpfq.Space(lambda c: zoo.plain(bits=3, scale=jpfq.Fixed(c)), c=[0.1, 1e-60])),
+            lambda: bad(jpfq.Space(lambda c: zoo.plain(bits=3, scale=jpfq.scale.Fixed(c)), c=[0.1, 1e-60])),
             r"gives a step of zero under weights of a \(c=1e-60\) that are not all zero",
         ),
         (
-            lambda: jax.vmap(lambda size: jpfq.AbsMax(per=jpfq.PerGroup(size)))(jnp.array([2, 4])),
+            lambda: jax.vmap(lambda size: jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(size)))(jnp.array([2, 4])),
             "PerGroup: size changes the program or a shape, so vmap cannot sweep over it. Loop over it in Python",
         ),
         (
-            lambda: jax.vmap(lambda passes: jpfq.Descend(passes))(jnp.array([2, 4])),
+            lambda: jax.vmap(lambda passes: jpfq.finish.Descend(passes))(jnp.array([2, 4])),
             "Descend: passes changes the program or a shape.*jpfq.Space",
         ),
     ],

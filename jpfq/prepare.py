@@ -1,0 +1,6 @@
+"""What changes the weights before the recursion: the choices of `prepare`."""
+
+from .matrix import Align as Align
+from .matrix import LeastSquares as LeastSquares
+from .matrix import MagR as MagR
+from .matrix import MalySaab as MalySaab
