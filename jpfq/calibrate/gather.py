@@ -19,7 +19,7 @@ from ..matrix.patches import DEFAULT
 from ..matrix.shown import Shown
 from ..model.keys import fold_in
 from .batches import NotFinite
-from .row_grams import added, at_once, may_merge, nothing
+from .row_grams import How, added, at_once, may_merge, nothing
 from .stream import Stream
 
 
@@ -149,12 +149,11 @@ class Gather:
         total = None
         several = sum(len(stream.batches) for stream, _ in self.streams) > 1 and self.rows is None
         for layout, x, xq, weights, picked in self._batches():
-            laned = self._laned(picked)
-            if total is None and several:  # so that one program serves the first batch too
-                total = nothing(layout, x, xq, picked, laned, power)
-            batch = x, xq, weights, picked, may_merge(x)
             correlate = self._total is not None and pays(layout, self._total)
-            total = added(total, layout.of_rows, *batch, at_once(), self.rows, laned, power, correlate)
+            how = How(layout.of_rows, may_merge(x), at_once(), self.rows, self._laned(picked), power, correlate)
+            if total is None and several:  # so that one program serves the first batch too
+                total = nothing(x, xq, picked, how)
+            total = added(total, x, xq, weights, picked, how)
         return _with_means(total)
 
     def _rows(self, centred):

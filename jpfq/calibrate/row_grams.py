@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from ..matrix import Gram
 from ..matrix.arrays import at_least_float32, raised
 from ..matrix.conv_gram import Correlations, at_a_time, correlates
 from ..matrix.lanes import each, over_lanes
+from ..matrix.layout import Layout
 
 
 def at_once() -> int:
@@ -26,42 +27,50 @@ def may_merge(x) -> bool:
     return len(x.sharding.device_set) == 1
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "merges", "at_once", "over", "laned", "power", "correlate"))
-def _gram(layout, x, xq, weights, picked, merges, at_once, over=None, laned=(False, False), power=0, correlate=True):
-    """The Gram of one batch, its inputs times 2^power; `laned` are xq and picked. By correlations, if it can be."""
-    if power:
-        x, xq = (None if x is None else raised(at_least_float32(x), power) for x in (x, xq))
-    how = merges, at_once, over, correlate
-    one = lambda x, xq, weights, picked: _gram_of_one(layout, x, xq, weights, picked, how)
-    gram = over_lanes(one, (x, xq, weights, picked), (False, laned[0], False, laned[1]))
-    return dataclasses.replace(gram, power=power)
+class How(NamedTuple):
+    """The settings that decide the program."""
+
+    layout: Layout
+    merges: bool  # as of `may_merge`
+    at_once: int  # as of `at_once`
+    over: Any = None  # how a large Gram is split over devices
+    laned: tuple[bool, bool] = (False, False)  # whether the inputs of the quantized networks have lanes, and `picked`
+    power: int = 0  # of 2, that inputs are multiplied by
+    correlate: bool = True  # whether correlations are taken where they can be
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("layout", "merges", "at_once", "over", "laned", "power", "correlate"),
-    donate_argnums=0,  # the sum goes where the sum so far was
-)
-def added(total, layout, x, xq, weights, picked, merges, at_once, over, laned, power, correlate):
+@functools.partial(jax.jit, static_argnames="how")
+def gram_of(x: jax.Array, xq: Any, weights: Any, picked: Any, how: How) -> Gram:
+    """The Gram of one batch, of which the rows numbered `picked` are taken, or all."""
+    if how.power:
+        larger = lambda x: raised(at_least_float32(x), how.power)
+        x, xq = larger(x), None if xq is None else larger(xq)
+    one = lambda x, xq, weights, picked: _of_one_lane(x, xq, weights, picked, how)
+    gram = over_lanes(one, (x, xq, weights, picked), (False, how.laned[0], False, how.laned[1]))
+    return dataclasses.replace(gram, power=how.power)
+
+
+@functools.partial(jax.jit, static_argnames="how", donate_argnums=0)  # the sum goes where the sum so far was
+def added(total: Gram | None, x: jax.Array, xq: Any, weights: Any, picked: Any, how: How) -> Gram:
     """The Gram of one batch more."""
-    gram = _gram(layout, x, xq, weights, picked, merges, at_once, over, laned, power, correlate)
+    gram = gram_of(x, xq, weights, picked, how)
     return gram if total is None else total.merge(gram)
 
 
-def nothing(layout, x, xq, picked, laned, power) -> Gram:
+def nothing(x: jax.Array, xq: Any, picked: Any, how: How) -> Gram:
     """The Gram of no batch, like that of one. NumPy's zeros compile nothing, but would have to be sent to an accelerator."""
-    lanes = [array.shape[0] for array, own in zip((xq, picked), laned, strict=True) if own][:1]
-    B, n, _ = layout.dims
+    lanes = [array.shape[0] for array, own in zip((xq, picked), how.laned, strict=True) if own][:1]
+    B, n, _ = how.layout.dims
     dtype = np.float64 if x.dtype == np.float64 else np.float32
     make = np.zeros if jax.default_backend() == "cpu" else jnp.zeros
     zeros: Any = lambda *shape: make((*lanes, B, *shape), dtype)
     C, drift = (None, None) if xq is None else (zeros(n, n), zeros(n, n))
-    return Gram(zeros(n, n), C, drift, zeros(n), zeros(n), zeros(), power)
+    return Gram(zeros(n, n), C, drift, zeros(n), zeros(n), zeros(), how.power)
 
 
-def _gram_of_one(layout, x, xq, weights, picked, how):
+def _of_one_lane(x, xq, weights, picked, how):
     """Patches of a convolution are made and let go a few samples, or picked windows, at a time."""
-    merges, at_once, over, correlate = how
+    layout, merges, at_once, over, _, _, correlate = how
 
     def whole(x, xq, weights, picked=None):
         take = layout.rows if picked is None else lambda x: layout.picked(x, picked)

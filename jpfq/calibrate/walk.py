@@ -50,6 +50,7 @@ from .assemble import assemble
 from .curvature import Coupling
 from .gather import Gather, Joint
 from .outputs import Comparison, OutputError
+from .places import Place, served
 from .progress import SILENCE, Report
 from .solved import SiteRequest, SiteResult
 from .stream import Stream
@@ -87,7 +88,26 @@ class SiteStore(Protocol):
         ...
 
 
-Place = tuple[int, int]  # of a site: its stop, and its position there
+class _Stop(NamedTuple):
+    """A stop that all streams have been brought to, and what it shares with the others of the run."""
+
+    streams: Sequence[Stream]
+    number: int
+    uses: dict[Place, list[Place]]  # as of `served`
+    waiting: dict[str, int]  # by path, how many matrices make up the parameter
+    report: Report
+    devices: Devices | None
+    kept: SiteStore | None
+
+    @property
+    def first(self) -> Stream:
+        """The stream that values of the model are read from."""
+        return self.streams[0]
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """Its sites, of the first stream."""
+        return self.first.stops[self.number]
 
 
 class _Track:
@@ -105,23 +125,6 @@ class _Track:
     def lift(self, f: Callable) -> Callable:
         """A function of the arrays of one network, for those of this track."""
         return jax.vmap(f) if self.laned else f
-
-
-def stops(sites: Sequence[Site]) -> list[list[int]]:
-    """Numbers of the sites that read the same input, in the order of execution."""
-    groups: dict = {}
-    for number, site in enumerate(sites):
-        groups.setdefault(site.reads, []).append(number)
-    return sorted(groups.values(), key=lambda numbers: min(sites[number].first for number in numbers))
-
-
-def served(stops: Sequence[Sequence[Site]]) -> dict[Place, list[Place]]:
-    """By the place where each matrix is quantized, which is the last of its uses, the places of all of them, in order."""
-    uses = collections.defaultdict(list)
-    for number, stop in enumerate(stops):
-        for position, site in enumerate(stop):
-            uses[site.shares or site.index].append((number, position))
-    return {places[-1]: places for places in uses.values()}
 
 
 def walk(
@@ -170,7 +173,7 @@ def walk(
             for stream in streams:
                 stream.rebase()
         for track in tracks:
-            _visit(streams, number, track, uses, waiting, report, devices, known, kept)
+            _visit(_Stop(streams, number, uses, waiting, report, devices, kept), track, known)
     errors = _output_error(streams, tracks)
     in_order = lambda inputs: {path: [by_use[use] for use in sorted(by_use)] for path, by_use in inputs.items()}
     walked = [
@@ -203,46 +206,47 @@ def _asked(stop, position, making) -> SiteRequest:
     )
 
 
-def _visit(streams, number, track, uses, waiting, report, devices, known, kept):
+def _visit(stop, track, known):
     """Quantizes the sites of one stop on one track, those that are not known. A shared matrix waits for its last use."""
-    rounded = _round_inputs(streams, number, track, next((one for one in known if one is not None), None))
-    at = functools.cache(lambda stop: Gather(streams, stop, track.making.key, devices, track.number))
-    gather = functools.cache(lambda *stops: at(*stops) if len(stops) == 1 else Joint(list(map(at, stops))))
-    for position, site in enumerate(streams[0].stops[number]):
+    rounded = _round_inputs(stop, track, next((one for one in known if one is not None), None))
+    at = functools.cache(lambda number: Gather(stop.streams, number, track.making.key, stop.devices, track.number))
+    gather = functools.cache(lambda *numbers: at(*numbers) if len(numbers) == 1 else Joint(list(map(at, numbers))))
+    for position, site in enumerate(stop.sites):
         if rounded is not None:
             track.inputs.setdefault(site.path, {})[site.use] = rounded
-        if (number, position) not in uses:
+        place = stop.number, position
+        if place not in stop.uses:
             continue
-        solved, places = known[position], uses[number, position]
+        solved, places = known[position], stop.uses[place]
         if solved is None:
-            report.doing("gathering")
-            data = gather(*dict.fromkeys(stop for stop, _ in places))
-            solved = _solved(streams[0], number, position, track, data, devices, report)._replace(rounded=rounded)
-            if kept is not None:
-                kept.write(number, position, solved)
-        _take(streams, number, position, track, solved, waiting, places)
-        report.done(float(jnp.mean(solved.solution.info.relative_error)))
+            stop.report.doing("gathering")
+            data = gather(*dict.fromkeys(number for number, _ in places))
+            solved = _solved(stop, position, track, data)._replace(rounded=rounded)
+            if stop.kept is not None:
+                stop.kept.write(*place, solved)
+        _take(stop, position, track, solved)
+        stop.report.done(float(jnp.mean(solved.solution.info.relative_error)))
 
 
-def _solved(first, number, position, track, gather, devices, report) -> SiteResult:
+def _solved(stop, position, track, gather) -> SiteResult:
     """Solves a site."""
-    site, making = first.stops[number][position], track.making
+    site, making, place = stop.sites[position], track.making, (stop.number, position)
     recipe = making.recipes[site.path]
-    W = site.matrices(first.value(first.program.params[site.leaf]))
+    W = site.matrices(stop.first.value(stop.first.program.params[site.leaf]))
     draw = None if making.key is None else fold_in(making.key, zlib.crc32(site.path.encode()))
     draw = None if draw is None else fold_in(draw, len(track.parts.get(site.path, ())))
     recipe.refuse(gather.count, W.shape[1], site.path)
     gathered = gather(recipe, W.shape, centred=site.bias is not None)
-    report.doing("solving")
-    coupled = making.coupled.get((number, position))
+    stop.report.doing("solving")
+    coupled = making.coupled.get(place)
     solve: Callable = functools.partial(_solve_lanes, data_laned=gather.laned) if track.laned else _solve
-    if _in_slices(W.shape, recipe, coupled, devices, track.laned):
+    if _in_slices(W.shape, recipe, coupled, stop.devices, track.laned):
         solve = _solve_slices
-    bucket = track.buckets.get((number, position)) if isinstance(gathered.data, Gram) else None
+    bucket = track.buckets.get(place) if isinstance(gathered.data, Gram) else None
     weights, data, count = W, gathered.data, None
     if bucket is not None:
         weights, data, count = *fill(W, data, bucket), jnp.asarray(W.shape[-1])
-    solution = solve(weights, data, recipe, draw, coupled, devices, count)
+    solution = solve(weights, data, recipe, draw, coupled, stop.devices, count)
     _raise_on(solution.info, recipe, site.path, data, making.lanes, gather.laned)
     solution = cut(solution, W.shape, code_dtype(recipe.grid))
     info = solution.info
@@ -258,19 +262,18 @@ def _solved(first, number, position, track, gather, devices, report) -> SiteResu
     return SiteResult(solution._replace(info=info), error, None)
 
 
-def _take(streams, number, position, track, solved, waiting, places):
+def _take(stop, position, track, solved):
     """Puts a quantized weight into the quantized network, and keeps what the result needs of it."""
-    first, solution = streams[0], solved.solution
-    site = first.stops[number][position]
+    first, site, solution = stop.first, stop.sites[position], solved.solution
     operand = _operand(solution.q, site.layout, _casts(first, site), track.laned)
-    for stream in streams:
-        for variable in dict.fromkeys(stream.stops[stop][i].weight for stop, i in places):
+    for stream in stop.streams:
+        for variable in dict.fromkeys(stream.stops[n][i].weight for n, i in stop.uses[stop.number, position]):
             stream.replace(variable, operand, track.number)
     if solved.error is not None:
-        _correct(streams, number, position, solved.error, track)
+        _correct(stop, position, solved.error, track)
     done = track.parts.setdefault(site.path, [])
     done.append((site, solution._replace(q=None)))
-    if len(done) == waiting[site.path]:
+    if len(done) == stop.waiting[site.path]:
         leaf = first.program.params[site.leaf].aval
         recipe = track.making.recipes[site.path]
         track.tensors[site.path] = assemble(done, leaf.shape, leaf.dtype, recipe, track)
@@ -313,23 +316,25 @@ def _raise_on(info, recipe, name, data, lanes, data_laned):
     return None
 
 
-def _round_inputs(streams, number, track, known) -> ActivationQuantizer | None:
+def _round_inputs(stop, track, known) -> ActivationQuantizer | None:
     """Chooses the grid of a stop's input and rounds it, if it is to be; as is known where its first site is."""
-    site = streams[0].stops[number][0]
+    site = stop.sites[0]
     if site.activations is None:
         return None
     settings = track.making.activations[site.path]
     settings.refuse(site.layout, site.path)
     tap = site.data
-    laned = track.laned, streams[0].has_lanes(tap.source, track.number)
+    laned = track.laned, stop.first.has_lanes(tap.source, track.number)
 
     def batches():
-        for stream in streams:
-            yield from stream.sources(stream.stops[number][0].data, site.path, track.number)
+        for stream in stop.streams:
+            yield from stream.sources(stream.stops[stop.number][0].data, site.path, track.number)
 
     rounded = choose(settings, site.layout, batches, laned) if known is None else known.rounded
-    for stream in streams:
-        stream.round_inputs(stream.stops[number][0].data, track.number, functools.partial(_rounded, rounded, laned))
+    for stream in stop.streams:
+        stream.round_inputs(
+            stream.stops[stop.number][0].data, track.number, functools.partial(_rounded, rounded, laned)
+        )
     return rounded
 
 
@@ -354,10 +359,10 @@ def _mean_error(means, W, q, exponent, laned):
     return over_lanes(one, (W, means, q, exponent), (False, *laned, laned[1]))
 
 
-def _correct(streams, number, position, error, track):
+def _correct(stop, position, error, track):
     """Takes a mean error off a bias: in the quantized network, and in the parameter that holds it."""
-    for stream in streams:
-        site = stream.stops[number][position]
+    for stream in stop.streams:
+        site = stream.stops[stop.number][position]
         bias = site.bias
         change = track.lift(lambda error, bias=bias, site=site, read=stream.value: bias.change(site, error, read))(
             error
@@ -365,7 +370,7 @@ def _correct(streams, number, position, error, track):
         old = stream.tracks[track.number].replaced.get(bias.operand)
         old = stream.value(bias.operand)[(None,) * track.laned] if old is None else old
         stream.replace(bias.operand, (at_least_float32(old) + change).astype(old.dtype), track.number)
-        if stream is streams[0]:
+        if stream is stop.first:
             leaf = at_least_float32(stream.value(stream.program.params[bias.leaf]))
             scatter = lambda x, bias=bias, shape=leaf.shape: bias.chain.scatter(x, shape, scaled=True)
             before = track.biases.get(bias.path, leaf[(None,) * track.laned])

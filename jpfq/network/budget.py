@@ -19,10 +19,10 @@ import numpy as np
 from ..calibrate.batches import naming, read_batches
 from ..calibrate.curvature import derivatives, signs, weigh
 from ..calibrate.gather import Gather
+from ..calibrate.places import served, stops
 from ..calibrate.progress import progress_of
 from ..calibrate.row_weights import of_outputs
 from ..calibrate.stream import Stream
-from ..calibrate.walk import served, stops
 from ..matrix import Gram, solve_all
 from ..matrix.explicit_mesh import context
 from ..matrix.lanes import each

@@ -11,10 +11,10 @@ import jax
 
 from ..calibrate.batches import shapes_of
 from ..calibrate.gather import rows_shape
+from ..calibrate.places import Place, served, stops
 from ..calibrate.progress import Step
 from ..calibrate.row_grams import at_once
 from ..calibrate.schedule import forks, needs
-from ..calibrate.walk import Place, served, stops
 from ..matrix import Natural, Recipe, code_dtype, slice_width
 from ..matrix.arrays import HALVES
 from ..matrix.conv_gram import at_a_time, copies, correlates, pays

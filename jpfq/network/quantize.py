@@ -10,9 +10,10 @@ import jax
 
 from ..calibrate.batches import Shaped, naming, read_batches, shapes_of
 from ..calibrate.hosts import check_hosts, leaves_of, spans_hosts
+from ..calibrate.places import stops
 from ..calibrate.progress import Step, progress_of
 from ..calibrate.stream import Stream
-from ..calibrate.walk import CalibrationResult, TrackSettings, stops, walk
+from ..calibrate.walk import CalibrationResult, TrackSettings, walk
 from ..matrix import Devices
 from ..matrix.explicit_mesh import automatic, context, is_traced
 from ..model.adapters import adapt

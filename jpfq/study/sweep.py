@@ -19,8 +19,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ..calibrate.batches import Shaped, naming, shapes_of
+from ..calibrate.places import stops
 from ..calibrate.progress import Report, Step, progress_of
-from ..calibrate.walk import TrackSettings, stops, walk
+from ..calibrate.walk import TrackSettings, walk
 from ..matrix.explicit_mesh import automatic, context, no_mesh
 from ..matrix.lanes import lane, over_lanes, stack
 from ..model.adapters import adapt

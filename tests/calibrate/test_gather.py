@@ -31,7 +31,9 @@ def test_in_parts_as_in_whole(groups, drawn, weighted):
     rows = gather.rows_shape(layout, x.shape)
     weights = jnp.broadcast_to((jnp.arange(7) % 3 * 1.0)[:, None, None], rows)[None] if weighted else None
     picked = jpfq.patches.Random(0.4).pick(layout, rows, jax.random.key(0)) if drawn else None
-    whole, parts = (row_grams._gram(layout, x, xq, weights, picked, True, size) for size in (2**30, 2000))
+    whole, parts = (
+        row_grams.gram_of(x, xq, weights, picked, row_grams.How(layout, True, size)) for size in (2**30, 2000)
+    )
     take = lambda x: layout.rows(x) if picked is None else layout.picked(x, picked)
     X, Xq = (np.asarray(take(x), np.float64).reshape(groups, -1, 72 // groups) for x in (x, xq))
     weight = np.ones(X.shape[1]) if weights is None else np.asarray(weights).ravel()
@@ -50,7 +52,7 @@ def test_few_patches_exist_at_a_time():
     kernel = jax.ShapeDtypeStruct((3, 3, 16, 16), jnp.float32)
     program = trace(lambda leaves, x: zoo.convolve(x, *leaves), ["kernel"], [kernel], x)
     (site,), _ = find_sites(program)
-    compiled = row_grams._gram.lower(site.layout, x, x, None, None, True, 2**21).compile()
+    compiled = row_grams.gram_of.lower(x, x, None, None, row_grams.How(site.layout, True, 2**21)).compile()
     patches = 256 * 64 * 64 * 9 * 16 * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 0.2 * patches  # whole, for both networks: more than 2
 

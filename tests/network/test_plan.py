@@ -80,8 +80,8 @@ def test_a_plan_counts_the_products_of_a_gram_as_they_are_made(networks):
     for name, (layout, shape, drawn) in GRAMS.items():
         x = jax.ShapeDtypeStruct(shape, jnp.float32)
         picked = None if drawn is None else jax.ShapeDtypeStruct((drawn,), jnp.int32)
-        made = lambda x, xq, picked, layout=layout: row_grams._gram(
-            layout, x, xq, None, picked, True, row_grams.at_once()
+        made = lambda x, xq, picked, layout=layout: row_grams.gram_of(
+            x, xq, None, picked, row_grams.How(layout, True, row_grams.at_once())
         )
         done = multiplied(jax.make_jaxpr(made)(x, x if networks == 2 else None, picked))
         rows = drawn or math.prod(gather.rows_shape(layout, shape))
