@@ -176,10 +176,8 @@ def walk(
             _visit(_Stop(streams, number, uses, waiting, report, devices, kept), track, known)
     errors = _output_error(streams, tracks)
     in_order = lambda inputs: {path: [by_use[use] for use in sorted(by_use)] for path, by_use in inputs.items()}
-    walked = [
-        CalibrationResult(t.tensors, t.info, t.biases, in_order(t.inputs), e)
-        for t, e in zip(tracks, errors, strict=True)
-    ]
+    parts = zip(tracks, errors, strict=True)
+    walked = [CalibrationResult(t.tensors, t.info, t.biases, in_order(t.inputs), error) for t, error in parts]
     return walked, sum(stream.peak for stream in streams)
 
 
