@@ -31,6 +31,7 @@ The examples below, and those of all classes and functions, run one by one. They
     >>> embedding = jpfq.BinaryEmbedding(map, jpfq.embed.SigmaDelta(1, width=9), scale=1.5 * 8.0)
 """
 
+from importlib.metadata import PackageNotFoundError as _NotFound
 from importlib.metadata import version as _version
 
 from . import damping as damping
@@ -93,7 +94,10 @@ from .study.space import Space as Space
 from .study.sweep import sweep as sweep
 from .study.swept import Sweep as Sweep
 
-__version__ = _version("jpfq")
+try:
+    __version__ = _version("jpfq")
+except _NotFound:  # a checkout that is not installed
+    __version__ = "0+unknown"
 
 _SPACES = ("scale", "order", "prepare", "rounding", "finish", "damping", "ranges", "patches", "paper", "embed", "plot")
 _KNOWN_AS = {"GPTQ": "OPTQ", "RTN": "MSQ"}
