@@ -3,8 +3,12 @@
 `quantize` takes a model, calibration batches and `Rule`s, and returns a `Quantized`; a number of bits in place of rules
 means what `best` recommends. `solve` is the same for one matrix. The folder `notebooks` has a guide for each task;
 `jpfq.matrix` has the theory on one page; `jpfq.embed` random features and binary embeddings; `jpfq.paper` the published
-methods, `jpfq.ranges` the ranges of activations and `jpfq.patches` the windows of convolutions, which lie in
-`jpfq.network.paper`, `jpfq.scalar.ranges` and `jpfq.matrix.patches`.
+methods, `jpfq.ranges` the ranges of activations and `jpfq.patches` the windows of convolutions.
+
+Rooms, each of which imports from those before it only: `scalar` (one number), `matrix` (one weight matrix and its data),
+`model` (a traced program), `calibrate` (batches through both networks), `network` (what the user calls and gets), `storage`,
+`export`, `report`, `study` (many runs); `embed` stands beside `matrix`. `Quantized` imports what it offers of later rooms,
+such as `save`, inside those methods.
 
 The examples below, and those of all classes and functions, run one by one. They take these names for granted:
 
