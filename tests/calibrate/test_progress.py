@@ -409,7 +409,7 @@ def test_short_runs_leave_nothing_in_a_notebook(notebook):
 
 NOTEBOOK = """
 import jax, jpfq
-from jpfq.network import progress
+from jpfq.calibrate import progress
 progress.REDRAW = 0
 X, W = (jax.random.normal(jax.random.key(i), (8, 8)) for i in (0, 1))
 quantized = jpfq.quantize(lambda p, x: x @ p["w"], [X], jpfq.Rule(".*", bits=4), params={"w": W})

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jpfq
-from jpfq.calibrate import walk as walk_module
+from jpfq.calibrate import assemble
 from jpfq.calibrate.stream import Stream
 from tests.network import zoo
 from tests.reference import gpfq as reference
@@ -313,7 +313,7 @@ def test_compilations_do_not_grow_with_depth(compilations):
         model = Deep(depth)
         variables = zoo.initial(model, batches[0])
         jax.clear_caches()
-        walk_module._runs.cache_clear()
+        assemble._runs.cache_clear()
         compilations.clear()
         jpfq.quantize(model, batches, zoo.plain(bits=4), variables=variables)
         counts.append(len(compilations))
