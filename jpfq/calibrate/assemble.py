@@ -11,12 +11,12 @@ from ..matrix import QTensor, code_dtype
 from ..matrix.host import namespace, numpy_or_jit
 
 
-def assemble(done, shape, dtype, recipe, track) -> QTensor:
+def tensor_of(done, shape, dtype, recipe, laned) -> QTensor:
     """The tensor of a parameter from the solutions of its sites."""
     places = tuple((site.chain, site.layout) for site, _ in done)
     solutions = [(s.codes, s.step, s.zero) for _, s in done]
-    runs = _runs(places, tuple(step.shape[track.laned :] for _, step, _ in solutions), shape)
-    codes, step, zero = _whole(solutions, places, shape, runs, code_dtype(recipe.grid), track.laned)
+    runs = _runs(places, tuple(step.shape[laned:] for _, step, _ in solutions), shape)
+    codes, step, zero = _whole(solutions, places, shape, runs, code_dtype(recipe.grid), laned)
     rotated = None if recipe.rotation is None else (recipe.rotation, done[0][0].layout)
     return QTensor(codes, step, zero, recipe.grid, np.dtype(dtype), rotated)
 

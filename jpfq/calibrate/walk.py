@@ -46,7 +46,7 @@ from ..model.keys import fold_in
 from ..model.sites import CASTS, Site
 from ..scalar.exponent import reduced
 from .activation import ActivationQuantizer, Activations, choose, round_by
-from .assemble import assemble
+from .assemble import tensor_of
 from .curvature import Coupling
 from .gather import Gather, Joint
 from .outputs import Comparison, OutputError
@@ -139,8 +139,8 @@ def walk(
     """Quantizes every site.
 
     Args:
-        streams: the batches, one stream per shape; their stops correspond, and their tracks are the makings.
-        makings: one for each track.
+        streams: the batches, one stream per shape; their stops correspond, and each has a track for each of `makings`.
+        makings: the settings of each track.
         report: told of each site that is done on a track, and of its relative error, the mean over its lanes.
         block: names the block of a site; where it changes, the reference starts anew from the quantized network. None
             for a reference that is the float network throughout.
@@ -274,7 +274,7 @@ def _take(stop, position, track, solved):
     if len(done) == stop.waiting[site.path]:
         leaf = first.program.params[site.leaf].aval
         recipe = track.making.recipes[site.path]
-        track.tensors[site.path] = assemble(done, leaf.shape, leaf.dtype, recipe, track)
+        track.tensors[site.path] = tensor_of(done, leaf.shape, leaf.dtype, recipe, track.laned)
         infos = [solution.info for _, solution in track.parts.pop(site.path)]
         track.info[site.path] = track.lift(Info.join)(infos)
 

@@ -33,7 +33,7 @@ def test_small_arrays_of_this_machine_go_to_numpy_and_all_others_to_a_program():
     jax.jit(lambda x: took(x, 1) is not np.ndarray or 1 / 0)(x)
     jax.vmap(lambda x: scaled(x, 1)["scaled"])(x[None])
     assert seen[-1] is not np.ndarray
-    assert (scaled(x, 1)["scaled"] == scaled(x.at[:0].set(0), 1)["scaled"]).all()
+    assert scaled(x, 1)["scaled"].tolist() == jax.jit(lambda x: scaled(x, 1)["scaled"])(x).tolist() == [-2, -1, 0, 2, 4]
 
 
 def test_what_comes_out_lies_where_what_went_in_did():
