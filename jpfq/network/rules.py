@@ -129,7 +129,7 @@ class Rule:
         """The settings of the layer rather than of its matrix."""
         names = ("activation_bits", "activations", "patches", "coupling")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return given | ({"correct_bias": True} if self.correct_bias else {})
+        return given | {name: True for name in ("correct_bias", "plain") if getattr(self, name)}
 
     def _settings(self):
         names = ("bits", "grid", "scale", "rotation", "order", "prepare", "method", "rounding", "accumulator")

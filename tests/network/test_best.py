@@ -108,3 +108,14 @@ def test_what_is_left_out_is_recommended_and_none_is_none():
 def test_recommendations_make_way_for_what_is_named(given, expected):
     recipe = jpfq.Rule(".*", bits=3, **given).recipe()
     assert {name: getattr(recipe, name) for name in expected} == expected
+
+
+def test_plain_is_the_method_and_nothing_around_it():
+    named = {"scale": jpfq.scale.MinMSE(), "order": jpfq.order.Natural(), "finish": None, "shrinkage": None}
+    for method in (jpfq.GPFQ(), jpfq.OPTQ(), jpfq.MSQ()):
+        plain = jpfq.Rule(".*", bits=4, method=method, plain=True).recipe()
+        assert plain == jpfq.Rule(".*", bits=4, method=method, **named).recipe()
+    kept = jpfq.Rule(".*", bits=4, plain=True, scale=jpfq.scale.AbsMax(), finish=jpfq.finish.Refit()).recipe()
+    assert (kept.scale, kept.finish) == (jpfq.scale.AbsMax(), jpfq.finish.Refit())
+    with pytest.raises(ValueError, match=r"skips its kernels, so \['plain'\] mean nothing"):
+        jpfq.Rule(".*", skip=True, plain=True)
