@@ -32,7 +32,7 @@ from common import HERE, add_data, report, table, verdict
 
 import jpfq
 from jpfq.matrix import Recursion, substitute
-from jpfq.scalar import Levels, datatype_bits
+from jpfq.scalar import ScaledGrid, datatype_bits
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -155,7 +155,7 @@ def overhead(n: int, repeats: int) -> list[tuple[str, float]]:
     W, L = f32(rng.standard_normal((n, n))), f32(np.tril(rng.standard_normal((n, n)) * 0.3 / n**0.5, -1))
     order, levels = (
         jnp.asarray(rng.permutation(n)),
-        Levels(f32(np.full((1, n), 0.4)), f32(np.zeros((1, n))), f32(-7), f32(7)),
+        ScaledGrid(f32(np.full((1, n), 0.4)), f32(np.zeros((1, n))), f32(-7), f32(7)),
     )
     around = lambda tile, inputs=(0, 255): jpfq.Accumulator(16, tile).around(jpfq.rounding.Nearest(), inputs)
     kinds = {

@@ -80,6 +80,12 @@ from .network.quantize import quantize as quantize
 from .network.quantized import Quantized as Quantized
 from .network.rules import Rule as Rule
 from .network.serve import Served as Served
+from .scalar import E2M1 as E2M1
+from .scalar import E2M3 as E2M3
+from .scalar import E3M2 as E3M2
+from .scalar import E4M3 as E4M3
+from .scalar import E5M2 as E5M2
+from .scalar import NF4 as NF4
 from .scalar import Accumulator as Accumulator
 from .scalar import Asymmetric as Asymmetric
 from .scalar import Binary as Binary
@@ -87,6 +93,8 @@ from .scalar import EPInit as EPInit
 from .scalar import Equispaced as Equispaced
 from .scalar import Infinite as Infinite
 from .scalar import Integer as Integer
+from .scalar import Levels as Levels
+from .scalar import PowersOfTwo as PowersOfTwo
 from .scalar import Symmetric as Symmetric
 from .scalar import Ternary as Ternary
 from .scalar import datatype_bits as datatype_bits

@@ -68,7 +68,7 @@ def assert_codes_equal_but_for_ties(codes, reference, position, *, order=None, s
 
 
 def assert_on_grid(tensor):
-    """Codes of a QTensor are integers of its grid, and it stands for step * (codes - zero)."""
+    """Codes of a QTensor are integers of its grid, and it stands for step * (level - zero)."""
     lo, hi, *_ = tensor.grid.alphabet()
     codes = np.asarray(tensor.codes, np.float64)
     assert codes.min() >= lo
@@ -76,7 +76,8 @@ def assert_on_grid(tensor):
     assert jnp.issubdtype(tensor.codes.dtype, jnp.integer)
     repeats = [full // here for full, here in zip(codes.shape, tensor.step.shape, strict=True)]
     step, zero = (np.kron(np.asarray(x, np.float64), np.ones(repeats)) for x in (tensor.step, tensor.zero))
-    assert_close(tensor.dequantize(), step * (codes - zero))
+    levels = codes if tensor.grid.table is None else np.asarray(tensor.grid.table)[np.asarray(tensor.codes)]
+    assert_close(tensor.dequantize(), step * (levels - zero))
 
 
 @register_dataclass
@@ -127,5 +128,6 @@ def _recursed(system, levels, order, rounding, key, block):
 
 def level_lists(levels, shape):
     """The level list of every weight (in, out, count), for the references."""
-    codes = list(range(int(levels.lo), int(levels.hi) + 1))
+    table = levels.table
+    codes = list(range(int(levels.lo), int(levels.hi) + 1)) if table is None else np.asarray(table).tolist()
     return reference.level_lists(shape, np.asarray(levels.step), codes, np.asarray(levels.zero))

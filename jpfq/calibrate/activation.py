@@ -16,7 +16,7 @@ from jax import lax
 from ..matrix.arrays import at_least_float32
 from ..matrix.lanes import over_lanes
 from ..matrix.layout import Layout
-from ..scalar import Asymmetric, Codes, Grid, Levels, register_dataclass
+from ..scalar import Asymmetric, Codes, Grid, ScaledGrid, register_dataclass
 from ..scalar.ranges import Histogram, Max, MinMSE, Range
 
 Per = Literal["tensor", "channel", "row"]
@@ -70,22 +70,21 @@ class ActivationQuantizer:
 
     settings: Activations
     layout: Layout = dataclasses.field(metadata={"static": True})
-    levels: Levels | None
+    levels: ScaledGrid | None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The input at its levels, in its own type. Derivatives pass straight through, but for inputs beyond the grid."""
         v = at_least_float32(x)
-        levels = self.at(v)
-        return levels.decode(levels.straight(v)).astype(x.dtype)
+        return self.at(v).straight(v).astype(x.dtype)
 
-    def at(self, v: jax.Array) -> Levels:
+    def at(self, v: jax.Array) -> ScaledGrid:
         """The levels of an input, to be broadcast over it."""
         if self.levels is None:
             return self._of_rows(v)
         levels = self.levels
         spread = lambda y: self.layout.over_matrices(y, v.shape) if y.size > 1 else y.reshape((1,) * v.ndim)
         step, zero = spread(levels.step).astype(v.dtype), spread(levels.zero).astype(v.dtype)
-        return Levels(step, zero, levels.lo.astype(v.dtype), levels.hi.astype(v.dtype))
+        return jax.tree.map(lambda y: y.astype(v.dtype), levels).with_steps(step, zero)
 
     def _of_rows(self, x):
         axes, x = self.layout.row_axes(x.ndim), lax.stop_gradient(x)  # a row passes straight through, its step too
@@ -146,7 +145,8 @@ def _add(layout, split, histogram, x, weights, laned):
 def _lay(range_, histogram, grid, laned):
     def one(range_, histogram, grid):
         levels = jax.vmap(lambda one: range_(one, Codes.of(grid)))(histogram)
-        return dataclasses.replace(levels, lo=levels.lo[0], hi=levels.hi[0])
+        step, zero = levels.step, levels.zero
+        return jax.tree.map(lambda x: x[0], levels).with_steps(step, zero)  # all matrices have one grid
 
     return over_lanes(one, (range_, histogram, grid), (laned[0], laned[1], laned[0]))
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..matrix import System, code_dtype
 from ..matrix.explicit_mesh import run
-from ..scalar import Equispaced, Levels, Nearest, Rounding, Stochastic, register_dataclass
+from ..scalar import Equispaced, Nearest, Rounding, ScaledGrid, Stochastic, register_dataclass
 from ..scalar.grid import Number, is_number
 from .shaping import Shaped, Stability, feedback, numbered, shape
 
@@ -85,11 +85,11 @@ class Quantizer(abc.ABC):
     def _norm(self):
         return sum(abs(h) for h in self.filter().values())
 
-    def levels(self, dtype: Any = float) -> Levels:
+    def levels(self, dtype: Any = float) -> ScaledGrid:
         """The alphabet with its step, in the shape of a grid for all neurons (1, 1)."""
         lo, hi, zero, _ = self.grid.alphabet()
         step, zero, lo, hi = (jnp.asarray(x, dtype) for x in (self.spacing, zero, lo, hi))
-        return Levels(step.reshape(1, 1), zero.reshape(1, 1), lo, hi)
+        return ScaledGrid(step.reshape(1, 1), zero.reshape(1, 1), lo, hi)
 
     def shaped(self, dtype: Any = float) -> Shaped:
         """The rounding that keeps the states."""

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from ..matrix import Recursion
-from ..scalar import Levels, Rounding, RoundingContext, register_dataclass
+from ..scalar import Rounding, RoundingContext, ScaledGrid, register_dataclass
 from .rows import by_rows
 
 
@@ -89,7 +89,7 @@ class Stability:
 @functools.partial(jax.jit, static_argnames=("run", "dtype"))
 def shape(
     Y: jax.Array,
-    levels: Levels,
+    levels: ScaledGrid,
     rounding: Shaped,
     run: int,
     dtype: np.dtype,

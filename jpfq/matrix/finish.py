@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..scalar import Levels, Rounding
+from ..scalar import Rounding, ScaledGrid
 from ..scalar.pytree import register_dataclass
 from .arrays import matmul
 from .gram import Gram
@@ -48,7 +48,7 @@ class Finish(abc.ABC):
     @abc.abstractmethod
     def __call__(
         self, W: jax.Array, gram: Gram, codes: jax.Array, recursion: Recursion, block: int | None
-    ) -> tuple[jax.Array, Levels]:
+    ) -> tuple[jax.Array, ScaledGrid]:
         """Better codes (in, out) and levels, for weights and Gram in the order of the recursion."""
 
 
@@ -167,7 +167,7 @@ class _Cosine(Rounding):
         r_t = g - h * a
         e, k = h * a + (1 - c) * r_t, g**2 - c**2 * r * h
         bend = s * h - g * r_t  # positive where the stationary point is a maximum
-        middle = jnp.floor(levels.position(now + r * e / jnp.where(bend > 0, bend, 1)))
+        middle, _ = levels.between(now + r * e / jnp.where(bend > 0, bend, 1))
         gain, d, best = jnp.zeros_like(a), jnp.zeros_like(a), code
         for neighbour, end in ((middle, levels.lo), (middle + 1, levels.hi)):
             choice = jnp.where(bend > 0, jnp.clip(neighbour, levels.lo, levels.hi), end)
@@ -179,7 +179,7 @@ class _Cosine(Rounding):
         return (s + d * g, r + 2 * d * r_t + d**2 * h), best
 
     def error(self, levels):
-        return levels.step * (levels.hi - levels.lo)
+        return levels.span
 
 
 def _descent(W, gram) -> tuple[Any, jax.Array]:
@@ -194,7 +194,7 @@ def _goal(W, gram) -> jax.Array:
     return matmul(gram.H, W) + (0 if gram.C is None else matmul(gram.C, W))
 
 
-def _refit(goal, gram, codes, recursion) -> Levels:
+def _refit(goal, gram, codes, recursion) -> ScaledGrid:
     """The levels with steps times c*."""
     levels = recursion.levels
     q = recursion.values(codes)

@@ -45,7 +45,7 @@ class MalySaab(Prepare):
             keep = singular > singular[0] * max(Xq.shape) * jnp.finfo(Xq.dtype).eps
             scaled = jnp.where(keep, 1 / jnp.where(keep, singular, 1), 0)[:, None]
             W = W + matmul(right.T, scaled * matmul(left.T, matmul(data.X - data.Xq, W)))
-        below = jnp.clip(jnp.floor(levels.position(W)), levels.lo, levels.hi - 1)
+        below = jnp.clip(levels.between(W)[0], levels.lo, levels.hi - 1)
         low, high = levels.decode(below), levels.decode(below + 1)
         walked = jax.vmap(kernel_walk, (1, None, 1, 1), 1)(W, Xq, low, high)
         nearest = levels.decode(levels.encode(W))

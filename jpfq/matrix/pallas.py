@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from ..scalar import Levels, RoundingContext, register_dataclass
+from ..scalar import RoundingContext, ScaledGrid, register_dataclass
 from .lanes import lane
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Kernel:
         A: jax.Array,
         L: jax.Array | None,
         about: jax.Array,
-        levels: Levels,
+        levels: ScaledGrid,
         carry: Any,
         given: Any,
     ) -> tuple[Any, jax.Array, jax.Array]:
@@ -72,6 +72,8 @@ def refusal(recursion: "Recursion") -> str | None:
     """Why the kernel cannot run a recursion; None where it can."""
     if recursion.key is not None:
         return "it draws random numbers, which would take another generator on the chip"
+    if recursion.levels.table is not None:
+        return "its grid is a table"
     if jax.eval_shape(lambda carry: recursion.rounding.shift(lane(carry, 0)), recursion.start()) is not None:
         return f"{recursion.rounding} feeds back more than its codes"
     if any(jnp.ndim(x) for x in jax.tree.leaves(recursion.rounding)):
@@ -150,7 +152,7 @@ def _block(count, here, codes, arguments, after):
         a = at(here["A"])
         if here["L"] is not None:
             a = a + jnp.sum(here["L"][t] * e, axis=0, keepdims=True)
-        levels = Levels(at(here["step"]), at(here["zero"]), lo, hi)
+        levels = ScaledGrid(at(here["step"]), at(here["zero"]), lo, hi)
         one = lambda carry, a, levels, given, rounding: rounding(carry, a, RoundingContext(levels, None, given))
         carry, code = jax.vmap(jax.vmap(one))(carry, a, levels, jax.tree.map(at, here["given"]), rounding)
         codes[t], arguments[t] = code, a

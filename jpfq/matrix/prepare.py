@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..scalar.grid import Levels, Number, is_number
+from ..scalar import ScaledGrid
+from ..scalar.grid import Number, is_number
 from ..scalar.pytree import register_dataclass
 from .arrays import matmul
 from .damping import Damping, MeanDiagonal, check_alpha, factor, top_eigenvalue
@@ -32,7 +33,7 @@ class Prepare(abc.ABC):
     needs_levels: ClassVar[bool] = False  # comes after the scale is chosen
 
     @abc.abstractmethod
-    def __call__(self, W: jax.Array, data: Any, levels: Levels | None) -> tuple[jax.Array, Any]:
+    def __call__(self, W: jax.Array, data: Any, levels: ScaledGrid | None) -> tuple[jax.Array, Any]:
         """W (in, out) and its data, both in the order of the recursion, made ready.
 
         `levels` is None, or for a preparation that needs them, each weight's: step and zero of shape (in, out).

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..scalar import Grid, Levels, WorstCase
+from ..scalar import Grid, ScaledGrid, WorstCase
 from ..scalar.exponent import aligned
 from ..scalar.pytree import register_dataclass
+from ..scalar.scale import levels_of
 from .explicit_mesh import anywhere, is_traced
 from .host import namespace, numpy_or_jit
 from .layout import Layout
@@ -65,11 +66,12 @@ class QTensor:
 
     @property
     @anywhere
-    def levels(self) -> Levels:
+    def levels(self) -> ScaledGrid:
         """The levels of every weight: step and zero in the shape of the codes."""
         lo, hi, *_ = self.grid.alphabet()
         lo, hi = (jnp.asarray(x, self.step.dtype) for x in (lo, hi))
-        return Levels(_spread(self.step, self.shape), _spread(self.zero, self.shape), lo, hi)
+        step, zero = _spread(self.step, self.shape), _spread(self.zero, self.shape)
+        return ScaledGrid(step, zero, lo, hi, *levels_of(self.grid, self.step.dtype))
 
     @anywhere
     def dequantize(self) -> jax.Array:
@@ -80,7 +82,8 @@ class QTensor:
             >>> bool((kernel == quantized.params["head"]["kernel"]).all())
             True
         """
-        return _dequantize(self.codes, self.step, self.zero, self.dtype, self.rotated)
+        table, _ = levels_of(self.grid, self.step.dtype)
+        return _dequantize(self.codes, self.step, self.zero, table, self.dtype, self.rotated)
 
     @anywhere
     def rounded(self, kernel: jax.Array) -> "QTensor":
@@ -95,6 +98,20 @@ class QTensor:
             True
         """
         return dataclasses.replace(self, codes=self.levels.encode(self.turned(kernel)).astype(self.codes.dtype))
+
+    @anywhere
+    def straight(self, kernel: jax.Array) -> jax.Array:
+        """Another kernel of this shape at the values of these levels; derivatives pass straight through the rounding.
+
+        Args:
+            kernel: in the shape of the codes.
+
+        Examples:
+            >>> tensor = quantized.tensors["head/kernel"]
+            >>> jax.grad(lambda kernel: tensor.straight(kernel).sum())(tensor.dequantize()).shape
+            (32, 8)
+        """
+        return _unrotated(self.levels.straight(self.turned(kernel)), self.dtype, self.rotated)
 
     @anywhere
     def turned(self, kernel: jax.Array) -> jax.Array:
@@ -193,10 +210,15 @@ def _relative(square, energy):
     return jnp.where(jnp.isfinite(energy), share, jnp.nan)
 
 
-@numpy_or_jit("dtype", "rotated", unless=lambda codes, step, zero, dtype, rotated: rotated is not None)
-def _dequantize(codes, step, zero, dtype, rotated):
-    """Dequantizes codes of any grid by one program."""
-    kernel = _spread(step, codes.shape) * (codes.astype(step.dtype) - _spread(zero, codes.shape))
+@numpy_or_jit("dtype", "rotated", unless=lambda codes, step, zero, table, dtype, rotated: rotated is not None)
+def _dequantize(codes, step, zero, table, dtype, rotated):
+    """Dequantizes codes of any grid without a table by one program."""
+    levels = codes.astype(step.dtype) if table is None else table[codes.astype(np.int32)]
+    return _unrotated(_spread(step, codes.shape) * (levels - _spread(zero, codes.shape)), dtype, rotated)
+
+
+def _unrotated(kernel, dtype, rotated):
+    """A kernel in its own coordinates and type."""
     if rotated is not None:
         rotation, layout = rotated
         kernel = layout.operand(jax.vmap(rotation.back)(layout.matrices(kernel)))

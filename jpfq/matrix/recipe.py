@@ -20,6 +20,7 @@ from ..scalar import (
     input_codes,
 )
 from ..scalar.accumulator import AXE, scales_with_radius
+from ..scalar.integer_sums import no_integers
 from ..scalar.pytree import register_dataclass
 from .finish import CosineDescend, Descend, Finish
 from .methods import GPFQ, MSQ, Method
@@ -274,6 +275,8 @@ def _refuse_unbounded(recipe):
         raise ValueError(
             f"An accumulator needs the weight 0, which is no level of {grid}: take jpfq.Integer or Ternary."
         )
+    if grid.unit is None and grid.table is not None:
+        raise ValueError(no_integers(grid))
     if recipe.rotation is not None:
         raise ValueError(
             f"{recipe.rotation} rotates inputs, which are integer codes no longer: no accumulator with it."

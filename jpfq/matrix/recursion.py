@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..scalar import Levels, Rounding, RoundingContext
+from ..scalar import Rounding, RoundingContext, ScaledGrid
 from .arrays import matmul
 from .neurons import ALL, Neurons
 from .pallas import Kernel, chosen
@@ -31,7 +31,7 @@ class Path(NamedTuple):
     codes: jax.Array  # integers, as floats
     q: jax.Array  # their values
     saturated: jax.Array  # whether the argument A - L q lay beyond the grid by more than half a step
-    refit: Levels | None = None  # the levels of each block (blocks, out), where they are refit on the way
+    refit: ScaledGrid | None = None  # the levels of each block (blocks, out), where they are refit on the way
     shift: jax.Array | None = None  # what was fed back beyond q; None for nothing
     arguments: jax.Array | None = None  # A - L q, where the recursion keeps them
 
@@ -44,13 +44,15 @@ class Path(NamedTuple):
 class Recursion(NamedTuple):
     """The loop, and what it knows of the grid. Methods decide what it is fed; `substitute` and `follow` run it in blocks."""
 
-    levels: Levels  # step and zero (groups, out) or (1, 1)
+    levels: ScaledGrid  # step and zero (groups, out) or (1, 1)
     order: jax.Array  # (in,) original index of each coordinate: it picks the coordinate's group and random draw
     out: int
     rounding: Rounding
     key: jax.Array | None = None
     carry: Any = None  # of the rounding, for each neuron (out, ..); None starts with `rounding.init()`
-    refit: Callable[[jax.Array], Levels] | None = None  # the levels of a block, from its weights as they have become
+    refit: Callable[[jax.Array], ScaledGrid] | None = (
+        None  # the levels of a block, from its weights as they have become
+    )
     neurons: Neurons = ALL  # which of the matrix's these are
     keeps: bool = False  # whether the path is to have the arguments
     kernel: Kernel | None = None  # runs each block in one launch; None is the scan, but on platforms where kernels win
@@ -97,7 +99,7 @@ class Recursion(NamedTuple):
         kernel = chosen(self)
         if kernel is not None:
             spread = (lambda x: x) if grouped else (lambda x: x[None])
-            rows = Levels(spread(step), spread(zero), levels.lo, levels.hi)
+            rows = levels.with_steps(spread(step), spread(zero))
             carry, codes, arguments = kernel(self, A, L, about, rows, carry, given)
             path = Path(codes, rows.decode(codes), rows.saturates(arguments))
             path = path._replace(arguments=arguments) if self.keeps else path
@@ -111,8 +113,7 @@ class Recursion(NamedTuple):
                 t, i, a, b, feedback, given, group = x
                 if feedback is not None:
                     a = a + jnp.dot(feedback, e, precision="highest")
-                here_step, here_zero = group or (step, zero)
-                here = Levels(here_step, here_zero, levels.lo, levels.hi)
+                here = levels.with_steps(*(group or (step, zero)))
                 key = None if draw is None else jax.random.fold_in(draw, i)
                 carry, code = self.rounding(carry, a, RoundingContext(here, key, given))
                 path = Path(code, here.decode(code), here.saturates(a), shift=self.rounding.shift(carry))
@@ -132,7 +133,7 @@ class Recursion(NamedTuple):
         """The codes of W (in, out), each weight rounded by itself, for a rounding that carries nothing."""
         levels = self.spread()
         one = lambda w, step, zero, key: self.rounding(
-            self.rounding.init(), w, RoundingContext(Levels(step, zero, levels.lo, levels.hi), key, ())
+            self.rounding.init(), w, RoundingContext(levels.with_steps(step, zero), key, ())
         )[1]
         if self.key is None or not self.rounding.random:
             return one(W, levels.step, levels.zero, None)
@@ -144,11 +145,11 @@ class Recursion(NamedTuple):
         """The values of codes (in, out), in the order of the recursion."""
         return self.spread().decode(codes)
 
-    def spread(self) -> Levels:
+    def spread(self) -> ScaledGrid:
         """The levels of every weight: step and zero (in, out)."""
         step, zero, grouped = self._at(self.levels, self.order)
         full = lambda x: jnp.broadcast_to(x if grouped else x[None], (self.order.shape[0], self.out))
-        return Levels(full(step), full(zero), self.levels.lo, self.levels.hi)
+        return self.levels.with_steps(full(step), full(zero))
 
     def _at(self, levels, index):
         """Step and zero of every neuron (out,), or of every coordinate too (in, out) where groups differ."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..scalar import Bounded, Codes, Levels, WorstCase
+from ..scalar import Bounded, Codes, ScaledGrid, WorstCase
 from ..scalar.exponent import exponent_of, reduced
 from .bounds import resolution, rounding, square_bound, target
 from .gram import Gram, Rows, as_gram, mean_energy
@@ -86,7 +86,7 @@ def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | Non
 
     def one(job, weights, step, zero, b):
         draw = None if key is None else jax.random.fold_in(key, b)
-        recursion = Recursion(Levels(step, zero, levels.lo, levels.hi), job.order, out, recipe.rounding, draw)
+        recursion = Recursion(levels.with_steps(step, zero), job.order, out, recipe.rounding, draw)
         recursion = recursion._replace(neurons=neurons)
         return _quantize(job, weights, recursion, recipe, lambda x, sign=1: reduced(x, sign * k))
 
@@ -105,7 +105,7 @@ def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | Non
     return Solution(codes, q, step, zero, info)
 
 
-def _lay(W, importance, recipe, neurons) -> Levels:
+def _lay(W, importance, recipe, neurons) -> ScaledGrid:
     """The levels of the matrices W (B, in, out) side by side: step and zero (groups, B out), or (1, 1)."""
     if not recipe.scale.local:
         W = neurons.whole(W)

@@ -71,7 +71,7 @@ def fake_quant(params: Any, quantized: "Quantized | Mapping[str, QTensor]") -> A
         (1, 8)
     """
     tensors = quantized if isinstance(quantized, Mapping) else quantized.tensors
-    return _replaced(params, tensors, lambda leaf, tensor: _straight(leaf, tensor).dequantize())
+    return _replaced(params, tensors, _straight)
 
 
 def on_grid(params: Any, tensors: Mapping[str, QTensor]) -> dict[str, QTensor]:
@@ -83,10 +83,8 @@ def on_grid(params: Any, tensors: Mapping[str, QTensor]) -> dict[str, QTensor]:
 
 
 def _straight(leaf, tensor):
-    """The tensor of a kernel, its codes floats where derivatives pass through them."""
-    if isinstance(leaf, Steps):
-        return _scaled(leaf, tensor)
-    return dataclasses.replace(tensor, codes=tensor.levels.straight(tensor.turned(leaf)))
+    """The kernel of a leaf at levels of its grid."""
+    return _scaled(leaf, tensor).dequantize() if isinstance(leaf, Steps) else tensor.straight(leaf)
 
 
 def _scaled(steps, tensor):

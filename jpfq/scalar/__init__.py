@@ -14,7 +14,6 @@ from .grid import Equispaced as Equispaced
 from .grid import Grid as Grid
 from .grid import Infinite as Infinite
 from .grid import Integer as Integer
-from .grid import Levels as Levels
 from .grid import Symmetric as Symmetric
 from .grid import Ternary as Ternary
 from .grid import grid_of_bits as grid_of_bits
@@ -43,3 +42,13 @@ from .scale import MinError as MinError
 from .scale import MinMSE as MinMSE
 from .scale import Quantile as Quantile
 from .scale import Scale as Scale
+from .scaled_grid import ScaledGrid as ScaledGrid
+from .tables import E2M1 as E2M1
+from .tables import E2M3 as E2M3
+from .tables import E3M2 as E3M2
+from .tables import E4M3 as E4M3
+from .tables import E5M2 as E5M2
+from .tables import NF4 as NF4
+from .tables import Levels as Levels
+from .tables import PowersOfTwo as PowersOfTwo
+from .tables import Table as Table

@@ -20,11 +20,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .grid import Levels, Number, is_number
-from .integer_sums import MAX_WIDTH, SumSpec, as_int, whole, width_of
+from .grid import Number, is_number
+from .integer_sums import MAX_WIDTH, SumSpec, as_int, width_of
 from .pytree import register_dataclass
 from .rounding import Rounding, _Threshold
 from .scale import Based, Scale
+from .scaled_grid import ScaledGrid
 
 Feedback = Literal["argument", "shrunk"]
 _static = {"static": True}
@@ -62,9 +63,9 @@ class Bounded(Rounding):
 
     sums: SumSpec
 
-    def reach(self, codes: jax.Array, levels: Levels, order: jax.Array) -> jax.Array:
+    def reach(self, codes: jax.Array, levels: ScaledGrid, order: jax.Array) -> jax.Array:
         """The largest sum of each tile over all inputs, and less the least one (tiles, out, 2), of codes (in, out)."""
-        return jnp.stack(self.sums.of_codes(whole(codes - levels.zero), order), -1)
+        return jnp.stack(self.sums.of_codes(levels.integers(codes), order), -1)
 
 
 @register_dataclass
@@ -107,7 +108,7 @@ class AXE(Bounded):
         return carry, told
 
     def keep(self, codes, levels, order, rounding, carry, given):
-        k = whole(codes - levels.zero)
+        k = levels.integers(codes)
         above, below = (self.sums.capacity - x.T for x in self.sums.of_codes(k, order))
         tile, out = order // self.sums.size(codes.shape[0]), codes.shape[1]
         freed = self.sums.spent(k[0])
@@ -119,13 +120,13 @@ class AXE(Bounded):
 
     def __call__(self, carry, a, here):
         levels, told = here.levels, here.given
-        least, most = levels.zero + carry.least, levels.zero + carry.most
-        narrow = dataclasses.replace(levels, lo=jnp.maximum(levels.lo, least), hi=jnp.minimum(levels.hi, most))
+        narrow = levels.within(carry.least, carry.most)
         meant = a if told.threshold is None else jnp.sign(a) * jnp.maximum(jnp.abs(a) - told.threshold, 0)
         inner, code = self.then(carry.inner, meant, here._replace(levels=narrow, given=told.then))
-        shift = a - jnp.clip(meant, levels.decode(least), levels.decode(most)) if self._shifts else None
+        least, most = levels.integer_step * carry.least, levels.integer_step * carry.most
+        shift = a - jnp.clip(meant, least, most) if self._shifts else None
 
-        up, down = self.sums.spent(whole(code - levels.zero))
+        up, down = self.sums.spent(levels.integers(code))
         if told.now is not None:
             up, down = (x - y for x, y in zip((up, down), self.sums.spent(told.now[0]), strict=True))
         above, below = _take(carry.above, told.tile, up), _take(carry.below, told.tile, down)
@@ -139,7 +140,7 @@ class AXE(Bounded):
         return carry.shift
 
     def error(self, levels):
-        return levels.step * (levels.hi - levels.lo)
+        return levels.span
 
     @property
     def settled(self):
@@ -189,11 +190,10 @@ class ToZero(Bounded):
 
     def __call__(self, carry, a, here):
         levels = here.levels
-        x = levels.position(jnp.sign(a) * jnp.maximum(jnp.abs(a) - here.given, 0)) - levels.zero
-        return carry, jnp.clip(levels.zero + jnp.trunc(x), levels.lo, levels.hi)
+        return carry, levels.toward_zero(jnp.sign(a) * jnp.maximum(jnp.abs(a) - here.given, 0))
 
     def error(self, levels):
-        return levels.step * (levels.hi - levels.lo)
+        return levels.span
 
     @property
     def settled(self):
@@ -222,6 +222,7 @@ class FitScale(Based):
         needed = over(needed) if groups > 1 else needed.max(0, keepdims=True)
         needed = jnp.minimum(needed, over(jnp.abs(W)))
         needed = needed.max(1, keepdims=True) if shared == 1 else needed
+        needed = needed if levels.unit is None else needed / levels.unit
         return dataclasses.replace(levels, step=jnp.maximum(levels.step, needed))
 
 

@@ -1,7 +1,7 @@
 """Grids: the integer codes a weight may take, and the values they stand for.
 
-A `Grid` is a setting: which integers exist and which of them means zero. `Levels` is that grid laid over actual weights:
-code k stands for the value `step * (k - zero)`. A scale (scale.py) makes the second from the first.
+A `Grid` is a setting: which integers exist, and which of them means zero or, for a table (tables.py), what each stands for.
+`ScaledGrid` (scaled_grid.py) is that grid laid over actual weights. A scale (scale.py) makes the second from the first.
 """
 
 import abc
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 
 from .pytree import register_dataclass
@@ -45,6 +44,16 @@ class Grid(abc.ABC):
     def alphabet(self) -> Alphabet:
         """The integers of this grid."""
 
+    @property
+    def table(self) -> Any:
+        """The ascending levels (levels,), in steps, that codes from 0 are indices of; None where code k is level k."""
+        return None
+
+    @property
+    def unit(self) -> Number | None:
+        """The number that all levels are whole multiples of; None where there is none."""
+        return 1
+
     def __str__(self):
         given = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(str(getattr(self, f.name)) for f in given)})"
@@ -61,6 +70,8 @@ class Grid(abc.ABC):
         lo, hi, zero, _ = self.alphabet()
         if zero is None:
             return True
+        if self.table is not None:
+            return None if isinstance(self.table, Tracer) else bool((np.asarray(self.table) == zero).any())
         if not all(is_number(x) or (isinstance(x, ARRAYS) and not isinstance(x, Tracer)) for x in (lo, hi, zero)):
             return None
         return bool(np.all((np.floor(zero) == zero) & (lo <= zero) & (zero <= hi)))
@@ -221,59 +232,24 @@ class Infinite(Grid):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Codes(Grid):
-    """Any run of integers: a grid given by its alphabet. Every grid can be written so, which lets all share one program."""
+    """A grid given by its alphabet. All grids written so share one program; tables do where they are of one size."""
 
     lo: Number
     hi: Number
     zero: Number | None
     reach: Number | None
+    table: Any = None  # type: ignore[assignment]
+    unit: Number | None = None  # type: ignore[assignment]
 
     @classmethod
     def of(cls, grid: Grid) -> "Codes":
         """The same grid, in numbers of one type."""
         real = lambda x: float(x) if is_number(x) else jnp.asarray(x, float)  # strict promotion allows no int * float
-        return cls(*(None if x is None else real(x) for x in grid.alphabet()))
+        table, unit = (None, None) if grid.table is None else (grid.table, grid.unit)
+        return cls(*(None if x is None else real(x) for x in (*grid.alphabet(), table, unit)))
 
     def alphabet(self):
         return Alphabet(self.lo, self.hi, self.zero, self.reach)
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Levels:
-    """The values step * (k - zero), k = lo .. hi; `step` and `zero` have one shape.
-
-    A step of 0 belongs to weights that are all zero: every code then stands for 0.
-    """
-
-    step: jax.Array
-    zero: jax.Array
-    lo: jax.Array
-    hi: jax.Array
-
-    def position(self, v):
-        """`v` in units of the grid: its code is the integer nearest to this, within lo .. hi."""
-        return v / jnp.where(self.step > 0, self.step, 1) + self.zero
-
-    def encode(self, v):
-        """Nearest code, as a float. Ties go up, also below zero, as in GPFQ22."""
-        x = self.position(v)
-        below = jnp.floor(x)  # and not floor(x + 1/2), which rounds twice: wrong just below 1/2 and from 2^23 on
-        return jnp.clip(jnp.where(x - below < 0.5, below, below + 1), self.lo, self.hi)
-
-    def straight(self, v):
-        """`encode`, where derivatives pass straight through the rounding; beyond the grid they are 0."""
-        x = jnp.clip(self.position(v), self.lo - 0.5, self.hi + 0.5)  # within 1/2 of its code: the sum is exactly that
-        return x + lax.stop_gradient(self.encode(v) - x)
-
-    def decode(self, code):
-        """The value a code stands for."""
-        return self.step * (code - self.zero)
-
-    def saturates(self, v):
-        """True where `v` lies more than half a step outside the range."""
-        x = self.position(v)
-        return (x < self.lo - 0.5) | (x > self.hi + 0.5)
 
 
 def grid_of_bits(bits: Number) -> Grid:

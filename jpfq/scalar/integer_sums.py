@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .grid import Grid, Levels, Number, is_number
+from .grid import Grid, Number, is_number
 from .pytree import register_dataclass
+from .scaled_grid import ScaledGrid
 
 MAX_WIDTH = 32
 
@@ -62,9 +63,9 @@ class SumSpec:
         tiles, size = self.tiles(n), self.size(n)
         return jnp.zeros((tiles * size, out), W.dtype).at[order].set(W).reshape(tiles, size, out)
 
-    def step_of(self, levels: Levels, order: jax.Array) -> jax.Array:
-        """The step of each tile (tiles, out), from those of all weights in the order of the recursion."""
-        return self.split(levels.step, order)[:, 0]
+    def step_of(self, levels: ScaledGrid, order: jax.Array) -> jax.Array:
+        """The value of the integer 1 in each tile (tiles, out), from those of all weights in the order of the recursion."""
+        return self.split(levels.integer_step, order)[:, 0]
 
 
 @register_dataclass
@@ -104,6 +105,8 @@ def input_codes(inputs: Any) -> tuple[Number, Number]:
     """The least and the largest input code, of a grid or a pair (mu, nu)."""
     if isinstance(inputs, Grid):
         lo, hi, *_ = inputs.alphabet()
+        if inputs.table is not None:
+            raise ValueError(f"{inputs} is a table, and inputs that are summed are runs of integers: jpfq.Integer(8).")
         return lo, hi
     if not isinstance(inputs, tuple) or len(inputs) != 2:
         raise ValueError(
@@ -135,10 +138,21 @@ def datatype_bits(n: int, grid: Grid, inputs: Any) -> int:
         >>> jpfq.datatype_bits(128, jpfq.Integer(4), jpfq.Asymmetric(4))
         15
     """
-    (lo, hi, zero, _), (mu, nu) = grid.alphabet(), input_codes(inputs)
+    (lo, hi, zero, reach), (mu, nu) = grid.alphabet(), input_codes(inputs)
     if zero is None:
         raise ValueError(f"{grid} fits a zero point to the weights, which no bound on their codes knows.")
-    return width_of(n * int(max(hi - zero, zero - lo)) * int(max(nu, -mu)))
+    if grid.unit is None:
+        raise ValueError(no_integers(grid))
+    largest = max(hi - zero, zero - lo) if grid.table is None or reach is None else round(reach / grid.unit)
+    return width_of(n * int(largest) * int(max(nu, -mu)))
+
+
+def no_integers(grid: Grid) -> str:
+    """Says why products of a grid's levels are no integers."""
+    return (
+        f"The levels of {grid} are no whole multiples of one number (up to 2^24 of it), so their products are not summed as "
+        "integers: take a grid of integers, such as jpfq.Integer(4), or jpfq.E2M1()."
+    )
 
 
 def whole(x):

@@ -13,9 +13,10 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-from .grid import Grid, Levels, Number, is_number
+from .grid import Grid, Number, is_number
 from .pytree import register_dataclass
 from .scale import lay
+from .scaled_grid import ScaledGrid
 
 BINS = 2048
 
@@ -71,7 +72,7 @@ class Range(abc.ABC):
         return True
 
     @abc.abstractmethod
-    def __call__(self, histogram: Histogram, grid: Grid) -> Levels:
+    def __call__(self, histogram: Histogram, grid: Grid) -> ScaledGrid:
         """Levels with one step and zero point, of shape ()."""
 
 
@@ -187,7 +188,7 @@ class KL(Range):
         return _best(cost, histogram, grid, self.candidates, both=False)
 
 
-def _best(cost, histogram, grid, candidates, both) -> Levels:
+def _best(cost, histogram, grid, candidates, both) -> ScaledGrid:
     """Among shrunk copies of the interval, the levels of least cost. The copies differ by steps of 1 / candidates."""
     low, high = _ends(histogram.low, histogram.high, grid)
     shares = jnp.linspace(1, 1 / candidates, candidates, dtype=high.dtype)

@@ -18,8 +18,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .grid import Levels, Number, is_number
+from .grid import Number, is_number
 from .pytree import register_dataclass
+from .scaled_grid import ScaledGrid
 
 Unit = Literal["weight", "step", "radius"]
 
@@ -27,7 +28,7 @@ Unit = Literal["weight", "step", "radius"]
 class RoundingContext(NamedTuple):
     """The information that a rounding has about the coordinate it is at."""
 
-    levels: Levels  # scalars
+    levels: ScaledGrid  # scalars
     key: Any  # of this neuron and coordinate; None where no key was given
     given: Any  # what the recursion was told about it
 
@@ -43,7 +44,7 @@ class Rounding(abc.ABC):
         """The carry before the first coordinate."""
         return ()
 
-    def meet(self, W: jax.Array, order: jax.Array) -> tuple[Any, Callable[[Levels], Any]]:
+    def meet(self, W: jax.Array, order: jax.Array) -> tuple[Any, Callable[[ScaledGrid], Any]]:
         """The initial carry and what coordinates are told, for weights W (in, out) in the order of the recursion.
 
         Returns the carry of every neuron (out, ..), None for `init()`; and a function from the levels of all weights to the
@@ -53,7 +54,7 @@ class Rounding(abc.ABC):
         return None, lambda levels: ()
 
     def keep(
-        self, codes: jax.Array, levels: Levels, order: jax.Array, rounding: "Rounding", carry: Any, given: Any
+        self, codes: jax.Array, levels: ScaledGrid, order: jax.Array, rounding: "Rounding", carry: Any, given: Any
     ) -> tuple["Rounding", Any, Any]:
         """A rounding for a pass over `codes`, its carry and what it is told, made to keep what this one promises."""
         del codes, levels, order
@@ -68,7 +69,7 @@ class Rounding(abc.ABC):
         del carry
 
     @abc.abstractmethod
-    def error(self, levels: Levels) -> jax.Array:
+    def error(self, levels: ScaledGrid) -> jax.Array:
         """The largest |a - q| of an argument within the range of the grid, in the shape of `levels.step`."""
 
     @property
@@ -92,13 +93,15 @@ class Nearest(Rounding):
         return carry, here.levels.encode(a)
 
     def error(self, levels):
-        return levels.step / 2
+        return levels.gap / 2
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stochastic(Rounding):
     """One of the two levels around a, at random, with mean a: step (floor(x) + Bernoulli(x - floor(x))), x = a / step.
+
+    On a table the upper one is taken with the share of the way to it that a has gone, which has mean a too.
 
     Beyond the grid it saturates. On `Binary()` this is the unbiased 1-bit operator: +-K with P(+K) = (1 + a / K) / 2.
     Source: SPFQ (Zhang, Saab 2023) section 2; the unified framework (H. Zhang, Saab 2024) for one bit.
@@ -111,13 +114,12 @@ class Stochastic(Rounding):
     fills = True
 
     def __call__(self, carry, a, here):
-        x = here.levels.position(a)
-        below = jnp.floor(x)
-        up = jax.random.uniform(here.key, dtype=x.dtype) < x - below
+        below, share = here.levels.between(a)
+        up = jax.random.uniform(here.key, dtype=share.dtype) < share
         return carry, jnp.clip(jnp.where(up, below + 1, below), here.levels.lo, here.levels.hi)
 
     def error(self, levels):
-        return levels.step
+        return levels.gap
 
     @property
     def settled(self):
@@ -131,7 +133,7 @@ class _Threshold(Rounding):
     unit: Unit
 
     def _of(self, threshold, levels):
-        unit = {"weight": 1, "step": levels.step, "radius": levels.step * (levels.hi - levels.zero)}[self.unit]
+        unit = {"weight": 1, "step": levels.step, "radius": levels.radius}[self.unit]
         return jnp.asarray(threshold, levels.step.dtype) * unit
 
 
@@ -161,7 +163,7 @@ class SoftThreshold(_Threshold):
         return carry, here.levels.encode(jnp.sign(a) * shrunk)
 
     def error(self, levels):
-        return levels.step / 2 + self._of(self.lam, levels)
+        return levels.gap / 2 + self._of(self.lam, levels)
 
 
 @register_dataclass
@@ -185,10 +187,10 @@ class HardThreshold(_Threshold):
 
     def __call__(self, carry, a, here):
         levels = here.levels
-        return carry, jnp.where(jnp.abs(a) <= self._of(self.lam, levels), levels.zero, levels.encode(a))
+        return carry, jnp.where(jnp.abs(a) <= self._of(self.lam, levels), levels.zero_code, levels.encode(a))
 
     def error(self, levels):
-        return jnp.maximum(levels.step / 2, self._of(self.lam, levels))
+        return jnp.maximum(levels.gap / 2, self._of(self.lam, levels))
 
 
 @register_dataclass

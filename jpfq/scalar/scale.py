@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .exponent import exponent_of, reduced
-from .grid import Grid, Levels, Number, is_number
+from .grid import Grid, Number, is_number
 from .per import Per, PerChannel, PerTensor, static
 from .pytree import register_dataclass
+from .scaled_grid import ScaledGrid
 
 
 def _check_positive(x, what):
@@ -31,7 +32,7 @@ class Scale(abc.ABC):
     per: Per
 
     @abc.abstractmethod
-    def __call__(self, W: jax.Array, grid: Grid, importance: jax.Array | None = None) -> Levels:
+    def __call__(self, W: jax.Array, grid: Grid, importance: jax.Array | None = None) -> ScaledGrid:
         """Levels for W (in, out); `step` is (groups, out), with 1 in place of an axis that shares one step.
 
         `importance` (in, out) is what a square error of each weight costs in the output, as far as known: diag(H).
@@ -212,7 +213,7 @@ class MinMSE(Scale):
 
         def attempt(best, shrink):
             levels = lay(shrink * low, shrink * high, grid)
-            levels = dataclasses.replace(levels, step=levels.step[:, None], zero=levels.zero[:, None])
+            levels = levels.with_steps(levels.step[:, None], levels.zero[:, None])
             error = reduced(groups - levels.decode(levels.encode(groups)), k)
             cost = jnp.sum(weight * jnp.abs(error) ** self.norm, axis=1)
             return (jnp.minimum(cost, best[0]), jnp.where(cost < best[0], shrink, best[1])), None
@@ -322,7 +323,7 @@ def _min_max(groups, c, grid):
     return -radius, radius
 
 
-def lay(low, high, grid: Grid) -> Levels:
+def lay(low, high, grid: Grid) -> ScaledGrid:
     """The grid over the intervals [low, high]."""
     lo, hi, zero, reach = grid.alphabet()
     if reach is None:
@@ -337,7 +338,14 @@ def lay(low, high, grid: Grid) -> Levels:
     return _levels(step, jnp.floor(-low / jnp.where(step > 0, step, 1) + 0.5), grid)
 
 
-def _levels(step, zero, grid: Grid) -> Levels:
+def _levels(step, zero, grid: Grid) -> ScaledGrid:
     lo, hi, fixed_zero, _ = grid.alphabet()
     lo, hi, zero = (jnp.asarray(x, step.dtype) for x in (lo, hi, fixed_zero if zero is None else zero))
-    return Levels(step, jnp.broadcast_to(zero, step.shape), lo, hi)
+    zero = jnp.broadcast_to(zero, step.shape)
+    return ScaledGrid(step, zero, lo, hi, *levels_of(grid, step.dtype))
+
+
+def levels_of(grid: Grid, dtype) -> tuple[jax.Array | None, jax.Array | None]:
+    """Table and unit of a grid, for `ScaledGrid`."""
+    number = lambda x: None if x is None or grid.table is None else jnp.asarray(x, dtype)
+    return number(grid.table), number(grid.unit)

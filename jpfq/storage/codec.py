@@ -18,6 +18,12 @@ from ..matrix import Hadamard
 from ..matrix.layout import ConvLayout, DotLayout, Layout
 from ..matrix.packed import plain
 from ..scalar import (
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    NF4,
     Asymmetric,
     Binary,
     Codes,
@@ -26,6 +32,8 @@ from ..scalar import (
     Infinite,
     Integer,
     Levels,
+    PowersOfTwo,
+    ScaledGrid,
     SumSpec,
     Symmetric,
     Ternary,
@@ -41,7 +49,12 @@ DTYPES = {  # of arrays that are kept as they are; by name, and never looked up 
         *(jnp.int4, jnp.uint4, jnp.int2, jnp.uint2),
     )
 }
-ON_DISK = {"ActivationQuantizer": "Rounded", "SumSpec": "Sums"}  # classes that files know by an earlier name
+ON_DISK = {  # classes that files know by another name
+    "ActivationQuantizer": "Rounded",
+    "SumSpec": "Sums",
+    "ScaledGrid": "Levels",
+    "Levels": "LevelTable",
+}
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -203,6 +216,14 @@ FIELDS: dict[type, dict[str, Callable]] = {
     Binary: {},
     Infinite: {},
     Codes: {"lo": _number, "hi": _number, "zero": _maybe(_number), "reach": _maybe(_number)},
+    Levels: {"values": _tuple(_number)},
+    E2M1: {},
+    E2M3: {},
+    E3M2: {},
+    E4M3: {},
+    E5M2: {},
+    NF4: {},
+    PowersOfTwo: {"bits": _whole},
     ranges.Max: {},
     ranges.Percentile: {"p": _number},
     ranges.MinMSE: {"candidates": _whole},
@@ -214,7 +235,10 @@ FIELDS: dict[type, dict[str, Callable]] = {
     )
     | {"padding": _tuple(_wholes), "groups": _whole},
     Activations: {"grid": _a(Grid), "range": _maybe(_a(ranges.Range)), "per": _text},
-    Levels: {"step": _array, "zero": _array, "lo": _array, "hi": _array},
+    ScaledGrid: {
+        **dict.fromkeys(("step", "zero", "lo", "hi"), _array),
+        **dict.fromkeys(("table", "unit"), _maybe(_array)),
+    },
     SumSpec: {"bits": _array, "lo": _array, "hi": _array, "tile": _maybe(_whole)},
-    ActivationQuantizer: {"settings": _a(Activations), "layout": _a(Layout), "levels": _maybe(_a(Levels))},
+    ActivationQuantizer: {"settings": _a(Activations), "layout": _a(Layout), "levels": _maybe(_a(ScaledGrid))},
 }

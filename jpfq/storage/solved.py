@@ -35,9 +35,8 @@ def write_solved(solved: SiteResult) -> tuple[dict[str, Any], dict[str, np.ndarr
         found["reach"] = reach.ends
     arrays = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in found.items()}
     q = np.asarray(solution.q)
-    if not np.array_equal(
-        _values(arrays, q.dtype), q
-    ):  # where a rotation came after, or products were rounded otherwise
+    # Others are kept: those of a table, those a rotation came after, and products that were rounded otherwise.
+    if not np.array_equal(_values(arrays, q.dtype), q):
         found["q"], arrays["q"] = solution.q, np.ascontiguousarray(q)
     record = {
         "q": q.dtype.name,
@@ -123,7 +122,8 @@ def _rounded(value, asked):
     if (levels is None) != (asked.activations.per == "row"):
         raise ValueError("its input has levels where they are taken per row, or none where they are not")
     if levels is not None:
-        step, zero, lo, hi = (np.asarray(x) for x in jax.tree.leaves(rounded.levels))
+        levels = rounded.levels
+        step, zero, lo, hi = (np.asarray(x) for x in (levels.step, levels.zero, levels.lo, levels.hi))
         count = asked.layout.dims[0] if asked.activations.per == "channel" else 1
         right = step.shape == zero.shape == (count,) and lo.shape == hi.shape == ()
         if not right or not all(_is_float(x) and np.isfinite(x).all() for x in (step, zero, lo, hi)):
@@ -140,7 +140,7 @@ def _sums(sums):
 
 
 def _values(arrays, dtype):
-    """The weights that codes stand for: step * (code - zero), by groups of inputs."""
+    """The weights that codes stand for on a grid without a table: step * (code - zero), by groups of inputs."""
     codes, step, zero = (arrays[name] for name in ("codes", "step", "zero"))
     n = codes.shape[1]
     spread = lambda x: np.repeat(x, n // x.shape[1], 1)

@@ -19,8 +19,8 @@ from tests.storage.test_save import linear, rotation
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # qwix 0.1.8 calls what Flax gives up
 needs_qwix = pytest.mark.skipif(find_spec("qwix") is None, reason="takes qwix: pip install 'jpfq[peers]'")
-LEVELS = jpfq.scalar.Levels(*map(jnp.asarray, ([0.03], [0.0], -128.0, 127.0)))
-SHIFTED = jpfq.scalar.Levels(*map(jnp.asarray, ([0.03], [90.0], 0.0, 255.0)))
+LEVELS = jpfq.scalar.ScaledGrid(*map(jnp.asarray, ([0.03], [0.0], -128.0, 127.0)))
+SHIFTED = jpfq.scalar.ScaledGrid(*map(jnp.asarray, ([0.03], [90.0], 0.0, 255.0)))
 
 
 def conv(shape):

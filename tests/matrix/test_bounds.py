@@ -7,7 +7,7 @@ import pytest
 
 import jpfq
 from jpfq.matrix import bounds
-from jpfq.scalar import Levels
+from jpfq.scalar import ScaledGrid
 from tests.helpers import PLAIN, assert_close, problem, recursed
 
 N, OUT, STEP = 40, 6, 0.4
@@ -24,7 +24,7 @@ METHODS = {
 
 
 def endless(out, step=STEP):
-    return Levels(jnp.full((1, out), step), jnp.zeros((1, out)), *(jnp.asarray(x) for x in (-(2.0**20), 2.0**20)))
+    return ScaledGrid(jnp.full((1, out), step), jnp.zeros((1, out)), *(jnp.asarray(x) for x in (-(2.0**20), 2.0**20)))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ GRIDS = {
     "Ternary, tensor": (jpfq.Ternary(), jpfq.scale.PerTensor()),
     "Asymmetric(2), groups": (jpfq.Asymmetric(2), jpfq.scale.PerGroup(SIZE)),
     "Binary": (jpfq.Binary(), jpfq.scale.PerChannel()),
+    "E2M1": (jpfq.E2M1(), jpfq.scale.PerChannel()),
 }
 DESCENTS = {
     "Descend": (jpfq.finish.Descend, reference.coordinate_descent),

@@ -9,7 +9,7 @@ import pytest
 
 import jpfq
 from jpfq.matrix import Recursion, follow, substitute
-from jpfq.scalar import Levels
+from jpfq.scalar import ScaledGrid
 from tests.helpers import assert_close, assert_codes_equal, problem
 from tests.reference import gpfq as reference
 from tests.reference import spfq
@@ -23,7 +23,7 @@ DEAD = (0, 7, 39)
 @functools.partial(jax.jit, static_argnames=("block", "form"))
 def quantized(W, data, step, method, block, form, rounding=NEAREST):
     """Codes on Symmetric(K) at given steps (1, out), and the final residual in the data form."""
-    levels = Levels(step, jnp.zeros_like(step), *(jnp.asarray(x, step.dtype) for x in (-K, K)))
+    levels = ScaledGrid(step, jnp.zeros_like(step), *(jnp.asarray(x, step.dtype) for x in (-K, K)))
     recursion = Recursion(levels, jnp.arange(W.shape[0]), W.shape[1], rounding)
     if form == "data":
         path, u = follow(W, data, method, recursion, block=block)

@@ -8,7 +8,7 @@ import pytest
 import jpfq
 from jpfq.matrix import bounds
 from jpfq.matrix.nullspace import REFACTOR, kernel_walk
-from jpfq.scalar import Levels
+from jpfq.scalar import ScaledGrid
 from tests.helpers import PLAIN, assert_close, assert_on_grid
 from tests.reference import maly_saab as reference
 
@@ -33,7 +33,7 @@ def cells(W, codes):
     """Levels over +-max |w|, and the cell of every weight."""
     step = 2 * np.abs(W).max(0, keepdims=True) / (codes - 1)
     zero, top = (codes - 1) / 2, codes - 1
-    levels = Levels(
+    levels = ScaledGrid(
         *(jnp.asarray(x) for x in (np.broadcast_to(step, W.shape), np.full(W.shape, zero), 0.0, float(top)))
     )
     below = np.clip(np.floor(W / step + zero), 0, top - 1)

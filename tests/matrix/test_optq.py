@@ -10,7 +10,7 @@ import pytest
 import jpfq
 from jpfq.matrix import bounds
 from jpfq.matrix.damping import factor, top_eigenvalue
-from jpfq.scalar import Levels
+from jpfq.scalar import ScaledGrid
 from tests.helpers import PLAIN, assert_close, assert_codes_equal, level_lists, problem, recursed
 from tests.reference import gpfq, optq, qronos
 
@@ -192,7 +192,7 @@ def test_without_rounding(x64, name):
     if name == "X = Xq":
         wanted["GPTAQ at 1"] = W
     step = 2.0**-20
-    fine = Levels(jnp.full((1, OUT), step), jnp.zeros((1, OUT)), jnp.asarray(-(2.0**24)), jnp.asarray(2.0**24))
+    fine = ScaledGrid(jnp.full((1, OUT), step), jnp.zeros((1, OUT)), jnp.asarray(-(2.0**24)), jnp.asarray(2.0**24))
     for method, expected in wanted.items():
         system = METHODS[method][0](jnp.asarray(W), gram)
         assert_close(bounds.target(system), expected)
@@ -236,7 +236,7 @@ def test_error_identity_and_babai(x64, name):
     if alive.all():
         assert_close(optq.babai(qronos.qronos_ls(W, X, Xq, lists, lam), Xq, lam), squares)
 
-    endless = Levels(levels.step, levels.zero, *(jnp.asarray(x) for x in (-(2.0**20), 2.0**20)))
+    endless = ScaledGrid(levels.step, levels.zero, *(jnp.asarray(x) for x in (-(2.0**20), 2.0**20)))
     error = ((Xq @ (target - np.asarray(recursed(system, endless).q))) ** 2).sum(0)
     bound = np.asarray(bounds.square_bound(system.cost, jnp.broadcast_to(levels.step / 2, (N, OUT))))
     assert (error <= bound).all()

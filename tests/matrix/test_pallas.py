@@ -11,7 +11,7 @@ import pytest
 
 import jpfq
 from jpfq.matrix import Kernel, Recursion, chosen, substitute
-from jpfq.scalar import Levels, register_dataclass
+from jpfq.scalar import ScaledGrid, register_dataclass
 from tests.helpers import Dither, assert_codes_equal
 from tests.matrix.test_recursion import OUT, Carrying, N, by_loop, levels_of, system
 
@@ -71,7 +71,7 @@ def test_many_matrices_at_once(x64):
     A, L, step = (np.stack(x) for x in zip(*(system(seed) for seed in (3, 4)), strict=True))
 
     def solved(A, L, step, lam, kernel):
-        levels = Levels(step, jnp.full_like(step, 1.0), jnp.array(-3.0), jnp.array(4.0))
+        levels = ScaledGrid(step, jnp.full_like(step, 1.0), jnp.array(-3.0), jnp.array(4.0))
         recursion = Recursion(levels, jnp.arange(N), OUT, jpfq.rounding.SoftThreshold(lam), kernel=kernel)
         return substitute(A, L, recursion, block=10).codes
 
@@ -139,7 +139,7 @@ def test_it_lowers_without_a_device(platform, target):
         pytest.skip("after 0.10 JAX lowers for Triton, which it means to give up, only where there is a GPU")
 
     def solved(A, L, step, lam):
-        levels = Levels(step, jnp.zeros_like(step), jnp.array(-8.0), jnp.array(7.0))
+        levels = ScaledGrid(step, jnp.zeros_like(step), jnp.array(-8.0), jnp.array(7.0))
         return substitute(A, L, Recursion(levels, jnp.arange(256), 256, Carrying(), kernel=Kernel()), about=A).codes
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((256, 256), (256, 256), (4, 256), ())]

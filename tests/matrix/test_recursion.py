@@ -11,7 +11,7 @@ import pytest
 
 import jpfq
 from jpfq.matrix import Recursion, substitute
-from jpfq.scalar import Levels, Rounding, register_dataclass
+from jpfq.scalar import Rounding, ScaledGrid, register_dataclass
 from tests.helpers import Dither, assert_codes_equal
 from tests.reference import gpfq as reference
 
@@ -46,7 +46,7 @@ def system(seed, n=N, groups=1, scale=1.0):
 
 
 def levels_of(step):
-    return Levels(jnp.asarray(step), jnp.zeros(step.shape), jnp.array(-16.0), jnp.array(15.0))
+    return ScaledGrid(jnp.asarray(step), jnp.zeros(step.shape), jnp.array(-16.0), jnp.array(15.0))
 
 
 @functools.partial(jax.jit, static_argnames="block")

@@ -1,10 +1,12 @@
 """AXE as Brevitas 0.13 has it for GPFQ and OPTQ, as plain loops in float64 NumPy. Imports nothing of jpfq.
 
-Letters as in `gpfq`; `step` (out,) is the distance of levels of each neuron, `codes` the lowest and the highest code,
+Letters as in `gpfq`; `step` (out,) is the distance of levels of each neuron, `codes` the lowest and highest code or a list,
 `inputs` = (mu, nu) those of the inputs, P the bits of the accumulator, T the inputs in a tile, `order` that of the inputs.
 """
 
 import numpy as np
+
+from .gpfq import nearest
 
 
 def thresholds(W, step, inputs, P, T):
@@ -50,9 +52,16 @@ class Budget:
         least, most = limits(*self.sums[tile], self.inputs, self.P)
         a = np.sign(a) * max(abs(a) - (threshold if self.soft else 0), 0)
         a = min(max(a, step * least), step * most)
-        k = int(min(max(np.floor(a / step + 0.5), self.codes[0]), self.codes[1]))
+        k = self._nearest(a / step, least, most)
         self.sums[tile, 0 if k > 0 else 1] += k
         return a, k
+
+    def _nearest(self, x, least, most):
+        """The nearest code of the range (lo, hi), or of the list that fits the limits."""
+        if len(self.codes) == 2:
+            return int(min(max(np.floor(x + 0.5), self.codes[0]), self.codes[1]))
+        fit = [k for k in self.codes if least <= k <= most]
+        return int(fit[nearest(x, fit)])
 
 
 def gpfq(W, X, Xq, step, codes, inputs, P, T, order, soft=True):

@@ -21,7 +21,7 @@ import jpfq
 from jpfq.calibrate.activation import ActivationQuantizer
 from jpfq.matrix.layout import DotLayout
 from jpfq.report import report as report_module
-from jpfq.scalar import Levels
+from jpfq.scalar import ScaledGrid
 from jpfq.study.compare import Trial
 from tests.network.saved import reached, result, tensor
 
@@ -50,7 +50,7 @@ def example():
     bias = {"bias": jnp.ones(100)}
     quantized = result(linear, tensors, params=bias | {name: jnp.ones(t.shape, t.dtype) for name, t in tensors.items()})
     reach = reached(15, 4, (1, 3, 4))
-    levels = Levels(*(jnp.asarray(x, jnp.float32) for x in ([0.5], [2.0], 0, 255)))
+    levels = ScaledGrid(*(jnp.asarray(x, jnp.float32) for x in ([0.5], [2.0], 0, 255)))
     inputs = [
         ActivationQuantizer(jpfq.Activations(), layout(12, 4), levels),
         ActivationQuantizer(jpfq.Activations(jpfq.Integer(8), per="row"), layout(12, 4), None),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import jpfq
 from jpfq.matrix import Recursion, substitute
-from jpfq.scalar import Accumulator, EPInit, Levels, datatype_bits, width_of
+from jpfq.scalar import Accumulator, EPInit, ScaledGrid, datatype_bits, width_of
 from jpfq.scalar.accumulator import _l1_threshold
 from jpfq.scalar.integer_sums import quotient
 from tests.helpers import assert_codes_equal, problem
@@ -44,7 +44,7 @@ def rounded(A, L, about, order, step, top, P, lo, hi, T, how):
     def one(A, L, about, order, step, top, P, lo, hi, key):
         guard = Accumulator(P, T) if how is None else how(P, T)
         rounding = guard.around(jpfq.rounding.Stochastic() if how is None else jpfq.rounding.Nearest(), (lo, hi))
-        levels = Levels(step, jnp.zeros_like(step), -top - 1, top)
+        levels = ScaledGrid(step, jnp.zeros_like(step), -top - 1, top)
         recursion = Recursion(levels, order, OUT, rounding, key)
         carry, told = rounding.meet(about, order)
         recursion = recursion._replace(carry=carry)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jpfq
-from jpfq.scalar import Levels, grid_of_bits
+from jpfq.scalar import ScaledGrid, grid_of_bits
 from tests.reference import gpfq as reference
 
 few = settings(deadline=None, derandomize=True, max_examples=15)
@@ -47,7 +47,7 @@ def laid(name, step):
     """The levels of a grid at a step, in float32."""
     lo, hi, zero, _ = GRIDS[name][0].alphabet()
     number = lambda x: jnp.asarray(x, jnp.float32)
-    return Levels(number(step), number(ASYMMETRIC_ZERO if zero is None else zero), number(lo), number(hi))
+    return ScaledGrid(number(step), number(ASYMMETRIC_ZERO if zero is None else zero), number(lo), number(hi))
 
 
 @each_grid
@@ -110,7 +110,7 @@ def test_a_zero_step_gives_zero_for_every_weight(name):
 def test_encode_rounds_once(x64, dtype):
     """floor(x + 1/2) would round a number just below 1/2 up, and shift odd codes where x + 1/2 is not a float."""
     big = 2.0**23 + 1 if dtype == jnp.float32 else 2.0**52 + 1
-    levels = Levels(*(jnp.asarray(x, dtype) for x in (1, 0, -(2.0**60), 2.0**60)))
+    levels = ScaledGrid(*(jnp.asarray(x, dtype) for x in (1, 0, -(2.0**60), 2.0**60)))
     v = np.array([np.nextafter(dtype(0.5), dtype(0)), big, -big, 0.5, -0.5, -1.5])
     np.testing.assert_array_equal(levels.encode(jnp.asarray(v, dtype)), [0, big, -big, 1, 0, -1])
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import jpfq
 from jpfq.matrix import System
-from jpfq.scalar import Levels, RoundingContext
+from jpfq.scalar import RoundingContext, ScaledGrid
 from jpfq.scalar.rounding import prune
 from tests.helpers import assert_close, assert_codes_equal, recursed
 from tests.reference import gpfq as reference
@@ -22,7 +22,7 @@ THRESHOLDS = {"soft": jpfq.rounding.SoftThreshold, "hard": jpfq.rounding.HardThr
 
 
 def levels_of(step=1.0, zero=0.0, lo=-3.0, hi=3.0):
-    return Levels(*(jnp.float32(x) for x in (step, zero, lo, hi)))
+    return ScaledGrid(*(jnp.float32(x) for x in (step, zero, lo, hi)))
 
 
 @jax.jit
@@ -140,7 +140,7 @@ def test_pruning_before_another_rounding():
 def system():
     rng = np.random.default_rng(4)
     A, L = rng.standard_normal((40, 6)), 0.2 * np.tril(rng.standard_normal((40, 40)), -1)
-    levels = Levels(*(jnp.asarray(x, jnp.float32) for x in (np.full((1, 6), 0.3), np.zeros((1, 6)), -8, 7)))
+    levels = ScaledGrid(*(jnp.asarray(x, jnp.float32) for x in (np.full((1, 6), 0.3), np.zeros((1, 6)), -8, 7)))
     return np.float32(A), np.float32(L), levels
 
 
@@ -226,7 +226,7 @@ def test_error_bounds_what_is_rounded_away(place, seed, grid):
 
 
 def test_error_has_the_shape_of_the_steps():
-    levels = Levels(jnp.full((3, 4), 0.5), jnp.zeros((3, 4)), jnp.float32(-4), jnp.float32(3))
+    levels = ScaledGrid(jnp.full((3, 4), 0.5), jnp.zeros((3, 4)), jnp.float32(-4), jnp.float32(3))
     for rounding in ROUNDINGS.values():
         assert rounding.error(levels).shape == (3, 4)
 

@@ -180,7 +180,7 @@ def test_quantized_inputs_come_back_and_run(tmp_path):
     params = {"a": zoo.normal(1, 12, 4), "b": zoo.normal(2, 12, 4), "c": zoo.normal(3, 12, 4)}
     fn = lambda params, x: x @ params["a"] + x @ params["b"] + x @ params["c"]
     layout = DotLayout((12, 4), (0,), (), (1,), (), False)
-    levels = jpfq.scalar.Levels(*map(jnp.asarray, ([0.03], [7.0], 0.0, 255.0)))
+    levels = jpfq.scalar.ScaledGrid(*map(jnp.asarray, ([0.03], [7.0], 0.0, 255.0)))
     inputs = {
         "a": [ActivationQuantizer(jpfq.Activations(jpfq.Integer(8), jpfq.ranges.Max(), per="row"), layout, None)],
         "b": [ActivationQuantizer(jpfq.Activations(range=jpfq.ranges.Percentile(0.99)), layout, levels)],
