@@ -3,7 +3,8 @@
 `quantize` takes a model, calibration batches and `Rule`s, and returns a `Quantized`; a number of bits in place of rules
 means what `best` recommends. `solve` is the same for one matrix. The folder `notebooks` has a guide for each task;
 `jpfq.matrix` has the theory on one page; `jpfq.embed` random features and binary embeddings; `jpfq.paper` the published
-methods, `jpfq.ranges` the ranges of activations and `jpfq.patches` the windows of convolutions.
+methods, `jpfq.formats` the number formats of files and servers, `jpfq.ranges` the ranges of activations and `jpfq.patches`
+the windows of convolutions.
 
 Rooms, each of which imports from those before it only: `scalar` (one number), `matrix` (one weight matrix and its data),
 `model` (a traced program), `calibrate` (batches through both networks), `network` (what the user calls and gets), `storage`,
@@ -66,6 +67,7 @@ from .matrix import Shrinkage as Shrinkage
 from .matrix import dequantize as dequantize
 from .matrix import patches as patches
 from .matrix.solve import solve as solve
+from .network import formats as formats
 from .network import paper as paper
 from .network.best import best as best
 from .network.budget import budget as budget
@@ -111,7 +113,20 @@ try:
 except _NotFound:  # a checkout that is not installed
     __version__ = "0+unknown"
 
-_SPACES = ("scale", "order", "prepare", "rounding", "finish", "damping", "ranges", "patches", "paper", "embed", "plot")
+_SPACES = (
+    "scale",
+    "order",
+    "prepare",
+    "rounding",
+    "finish",
+    "damping",
+    "ranges",
+    "patches",
+    "formats",
+    "paper",
+    "embed",
+    "plot",
+)
 _KNOWN_AS = {"GPTQ": "OPTQ", "RTN": "MSQ"}
 
 

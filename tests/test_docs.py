@@ -22,7 +22,7 @@ from tests.helpers import assert_close, problem
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 SLOTS = ("scale", "order", "prepare", "rounding", "finish", "damping")  # of a rule, and the namespaces of their choices
-SPACES = (*SLOTS, "paper", "ranges", "patches", "embed", "plot")  # what `jpfq` offers one level down
+SPACES = (*SLOTS, "formats", "paper", "ranges", "patches", "embed", "plot")  # what `jpfq` offers one level down
 SHOWN = (  # classes whose methods are examples of their own
     jpfq.Gram,
     jpfq.QTensor,

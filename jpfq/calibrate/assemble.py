@@ -18,7 +18,9 @@ def tensor_of(done, shape, dtype, recipe, laned) -> QTensor:
     runs = _runs(places, tuple(step.shape[laned:] for _, step, _ in solutions), shape)
     codes, step, zero = _whole(solutions, places, shape, runs, code_dtype(recipe.grid), laned)
     rotated = None if recipe.rotation is None else (recipe.rotation, done[0][0].layout)
-    return QTensor(codes, step, zero, recipe.grid, np.dtype(dtype), rotated)
+    exact = all(math.frexp(abs(site.chain.factor))[0] == 0.5 for site, _ in done)  # steps of a part keep their digits
+    step_dtype = recipe.step_dtype if exact else None
+    return QTensor(codes, step, zero, recipe.grid, np.dtype(dtype), rotated, step_dtype)
 
 
 def _rearranges(solutions, places, shape, runs, dtype, laned) -> bool:

@@ -27,7 +27,7 @@ class Packed:
     than 2^16 levels. step: as in `QTensor`. zero: likewise, one number where it is everywhere the same, and in the
     smallest type that holds it.
 
-    Fields besides: `grid` of the codes, `shape` of the kernel and its `dtype`, `rotated` as in `QTensor`.
+    Fields besides: `grid` of the codes, `shape` of the kernel and its `dtype`, `rotated` and `step_dtype` as in `QTensor`.
 
     Examples:
         >>> packed = jpfq.Packed.of(quantized.tensors["head/kernel"])
@@ -43,6 +43,7 @@ class Packed:
     axis: int = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})  # of the kernel it stands for
     rotated: tuple[Hadamard, Layout] | None = dataclasses.field(default=None, metadata={"static": True})
+    step_dtype: np.dtype | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     @anywhere
@@ -62,7 +63,7 @@ class Packed:
             waste = lambda axis: packed_size(tensor.shape[axis], levels) / max(1, tensor.shape[axis])
             axis = min(reversed(range(len(tensor.shape))), key=waste)
             words = pack(jnp.moveaxis(tensor.codes.astype(jnp.int32) - lo, axis, -1), levels)
-        return cls(words, tensor.step, zero, grid, tensor.shape, axis, tensor.dtype, tensor.rotated)
+        return cls(words, tensor.step, zero, grid, tensor.shape, axis, tensor.dtype, tensor.rotated, tensor.step_dtype)
 
     @anywhere
     def unpack(self) -> QTensor:
@@ -81,7 +82,7 @@ class Packed:
         zero = self.zero.astype(self.step.dtype)
         if zero.size == 1:
             zero = jnp.broadcast_to(zero, self.step.shape)
-        return QTensor(codes, self.step, zero, self.grid, self.dtype, self.rotated)
+        return QTensor(codes, self.step, zero, self.grid, self.dtype, self.rotated, self.step_dtype)
 
     def dequantize(self) -> jax.Array:
         """The kernel, in its own dtype.

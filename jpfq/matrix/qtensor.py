@@ -11,6 +11,7 @@ from ..scalar import Grid, ScaledGrid, WorstCase
 from ..scalar.exponent import aligned
 from ..scalar.pytree import register_dataclass
 from ..scalar.scale import levels_of
+from ..scalar.step_types import kernel_bits, step_bits
 from .explicit_mesh import anywhere, is_traced
 from .host import namespace, numpy_or_jit
 from .layout import Layout
@@ -32,7 +33,8 @@ class QTensor:
     Where the inputs were rotated before quantizing, `rotated` names the rotation, and how the kernel is a matrix: the codes
     are those of the rotated kernel, which `dequantize` turns back.
 
-    Fields: `codes` are integers of `grid`; `dtype` is that of the kernel they stand for.
+    Fields: `codes` are integers of `grid`; `dtype` is that of the kernel they stand for; `step_dtype` is what the steps are
+    stored in, and hold no more digits than.
 
     Examples:
         >>> tensor = quantized.tensors["head/kernel"]
@@ -46,6 +48,7 @@ class QTensor:
     grid: Grid
     dtype: np.dtype = dataclasses.field(metadata={"static": True})  # of the kernel it stands for
     rotated: tuple[Hadamard, Layout] | None = dataclasses.field(default=None, metadata={"static": True})
+    step_dtype: np.dtype | None = dataclasses.field(default=None, metadata={"static": True})  # None is float32
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,9 +57,10 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes when codes are packed at their storage bits, steps kept in float32 and fitted zero points as codes."""
+        """Bytes when codes are packed at their storage bits, steps kept in their type and fitted zero points as codes."""
         zeros = self.zero.size if self.grid.alphabet().zero is None else 0
-        bits = (self.codes.size + zeros) * self.grid.storage_bits + 32 * self.step.size
+        bits = (self.codes.size + zeros) * self.grid.storage_bits
+        bits += step_bits(self.step_dtype) * self.step.size + kernel_bits(self.step_dtype)
         return -(-bits // 8)
 
     @property
@@ -147,6 +151,7 @@ class Info:
     square_rounding: jax.Array | float = np.nan  # how far rounding in float32 may have moved the square error
     exponent: jax.Array | int = 0  # squares are in units of 4^exponent; 0 where they fit into float32 as they are
     reach: WorstCase | None = None  # how far its integer sums go; None where no accumulator was asked for
+    saturated_steps: jax.Array | int = 0  # steps beyond what their type stores, which took the nearest one that it does
     rows: jax.Array | None = None  # of a kernel of several matrices (experts): rows that are not 0, of each
 
     @property

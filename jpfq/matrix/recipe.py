@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+import numpy as np
+
 from ..scalar import (
     AbsMax,
     Bounded,
@@ -22,6 +24,7 @@ from ..scalar import (
 from ..scalar.accumulator import AXE, scales_with_radius
 from ..scalar.integer_sums import no_integers
 from ..scalar.pytree import register_dataclass
+from ..scalar.step_types import kernel_bits, step_type
 from .finish import CosineDescend, Descend, Finish
 from .methods import GPFQ, MSQ, Method
 from .nullspace import MalySaab
@@ -51,10 +54,12 @@ class Recipe:
     method: Method
     rounding: Rounding
     finish: Finish | None
+    step_dtype: np.dtype | None = dataclasses.field(default=None, metadata=_static)  # None is float32
     form: Form = dataclasses.field(default="auto", metadata=_static)
     block: int | None = dataclasses.field(default=BLOCK, metadata=_static)
 
     def __post_init__(self):
+        object.__setattr__(self, "step_dtype", step_type(self.step_dtype))
         if self.form not in ("auto", "gram", "data"):
             raise ValueError(f"form is 'auto', 'gram' or 'data'; got {self.form!r}.")
         if self.block is not None and (not isinstance(self.block, int) or self.block < 1):
@@ -70,6 +75,11 @@ class Recipe:
         """The size of the groups whose steps are refit on the way; None if steps are chosen beforehand."""
         per = self.scale.per
         return per.size if isinstance(per, PerGroup) and per.refit else None
+
+    @property
+    def local_steps(self) -> bool:
+        """True if the steps of a neuron follow from its own weights."""
+        return self.scale.local and not kernel_bits(self.step_dtype)
 
     @property
     def moves_step(self) -> bool:

@@ -22,6 +22,8 @@ class Signed(NamedTuple):
 def signed(tensor: QTensor) -> Signed:
     """The tensor with codes moved around 0. A zero point between two codes takes half the step and doubled codes."""
     codes, step, zero = tensor.codes.astype(jnp.int32), tensor.step, compact(tensor.zero)
+    if tensor.grid.table is not None:
+        return _of_table(codes, step, tensor.grid)
     lo, levels = extent(tensor.grid)
     ends = np.array([lo, lo + levels - 1])
     if zero.size == 1:
@@ -36,5 +38,16 @@ def signed(tensor: QTensor) -> Signed:
         shift = lo + (levels + 1) // 2
         codes, zero, ends = codes - shift, tensor.zero.astype(jnp.int32) - shift, ends - shift
         ends = np.array([min(ends[0], int(zero.min())), max(ends[1], int(zero.max()))])
-    bits = 1 + max(int(-1 - ends.min()).bit_length(), int(ends.max()).bit_length())
-    return Signed(codes, step, zero, bits)
+    return Signed(codes, step, zero, _bits(ends))
+
+
+def _of_table(codes, step, grid):
+    """Levels that are whole multiples of one number, such as those of E2M1, are integers."""
+    if grid.unit is None:
+        raise ValueError(f"the levels of {grid} are no whole multiples of one number")
+    integers = np.rint(np.asarray(grid.table) / grid.unit).astype(np.int32)
+    return Signed(jnp.asarray(integers)[codes], step * grid.unit, None, _bits(integers))
+
+
+def _bits(ends):
+    return 1 + max(int(-1 - ends.min()).bit_length(), int(ends.max()).bit_length())

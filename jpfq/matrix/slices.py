@@ -24,7 +24,7 @@ ENTRIES = 2**23  # of a matrix at a time, or as many neurons as inputs where the
 def slice_width(size: tuple[int, int, int], recipe: Recipe) -> int:
     """The number of neurons that are solved together."""
     B, n, out = size
-    alone = recipe.scale.local and recipe.rounding.fills and recipe.prepare == ()
+    alone = recipe.local_steps and recipe.rounding.fills and recipe.prepare == ()
     most = max(n, ENTRIES // (B * n))
     if not alone or isinstance(recipe.rounding, Bounded) or out <= most:
         return out

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from ..scalar import Constraint, Grid, Rounding, Scale
 from .arrays import at_least_float32, is_finite
@@ -46,6 +47,7 @@ def solve(
     shrinkage: Shrinkage | Literal["recommended"] | None = "recommended",
     accumulator: Constraint | None = None,
     inputs: Any = None,
+    step_dtype: DTypeLike | None = None,
     form: Form = "auto",
     block: int | None = BLOCK,
 ) -> tuple[QTensor, Info]:
@@ -68,6 +70,8 @@ def solve(
         shrinkage: of the Gram, so that codes fit rows not seen; None for none.
         accumulator: which integer sums must never overflow, such as `jpfq.Accumulator(16, tile=64)`.
         inputs: the grid of the input codes that an accumulator sums, or (mu, nu).
+        step_dtype: what steps are stored in: float32 where it is left out, or bfloat16, float16, `float8_e8m0fnu` (powers of
+            two) or `float8_e4m3fn` (times a power of two that the matrix shares). They are rounded before the recursion.
         form: "gram" or "data" rows, or the cheaper of the two.
         block: inputs to a block of the recursion; None for the plain scan.
 
@@ -86,7 +90,7 @@ def solve(
         ((32, 8), (1, 8))
     """
     given = {"scale": scale, "rotation": rotation, "order": order, "prepare": prepare, "method": method}
-    given |= {"rounding": rounding, "accumulator": accumulator, "inputs": inputs}
+    given |= {"rounding": rounding, "accumulator": accumulator, "inputs": inputs, "step_dtype": step_dtype}
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     optional = {"finish": finish, "shrinkage": shrinkage}  # None is a choice
     settings |= {name: value for name, value in optional.items() if value != "recommended"}
@@ -110,7 +114,7 @@ def solve(
     raise_on(result.info, recipe, "the matrix", data)
     codes = result.codes[0].astype(code_dtype(recipe.grid))
     rotated = None if recipe.rotation is None else (recipe.rotation, DotLayout(W.shape, (0,), (), (-1,), (), False))
-    return QTensor(codes, result.step[0], result.zero[0], recipe.grid, W.dtype, rotated), result.info
+    return QTensor(codes, result.step[0], result.zero[0], recipe.grid, W.dtype, rotated, recipe.step_dtype), result.info
 
 
 def raise_on(info: Info, recipe: Recipe, name: str, data: Gram | Rows) -> None:

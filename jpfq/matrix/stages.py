@@ -15,6 +15,7 @@ from jax import lax
 
 from ..scalar import Bounded, Codes, ScaledGrid, WorstCase
 from ..scalar.exponent import exponent_of, reduced
+from ..scalar.step_types import StepStorage
 from .bounds import resolution, rounding, square_bound, target
 from .gram import Gram, Rows, as_gram, mean_energy
 from .lanes import each
@@ -77,20 +78,26 @@ def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | Non
     jobs = each(lambda W, data: _prepare(W, data, recipe), W, data)
     ready, importance = each(lambda job: (_back(job.ready_W, job.order), _back(job.data.diagonal, job.order)), jobs)
     levels = _lay(ready, importance, recipe, neurons)
+    store = StepStorage.over(levels.step, recipe.step_dtype, neurons.max)
+    beyond, levels = store.exceeds(levels.step), levels.with_steps(store(levels.step), levels.zero)
     shared = recipe.scale.shared
     split = lambda x: x[None] if shared else jnp.moveaxis(x.reshape(x.shape[0], B, out), 1, 0)
-    step, zero = (jnp.broadcast_to(x, (B, *x.shape[1:])) for x in (split(levels.step), split(levels.zero)))
+    step, zero, beyond = (
+        jnp.broadcast_to(x, (B, *x.shape[1:])) for x in map(split, (levels.step, levels.zero, beyond))
+    )
 
     magnitude = each(lambda job: job.data.magnitude, jobs)
     k = exponent_of(neurons.max(jnp.abs(jobs.W)), jnp.max(magnitude))
 
-    def one(job, weights, step, zero, b):
+    def one(job, weights, step, zero, beyond, b):
         draw = None if key is None else jax.random.fold_in(key, b)
         recursion = Recursion(levels.with_steps(step, zero), job.order, out, recipe.rounding, draw)
-        recursion = recursion._replace(neurons=neurons)
-        return _quantize(job, weights, recursion, recipe, lambda x, sign=1: reduced(x, sign * k))
+        recursion = recursion._replace(neurons=neurons, store=store)
+        *found, figures, ends = _quantize(job, weights, recursion, recipe, lambda x, sign=1: reduced(x, sign * k))
+        figures["saturated_steps"] = jnp.sum(beyond) if shared else neurons.sum(beyond)
+        return *found, figures, ends
 
-    codes, q, step, zero, parts, ends = each(one, jobs, ready, step, zero, jnp.arange(B))
+    codes, q, step, zero, parts, ends = each(one, jobs, ready, step, zero, beyond, jnp.arange(B))
     reach = WorstCase(recipe.rounding.sums, ends) if isinstance(recipe.rounding, Bounded) else None
     if shared and not recipe.moves_step:
         step, zero = step[:1], zero[:1]
@@ -169,10 +176,13 @@ def _quantize(job: _Prepared, weights, recursion: Recursion, recipe: Recipe, red
             bound = (jnp.sqrt(floor + vague) + jnp.sqrt(neurons.sum(square_bound(system.cost, most)))) ** 2
         failed = neurons.sum(~jnp.isfinite(system.base))
         failed += 0 if system.L is None else infinite(system.L)
-    codes, levels = path.codes, recursion.levels
+    codes, levels, store = path.codes, recursion.levels, recursion.store
     if recipe.finish is not None:
         settled = recursion._replace(rounding=recipe.rounding.settled, carry=None, refit=None)
-        small = settled._replace(levels=dataclasses.replace(levels, step=reduce(levels.step)))
+        small = settled._replace(
+            levels=levels.with_steps(reduce(levels.step), levels.zero),
+            store=lambda step: reduce(store(reduce(step, -1))),
+        )
         codes, levels = recipe.finish(reduce(job.W), as_gram(job.trusted), codes, small, recipe.block)
         levels = dataclasses.replace(levels, step=reduce(levels.step, -1))
         if recipe.finish.frees_step:
@@ -213,7 +223,8 @@ def _run(system, job, recursion, recipe, told, reduce) -> tuple[Path, Recursion]
     """The recursion, and with the levels that it ended on."""
     block = recipe.block
     if recipe.refits and system.L is not None:
-        block, recursion = recipe.refits, recursion._replace(refit=lambda W: recipe.scale(W, recipe.grid))
+        given, block = recursion, recipe.refits
+        recursion = given._replace(refit=lambda W: given.stored(recipe.scale(W, recipe.grid)))
 
     def run(recursion):
         given = () if recursion.refit else told(recursion.spread())
@@ -229,7 +240,8 @@ def _run(system, job, recursion, recipe, told, reduce) -> tuple[Path, Recursion]
     levels, shared = recursion.levels, recursion.shared
     trusted = as_gram(job.trusted)
     blind = (mean_energy(trusted.diagonal) == 0).astype(system.base.dtype)  # no data tell steps apart: weights do
-    scaled = lambda c: recursion._replace(levels=dataclasses.replace(levels, step=levels.step * jnp.atleast_2d(c)))
+    at = lambda c: levels.with_steps(levels.step * jnp.atleast_2d(c), levels.zero)
+    scaled = lambda c: recursion._replace(levels=recursion.stored(at(c)))
 
     def attempt(state, x):
         (best_error, best_c, best_path), centre = state

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from jax.typing import DTypeLike
+
 from ..calibrate.activation import Activations
 from ..calibrate.curvature import Coupling
 from ..matrix import Finish, Form, Hadamard, Method, Order, Prepare, Recipe, Shrinkage, recipe_of
@@ -25,8 +27,8 @@ class Rule:
         pattern: matched against the '/'-joined path from end to end: "head/.*", ".*kernel".
         bits: short for `grid=Integer(bits)`, or `Binary()` at one bit.
         grid: the alphabet; give this or `bits`.
-        scale, rotation, order, prepare, method, rounding, form, block: as in `jpfq.solve`; what is left out takes the
-            value recommended there.
+        scale, rotation, order, prepare, method, rounding, step_dtype, form, block: as in `jpfq.solve`; what is left out
+            takes the value recommended there.
         finish, shrinkage: likewise; None for none.
         plain: whether the method stands alone: what is left out is then left away, rather than recommended. Steps are
             `MinMSE()`, the order is natural, and nothing comes before or after: `Rule(".*", bits=4, method=jpfq.GPFQ(),
@@ -70,6 +72,7 @@ class Rule:
     activation_bits: Number | None = dataclasses.field(default=None, kw_only=True)
     activations: Activations | None = dataclasses.field(default=None, kw_only=True)
     accumulator: Constraint | None = dataclasses.field(default=None, kw_only=True)
+    step_dtype: DTypeLike | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
     patches: Patches | None = dataclasses.field(default=None, kw_only=True)
     correct_bias: bool = dataclasses.field(default=False, kw_only=True, metadata=_static)
     coupling: Coupling | None = dataclasses.field(default=None, kw_only=True)
@@ -133,7 +136,7 @@ class Rule:
 
     def _settings(self):
         names = ("bits", "grid", "scale", "rotation", "order", "prepare", "method", "rounding", "accumulator")
-        names = (*names, "form", "block")
+        names = (*names, "step_dtype", "form", "block")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         chosen = {name: getattr(self, name) for name in ("finish", "shrinkage")}  # None is a choice
         return given | {name: value for name, value in chosen.items() if value != "recommended"}

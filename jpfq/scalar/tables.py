@@ -44,7 +44,7 @@ class Table(Grid):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Levels(Table):
-    """The levels that are named, in units of the step: from 2 to 256 finite numbers, ascending.
+    """The levels that are named: `values` are from 2 to 256 finite numbers, ascending, in units of the step.
 
     Examples:
         >>> tensor, info = jpfq.solve(W, gram, grid=jpfq.Levels([-4, -1, 0, 1, 4]))

@@ -16,12 +16,14 @@ from ..matrix.packed import compact, extent
 from ..matrix.qtensor import code_dtype
 from ..scalar import Grid
 from ..scalar.bits import MAX_LEVELS, pack, packed_size, unpack
+from ..scalar.step_types import TYPES, packed_steps, step_type
 from . import entropy
 from .codec import DTYPES, NOT_FINITE, decode, encode, on_device
 
 KEYS = {"threefry2x32": (2,), "rbg": (4,), "unsafe_rbg": (4,)}  # kinds of random keys, and the shape of their data
 NUMBERS = int, float, bool
 FIELDS = {"path": str, "grid": dict, "shape": list, "dtype": str, "rotated": list, "zero": float, "key": str}
+FIELDS |= {"step_dtype": str, "step_unit": float, "computed_in": str}
 NATIVE = {"float64", "float32", "float16", "bfloat16", "complex64", "bool"} | {
     f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
 }  # what safetensors and NumPy both hold
@@ -43,7 +45,11 @@ def write_tensor(tensor: QTensor, entropy_coded: bool) -> tuple[dict, Arrays]:
         words = np.asarray(pack(jnp.asarray(codes), levels))
         if entropy_coded and levels <= entropy.MAX_LEVELS and codes.size:
             words = min(words, entropy.encode(codes, levels), key=lambda x: x.nbytes)
-    arrays = {".codes": words, ".step": np.asarray(tensor.step)}
+    step, unit = packed_steps(np.asarray(tensor.step), tensor.step_dtype)
+    if tensor.step_dtype is not None:
+        record |= {"step_dtype": tensor.step_dtype.name, "step_unit": unit, "computed_in": tensor.step.dtype.name}
+        step = step if step.dtype.name in NATIVE else step.view(np.uint8)
+    arrays = {".codes": words, ".step": step}
     if zero.size > 1:
         arrays[".zero"] = zero
     elif float(zero.item()) != tensor.grid.alphabet().zero:
@@ -57,7 +63,7 @@ def read_tensor(record: dict, arrays: Arrays, name: str) -> QTensor:
     if not isinstance(shape, list) or not shape or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
         raise ValueError(f"Expected the shape of {name}; got {str(shape)[:80]!r}.")
     codes = _codes(grid, take(arrays, f"{name}.codes"), tuple(shape), name)
-    step = take(arrays, f"{name}.step")
+    step, step_dtype = _step(record, take(arrays, f"{name}.step"), name)
     dtype = DTYPES.get(record.get("dtype", step.dtype.name))
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"Expected the type of {name}; got {record.get('dtype')!r}.")
@@ -74,7 +80,7 @@ def read_tensor(record: dict, arrays: Arrays, name: str) -> QTensor:
     zero = zero.astype(step.dtype)
     zero = np.broadcast_to(zero, step.shape) if zero.size == 1 else zero
     rotated = _rotated(record["rotated"], tuple(shape), name) if "rotated" in record else None
-    return QTensor(jnp.asarray(codes), on_device(step), on_device(zero), grid, dtype, rotated)
+    return QTensor(jnp.asarray(codes), on_device(step), on_device(zero), grid, dtype, rotated, step_dtype)
 
 
 def key_dtypes() -> dict[str, Any]:
@@ -176,6 +182,19 @@ def _codes(grid, words, shape, name):
     if codes.size and codes.max() >= levels:
         raise ValueError(f"{name} has codes that {grid} has not.")
     return (codes.astype(np.int32) + lo).astype(code_dtype(grid)).reshape(shape)
+
+
+def _step(record, step, name):
+    """Steps as they are computed with, and the type they are stored in."""
+    stored, dtype = record.get("step_dtype"), DTYPES.get(record.get("computed_in"))
+    if stored is None:
+        return step, None
+    if stored not in TYPES or dtype is None or dtype.kind != "f" or not 0 < record.get("step_unit", 0) < np.inf:
+        raise ValueError(f"Expected the type of the steps of {name}; got {str(stored)[:80]!r}.")
+    if step.dtype not in (TYPES[stored], np.dtype(np.uint8)) or TYPES[stored].itemsize != step.dtype.itemsize:
+        raise ValueError(f"The steps of {name} are {step.dtype.name}, and not {stored}.")
+    found = step.view(TYPES[stored]).astype(dtype) * dtype.type(record["step_unit"])
+    return found, step_type(stored)
 
 
 def _rotated(value, shape, name):

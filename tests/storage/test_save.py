@@ -22,6 +22,7 @@ import jpfq.storage.info as infos
 import jpfq.storage.store as store
 from jpfq.calibrate.activation import ActivationQuantizer
 from jpfq.matrix.layout import DotLayout
+from jpfq.scalar.step_types import StepStorage, step_type
 from tests.network import zoo
 from tests.network.saved import assert_same, plain, reached, result, tensor
 
@@ -29,6 +30,8 @@ GRIDS = [
     *(jpfq.Integer(b) for b in (2, 3, 4, 7, 8, 12, 16)),
     *(jpfq.Asymmetric(b) for b in (1, 4, 8)),
     *(jpfq.Symmetric(4), jpfq.Equispaced(4), jpfq.Equispaced(5), jpfq.Ternary(), jpfq.Binary(), jpfq.Infinite()),
+    *(jpfq.Levels([-4, -1, 0, 1.5]), jpfq.E2M1(), jpfq.E2M3(), jpfq.E3M2(), jpfq.E4M3(), jpfq.E5M2(), jpfq.NF4()),
+    jpfq.PowersOfTwo(4),
     *(jpfq.Integer(4, narrow=True), jpfq.scalar.Codes(-2.0, 3.0, 0.5, 2.5), jpfq.Symmetric(2**15)),
 ]
 Pair = collections.namedtuple("Pair", "second first")
@@ -78,6 +81,10 @@ def test_every_grid_comes_back_to_the_bit(tmp_path, entropy_coded):
     tensors["turned"] = tensor((12, 4), (1, 4), jpfq.Integer(4), rotated=rotation((12, 4)))
     tensors["stack"] = tensor((3, 12, 4), (3, 2, 4), jpfq.Asymmetric(3))
     tensors["conv"] = tensor((3, 3, 2, 5), (1, 1, 1, 5), jpfq.Ternary())
+    for name in ("bfloat16", "float16", "float8_e8m0fnu", "float8_e4m3fn"):
+        t = tensor((12, 4), (3, 4), jpfq.E2M1())
+        step = StepStorage.over(t.step, step_type(name), jnp.max)(t.step)
+        tensors[name] = dataclasses.replace(t, step=step, step_dtype=step_type(name))
     params = {name: jnp.ones(t.shape, t.dtype) for name, t in tensors.items()}
     quantized = result(linear, tensors, params=params)
     quantized.save(tmp_path / "r", entropy_coded=entropy_coded)
@@ -87,6 +94,7 @@ def test_every_grid_comes_back_to_the_bit(tmp_path, entropy_coded):
     for name, t in tensors.items():
         assert_same(loaded.tensors[name], t)
         assert loaded.tensors[name].grid == t.grid
+        assert loaded.tensors[name].step_dtype == t.step_dtype
     assert loaded.summary() == quantized.summary()
     assert_same(loaded.info, quantized.info)
     for name in ("skipped", "inputs", "biases", "output_error", "peak_bytes", "nbytes"):

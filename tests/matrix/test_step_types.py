@@ -1,0 +1,79 @@
+"""Steps that are stored in fewer bits: codes answer for them, through searches, refits, finishers and shards."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jpfq
+from jpfq.scalar.step_types import StepStorage, step_type
+from tests.helpers import PLAIN, assert_codes_equal, problem, problem32
+from tests.reference import gpfq as reference
+
+N, OUT, SIZE = 48, 6, 8
+TYPES = ("bfloat16", "float16", "float8_e8m0fnu", "float8_e4m3fn")
+GROUPS = jpfq.scale.PerGroup(SIZE)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_codes_answer_for_the_steps_as_stored(x64, name):
+    """The published loop over levels of rounded steps."""
+    X, Xq, W = problem(31, n=N, out=OUT)
+    gram = jpfq.Gram.from_data(jnp.asarray(X), jnp.asarray(Xq))
+    settings = PLAIN | {"bits": 4, "scale": jpfq.scale.AbsMax(per=GROUPS), "method": jpfq.GPFQ()}
+    free, _ = jpfq.solve(jnp.asarray(W), gram, **settings)
+    tensor, info = jpfq.solve(jnp.asarray(W), gram, **settings, step_dtype=name)
+    store = StepStorage.over(free.step, step_type(name), jnp.max)
+    np.testing.assert_array_equal(tensor.step, store(free.step))
+    codes, zero = reference.integer(4)
+    levels = reference.level_lists(W.shape, np.asarray(tensor.step), codes, np.full(tensor.step.shape, zero))
+    assert_codes_equal(tensor.codes, reference.gpfq_state(W, X, Xq, levels).index - 8)
+    assert info.saturated_steps == 0
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},  # what is recommended: a search for steps, and descent with free ones
+        {"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(SIZE, refit=True)), "finish": jpfq.finish.Refit()},
+        {"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerTensor()), "finish": jpfq.finish.CosineDescend(1)},
+    ],
+    ids=["recommended", "refit", "one step"],
+)
+def test_every_step_is_one_that_is_stored(name, settings):
+    W, gram = problem32(32, n=N, out=OUT)
+    settings = {"scale": jpfq.scale.MinError(jpfq.scale.AbsMax(per=GROUPS))} | settings
+    tensor, info = jpfq.solve(W, gram, bits=4, step_dtype=name, **settings)
+    assert tensor.step_dtype == step_type(name)
+    step = np.asarray(tensor.step)
+    store = StepStorage.over(tensor.step, step_type(name), jnp.max)
+    np.testing.assert_array_equal(store(tensor.step), step)
+    size = 8 * tensor.nbytes - tensor.codes.size * 4
+    assert size == step.size * (16 if "16" in name else 8) + (32 if "e4m3" in name else 0)
+    free = jpfq.solve(W, gram, bits=4, **settings)[1].relative_error
+    assert free < info.relative_error * 1.05
+    assert info.relative_error < free * (1.35 if name == "float8_e8m0fnu" else 1.1)
+
+
+def test_a_wide_kernel_of_one_unit_is_solved_whole(monkeypatch):
+    """Slices would each take a unit of their own."""
+    from jpfq.matrix import slices
+
+    monkeypatch.setattr(slices, "ENTRIES", 64)
+    recipe = jpfq.Rule(".*", bits=4, scale=jpfq.scale.AbsMax(), finish=None).recipe()
+    assert slices.slice_width((1, 8, 64), recipe) < 64
+    recipe = jpfq.Rule(".*", bits=4, scale=jpfq.scale.AbsMax(), finish=None, step_dtype="float8_e4m3fn").recipe()
+    assert slices.slice_width((1, 8, 64), recipe) == 64
+
+
+def test_steps_beyond_a_type_are_counted():
+    W, gram = problem32(33, n=N, out=OUT)
+    tensor, info = jpfq.solve(W * 1e-8, gram, bits=4, plain=True, step_dtype="float16")
+    assert info.saturated_steps == OUT
+    assert (np.asarray(tensor.step) == np.float32(2.0**-24)).all()
+
+
+def test_a_type_that_no_format_has_is_refused():
+    W, gram = problem32(33, n=N, out=OUT)
+    with pytest.raises(ValueError, match="step_dtype is one of float32, bfloat16"):
+        jpfq.solve(W, gram, bits=4, step_dtype="float64")

@@ -1,0 +1,76 @@
+"""Formats as rules: bits per weight are those of the standard, and the recommended recipe beats the format's rounding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jpfq
+
+N, OUT = 128, 8
+BITS = {
+    "int4": 4 + 16 / N,
+    "int8": 8 + 16 / N,
+    "mxfp4": 4.25,
+    "mxfp6": 6.25,
+    "mxfp8": 8.25,
+    "mxint8": 8.25,
+    "nvfp4": 4.5 + 32 / (N * OUT),
+    "fp8": 8 + 32 / N,
+    "nf4": 4.5,
+    "q4_0": 4.5,
+    "q8_0": 8.5,
+}
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """Weights with some outliers, and correlated inputs."""
+    rng = np.random.default_rng(0)
+    W = rng.standard_normal((N, OUT)) * rng.lognormal(0, 0.5, (N, 1))
+    X = rng.standard_normal((400, N)) @ (np.eye(N) + 0.5 * rng.standard_normal((N, N)) / np.sqrt(N))
+    return {"kernel": jnp.asarray(W, jnp.float32)}, [jnp.asarray(X, jnp.float32)]
+
+
+def quantized(layer, rules):
+    params, batches = layer
+    return jpfq.quantize(lambda params, x: x @ params["kernel"], batches, rules, params=params)
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_bits_per_weight_are_those_of_the_format(layer, name):
+    rules = getattr(jpfq.formats, name)(plain=True, method=jpfq.MSQ())
+    found = quantized(layer, rules)
+    tensor = found.tensors["kernel"]
+    assert tensor.bits_per_weight == BITS[name]
+    error = float(found.info["kernel"].relative_error)
+    assert error < (0.25 if BITS[name] < 5 else 0.07)
+    assert found.info["kernel"].saturated_steps == 0
+    groups = N * 8 * OUT * (BITS[name] - tensor.grid.storage_bits)
+    assert groups > 0
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_recommended_beats_the_rounding_of_the_format(layer, name):
+    make = getattr(jpfq.formats, name)
+    plain, best = (
+        float(quantized(layer, rules).info["kernel"].relative_error)
+        for rules in (make(plain=True, method=jpfq.MSQ()), make())
+    )
+    assert best < 0.9 * plain
+
+
+def test_a_format_takes_what_a_rule_takes():
+    (rule,) = jpfq.formats.int4(group=64, pattern="head/.*", activation_bits=8, finish=None)
+    assert (rule.pattern, rule.activation_bits, rule.finish) == ("head/.*", 8, None)
+    assert rule.scale.per == jpfq.scale.PerGroup(64)
+    (rule,) = jpfq.formats.mxfp6(jpfq.E3M2())
+    assert rule.grid == jpfq.E3M2()
+    with pytest.raises(ValueError, match=r"This format has the grids E2M3.* and E3M2"):
+        jpfq.formats.mxfp6(jpfq.E4M3())
+
+
+def test_a_group_that_does_not_divide_is_refused():
+    params = {"kernel": jnp.ones((40, 4))}
+    with pytest.raises(ValueError, match=r"PerGroup\(32\) does not divide the 40 input coordinates"):
+        quantized((params, [jax.random.normal(jax.random.key(0), (64, 40))]), jpfq.formats.mxfp4())
