@@ -1,14 +1,7 @@
-"""Results in the formats of other systems.
+"""Results in compressed-tensors, the format of Hugging Face folders that vLLM and SGLang load.
 
-compressed-tensors, "pack-quantized": what vLLM's loaders read. A dense kernel (in, out) becomes a linear layer's
-
-    NAME.weight_packed      int32 (out, ceil(in / n)), n = 32 / bits integers to a word along the inputs, the first lowest,
-                            each with 2^(bits - 1) added
-    NAME.weight_scale       the steps (out, groups of inputs)
-    NAME.weight_zero_point  int32 (ceil(out / n), groups), packed along the outputs, where zero points are fitted
-    NAME.weight_shape       int64 (2,), the shape (out, in)
-
-and all else is written as it is, dequantized where it was quantized. config.json names how each layer is quantized.
+A dense kernel becomes a linear layer's arrays NAME.weight_packed or NAME.weight, NAME.weight_scale and so on, as layers.py
+says. All else is written as it is, dequantized where it was quantized. config.json names how each layer is quantized.
 """
 
 import json
@@ -16,7 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +17,26 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ..matrix.signed import Signed, signed
+from ..scalar.checks import check_choice
 from ..storage.files import HIDDEN, hidden, writing
 from ..storage.leaves import NATIVE
+from .layers import DYNAMIC, Scheme, inputs_of, layer
+from .matrix import products
 
 
 def compressed_tensors(
-    quantized: Any, folder: str | os.PathLike, *, names: Callable[[str], str] | None = None, config: dict | None = None
+    quantized: Any,
+    folder: str | os.PathLike,
+    *,
+    names: Callable[[str], str] | None = None,
+    config: dict | None = None,
+    dynamic_inputs: Literal["int8", "fp8"] | None = None,
+    batch: Any = None,
 ) -> dict[str, str]:
     """Writes model.safetensors and config.json into a new folder.
 
-    Kernels of rank 2 are held, at 4 or 8 bits, whichever is enough: fewer bits take 4. They are taken as (in, out), unless
-    their steps say that outputs come first.
+    Kernels are held as matrices (out, in): integers of 4 or 8 bits, whichever is enough, E4M3, and the MX and NVFP4 formats.
+    Inputs that are rounded per row are rounded per token by the server, and those of one step by that step.
 
     Args:
         quantized: a result.
@@ -43,6 +44,10 @@ def compressed_tensors(
         names: from the path of a parameter to its name; left out, parts joined by dots, with `weight` for `kernel`, `scale`
             and `embedding`. The names of a kernel end in `weight`.
         config: what else config.json is to hold, such as {"architectures": ["LlamaForCausalLM"], ..}.
+        dynamic_inputs: what the server is to round inputs to, token by token, of layers that were calibrated on inputs as
+            they are. vLLM on TPU loads integer weights of 4 bits with "fp8" only, and those of 8 bits with "int8".
+        batch: an input, of the form calibrated on. It tells how each kernel is multiplied: those of attention heads, of rank
+            3, are then held as matrices, too. Left out, kernels of rank 2 are.
 
     Returns:
         By path, the reason for each quantized kernel that is written dequantized.
@@ -50,20 +55,25 @@ def compressed_tensors(
     Raises:
         ValueError: no kernel can be held, the folder is in use, or two parameters take one name.
     """
+    if dynamic_inputs is not None:
+        check_choice("dynamic_inputs", dynamic_inputs, tuple(DYNAMIC))
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and not all(HIDDEN.fullmatch(path.name) for path in folder.iterdir())):
         raise ValueError(f"{folder} is already in use: export into a new folder.")
     functional, arrays, schemes, left, plain = quantized._functional, {}, {}, {}, []
+    sites = {} if batch is None else products(functional, batch)
     for path, leaf, ours in zip(functional.paths, functional.leaves, functional.trainable, strict=True):
         name = (names or _name)(path)
-        parts = {name: leaf}
+        parts = None
         if ours and path in quantized.tensors:
             try:
-                schemes[name.removesuffix(".weight")], parts = _layer(quantized.tensors[path], name, path)
+                schemes[name.removesuffix(".weight")], parts = _layer(
+                    quantized, path, name, sites.get(path), dynamic_inputs
+                )
             except ValueError as error:
                 left[path] = str(error)
-        if name in parts:
-            parts[name] = _array(leaf, path)
+        if parts is None:
+            parts = {name: _array(leaf, path)}
             if parts[name].ndim == 2 and path.rpartition("/")[2] == "kernel":
                 parts[name] = np.ascontiguousarray(parts[name].T)
                 plain.append(name.removesuffix(".weight"))
@@ -84,78 +94,27 @@ def compressed_tensors(
     return left
 
 
-def packed_int32(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Signed integers (rows, columns) as int32 (rows, ceil(columns / n)), n = 32 / bits to a word, the first lowest."""
-    per = 32 // bits
-    shifted = (codes + 2 ** (bits - 1)).astype(np.uint32)
-    shifted = np.pad(shifted, [(0, 0), (0, -codes.shape[1] % per)]).reshape(len(codes), -1, per)
-    return np.bitwise_or.reduce(shifted << (bits * np.arange(per, dtype=np.uint32)), -1).view(np.int32)
-
-
-def _layer(tensor, name, path) -> tuple[tuple, dict[str, np.ndarray]]:
-    """((bits, inputs to a group or None, whether zero points are 0), arrays); ValueError says why there is none."""
-    if tensor.rotated is not None:
-        raise ValueError("its inputs are rotated")
-    if len(tensor.shape) != 2:
-        raise ValueError(f"it is of rank {len(tensor.shape)}: only matrices are held")
+def _layer(quantized, path, name, site, dynamic_inputs) -> tuple[Scheme, dict[str, np.ndarray]]:
+    """The scheme of a kernel and its arrays by name."""
     if not name.endswith(".weight"):
         raise ValueError(f"its name {name} does not end in .weight")
-    found = signed(tensor)
-    if found.bits > 8:
-        raise ValueError(f"{tensor.grid} takes {found.bits} bits with a sign, and there are 4 or 8")
-    bits = 4 if found.bits <= 4 else 8
-    found = _oriented(found, path)
-    codes, step = np.asarray(found.codes), np.asarray(found.step)
-    groups = step.shape[1]
-    if groups == codes.shape[1]:
-        raise ValueError("each input has a step of its own")
-    step = np.broadcast_to(step, (codes.shape[0], groups))
+    inputs, around = inputs_of(quantized.inputs.get(path))
+    scheme, arrays = layer(quantized.tensors[path], path, site, inputs or DYNAMIC.get(dynamic_inputs))
     stem = name.removesuffix("weight")
-    arrays = {
-        f"{stem}weight_packed": packed_int32(codes, bits),
-        f"{stem}weight_scale": np.ascontiguousarray(step),
-        f"{stem}weight_shape": np.array(codes.shape, np.int64),
-    }
-    if found.zero is not None:
-        zero = np.broadcast_to(np.asarray(found.zero), step.shape)
-        arrays[f"{stem}weight_zero_point"] = np.ascontiguousarray(packed_int32(zero.T, bits).T)
-    return (bits, None if groups == 1 else codes.shape[1] // groups, found.zero is None), arrays
+    return scheme, {f"{stem}{end}": np.ascontiguousarray(x) for end, x in (arrays | around).items()}
 
 
-def _oriented(found: Signed, path) -> Signed:
-    """With codes (out, in). Outputs have a step each; if all share one, a kernel of Flax is known by name."""
-    codes, step, zero, bits = found
-    n, m = codes.shape
-    if step.shape[1] == m > 1 or (step.shape[1] == 1 and path.rpartition("/")[2] == "kernel"):
-        return Signed(codes.T, step.T, None if zero is None else zero.T, bits)
-    if step.shape[0] == n > 1:
-        return found
-    raise ValueError("its steps do not tell inputs from outputs")
-
-
-def _config(schemes: dict[str, tuple], plain: list[str]) -> dict:
+def _config(schemes: dict[str, Scheme], plain: list[str]) -> dict:
     """quantization_config: one group of layers for each way in which they are quantized."""
     kinds = list(dict.fromkeys(schemes.values()))
     groups = {}
     for number, kind in enumerate(kinds):
-        bits, size, symmetric = kind
         own = [f"re:^{re.escape(layer)}$" for layer, scheme in schemes.items() if scheme == kind]
-        groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(kinds) == 1 else own,
-            "weights": {
-                "num_bits": bits,
-                "type": "int",
-                "symmetric": symmetric,
-                "strategy": "channel" if size is None else "group",
-                "group_size": size,
-                "dynamic": False,
-            },
-            "input_activations": None,
-            "output_activations": None,
-        }
+        groups[f"group_{number}"] = {"targets": ["Linear"] if len(kinds) == 1 else own, **kind.config()}
+    formats = {kind.format for kind in kinds}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": plain,

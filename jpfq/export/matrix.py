@@ -1,0 +1,97 @@
+"""A quantized kernel as the matrix of a linear layer: outputs first, which is how files of other systems hold them."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..matrix import QTensor
+from ..matrix.layout import DotLayout
+from ..model.functional import Functional
+from ..model.program import trace
+from ..model.sites import Site, find_sites
+
+
+class Linear(NamedTuple):
+    """kernel = step * (level - zero), every array (out, ..): codes (out, in), steps and zero points (out, groups)."""
+
+    codes: np.ndarray
+    step: np.ndarray
+    zero: np.ndarray
+
+    @property
+    def group(self) -> int | None:
+        """Inputs that share a step; None for all."""
+        groups = self.step.shape[1]
+        return None if groups == 1 else self.codes.shape[1] // groups
+
+    def coarsest(self) -> "Linear":
+        """The same with neighbouring groups joined where their steps are alike, in all outputs."""
+        run = int(np.gcd(_run(self.step), _run(self.zero)))
+        return self._replace(step=self.step[:, ::run], zero=self.zero[:, ::run])
+
+    def in_groups(self, size: int) -> "Linear | None":
+        """The same in groups of that many inputs; None where a group of them has several steps."""
+        n, groups = self.codes.shape[1], self.step.shape[1]
+        whole = self.coarsest()
+        coarse = n // whole.step.shape[1]
+        if n % size or coarse % size:
+            return None
+        own = n // groups
+        spread = lambda x: np.repeat(x, own, 1)[:, ::size]
+        return self._replace(step=spread(self.step), zero=spread(self.zero))
+
+
+def products(functional: Functional, batch: Any) -> dict[str, Site]:
+    """The product that each kernel is used in, by path, for inputs like `batch`; the first of several."""
+    shapes = jax.tree.map(lambda x: jax.typeof(jnp.asarray(x)), batch)
+    found = find_sites(trace(functional.fn, functional.paths, functional.leaves, shapes))[0]
+    return {site.path: site for site in reversed(found)}
+
+
+def linear(tensor: QTensor, path: str, site: Site | None) -> Linear:
+    """The matrix of a kernel, by the product it is used in.
+
+    Where that is not known, a kernel of rank 2 is taken as (in, out), unless its steps say that outputs come first.
+
+    Raises:
+        ValueError: it is no matrix, and why.
+    """
+    if tensor.rotated is not None:
+        raise ValueError("its inputs are rotated")
+    arrange = _by_steps(tensor, path) if site is None else _by_product(site)
+    spread = lambda x: np.kron(x, np.ones([n // m for n, m in zip(tensor.shape, x.shape, strict=True)], x.dtype))
+    step, zero = np.asarray(tensor.step), np.asarray(tensor.zero)
+    runs = arrange(spread(np.arange(step.size, dtype=np.int32).reshape(step.shape)))
+    run = _run(runs)
+    part = lambda x: np.ascontiguousarray(arrange(spread(x))[:, ::run])
+    found = Linear(np.ascontiguousarray(arrange(np.asarray(tensor.codes))), part(step), part(zero))
+    return found if len(tensor.shape) == 2 else found.coarsest()  # a group along several axes is in parts
+
+
+def _run(x) -> int:
+    """The length of the equal runs along the last axis whose entries are alike."""
+    changes = np.flatnonzero((np.diff(x, axis=1) != 0).any(0)) + 1
+    return int(np.gcd.reduce([*changes, x.shape[1]]))
+
+
+def _by_product(site):
+    if not isinstance(site.layout, DotLayout):
+        raise ValueError("it is the kernel of a convolution: only matrices are held")
+    if site.layout.dims[0] > 1 or site.chain.factor != 1:
+        raise ValueError(f"it is used as {site.layout.dims[0]} matrices, times {site.chain.factor}: only one is held")
+    return lambda x: np.asarray(site.layout.matrices(site.chain.arrange(jnp.asarray(x)))[0]).T
+
+
+def _by_steps(tensor, path):
+    shape, steps = tensor.shape, tensor.step.shape
+    if len(shape) != 2:
+        raise ValueError(
+            f"it is of rank {len(shape)}, and a product of matrices only if batch=.., an input, says so: give it to export"
+        )
+    if steps[1] == shape[1] > 1 or (steps[1] == 1 and path.rpartition("/")[2] == "kernel"):
+        return np.transpose
+    if steps[0] == shape[0] > 1:
+        return lambda x: x
+    raise ValueError("its steps do not tell inputs from outputs: give export batch=.., an input")
