@@ -78,7 +78,7 @@ def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | Non
     jobs = each(lambda W, data: _prepare(W, data, recipe), W, data)
     ready, importance = each(lambda job: (_back(job.ready_W, job.order), _back(job.data.diagonal, job.order)), jobs)
     levels = _lay(ready, importance, recipe, neurons)
-    store = StepStorage.over(levels.step, recipe.step_dtype, neurons.max)
+    store = StepStorage.over(levels.step, recipe.step_dtype, recipe.grid.alphabet().reach, neurons.max)
     beyond, levels = store.exceeds(levels.step), levels.with_steps(store(levels.step), levels.zero)
     shared = recipe.scale.shared
     split = lambda x: x[None] if shared else jnp.moveaxis(x.reshape(x.shape[0], B, out), 1, 0)

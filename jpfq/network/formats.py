@@ -182,7 +182,7 @@ def _rule(pattern: str, grid: Grid, group: int | None, step_dtype: DTypeLike, se
     # Searches reach beyond the largest weight where a step may have been rounded down to a power of two.
     searched = MinError(base, least=0.4, most=1.6) if step_dtype == E8M0_STEP else MinError(base)
     scale = base if settings.get("plain") else searched
-    return [Rule(pattern, grid=grid, **{"scale": scale, "step_dtype": step_dtype} | settings)]
+    return [Rule(pattern, **{"grid": grid, "scale": scale, "step_dtype": step_dtype} | settings)]
 
 
 def _among(grid: Grid | None, *choices: Grid) -> Grid:

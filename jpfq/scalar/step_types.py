@@ -47,14 +47,27 @@ def kernel_bits(dtype: np.dtype | None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class StepStorage:
-    """What steps become in a file: `dtype`, times `unit`, a power of two that all steps of a kernel share."""
+    """What steps become in a file: `dtype`, times `unit`, a power of two that all steps of a kernel share.
+
+    up_from: the multiple of a power of two from which on a step takes the next one.
+    """
 
     dtype: np.dtype | None
     unit: jax.Array | float = 1.0
+    up_from: jax.Array | float = 4 / 3
 
     @classmethod
-    def over(cls, step: jax.Array, dtype: np.dtype | None, largest: Callable[[jax.Array], jax.Array]) -> "StepStorage":
-        """The storage of the steps of a kernel, by the largest of them."""
+    def over(
+        cls, step: jax.Array, dtype: np.dtype | None, reach: Any, largest: Callable[[jax.Array], jax.Array]
+    ) -> "StepStorage":
+        """The storage of the steps of a kernel, by the largest of them, on a grid that reaches to a level.
+
+        Powers of two are those of the OCP formats, 2^floor(log2 radius) over the power of two at or below that level: 8/6 of
+        a power goes up on E2M1, 512/448 on E4M3.
+        """
+        if dtype == E8M0 and reach is not None:
+            mantissa, _ = jnp.frexp(jnp.asarray(reach, step.dtype))
+            return cls(dtype, up_from=1 / mantissa)
         return cls(dtype, _unit_under(largest(step))) if dtype == E4M3 else cls(dtype)
 
     def __call__(self, step: jax.Array) -> jax.Array:
@@ -62,8 +75,8 @@ class StepStorage:
         if self.dtype is None:
             return step
         if self.dtype == E8M0:
-            mantissa, exponent = jnp.frexp(step)  # 4/3 of a power goes up, as by the OCP rule for E2M1
-            power = jnp.where(step > 0, exponent - jnp.where(mantissa < 2 / 3, 1, 0), LEAST_POWER)
+            mantissa, exponent = jnp.frexp(step)
+            power = jnp.where(step > 0, exponent - jnp.where(2 * mantissa < self.up_from, 1, 0), LEAST_POWER)
             return jnp.ldexp(jnp.ones_like(step), jnp.clip(power, LEAST_POWER, MOST_POWER))
         within = jnp.clip(step / self.unit, *self._range).astype(self.dtype).astype(step.dtype)
         return jnp.where(step > 0, within * self.unit, 0)

@@ -22,7 +22,7 @@ def test_codes_answer_for_the_steps_as_stored(x64, name):
     settings = PLAIN | {"bits": 4, "scale": jpfq.scale.AbsMax(per=GROUPS), "method": jpfq.GPFQ()}
     free, _ = jpfq.solve(jnp.asarray(W), gram, **settings)
     tensor, info = jpfq.solve(jnp.asarray(W), gram, **settings, step_dtype=name)
-    store = StepStorage.over(free.step, step_type(name), jnp.max)
+    store = StepStorage.over(free.step, step_type(name), 7, jnp.max)
     np.testing.assert_array_equal(tensor.step, store(free.step))
     codes, zero = reference.integer(4)
     levels = reference.level_lists(W.shape, np.asarray(tensor.step), codes, np.full(tensor.step.shape, zero))
@@ -46,7 +46,7 @@ def test_every_step_is_one_that_is_stored(name, settings):
     tensor, info = jpfq.solve(W, gram, bits=4, step_dtype=name, **settings)
     assert tensor.step_dtype == step_type(name)
     step = np.asarray(tensor.step)
-    store = StepStorage.over(tensor.step, step_type(name), jnp.max)
+    store = StepStorage.over(tensor.step, step_type(name), 7, jnp.max)
     np.testing.assert_array_equal(store(tensor.step), step)
     size = 8 * tensor.nbytes - tensor.codes.size * 4
     assert size == step.size * (16 if "16" in name else 8) + (32 if "e4m3" in name else 0)

@@ -13,7 +13,7 @@ TYPES = ("bfloat16", "float16", "float8_e8m0fnu", "float8_e4m3fn")
 
 
 def storage(name, step):
-    return StepStorage.over(jnp.asarray(step), step_type(name), jnp.max)
+    return StepStorage.over(jnp.asarray(step), step_type(name), 6, jnp.max)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -77,3 +77,14 @@ def test_what_a_step_takes():
     for wrong in ("float64", "int8", 3, "half a byte", jpfq.Integer(4)):
         with pytest.raises(ValueError, match="step_dtype is one of float32, bfloat16, float16"):
             step_type(wrong)
+
+
+@pytest.mark.parametrize("grid", [jpfq.E2M1(), jpfq.E2M3(), jpfq.E3M2(), jpfq.E4M3(), jpfq.E5M2(), jpfq.Integer(8)])
+def test_powers_of_two_are_those_of_the_ocp_formats(grid):
+    """2^(floor(log2 radius) - log2 of the power of two at or below the largest level), for any radius."""
+    radius = np.random.default_rng(1).lognormal(0, 2, 300)
+    reach = grid.alphabet().reach
+    step = jnp.asarray(radius / reach, jnp.float32)
+    found = StepStorage.over(step, step_type("float8_e8m0fnu"), reach, jnp.max)(step)
+    expected = 2.0 ** (np.floor(np.log2(radius)) - np.floor(np.log2(reach)))
+    np.testing.assert_array_equal(found, np.float32(expected))

@@ -83,7 +83,7 @@ def test_every_grid_comes_back_to_the_bit(tmp_path, entropy_coded):
     tensors["conv"] = tensor((3, 3, 2, 5), (1, 1, 1, 5), jpfq.Ternary())
     for name in ("bfloat16", "float16", "float8_e8m0fnu", "float8_e4m3fn"):
         t = tensor((12, 4), (3, 4), jpfq.E2M1())
-        step = StepStorage.over(t.step, step_type(name), jnp.max)(t.step)
+        step = StepStorage.over(t.step, step_type(name), 6, jnp.max)(t.step)
         tensors[name] = dataclasses.replace(t, step=step, step_dtype=step_type(name))
     params = {name: jnp.ones(t.shape, t.dtype) for name, t in tensors.items()}
     quantized = result(linear, tensors, params=params)
