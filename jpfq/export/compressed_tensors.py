@@ -96,10 +96,10 @@ def compressed_tensors(
 
 def _layer(quantized, path, name, site, dynamic_inputs) -> tuple[Scheme, dict[str, np.ndarray]]:
     """The scheme of a kernel and its arrays by name."""
-    if not name.endswith(".weight"):
-        raise ValueError(f"its name {name} does not end in .weight")
     inputs, around = inputs_of(quantized.inputs.get(path))
     scheme, arrays = layer(quantized.tensors[path], path, site, inputs or DYNAMIC.get(dynamic_inputs))
+    if not name.endswith(".weight"):
+        raise ValueError(f"its name {name} does not end in .weight")
     stem = name.removesuffix("weight")
     return scheme, {f"{stem}{end}": np.ascontiguousarray(x) for end, x in (arrays | around).items()}
 

@@ -32,6 +32,7 @@ def weight(arrays, stem, bits):
     return codes * np.repeat(scale, runs, 1)
 
 
+ASK = "and a product of matrices only if batch=.., an input, says so: give it to export"
 KERNELS = {  # path -> tensor, bits in the file, group
     "a/kernel": (tensor((12, 5), (1, 5), jpfq.Integer(4)), 4, None),
     "b/kernel": (tensor((12, 5), (3, 5), jpfq.Asymmetric(4)), 4, 4),
@@ -86,10 +87,10 @@ def test_another_unpacking_gives_our_values_to_the_bit(mixed, tmp_path):
     np.testing.assert_array_equal(arrays["turned.weight"], np.asarray(mixed.params["turned"]["kernel"]).T)
     assert arrays["conv.weight"].shape == (3, 3, 2, 5)
     assert {path: why for path, why in left.items() if path != "g/w"} == {
-        "conv/kernel": "it is of rank 4: only matrices are held",
+        "conv/kernel": f"it is of rank 4, {ASK}",
         "wide/kernel": "Integer(12) takes 12 bits with a sign, and there are 4 or 8",
         "turned/kernel": "its inputs are rotated",
-        "either/w": "its name either.w does not end in .weight",
+        "either/w": "its steps do not tell inputs from outputs: give export batch=.., an input",
     }
 
 
@@ -98,7 +99,7 @@ def test_names_are_those_one_gives_and_steps_tell_outputs(mixed, tmp_path):
     left = mixed.export("compressed-tensors", tmp_path / "out", names=names)
     arrays = load_file(tmp_path / "out" / "model.safetensors")
     np.testing.assert_array_equal(weight(arrays, "model.g", 8), np.asarray(mixed.params["g"]["w"]))
-    assert left["either/w"] == "its steps do not tell inputs from outputs"
+    assert left["either/w"] == "its steps do not tell inputs from outputs: give export batch=.., an input"
     with pytest.raises(ValueError, match="already in use"):
         mixed.export("compressed-tensors", tmp_path / "out")
     with pytest.raises(ValueError, match="Two parameters take the name x"):
