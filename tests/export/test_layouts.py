@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import flax.linen as nn
 import jax
@@ -172,12 +173,14 @@ def test_the_package_reads_our_values(heads, name, tmp_path):
     quantized, left = exported(heads, rules, options, tmp_path / "o")
     assert left == {}
     config = json.loads((tmp_path / "o" / "config.json").read_text())["quantization_config"]
-    (group,) = config["config_groups"].values()
-    assert (group["format"], (group["input_activations"] or {}).get("strategy")) == (kind, strategy)
-    arrays, scheme = load_file(tmp_path / "o" / "model.safetensors"), QuantizationScheme(**group)
+    groups = list(config["config_groups"].values())
+    assert {(g["format"], (g["input_activations"] or {}).get("strategy")) for g in groups} == {(kind, strategy)}
+    arrays = load_file(tmp_path / "o" / "model.safetensors")
     for path, kernel in quantized.tensors.items():
         stem = path.removesuffix("kernel").replace("/", ".")
         own = {key.removeprefix(stem): x for key, x in arrays.items() if key.startswith(stem) and "bias" not in key}
+        target = "Linear" if len(groups) == 1 else f"re:^{re.escape(stem.removesuffix('.'))}$"
+        (scheme,) = [QuantizationScheme(**g) for g in groups if target in g["targets"]]
         found = BaseCompressor.get_value_from_registry(kind).decompress(own, scheme)["weight"]
         ours = np.asarray(kernel.dequantize())
         ours = ours.reshape(-1, ours.shape[-1] if stem != "split." else 96).T
