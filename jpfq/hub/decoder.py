@@ -32,8 +32,7 @@ class Attention(nnx.Module):
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        y = jax.nn.dot_product_attention(turned(q, turn), turned(k, turn), v, is_causal=True)
-        return self.o_proj(y.reshape(*x.shape[:2], -1))
+        return self.o_proj(attended(turned(q, turn), turned(k, turn), v).reshape(*x.shape[:2], -1))
 
 
 class MLP(nnx.Module):
@@ -109,6 +108,19 @@ class Decoder(nnx.Module):
             )
         angles = np.arange(positions)[:, None, None] * np.array(self.config.frequencies)
         return jnp.asarray(np.cos(angles), dtype), jnp.asarray(np.sin(angles), dtype)
+
+
+def attended(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """(batch, position, head, coordinate): means of the values so far, weighted by softmax(q k / sqrt(head_dim)).
+
+    Consecutive heads of q share a head of k and v. Unlike that of JAX, the softmax of float64 is in float64.
+    """
+    batch, positions, heads, size = q.shape
+    q = q.reshape(batch, positions, k.shape[2], -1, size)
+    scores = jnp.einsum("bpgrd,btgd->bgrpt", q, k) / np.sqrt(size).astype(q.dtype)
+    scores = scores.astype(jnp.promote_types(q.dtype, jnp.float32))
+    scores = jnp.where(jnp.tri(positions, dtype=bool)[None, None, None], scores, -jnp.inf)
+    return jnp.einsum("bgrpt,btgd->bpgrd", jax.nn.softmax(scores).astype(v.dtype), v).reshape(batch, positions, heads, size)
 
 
 def turned(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
