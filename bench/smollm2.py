@@ -1,12 +1,12 @@
 """Claim: a language model of 135 million weights keeps most of its perplexity at 4 bits. Run: python bench/smollm2.py
 
-SmolLM2-135M-Instruct from a GGUF file, read by `jpfq.hub`: 30 blocks, and an embedding that is the output too and stays as it is.
-The file holds 4-bit weights with scales and offsets for groups of 32 (Q4_1), so that float here means these, dequantized.
-Perplexity is that of windows of wikitext2_test; calibrated on windows of wikitext2_valid.
+SmolLM2-135M-Instruct from a GGUF file, read by `jpfq.hub`: 30 blocks, and an embedding that is the output too and stays as
+it is. The file holds 4-bit weights with scales and offsets for groups of 32 (Q4_1), so that float here means these,
+dequantized. Perplexity is that of windows of wikitext2_test; calibrated on windows of wikitext2_valid.
 
-Each method has a process of its own. Its first configuration is cold, compilation included, and gives the peak of the resident
-set against what `jpfq.plan` says; the last that shares steps likewise is warm, where it compiles nothing more. Programs are
-counted for half the blocks, too: they are as many.
+Each method has a process of its own. Its first configuration is cold, compilation included, and gives the peak of the
+resident set against what `jpfq.plan` says; the last that shares steps likewise is warm, where it compiles nothing more.
+Programs are counted for half the blocks, too: they are as many.
 """
 
 import argparse
@@ -210,7 +210,10 @@ def main():
         half, whole = (spawned(args, "--count", str(blocks))["programs"] for blocks in (15, 30))
         verdicts.append(verdict(half == whole, f"15 and 30 blocks compile equally many programs: {half}, {whole}"))
     verdicts += [
-        verdict(abs(x["plan"] / x["peak"] - 1) <= 0.25, f"{m}, {first}: plan / peak {x['plan'] / x['peak']:.2f}, within 25 %")
+        verdict(
+            abs(x["plan"] / x["peak"] - 1) <= 0.25,
+            f"{m}, {first}: plan / peak {x['plan'] / x['peak']:.2f}, within 25 %",
+        )
         for m, x in ((method, found[method][first]) for method in args.methods)
     ]
     scores = [("float", "", *[f"{exact:.2f}"] * len(args.configurations))]

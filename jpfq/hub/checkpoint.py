@@ -31,10 +31,7 @@ class Checkpoint:
         >>> config = jpfq.hub.Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         ...                          num_attention_heads=4, num_key_value_heads=2, head_dim=8)
         >>> checkpoint = jpfq.hub.Checkpoint(config, jpfq.hub.Decoder(config, nnx.Rngs(0)), None, "there are no files")
-        >>> checkpoint.encode("hello")
-        Traceback (most recent call last):
-        ...
-        ValueError: There is no tokenizer, since there are no files. Give tokens in place of text.
+        >>> plan = jpfq.plan(checkpoint.model, jnp.zeros((4, 16), int), 4)
     """
 
     config: Config
@@ -45,8 +42,18 @@ class Checkpoint:
     def encode(self, text: str) -> np.ndarray:
         """The tokens (tokens,) of running text, without marks of begin and end.
 
+        Args:
+            text: of any length.
+
         Raises:
             ValueError: where there is no tokenizer.
+
+        Examples:
+            >>> checkpoint = jpfq.hub.Checkpoint(None, None, None, "there are no files")
+            >>> checkpoint.encode("hello")
+            Traceback (most recent call last):
+            ...
+            ValueError: There is no tokenizer, since there are no files. Give tokens in place of text.
         """
         if self.tokenizer is None:
             raise ValueError(f"There is no tokenizer, since {self.why}. Give tokens in place of text.")
@@ -56,12 +63,12 @@ class Checkpoint:
 def load(path: str | os.PathLike, *, dtype: Any = jnp.float32) -> Checkpoint:
     """A language model from a GGUF file, or from a folder as Hugging Face has them.
 
-    Decoders of the Llama family are known: Llama, with SmolLM and whatever else names the class, Qwen2 and Qwen3. Weights of a
-    GGUF file that are quantized are dequantized. It reads files that are there, and fetches none.
+    Decoders of the Llama family are known: Llama, with SmolLM and whatever else names that class, Qwen2 and Qwen3. Weights
+    of a GGUF file that are quantized are dequantized. Files are read where they lie, and none is fetched.
 
     Args:
-        path: a file that ends in .gguf, read by the package gguf, or a folder with config.json and *.safetensors, in one file
-            or in several with an index.
+        path: a GGUF file, which takes the package gguf, or a folder with config.json and *.safetensors, in one file or in
+            several with an index.
         dtype: of all parameters, and of what the model computes.
 
     Returns:

@@ -151,11 +151,17 @@ def _refuse(config):
     if act not in ("silu", "swish"):
         raise ValueError(f"config.json asks for hidden_act {act!r}, and the decoder here has silu.")
     if config.get("quantization_config"):
-        raise ValueError("The weights of this folder are quantized already (quantization_config): take the float model.")
+        raise ValueError(
+            "The weights of this folder are quantized already (quantization_config): take the float model."
+        )
     if config.get("use_sliding_window"):
-        raise ValueError("config.json asks for attention in a sliding window (use_sliding_window), which is not known here.")
+        raise ValueError(
+            "config.json asks for attention in a sliding window (use_sliding_window), which is not known here."
+        )
     if partial != 1.0:
-        raise ValueError(f"config.json turns a share of each head only (partial_rotary_factor {partial}), not known here.")
+        raise ValueError(
+            f"config.json turns a share of each head only (partial_rotary_factor {partial}), not known here."
+        )
 
 
 def _factors(rope, config):

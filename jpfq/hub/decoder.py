@@ -120,7 +120,9 @@ def attended(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     scores = jnp.einsum("bpgrd,btgd->bgrpt", q, k) / np.sqrt(size).astype(q.dtype)
     scores = scores.astype(jnp.promote_types(q.dtype, jnp.float32))
     scores = jnp.where(jnp.tri(positions, dtype=bool)[None, None, None], scores, -jnp.inf)
-    return jnp.einsum("bgrpt,btgd->bpgrd", jax.nn.softmax(scores).astype(v.dtype), v).reshape(batch, positions, heads, size)
+    return jnp.einsum("bgrpt,btgd->bpgrd", jax.nn.softmax(scores).astype(v.dtype), v).reshape(
+        batch, positions, heads, size
+    )
 
 
 def turned(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -153,7 +155,9 @@ def filled(config: Config, tensors: Iterable[tuple[str, Any]], dtype: Any) -> De
     for names, what in ((missing, "lacks"), (unknown, "has, and the decoder here has no place for,")):
         if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            raise ValueError(f"The file {what} the tensors {', '.join(names[:4])}{more}. Is it a {config.architecture}?")
+            raise ValueError(
+                f"The file {what} the tensors {', '.join(names[:4])}{more}. Is it a {config.architecture}?"
+            )
     return nnx.merge(graph, nnx.from_flat_state(made))
 
 

@@ -42,7 +42,9 @@ def tensors_of(folder: Path) -> Iterator[tuple[str, Any]]:
         try:
             with safetensors.safe_open(path, framework="flax") as opened:
                 for name in opened.keys():  # noqa: SIM118
-                    if not name.endswith("rotary_emb.inv_freq"):  # which old files hold, and which follow from the config
+                    if not name.endswith(
+                        "rotary_emb.inv_freq"
+                    ):  # which old files hold, and which follow from the config
                         yield name, opened.get_tensor(name)
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read: {error}.") from error

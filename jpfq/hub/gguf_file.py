@@ -1,7 +1,7 @@
 """A GGUF file: its config, its tensors dequantized and by Hugging Face's names, and what its tokenizer is made of."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ class GGUFFile:
         try:
             import gguf
         except ImportError as error:
-            raise ValueError(f"{path} is read by the package gguf, which is missing: pip install 'jpfq[hub]'.") from error
+            raise ValueError(
+                f"{path} is read by the package gguf, which is missing: pip install 'jpfq[hub]'."
+            ) from error
         try:
             reader = gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError) as error:
@@ -107,7 +109,9 @@ class GGUFFile:
             return tuple(map(float, self._dequantize(tensor.data, tensor.tensor_type)))
         kind = get("rope.scaling.type", "none")
         if kind not in ("none", "linear"):
-            raise ValueError(f"{self._path} scales rotary positions by {kind!r}. Known are none, linear, and {FACTORS}.")
+            raise ValueError(
+                f"{self._path} scales rotary positions by {kind!r}. Known are none, linear, and {FACTORS}."
+            )
         return None if kind == "none" else (float(get("rope.scaling.factor")),) * (size // 2)
 
 
@@ -128,16 +132,6 @@ def unpermuted(x: np.ndarray, heads: int) -> np.ndarray:
     return x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
-def permuted(x: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `unpermuted`."""
-    return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
-
-
 def _short(x: float) -> float:
     """The shortest decimal number that is the same in float32, such as 1e-05 for 9.99999974e-06."""
     return float(str(np.float32(x)))
-
-
-def names(values: Sequence[str] | None) -> list[str]:
-    """A list of strings of the file; empty where there is none."""
-    return list(values or ())

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .gguf_file import GGUFFile, names
+from .gguf_file import GGUFFile
 
 SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -41,8 +41,8 @@ def from_gguf(file: GGUFFile) -> tuple[Any, str]:
     tokenizers, why = _package()
     if tokenizers is None:
         return None, why
-    words, kinds = names(get("tokens")), get("token_type") or []
-    merges = [tuple(merge.split(" ", 1)) for merge in names(get("merges"))]
+    words, kinds = get("tokens") or [], get("token_type") or []
+    merges = [tuple(merge.split(" ", 1)) for merge in get("merges") or []]
     vocabulary = {word: i for i, word in enumerate(words)}
     model = tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut == "llama-bpe")
     made = tokenizers.Tokenizer(model)

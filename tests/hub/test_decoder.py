@@ -125,7 +125,9 @@ def test_perplexity_is_that_of_numpy(x64):
 def test_windows_are_cut_from_the_beginning_and_too_few_are_an_error():
     (first,) = hub.windows(range(100), 10, count=3)
     np.testing.assert_array_equal(first, np.arange(30).reshape(3, 10))
-    with pytest.raises(ValueError, match="11 windows of 10 tokens are asked for, and there are 100 tokens, enough for 10"):
+    with pytest.raises(
+        ValueError, match="11 windows of 10 tokens are asked for, and there are 100 tokens, enough for 10"
+    ):
         hub.windows(range(100), 10, count=11)
     with pytest.raises(ValueError, match="positive"):
         hub.windows(range(100), 0)

@@ -8,7 +8,7 @@ import pytest
 
 from jpfq import hub
 from jpfq.hub.decoder import tensors_of
-from jpfq.hub.gguf_file import permuted, unpermuted
+from jpfq.hub.gguf_file import unpermuted
 from tests.helpers import assert_close
 from tests.hub import tiny
 from tests.reference import decoder as reference
@@ -39,7 +39,6 @@ def test_rows_of_a_llama_are_put_in_order_and_of_a_qwen_are_left(tmp_path):
     stored = np.arange(8.0)[:, None]  # two heads of four coordinates
     np.testing.assert_array_equal(unpermuted(stored, 2)[:, 0], [0, 2, 1, 3, 4, 6, 5, 7])
     np.testing.assert_array_equal(gguf_files.interleaved(unpermuted(stored, 2), 2), stored)
-    np.testing.assert_array_equal(permuted(unpermuted(stored, 2), 2), stored)
     for name, moves in (("llama", True), ("qwen2", False)):
         model = tiny.decoder(CONFIGS[name])
         reader = gguf.GGUFReader(gguf_files.write(tmp_path / name, model))
@@ -66,14 +65,10 @@ def test_quantized_tensors_are_dequantized(tmp_path):
     [
         ({"rope.scaling.type": "yarn"}, "'yarn'. Known are none, linear"),
         ({"expert_count": 4}, "4 experts"),
-        ({"rope.dimension_count_": 4}, None),
     ],
 )
 def test_what_is_not_known_is_refused(keys, message, tmp_path):
     path = gguf_files.write(tmp_path / "x", tiny.decoder(tiny.LLAMA), keys=keys)
-    if message is None:
-        assert hub.load(path).config == tiny.LLAMA
-        return
     with pytest.raises(ValueError, match=message):
         hub.load(path)
 

@@ -33,7 +33,9 @@ def decoder(config, dtype=jnp.float32):
     model = hub.Decoder(config, nnx.Rngs(0), dtype)
     rng = np.random.default_rng(0)
     state = nnx.state(model, nnx.Param)
-    flat = [(path, leaf.replace(jnp.asarray(_drawn(rng, leaf.shape), dtype))) for path, leaf in nnx.to_flat_state(state)]
+    flat = [
+        (path, leaf.replace(jnp.asarray(_drawn(rng, leaf.shape), dtype))) for path, leaf in nnx.to_flat_state(state)
+    ]
     nnx.update(model, nnx.from_flat_state(flat))
     return model
 

@@ -13,7 +13,7 @@ def rms_norm(x, weight, eps):
 
 def rotary(x, theta, factors=None):
     """(position, head, coordinate), where pair (i, i + d / 2) turns by position * theta ** (-2 i / d) / factor_i."""
-    positions, heads, d = x.shape
+    positions, _, d = x.shape
     out = np.empty_like(x)
     for p in range(positions):
         for i in range(d // 2):
