@@ -153,7 +153,7 @@ def nats(model: Decoder | Callable[[jax.Array], jax.Array], windows: Iterable[ja
     parts = [_losses(run(x), x) for x in windows]
     if not parts:
         raise ValueError("There are no windows to score on.")
-    return sum(part.sum() for part in parts) / sum(part.size for part in parts)
+    return jnp.stack([part.sum() for part in parts]).sum() / sum(part.size for part in parts)
 
 
 _losses = jax.jit(tokens.losses)
