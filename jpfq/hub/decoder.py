@@ -1,5 +1,6 @@
 """A decoder of the Llama family in Flax NNX, with Hugging Face's names for its parts."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -173,10 +174,14 @@ def name_of(path: tuple) -> str:
     return name if path[0] == "lm_head" else f"model.{name}"
 
 
-@nnx.jit
 def logits(model: Decoder, tokens: jax.Array) -> jax.Array:
-    """The model's outputs, compiled once for all weights."""
-    return model(tokens)
+    """The model's outputs, compiled once for all weights; unlike by `nnx.jit` no copy of them is made."""
+    return _logits(*nnx.split(model), tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graph, state, tokens):
+    return nnx.merge(graph, state)(tokens)
 
 
 def _linear(inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs, dtype: Any) -> nnx.Linear:
