@@ -182,6 +182,36 @@ def _warm(took):
     return [f"{took['cpu']:.0f}", f"{took['wall']:.0f}", str(took["programs"])]
 
 
+def parts(exact: float, found: dict, programs: list[int], configurations: list[str]) -> list[str]:
+    """The tables and the verdicts of what was found: by method and configuration; programs of 15 and of 30 blocks."""
+    first, methods = configurations[0], list(found)
+    names = lambda method: NAMES.get(method, method)
+    told = lambda x, key: f"{x[key]:.2f}" if x else ""
+    scores = [("float", *[f"{exact:.2f}"] * len(configurations))]
+    scores += [(names(m), *(told(found[m].get(c), "perplexity") for c in configurations)) for m in methods]
+    scores.append(("bits per weight of a kernel", *(told(found[methods[0]].get(c), "bits") for c in configurations)))
+    head = ["method", "cold, CPU s", "cold, s", "programs", "compiling, s", "warm, CPU s", "warm, s", "programs"]
+    head += ["plan, MiB", "peak, MiB", "plan / peak"]
+    longest = [(m, name, f"{s:.1f}") for m in methods for name, s in found[m][next(iter(found[m]))]["longest"][:4]]
+    says = []
+    if programs:
+        half, whole = programs
+        says.append(verdict(half == whole, f"15 and 30 blocks compile equally many programs: {half}, {whole}"))
+    for method in methods:
+        took = next(iter(found[method].values()))
+        ratio = took["plan"] / took["peak"]
+        says.append(verdict(abs(ratio - 1) <= 0.25, f"{names(method)}: plan / peak {ratio:.2f}, within 25 %"))
+    if first in found.get("best", ()) and len(methods) > 1:
+        least = min(methods, key=lambda m: found[m].get(first, {"perplexity": float("inf")})["perplexity"])
+        says.append(verdict(least == "best", f"{first}: the least perplexity is that of {names(least)}"))
+    return [
+        table(("perplexity", *configurations), scores),
+        table(head, [timing(method, found[method]) for method in methods]),
+        table(("method", "longest to compile, cold", "s"), longest),
+        "\n".join(says),
+    ]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["GPFQ", "MSQ", "best", "OPTQ", "Qronos"])
@@ -204,36 +234,9 @@ def main():
     exact = spawned(args, "--one", "float")["perplexity"]
     print(f"float: {exact:.2f}", file=sys.stderr, flush=True)
     found = {method: spawned(args, "--one", method) for method in args.methods}
-    first = args.configurations[0]
-    verdicts = []
-    if not args.no_count:
-        half, whole = (spawned(args, "--count", str(blocks))["programs"] for blocks in (15, 30))
-        verdicts.append(verdict(half == whole, f"15 and 30 blocks compile equally many programs: {half}, {whole}"))
-    verdicts += [
-        verdict(
-            abs(x["plan"] / x["peak"] - 1) <= 0.25,
-            f"{m}, {first}: plan / peak {x['plan'] / x['peak']:.2f}, within 25 %",
-        )
-        for m, x in ((method, found[method][first]) for method in args.methods)
-    ]
-    scores = [("float", "", *[f"{exact:.2f}"] * len(args.configurations))]
-    scores += [(NAMES.get(m, m), "", *(f"{found[m][c]['perplexity']:.2f}" for c in args.configurations)) for m in found]
-    bits = [f"{found[args.methods[0]][c]['bits']:.2f}" for c in args.configurations]
-    scores.append(("bits per weight of a kernel", "", *bits))
-    head = ["method", "cold, CPU s", "cold, s", "programs", "compiling, s", "warm, CPU s", "warm, s", "programs"]
-    head += ["plan, MiB", "peak, MiB", "plan / peak"]
-    longest = [(name, f"{seconds:.1f}") for name, seconds in found[args.methods[-1]][first]["longest"]]
+    programs = [] if args.no_count else [spawned(args, "--count", str(blocks))["programs"] for blocks in (15, 30)]
     note = f"{args.windows} windows of {args.length} tokens to calibrate on, {args.score} to score on, {args.batch} a batch"
-    report(
-        "smollm2",
-        parser,
-        args,
-        note,
-        table(("perplexity", "", *args.configurations), scores),
-        table(head, [timing(method, found[method]) for method in args.methods]),
-        table((f"longest to compile, {args.methods[-1]}", "s"), longest),
-        "\n".join(verdicts),
-    )
+    report("smollm2", parser, args, note, *parts(exact, found, programs, args.configurations))
 
 
 if __name__ == "__main__":
