@@ -149,7 +149,8 @@ def filled(config: Config, tensors: Iterable[tuple[str, Any]], dtype: Any) -> De
         path, leaf = leaves[name]
         value = tensor.T if path[-1] == "kernel" else tensor
         if value.shape != leaf.shape:
-            raise ValueError(f"The tensor {name} has shape {tensor.shape}, and the config asks for {leaf.shape[::-1]}.")
+            wanted = leaf.shape[::-1] if path[-1] == "kernel" else leaf.shape
+            raise ValueError(f"The tensor {name} has shape {tensor.shape}, and the config asks for {wanted}.")
         made[path] = leaf.replace(jnp.asarray(value, dtype))
     unknown = [name for name in unknown if not (name == "lm_head.weight" and config.tie_word_embeddings)]
     missing = [name for name, (path, _) in leaves.items() if path not in made]

@@ -76,6 +76,12 @@ def test_what_is_missing_or_too_much_is_named():
         filled(tiny.QWEN2, tensors.items(), jnp.float32)
     with pytest.raises(ValueError, match=r"model\.norm\.weight has shape \(3,\).*\(24,\)"):
         filled(tiny.QWEN2, (tensors | {"model.norm.weight": np.ones(3)}).items(), jnp.float32)
+    for name, shape in (
+        ("model.embed_tokens.weight", r"\(48, 24\)"),
+        ("model.layers.1.mlp.up_proj.weight", r"\(40, 24\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} has shape \(2, 3\), and the config asks for {shape}"):
+            filled(tiny.QWEN2, (tensors | {name: np.ones((2, 3))}).items(), jnp.float32)
 
 
 def test_too_many_positions_are_refused():

@@ -64,9 +64,9 @@ def check_named(options) -> None:
         path = getattr(options, name)
         if path is not None and not path.is_file():
             raise ValueError(f"--{name} names a text: there is no file {path}.")
-    for name in given[-3:]:
+    for name in ("windows", "length", "score_windows"):
         value = getattr(options, name)
-        if isinstance(value, int) and value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} takes a positive number; got {value}.")
     return None
 
