@@ -3,13 +3,13 @@
 `quantize` takes a model, calibration batches and `Rule`s, and returns a `Quantized`; a number of bits in place of rules
 means what `best` recommends. `solve` is the same for one matrix. The folder `notebooks` has a guide for each task;
 `jpfq.matrix` has the theory on one page; `jpfq.embed` random features and binary embeddings; `jpfq.paper` the published
-methods, `jpfq.formats` the number formats of files and servers, `jpfq.ranges` the ranges of activations and `jpfq.patches`
-the windows of convolutions.
+methods, `jpfq.formats` the number formats of files and servers, `jpfq.ranges` the ranges of activations, `jpfq.patches` the
+windows of convolutions and `jpfq.hub` language models from GGUF files and Hugging Face folders.
 
 Rooms, each of which imports from those before it only: `scalar` (one number), `matrix` (one weight matrix and its data),
 `model` (a traced program), `calibrate` (batches through both networks), `network` (what the user calls and gets), `storage`,
-`export`, `report`, `study` (many runs); `embed` stands beside `matrix`. `Quantized` imports what it offers of later rooms,
-such as `save`, inside those methods.
+`export`, `report`, `study` (many runs); `embed` stands beside `matrix`, `hub` (language models from files) beside `model`.
+`Quantized` imports what it offers of later rooms, such as `save`, inside those methods.
 
 The examples below, and those of all classes and functions, run one by one. They take these names for granted:
 
@@ -41,6 +41,7 @@ from importlib.metadata import version as _version
 
 from . import damping as damping
 from . import finish as finish
+from . import hub as hub
 from . import order as order
 from . import prepare as prepare
 from . import rounding as rounding
@@ -125,6 +126,7 @@ _SPACES = (
     "formats",
     "paper",
     "embed",
+    "hub",
     "plot",
 )
 _KNOWN_AS = {"GPTQ": "OPTQ", "RTN": "MSQ"}

@@ -22,7 +22,7 @@ from tests.helpers import assert_close, problem
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 SLOTS = ("scale", "order", "prepare", "rounding", "finish", "damping")  # of a rule, and the namespaces of their choices
-SPACES = (*SLOTS, "formats", "paper", "ranges", "patches", "embed", "plot")  # what `jpfq` offers one level down
+SPACES = (*SLOTS, "formats", "paper", "ranges", "patches", "embed", "hub", "plot")  # what `jpfq` offers one level down
 SHOWN = (  # classes whose methods are examples of their own
     jpfq.Gram,
     jpfq.QTensor,
@@ -36,6 +36,7 @@ SHOWN = (  # classes whose methods are examples of their own
     jpfq.embed.SparseGaussian,
     jpfq.embed.FJLT,
     jpfq.embed.SigmaDelta,
+    jpfq.hub.Checkpoint,
 )
 INNER = {  # public to the rest of the package, or an override of what is documented elsewhere
     *("Gram.permute", "Gram.split", "Gram.excess", "QTensor.turned"),
@@ -61,7 +62,7 @@ NEEDS = {
 
 def names_of(space):
     """The public names of `jpfq` or one of the modules it offers."""
-    if space in (jpfq, jpfq.embed, *(getattr(jpfq, slot) for slot in SLOTS)):  # which list them
+    if space in (jpfq, jpfq.embed, jpfq.hub, *(getattr(jpfq, slot) for slot in SLOTS)):  # which list them
         return [name for name, x in vars(space).items() if name[0] != "_" and not isinstance(x, types.ModuleType)]
     home = "jpfq.report.plot" if space is jpfq.plot else space.__name__
     return [name for name, x in vars(space).items() if name[0] != "_" and getattr(x, "__module__", "") == home]

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ..matrix.arrays import at_least_float32
 from ..matrix.explicit_mesh import is_traced
 from ..matrix.lanes import over_lanes
 from ..scalar.exponent import aligned, exponent_of, reduced
+
+LARGE = 2**24  # entries from which on an output is compared one row after the other, as logits of a vocabulary are
 
 
 class OutputError(NamedTuple):
@@ -73,8 +76,11 @@ class Comparison:
         weights: of the entries of each output; those of weight 0 are not compared.
         """
         given = [None] * len(exact) if weights is None else weights
-        sums = [_sums(a, b, w, bool(lanes) and b.ndim > a.ndim) for a, b, w in zip(exact, made, given, strict=True)]
-        found = [[np.broadcast_to(x, (*lanes, x.shape[-1])) for x in pair] for pair in jax.device_get(sums)]
+        laned = [bool(lanes) and b.ndim > a.ndim for a, b in zip(exact, made, strict=True)]
+        rows = [_has_rows(a, w) for a, w in zip(exact, given, strict=True)]
+        sums = jax.device_get([_sums(*each) for each in zip(exact, made, given, laned, rows, strict=True)])
+        sums = [_joined(*pair) if cut else pair for pair, cut in zip(sums, rows, strict=True)]
+        found = [[np.broadcast_to(x, (*lanes, x.shape[-1])) for x in pair] for pair in sums]
         squares = np.stack([x for x, _ in found], -2).astype(np.float64) if found else np.zeros((*lanes, 0, 2))
         numbers = np.stack([x for _, x in found], -2).astype(np.int64) if found else np.zeros((*lanes, 0, 5), np.int64)
         return cls(squares, numbers[..., :2], numbers[..., 2:])
@@ -95,10 +101,27 @@ class Comparison:
         return OutputError(np.where(finite > 0, share, np.nan), unmatched, compared)
 
 
-@functools.partial(jax.jit, static_argnames="laned")
-def _sums(a, b, weights, laned):
-    """Squares (2,) of errors and float outputs; their exponents and the counts (5,). Of all lanes of b."""
-    return over_lanes(_compare, (a, b, weights), (False, laned, False))
+def _has_rows(a, weights):
+    """Whether an output is large and can be cut along its leading axis: no mesh splits it; weights have the axis too."""
+    whole = a.ndim > 1 and a.size >= LARGE and len(a.sharding.device_set) == 1
+    return whole and (weights is None or weights.shape[:1] == a.shape[:1])
+
+
+@functools.partial(jax.jit, static_argnames=("laned", "rows"))
+def _sums(a, b, weights, laned, rows):
+    """Squares (2,) of errors and float outputs; their exponents and the counts (5,). Of all lanes of b.
+
+    With `rows` of each row of the leading axis, one after the other: the arrays in between are then those of a row.
+    """
+    compare = (lambda *args: lax.map(lambda row: _compare(*row), args)) if rows else _compare
+    return over_lanes(compare, (a, b, weights), (False, laned, False))
+
+
+def _joined(squares, numbers):
+    """The sums over all rows (.., rows, 2) and (.., rows, 5)."""
+    squares, numbers = np.moveaxis(squares.astype(np.float64), -2, 0), np.moveaxis(numbers.astype(np.int64), -2, 0)
+    squares, exponents = aligned(squares, numbers[..., :2])
+    return squares.sum(0), np.concatenate([exponents, numbers[..., 2:].sum(0)], -1)
 
 
 def _compare(a, b, weights):

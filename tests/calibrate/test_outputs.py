@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jpfq
+from jpfq.calibrate import outputs
 from jpfq.calibrate.outputs import Comparison, in_words
 from jpfq.study.compare import Subject, attempt, trial_table
 from jpfq.study.evaluate import evaluate
@@ -58,6 +59,32 @@ def test_one_output(name):
     assert found.unmatched == [unmatched]
     whole = found.whole
     assert np.isnan(whole.figure) == bool(unmatched or np.isnan(error))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("integers", "booleans", "empty")])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_large_outputs_are_compared_row_by_row(name, weighted, monkeypatch):
+    """And the same is said as of all of them at once, where rows are of very different size too."""
+    exact, made, *_ = CASES[name]
+    tiny = np.asarray([1e-4], exact.dtype)
+    pair = [jnp.asarray(np.stack([x, x * tiny, x])) for x in (exact, made)]
+    weights = jnp.array([2.0, 1.0, 0.0])[:, None] if weighted else None
+    whole = Comparison.of(pair[:1], pair[1:], weights=[weights]).error
+    monkeypatch.setattr(outputs, "LARGE", 1)
+    rows = Comparison.of(pair[:1], pair[1:], weights=[weights]).error
+    np.testing.assert_allclose(rows.error, whole.error, rtol=1e-5)
+    assert [x.tolist() for x in rows[1:]] == [x.tolist() for x in whole[1:]]
+
+
+def test_lanes_of_large_outputs_are_compared_row_by_row(monkeypatch):
+    exact = jnp.asarray(zoo.normal(0, 3, 4, 5))
+    made = exact + 0.1 * jnp.asarray(zoo.normal(1, 2, 3, 4, 5))
+    whole = Comparison.of([exact], [made], (2,)).error
+    monkeypatch.setattr(outputs, "LARGE", 1)
+    rows = Comparison.of([exact], [made], (2,)).error
+    np.testing.assert_allclose(rows.error, whole.error, rtol=1e-5)
+    assert rows.error.shape == (2, 1)
+    assert rows.error[0, 0] != rows.error[1, 0]
 
 
 def test_batches_and_outputs():

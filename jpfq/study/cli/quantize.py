@@ -9,8 +9,9 @@ import jax
 from ..compare import METHODS, SHOWN, Subject, Trial, attempt, trial_table
 from ..plot import score_against_bits
 from .answer import Answer, begun, ended, note
-from .factory import HELP, add_factory, check_name, subject_of
+from .factory import HELP, add_factory
 from .keep import add_saving, check_model, check_picture, check_saving, keep, kept_lines
+from .language import add_text, check_named, is_language, named_subject, with_perplexity
 from .settings import add_settings, check_settings, choose, grid_of, method_of, rules_of
 
 
@@ -26,17 +27,18 @@ def add(command) -> None:
         "quantize a model of your own, and compare bits and methods",
         "jpfq quantize mymodel:trained --bits ternary 2 3 4",
         "jpfq quantize mymodel:trained --bits 4 --method best --save mymodel-w4",
-        about=HELP,
+        "jpfq quantize SmolLM2-135M.gguf --bits 4 --group 64 --calibrate text.txt --save smollm2-w4",
+        about=f"{HELP} In its place a GGUF file or a Hugging Face folder of a language model, with --calibrate.",
     )
-    own.usage = "jpfq quantize MODULE:FACTORY [options]"
+    own.usage = "jpfq quantize MODULE:FACTORY [options]\n       jpfq quantize PATH --calibrate FILE [options]"
     add_factory(own)
     own.add_argument("--bits", nargs="+", default=["4"], help="numbers of bits from 1 to 16, or 'ternary'; default 4")
     own.add_argument(
         "--method",
         nargs="+",
-        default=SHOWN,
-        help=f"of {', '.join(METHODS)}; default: {' '.join(SHOWN)}",
+        help=f"of {', '.join(METHODS)}; default: {' '.join(SHOWN)}, and best alone for a PATH",
     )
+    add_text(own)
     add_settings(own)
     own.add_argument("--seed", type=int, metavar="N", help="of random numbers")
     run = own.add_argument_group("how it runs")
@@ -61,8 +63,9 @@ def run_demo(options) -> Answer:
 
 def run_quantize(options) -> Answer:
     """One model under all settings that the options name."""
-    check_name(options.factory)
-    grids, methods = [grid_of(bits) for bits in options.bits], [method_of(name) for name in options.method]
+    check_named(options)
+    usual = ("best",) if is_language(options) else SHOWN
+    grids, methods = [grid_of(bits) for bits in options.bits], [method_of(name) for name in options.method or usual]
     check_settings(options)
     if options.reference is not None:
         choose("--reference", options.reference, ("float", "block"))
@@ -76,11 +79,12 @@ def run_quantize(options) -> Answer:
         how["reference"] = options.reference
     if options.checkpoint is not None:
         how["checkpoint"] = options.checkpoint
-    subject = subject_of(options.factory)
+    subject = named_subject(options)
     check_model(options, subject)
     if options.picture and subject.evaluate is None:
         raise ValueError("A picture needs scores: let the factory return evaluate as its fourth value.")
-    return _study([(subject, *setting) for setting in settings], how, options, options.summary)
+    answer = _study([(subject, *setting) for setting in settings], how, options, options.summary)
+    return with_perplexity(options, subject, answer)
 
 
 def _check_single(options, count):
