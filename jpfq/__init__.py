@@ -96,7 +96,7 @@ from .storage.save import load as load
 from .study import plot as plot
 from .study.space import Space as Space
 from .study.sweep import sweep as sweep
-from .study.swept import Sweep as Sweep
+from .study.sweep_result import Sweep as Sweep
 
 try:
     __version__ = _version("jpfq")

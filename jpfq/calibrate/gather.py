@@ -17,9 +17,9 @@ from ..matrix.lanes import each, over_lanes
 from ..matrix.layout import DotLayout, Layout
 from ..matrix.patches import DEFAULT
 from ..matrix.shown import Shown
-from ..model.keys import fold_in
+from ..model.random_keys import fold_in
+from .batch_gram import How, added, at_once, may_merge, nothing
 from .batches import NotFinite
-from .row_grams import How, added, at_once, may_merge, nothing
 from .stream import Stream
 
 

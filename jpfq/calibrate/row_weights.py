@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from ..model.compat import bind, is_literal
 from ..model.program import Program
 from .batches import over_rows
-from .lost import Lost
-from .weight_rules import Weights, indices, propagate
+from .row_weight_ops import Lost
+from .row_weight_rules import Weights, indices, propagate
 
 
 class Followed(NamedTuple):

@@ -17,9 +17,9 @@ from ..model.compat import bind, is_literal
 from ..model.program import Program
 from ..model.segments import Segment
 from ..model.sites import Site, Tap
-from .padding import OtherPadding, lookups
+from .liveness import forks, needs
+from .padding_check import OtherPadding, lookups
 from .row_weights import Followed, RowWeights
-from .schedule import forks, needs
 
 
 class Networks(NamedTuple):

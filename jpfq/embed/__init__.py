@@ -12,10 +12,10 @@ from .maps import FJLT as FJLT
 from .maps import Map as Map
 from .maps import SparseGaussian as SparseGaussian
 from .maps import hadamard as hadamard
+from .noise_shaping import Shaped as Shaped
+from .noise_shaping import Stability as Stability
+from .noise_shaping import feedback as feedback
 from .quantizers import Beta as Beta
 from .quantizers import Memoryless as Memoryless
 from .quantizers import Quantizer as Quantizer
 from .quantizers import SigmaDelta as SigmaDelta
-from .shaping import Shaped as Shaped
-from .shaping import Stability as Stability
-from .shaping import feedback as feedback

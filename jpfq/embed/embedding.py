@@ -3,7 +3,7 @@
     X (.., n)  -- measure -->  (.., m)  -- quantizer -->  codes (.., m)  -- condense -->  (.., p),  m = p width
 
 Rows are independent, so any leading axes will do, and they may be sharded; all methods are pure and run under jit and vmap.
-Many rows are worked on in blocks (rows.py): measurements (.., m) of all rows never exist at once.
+Many rows are worked on in blocks (row_blocks.py): measurements (.., m) of all rows never exist at once.
 """
 
 import abc
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from ..matrix.arrays import at_least_float32
 from ..matrix.explicit_mesh import run
 from ..scalar.bits import pack_bits, unpack_bits
+from .noise_shaping import Stability, numbered
 from .quantizers import Quantizer
-from .rows import by_rows
-from .shaping import Stability, numbered
+from .row_blocks import by_rows
 
 
 class Embedding(abc.ABC):

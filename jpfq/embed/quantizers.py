@@ -21,7 +21,7 @@ from ..matrix import System, code_dtype
 from ..matrix.explicit_mesh import run
 from ..scalar import Equispaced, Levels, Nearest, Rounding, Stochastic, register_dataclass
 from ..scalar.grid import Number, is_number
-from .shaping import Shaped, Stability, feedback, numbered, shape
+from .noise_shaping import Shaped, Stability, feedback, numbered, shape
 
 # Filters h = delta_0 - (something with r vanishing moments) of small l1 norm, which one bit needs (Zhang, Saab, ICLR 2021).
 ONE_BIT = {1: {1: 1.0}, 2: {1: 7 / 6, 7: -1 / 6}, 3: {1: 175 / 144, 7: -25 / 108, 25: 7 / 432}}

@@ -16,7 +16,7 @@ from jax import lax
 
 from .canonical import by_code, canonical, segment
 from .compat import PRODUCTS, bind, call_body, inner_jaxprs, is_literal, opened, scan_arity
-from .draws import refuse_random
+from .randomness import refuse_random
 
 UNROLL = 1024  # longest stack of layers that is unrolled
 

@@ -12,7 +12,7 @@ from ..calibrate.activation import Activations
 from ..calibrate.batches import Shaped
 from ..calibrate.bias import find_biases
 from ..calibrate.curvature import curvatures
-from ..calibrate.places import served
+from ..calibrate.stops import served
 from ..matrix.arrays import are_finite
 from ..matrix.layout import ConvLayout
 from ..model.functional import Functional

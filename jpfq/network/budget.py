@@ -19,18 +19,18 @@ import numpy as np
 from ..calibrate.batches import naming, read_batches
 from ..calibrate.curvature import derivatives, signs, weigh
 from ..calibrate.gather import Gather
-from ..calibrate.places import served, stops
 from ..calibrate.progress import progress_of
 from ..calibrate.row_weights import of_outputs
+from ..calibrate.stops import served, stops
 from ..calibrate.stream import Stream
 from ..matrix import Gram, solve_all
 from ..matrix.explicit_mesh import context
 from ..matrix.lanes import each
 from ..model.adapters import adapt
 from ..model.functional import check_values
-from ..model.keys import typed
 from ..model.mesh import on_auto_axes
 from ..model.program import Program
+from ..model.random_keys import typed
 from ..model.sites import Site
 from ..scalar import Codes, MinMSE, Nearest, grid_of_bits
 from ..scalar.exponent import exponent_of, reduced

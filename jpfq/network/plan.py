@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
+from ..calibrate.batch_gram import at_once
 from ..calibrate.batches import shapes_of
 from ..calibrate.gather import rows_shape
-from ..calibrate.places import Place, served, stops
+from ..calibrate.liveness import forks, needs
 from ..calibrate.progress import Step
-from ..calibrate.row_grams import at_once
-from ..calibrate.schedule import forks, needs
+from ..calibrate.stops import Place, served, stops
 from ..matrix import Natural, Recipe, code_dtype, slice_width
 from ..matrix.arrays import HALVES
 from ..matrix.conv_gram import at_a_time, copies, correlates, pays

@@ -10,16 +10,16 @@ import jax
 
 from ..calibrate.batches import Shaped, naming, read_batches, shapes_of
 from ..calibrate.hosts import check_hosts, leaves_of, spans_hosts
-from ..calibrate.places import stops
+from ..calibrate.loop import CalibrationResult, TrackSettings, walk
 from ..calibrate.progress import Step, progress_of
+from ..calibrate.stops import stops
 from ..calibrate.stream import Stream
-from ..calibrate.walk import CalibrationResult, TrackSettings, walk
 from ..matrix import Devices
 from ..matrix.explicit_mesh import automatic, context, is_traced
 from ..model.adapters import adapt
 from ..model.functional import Functional, check_values
-from ..model.keys import typed
 from ..model.mesh import check_runs, devices_of, like, on_auto_axes, on_mesh_of
+from ..model.random_keys import typed
 from ..model.sites import Site
 from ..scalar.checks import check_choice
 from .analysis import Analysis, activations_of, block_of, check_key, couple, find_all_kernels, rule_all

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ..calibrate.activation import ActivationQuantizer
-from ..calibrate.outputs import OutputError, in_words
+from ..calibrate.output_error import OutputError, in_words
 from ..matrix import Info, QTensor
 from ..matrix.explicit_mesh import anywhere, automatic, moved, runs_anywhere
 from ..model.functional import Functional, flatten

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .html import Markup, tag
-from .plot import BLUE, GRAY, GREEN, NEEDED, ORANGE
+from .result_plots import BLUE, GRAY, GREEN, NEEDED, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from ..calibrate.batches import Weighted, read_batches
-from ..calibrate.outputs import Comparison, OutputError
+from ..calibrate.output_error import Comparison, OutputError
 from ..calibrate.row_weights import RowWeights
 from ..matrix.explicit_mesh import automatic, runs_anywhere
 from ..model.mesh import on_auto_axes

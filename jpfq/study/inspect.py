@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from ..calibrate.outputs import in_words
+from ..calibrate.output_error import in_words
 from ..model.adapters import phrase_of
 from ..network.table import table
 from ..storage.leaves import SUFFIXES

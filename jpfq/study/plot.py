@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..report.plot import BLUE, GRAY, GREEN, NEEDED, ORANGE, Swept, given_or_new
-from ..report.plot import accumulators as accumulators
-from ..report.plot import bits as bits
-from ..report.plot import errors as errors
-from ..report.plot import front as front
-from ..report.plot import histogram as histogram
-from ..report.plot import saturation as saturation
-from ..report.plot import sizes as sizes
+from ..report.result_plots import BLUE, GRAY, GREEN, NEEDED, ORANGE, Swept, given_or_new
+from ..report.result_plots import accumulators as accumulators
+from ..report.result_plots import bits as bits
+from ..report.result_plots import errors as errors
+from ..report.result_plots import front as front
+from ..report.result_plots import histogram as histogram
+from ..report.result_plots import saturation as saturation
+from ..report.result_plots import sizes as sizes
 from ..scalar import Grid
 from .compare import Trial
 

@@ -19,21 +19,21 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ..calibrate.batches import Shaped, naming, shapes_of
-from ..calibrate.places import stops
+from ..calibrate.loop import TrackSettings, walk
 from ..calibrate.progress import Report, Step, progress_of
-from ..calibrate.walk import TrackSettings, walk
+from ..calibrate.stops import stops
 from ..matrix.explicit_mesh import automatic, context, no_mesh
 from ..matrix.lanes import lane, over_lanes, stack
 from ..model.adapters import adapt
 from ..model.functional import Functional
-from ..model.keys import typed
 from ..model.mesh import LanesMesh
+from ..model.random_keys import typed
 from ..network.analysis import Analysis, activations_of, check_key, couple, find_all_kernels, rule_all
 from ..network.plan import plan_of, steps_of
 from ..network.quantize import assemble, place, streams_of, uses_of
 from ..network.quantized import Quantized
 from .space import FIGURES, Space, words
-from .swept import Chunk, Sweep
+from .sweep_result import Chunk, Sweep
 
 KEPT = 16  # compiled functions that score
 

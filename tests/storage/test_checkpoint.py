@@ -22,7 +22,7 @@ import safetensors.numpy
 
 import jpfq
 from jpfq.calibrate import fingerprint
-from jpfq.calibrate import walk as walk_module
+from jpfq.calibrate import loop as walk_module
 from jpfq.calibrate.batches import read_batches
 from jpfq.storage import checkpoint as resume
 from jpfq.storage import files as disk

@@ -9,8 +9,8 @@ import jax
 from ..compare import METHODS, SHOWN, Subject, Trial, attempt, trial_table
 from ..plot import score_against_bits
 from .answer import Answer, begun, ended, note
+from .destinations import add_saving, check_model, check_picture, check_saving, keep, kept_lines
 from .factory import HELP, add_factory, check_name, subject_of
-from .keep import add_saving, check_model, check_picture, check_saving, keep, kept_lines
 from .settings import add_settings, check_settings, choose, grid_of, method_of, rules_of
 
 

@@ -11,8 +11,8 @@ from ..compare import Subject
 from ..evaluate import evaluate
 from ..inspect import inspect, inspected
 from .answer import NO, YES, Answer
+from .destinations import check_page, check_result
 from .factory import HELP, add_factory, check_name, subject_of
-from .keep import check_page, check_result
 
 
 def add(command) -> None:

@@ -12,10 +12,10 @@ from ...scalar import AbsMax
 from ..compare import METHODS, Subject
 from ..space import FIGURES, Space
 from ..sweep import sweep
-from ..swept import Sweep
+from ..sweep_result import Sweep
 from .answer import NO, YES, Answer, note
+from .destinations import add_saving, check_model, check_saving, keep, kept_lines
 from .factory import HELP, TRACING, add_factory, check_name, subject_of
-from .keep import add_saving, check_model, check_saving, keep, kept_lines
 from .settings import add_settings, check_settings, grid_of, method_of, rules_of
 
 

@@ -6,7 +6,7 @@ from jax import lax
 
 from ..matrix.layout import ConvLayout, pooled
 from ..model.sites import product_layout
-from .lost import Lost, note
+from .row_weight_ops import Lost, note
 
 
 def window(eqn, w, cut):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..calibrate.walk import CalibrationResult
+from ..calibrate.loop import CalibrationResult
 from ..matrix import code_dtype
 from ..matrix.explicit_mesh import anywhere
 from ..matrix.lanes import lane

@@ -42,17 +42,17 @@ from ..matrix.arrays import at_least_float32, matmul
 from ..matrix.gram import as_gram
 from ..matrix.host import numpy_or_jit
 from ..matrix.lanes import lane, over_lanes
-from ..model.keys import fold_in
+from ..model.random_keys import fold_in
 from ..model.sites import CASTS, Site
 from ..scalar.exponent import reduced
 from .activation import ActivationQuantizer, Activations, choose, round_by
 from .assemble import tensor_of
 from .curvature import Coupling
 from .gather import Gather, Joint
-from .outputs import Comparison, OutputError
-from .places import Place, served
+from .output_error import Comparison, OutputError
 from .progress import SILENCE, Report
-from .solved import SiteRequest, SiteResult
+from .site_result import SiteRequest, SiteResult
+from .stops import Place, served
 from .stream import Stream
 
 

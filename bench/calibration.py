@@ -1,4 +1,4 @@
-"""Claim: quantizing a network costs little more than its parts do by themselves. Run: python bench/walk.py
+"""Claim: quantizing a network costs little more than its parts do by themselves. Run: python bench/calibration.py
 
 A pre-norm transformer of 32 equal blocks, quantized to 4 bits by GPFQ. Measured in one process, each alone and compiled
 beforehand: the whole call; one forward pass of all batches through the float model and one through the quantized, each
@@ -94,7 +94,7 @@ def main():
         f"{args.repeats} runs in turn"
     )
     claim = f"the whole takes at most {TARGET} times the sum of its parts: {ratio:.2f}"
-    report("walk", parser, args, note, table(("alone", "seconds"), rows), verdict(ratio <= TARGET, claim))
+    report("calibration", parser, args, note, table(("alone", "seconds"), rows), verdict(ratio <= TARGET, claim))
 
 
 if __name__ == "__main__":

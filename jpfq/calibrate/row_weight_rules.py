@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..model.compat import bind, call_body, is_literal, opened, scan_arity
-from .lost import Lost, full, least, lost_or_least, most, note, scalar
-from .window_rules import convolution, starts_late, window
+from .row_weight_ops import Lost, full, least, lost_or_least, most, note, scalar
+from .row_weight_windows import convolution, starts_late, window
 
 Weights = jax.Array | None
 

@@ -20,7 +20,7 @@ from jax import lax
 
 from ..matrix import Recursion
 from ..scalar import Levels, Rounding, RoundingContext, register_dataclass
-from .rows import by_rows
+from .row_blocks import by_rows
 
 
 @register_dataclass

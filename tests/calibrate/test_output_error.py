@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jpfq
-from jpfq.calibrate.outputs import Comparison, in_words
+from jpfq.calibrate.output_error import Comparison, in_words
 from jpfq.study.compare import Subject, attempt, trial_table
 from jpfq.study.evaluate import evaluate
 from jpfq.study.inspect import inspect, inspected

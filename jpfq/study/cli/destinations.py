@@ -10,7 +10,7 @@ from ...storage.files import hidden, writing
 from ...storage.save import check_leaves
 from ...storage.store import MANIFEST, destination, occupied
 from ..compare import Subject
-from ..swept import Sweep
+from ..sweep_result import Sweep
 from .settings import nearest
 
 PICTURES = (".png", ".pdf", ".svg")
