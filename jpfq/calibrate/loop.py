@@ -1,10 +1,10 @@
-"""The walk: batches x sites, both networks together. The only loop over a network.
+"""The loop over layers: both networks advance together, and each layer is quantized when they reach it.
 
-For each stop (sites that read the same input): advance all batches to it, sum the Gram over them, solve each site, put the
-quantized weight into the quantized network. One forward pass of each network in all, whatever the depth.
+For each stop (the sites that read one input): advance all batches to it, sum the Gram over them, solve each site, put the
+quantized weight into the quantized network. In total that is one forward pass of each network, whatever the depth.
 
-A sweep is the same walk with several quantized networks beside the float one: on tracks, one after the other at each stop,
-and within a track in lanes, by one program.
+A sweep is the same loop with several quantized networks beside the float one. They are on tracks, which take turns at each
+stop; the networks of one track are its lanes, computed by one program under `vmap`.
 """
 
 import collections
@@ -50,206 +50,208 @@ from .assemble import tensor_of
 from .curvature import Coupling
 from .gather import Gather, Joint
 from .output_error import Comparison, OutputError
-from .progress import SILENCE, Report
+from .progress import SILENCE, Reporter
 from .site_result import SiteRequest, SiteResult
-from .stops import Place, served
+from .stops import SiteIndex, matrix_uses
 from .stream import Stream
 
 
 class TrackSettings(NamedTuple):
-    """The settings of the quantized networks of one track. With lanes, every array has a leading axis of them."""
+    """The settings of a track: of one quantized network, or of several in lanes; then every array has a leading axis."""
 
     recipes: dict[str, Recipe]  # by path of the parameter
     activations: dict[str, Activations | None]  # likewise
-    key: jax.Array | None  # for roundings and patches that draw; folded by path and by number of the site within it
-    coupled: dict[tuple[int, int], tuple[Coupling, jax.Array]]  # by stop and position in it: how, and the curvature F
-    lanes: tuple[str, ...] | None = None  # a name for each; None for one network without lanes
+    key: jax.Array | None  # for random roundings and patches; each site folds in its path and its index within that
+    coupled: dict[SiteIndex, tuple[Coupling, jax.Array]]  # the settings and the curvature F of coupled sites
+    lanes: tuple[str, ...] | None = None  # a name for each; None for a single network, without the leading axis
 
 
 class CalibrationResult(NamedTuple):
-    """The results of a walk on one track. With lanes, every array has a leading axis of them."""
+    """The result of one track. With lanes, every array has a leading axis of them."""
 
     tensors: dict[str, QTensor]
     info: dict[str, Info]
     biases: dict[str, jax.Array]  # corrected, by path of the parameter
-    inputs: dict[str, list[ActivationQuantizer]]  # by path of the kernel, one for each of its uses in order
+    inputs: dict[str, list[ActivationQuantizer]]  # by path of the kernel, one for each of its uses, in order
     output_error: OutputError  # of each output array, on the calibration data
 
 
 class SiteStore(Protocol):
-    """A store of the sites of an earlier run; of one track without lanes. Sites are numbered by stop and position."""
+    """The sites that an earlier run has solved, for one track without lanes. The checkpoint of a run is one."""
 
     def read(self, stop: int, position: int, asked: SiteRequest) -> SiteResult | None:
-        """A site that was solved before."""
+        """The result of a site; None if it has not been solved yet."""
         ...
 
     def write(self, stop: int, position: int, solved: SiteResult) -> None:
-        """Keeps a site."""
+        """Stores the result of a site."""
         ...
 
 
-class _Stop(NamedTuple):
-    """A stop that all streams have been brought to, and what it shares with the others of the run."""
+@dataclasses.dataclass(frozen=True)
+class _Stop:
+    """A stop that all streams have reached, and what all stops of the run have in common."""
 
     streams: Sequence[Stream]
-    number: int
-    uses: dict[Place, list[Place]]  # as of `served`
-    waiting: dict[str, int]  # by path, how many matrices make up the parameter
-    report: Report
+    index: int
+    uses: dict[SiteIndex, list[SiteIndex]]  # from `matrix_uses`
+    matrix_counts: dict[str, int]  # by path, the number of matrices that make up the parameter
+    reporter: Reporter
     devices: Devices | None
-    kept: SiteStore | None
+    store: SiteStore | None
 
     @property
     def first(self) -> Stream:
-        """The stream that values of the model are read from."""
+        """The stream from which values of the model are read."""
         return self.streams[0]
 
     @property
     def sites(self) -> Sequence[Site]:
-        """Its sites, of the first stream."""
-        return self.first.stops[self.number]
+        """Its sites, in the first stream."""
+        return self.first.stops[self.index]
 
 
 class _Track:
-    """The results of a track so far, and the buckets that its sites are solved in."""
+    """The results of a track so far, and the buckets in which its sites are solved."""
 
-    def __init__(self, number: int, making: TrackSettings):
-        self.number, self.making, self.laned = number, making, making.lanes is not None
+    def __init__(self, index: int, settings: TrackSettings):
+        self.index, self.settings, self.laned = index, settings, settings.lanes is not None
         self.parts: dict[str, list[tuple[Site, Solution]]] = {}
         self.tensors: dict[str, QTensor] = {}
         self.info: dict[str, Info] = {}
         self.biases: dict[str, jax.Array] = {}
         self.inputs: dict[str, dict[int, ActivationQuantizer]] = {}
-        self.buckets: dict[Place, Bucket] = {}
+        self.buckets: dict[SiteIndex, Bucket] = {}
 
     def lift(self, f: Callable) -> Callable:
-        """A function of the arrays of one network, for those of this track."""
+        """Maps `f`, a function of the arrays of one network, over the lanes if this track has any."""
         return jax.vmap(f) if self.laned else f
 
 
-def walk(
+def calibrate(
     streams: Sequence[Stream],
-    makings: Sequence[TrackSettings],
-    report: Report = SILENCE,
+    settings: Sequence[TrackSettings],
+    reporter: Reporter = SILENCE,
     block: Callable[[Site], Any] | None = None,
     refresh: Callable[[Stream, int], Stream] | None = None,
     devices: Devices | None = None,
-    kept: SiteStore | None = None,
+    store: SiteStore | None = None,
 ) -> tuple[list[CalibrationResult], int]:
     """Quantizes every site.
 
     Args:
-        streams: the batches, one stream per shape; their stops correspond, and each has a track for each of `makings`.
-        makings: the settings of each track.
-        report: told of each site that is done on a track, and of its relative error, the mean over its lanes.
-        block: names the block of a site; where it changes, the reference starts anew from the quantized network. None
-            for a reference that is the float network throughout.
-        refresh: takes the stream of the stop before to one over other batches, for each stop but the first.
+        streams: the batches, one stream per shape; their stops correspond, and each has a track for each of `settings`.
+        settings: those of each track.
+        reporter: receives each site that is done on a track, and its relative error, averaged over lanes.
+        block: the block of a site; where it changes, the reference restarts from the quantized network. None if the float
+            network is the reference throughout.
+        refresh: returns a stream of fresh batches from that of the previous stop; called at each stop but the first.
         devices: over which the neurons of each site are split.
-        kept: has sites that need not be solved again, and takes those that are; left out, all are solved.
+        store: has sites that need not be solved again, and receives those that are solved; None solves all.
 
     Returns:
-        What was found on each track, and the bytes of live activations, at most.
+        The result of each track, and the largest number of bytes of live activations.
     """
-    first, here = streams[0], None
-    uses = served(first.stops)
-    waiting = collections.Counter(first.stops[number][position].path for number, position in uses)
-    tracks = [_Track(number, making) for number, making in enumerate(makings)]
+    first, current = streams[0], None
+    uses = matrix_uses(first.stops)
+    matrix_counts = collections.Counter(first.stops[index][position].path for index, position in uses)
+    tracks = [_Track(index, own) for index, own in enumerate(settings)]
     for track in tracks if devices is None else ():
-        track.buckets = _buckets(first, uses, track.making)
-    for number, stop in enumerate(first.stops):
-        known = [
-            kept and kept.read(number, position, _asked(stop, position, makings[0])) for position in range(len(stop))
+        track.buckets = _buckets(first, uses, track.settings)
+    for index, stop in enumerate(first.stops):
+        stored = [
+            store and store.read(index, position, _request(stop, position, settings[0]))
+            for position in range(len(stop))
         ]
-        report.doing("gathering")
-        if refresh is not None and number and (None in known or number == len(first.stops) - 1):
-            before, streams = streams, [refresh(stream, number) for stream in streams]
+        reporter.doing("gathering")
+        if refresh is not None and index and (None in stored or index == len(first.stops) - 1):
+            before, streams = streams, [refresh(stream, index) for stream in streams]
             for stream in before:
-                stream.let_go()
+                stream.release()
         for stream in streams:
-            stream.advance(number)
-        if block is not None and (here is None or block(stop[0]) != here):
-            here = block(stop[0])
+            stream.advance(index)
+        if block is not None and (current is None or block(stop[0]) != current):
+            current = block(stop[0])
             for stream in streams:
                 stream.rebase()
         for track in tracks:
-            _visit(_Stop(streams, number, uses, waiting, report, devices, kept), track, known)
+            _quantize_stop(_Stop(streams, index, uses, matrix_counts, reporter, devices, store), track, stored)
     errors = _output_error(streams, tracks)
     in_order = lambda inputs: {path: [by_use[use] for use in sorted(by_use)] for path, by_use in inputs.items()}
     parts = zip(tracks, errors, strict=True)
-    walked = [CalibrationResult(t.tensors, t.info, t.biases, in_order(t.inputs), error) for t, error in parts]
-    return walked, sum(stream.peak for stream in streams)
+    results = [CalibrationResult(t.tensors, t.info, t.biases, in_order(t.inputs), error) for t, error in parts]
+    return results, sum(stream.peak for stream in streams)
 
 
-def _buckets(first, uses, making):
-    """The buckets of all sites that are solved alone."""
+def _buckets(first, uses, settings):
+    """The bucket of each site that is solved whole and by itself."""
     problems = {}
-    for place in uses:
-        site = first.stops[place[0]][place[1]]
-        size, recipe = site.layout.dims, making.recipes[site.path]
-        if place not in making.coupled and not _in_slices(size, recipe, None, None, making.lanes):
-            problems[place] = size, site.data in first.forks, recipe
+    for at in uses:
+        site = first.stops[at[0]][at[1]]
+        size, recipe = site.layout.dims, settings.recipes[site.path]
+        if at not in settings.coupled and not _in_slices(size, recipe, None, None, settings.lanes):
+            problems[at] = size, site.data in first.forks, recipe
     return assign_buckets(problems)
 
 
-def _asked(stop, position, making) -> SiteRequest:
-    """The demands on a site; the input of a stop is rounded as that of its first one."""
+def _request(stop, position, settings) -> SiteRequest:
+    """The request for one site. The input of a stop is rounded by the settings of its first site."""
     site, first = stop[position], stop[0]
     return SiteRequest(
         site.layout.dims,
-        making.recipes[site.path],
+        settings.recipes[site.path],
         site.bias is not None,
-        None if first.activations is None else making.activations[first.path],
+        None if first.activations is None else settings.activations[first.path],
         first.layout,
     )
 
 
-def _visit(stop, track, known):
-    """Quantizes the sites of one stop on one track, those that are not known. A shared matrix waits for its last use."""
-    rounded = _round_inputs(stop, track, next((one for one in known if one is not None), None))
-    at = functools.cache(lambda number: Gather(stop.streams, number, track.making.key, stop.devices, track.number))
-    gather = functools.cache(lambda *numbers: at(*numbers) if len(numbers) == 1 else Joint(list(map(at, numbers))))
+def _quantize_stop(stop, track, stored):
+    """Quantizes the sites of one stop on one track, except those in the store. A shared matrix waits for its last use."""
+    quantizer = _round_inputs(stop, track, next((one for one in stored if one is not None), None))
+    one = functools.cache(lambda index: Gather(stop.streams, index, track.settings.key, stop.devices, track.index))
+    gather = functools.cache(lambda *stops: one(*stops) if len(stops) == 1 else Joint(list(map(one, stops))))
     for position, site in enumerate(stop.sites):
-        if rounded is not None:
-            track.inputs.setdefault(site.path, {})[site.use] = rounded
-        place = stop.number, position
-        if place not in stop.uses:
+        if quantizer is not None:
+            track.inputs.setdefault(site.path, {})[site.use] = quantizer
+        at = stop.index, position
+        if at not in stop.uses:
             continue
-        solved, places = known[position], stop.uses[place]
+        solved, uses = stored[position], stop.uses[at]
         if solved is None:
-            stop.report.doing("gathering")
-            data = gather(*dict.fromkeys(number for number, _ in places))
-            solved = _solved(stop, position, track, data)._replace(rounded=rounded)
-            if stop.kept is not None:
-                stop.kept.write(*place, solved)
-        _take(stop, position, track, solved)
-        stop.report.done(float(jnp.mean(solved.solution.info.relative_error)))
+            stop.reporter.doing("gathering")
+            data = gather(*dict.fromkeys(index for index, _ in uses))
+            solved = _solve_site(stop, position, track, data)._replace(rounded=quantizer)
+            if stop.store is not None:
+                stop.store.write(*at, solved)
+        _install(stop, position, track, solved)
+        stop.reporter.done(float(jnp.mean(solved.solution.info.relative_error)))
 
 
-def _solved(stop, position, track, gather) -> SiteResult:
-    """Solves a site."""
-    site, making, place = stop.sites[position], track.making, (stop.number, position)
-    recipe = making.recipes[site.path]
+def _solve_site(stop, position, track, gather) -> SiteResult:
+    """Solves one site."""
+    site, settings, at = stop.sites[position], track.settings, (stop.index, position)
+    recipe = settings.recipes[site.path]
     W = site.matrices(stop.first.value(stop.first.program.params[site.leaf]))
-    draw = None if making.key is None else fold_in(making.key, zlib.crc32(site.path.encode()))
+    draw = None if settings.key is None else fold_in(settings.key, zlib.crc32(site.path.encode()))
     draw = None if draw is None else fold_in(draw, len(track.parts.get(site.path, ())))
     recipe.refuse(gather.count, W.shape[1], site.path)
     gathered = gather(recipe, W.shape, centred=site.bias is not None)
-    stop.report.doing("solving")
-    coupled = making.coupled.get(place)
+    stop.reporter.doing("solving")
+    coupled = settings.coupled.get(at)
     solve: Callable = functools.partial(_solve_lanes, data_laned=gather.laned) if track.laned else _solve
     if _in_slices(W.shape, recipe, coupled, stop.devices, track.laned):
         solve = _solve_slices
-    bucket = track.buckets.get(place) if isinstance(gathered.data, Gram) else None
+    bucket = track.buckets.get(at) if isinstance(gathered.data, Gram) else None
     weights, data, count = W, gathered.data, None
     if bucket is not None:
         weights, data, count = *fill(W, data, bucket), jnp.asarray(W.shape[-1])
     solution = solve(weights, data, recipe, draw, coupled, stop.devices, count)
-    _raise_on(solution.info, recipe, site.path, data, making.lanes, gather.laned)
+    _raise_on(solution.info, recipe, site.path, data, settings.lanes, gather.laned)
     solution = cut(solution, W.shape, code_dtype(recipe.grid))
     info = solution.info
     if gathered.used is not None:
-        lanes = (len(making.lanes or ()),) * track.laned
+        lanes = (len(settings.lanes or ()),) * track.laned
         info = dataclasses.replace(info, rows=jnp.broadcast_to(gathered.used, (*lanes, *W.shape[:1])))
     solution = solution._replace(info=info)
     if site.bias is None:
@@ -260,20 +262,20 @@ def _solved(stop, position, track, gather) -> SiteResult:
     return SiteResult(solution._replace(info=info), error, None)
 
 
-def _take(stop, position, track, solved):
-    """Puts a quantized weight into the quantized network, and keeps what the result needs of it."""
+def _install(stop, position, track, solved):
+    """Puts a quantized weight into the quantized network, and records its solution on the track."""
     first, site, solution = stop.first, stop.sites[position], solved.solution
     operand = _operand(solution.q, site.layout, _casts(first, site), track.laned)
     for stream in stop.streams:
-        for variable in dict.fromkeys(stream.stops[n][i].weight for n, i in stop.uses[stop.number, position]):
-            stream.replace(variable, operand, track.number)
+        for variable in dict.fromkeys(stream.stops[n][i].weight for n, i in stop.uses[stop.index, position]):
+            stream.replace(variable, operand, track.index)
     if solved.error is not None:
         _correct(stop, position, solved.error, track)
     done = track.parts.setdefault(site.path, [])
     done.append((site, solution._replace(q=None)))
-    if len(done) == stop.waiting[site.path]:
+    if len(done) == stop.matrix_counts[site.path]:
         leaf = first.program.params[site.leaf].aval
-        recipe = track.making.recipes[site.path]
+        recipe = track.settings.recipes[site.path]
         track.tensors[site.path] = tensor_of(done, leaf.shape, leaf.dtype, recipe, track.laned)
         infos = [solution.info for _, solution in track.parts.pop(site.path)]
         track.info[site.path] = track.lift(Info.join)(infos)
@@ -284,28 +286,28 @@ def _in_slices(size, recipe, coupled, devices, laned) -> bool:
 
 
 def _solve_slices(W, data, recipe, key, *_) -> Solution:
-    """The solution of one site, a run of neurons at a time."""
+    """The solution of one site, a slice of its neurons at a time."""
     return solve_sliced(W, data, recipe, key, code_dtype(recipe.grid))
 
 
 def _solve(W, data, recipe, key, coupled, devices, count) -> Solution:
-    """The solution of one site, of whose neurons `count` are real, all where that is None."""
+    """The solution of one site. The first `count` neurons are real, the others padding; None means that all are real."""
     if coupled is None:
         return solve_sharded(W, data, recipe, key, devices, count)
-    how, F = coupled
-    return solve_coupled(W, as_gram(data), F, recipe, key, how.damping, how.block)
+    coupling, F = coupled
+    return solve_coupled(W, as_gram(data), F, recipe, key, coupling.damping, coupling.block)
 
 
 @functools.partial(jax.jit, static_argnames=("devices", "data_laned"))
 def _solve_lanes(W, data, recipe, key, coupled, devices, count, data_laned) -> Solution:
-    """The solutions of one site, by lane."""
+    """The solutions of one site, one for each lane."""
     one = lambda W, data, recipe, key, coupled, count: _solve(W, data, recipe, key, coupled, devices, count)
     laned = False, data_laned, True, key is not None, coupled is not None, False
     return over_lanes(one, (W, data, recipe, key, coupled, count), laned)
 
 
 def _raise_on(info, recipe, name, data, lanes, data_laned):
-    """`raise_on`, which names the first lane that something is wrong with."""
+    """`raise_on`, with the name of the first lane that failed."""
     if lanes is None:
         return raise_on(info, recipe, name, data)
     for i in map(int, np.flatnonzero(~np.asarray(all_well(info, data)))):
@@ -314,38 +316,38 @@ def _raise_on(info, recipe, name, data, lanes, data_laned):
     return None
 
 
-def _round_inputs(stop, track, known) -> ActivationQuantizer | None:
-    """Chooses the grid of a stop's input and rounds it, if it is to be; as is known where its first site is."""
+def _round_inputs(stop, track, stored) -> ActivationQuantizer | None:
+    """Rounds the input of a stop if its activations are quantized, by the levels in the store or else newly chosen ones."""
     site = stop.sites[0]
     if site.activations is None:
         return None
-    settings = track.making.activations[site.path]
+    settings = track.settings.activations[site.path]
     settings.refuse(site.layout, site.path)
     tap = site.data
-    laned = track.laned, stop.first.has_lanes(tap.source, track.number)
+    laned = track.laned, stop.first.has_lanes(tap.source, track.index)
 
     def batches():
         for stream in stop.streams:
-            yield from stream.sources(stream.stops[stop.number][0].data, site.path, track.number)
+            yield from stream.sources(stream.stops[stop.index][0].data, site.path, track.index)
 
-    rounded = choose(settings, site.layout, batches, laned) if known is None else known.rounded
+    quantizer = choose(settings, site.layout, batches, laned) if stored is None else stored.rounded
     for stream in stop.streams:
         stream.round_inputs(
-            stream.stops[stop.number][0].data, track.number, functools.partial(_rounded, rounded, laned)
+            stream.stops[stop.index][0].data, track.index, functools.partial(_rounded, quantizer, laned)
         )
-    return rounded
+    return quantizer
 
 
 @functools.partial(jax.jit, static_argnames="laned")
-def _rounded(rounded, laned, x):
-    return round_by(rounded, x, laned)
+def _rounded(quantizer, laned, x):
+    return round_by(quantizer, x, laned)
 
 
 @functools.partial(jax.jit, static_argnames="laned")
 def _mean_error(means, W, q, exponent, laned):
-    """The mean error of each neuron (B, out), and the energy of its mean over all rows; `laned` are means and q.
+    """The mean error of each neuron (B, out), and the energy of its mean over all rows, in the unit of `Info`.
 
-    The energy in the unit of `Info`.
+    `laned`: whether the means, and whether q have lanes.
     """
 
     def one(W, means, q, exponent):
@@ -358,16 +360,16 @@ def _mean_error(means, W, q, exponent, laned):
 
 
 def _correct(stop, position, error, track):
-    """Takes a mean error off a bias: in the quantized network, and in the parameter that holds it."""
+    """Subtracts a mean error from a bias: in the quantized network, and in the parameter that holds it."""
     for stream in stop.streams:
-        site = stream.stops[stop.number][position]
+        site = stream.stops[stop.index][position]
         bias = site.bias
         change = track.lift(lambda error, bias=bias, site=site, read=stream.value: bias.change(site, error, read))(
             error
         )
-        old = stream.tracks[track.number].replaced.get(bias.operand)
+        old = stream.tracks[track.index].replaced.get(bias.operand)
         old = stream.value(bias.operand)[(None,) * track.laned] if old is None else old
-        stream.replace(bias.operand, (at_least_float32(old) + change).astype(old.dtype), track.number)
+        stream.replace(bias.operand, (at_least_float32(old) + change).astype(old.dtype), track.index)
         if stream is stop.first:
             leaf = at_least_float32(stream.value(stream.program.params[bias.leaf]))
             scatter = lambda x, bias=bias, shape=leaf.shape: bias.chain.scatter(x, shape, scaled=True)
@@ -376,7 +378,7 @@ def _correct(stop, position, error, track):
 
 
 def _casts(stream, site):
-    """The types a quantized weight passes through on its way from the parameter to the product."""
+    """The dtypes that a weight passes through between the parameter and the product."""
     steps = [eqn.outvars[position].aval.dtype for eqn, position in site.chain.steps if eqn.primitive.name in CASTS]
     return tuple(str(d) for d in (stream.program.params[site.leaf].aval.dtype, *steps))
 
@@ -390,11 +392,11 @@ def _operand(q, layout, casts, laned):
 
 
 def _output_error(streams, tracks) -> list[OutputError]:
-    """By track, how far the outputs are from those of the float network."""
+    """The error of the outputs against those of the float network, by track."""
     found: list[list[Comparison]] = [[] for _ in tracks]
     for stream in streams:
         for exact, quantized, weights in stream.finish():
             for track, outputs in zip(tracks, quantized, strict=True):
-                lanes = (len(track.making.lanes or ()),) * track.laned
-                found[track.number].append(Comparison.of(exact, outputs, lanes, weights))
+                lanes = (len(track.settings.lanes or ()),) * track.laned
+                found[track.index].append(Comparison.of(exact, outputs, lanes, weights))
     return [functools.reduce(operator.add, parts).error for parts in found]

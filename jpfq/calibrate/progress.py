@@ -37,7 +37,7 @@ class Step(NamedTuple):
     kind: Hashable  # of layers of one kind the first compiles; None where nothing is compiled
 
 
-class Report:
+class Reporter:
     """A report of a walk's progress. Nobody listens to this one."""
 
     def doing(self, what: str) -> None:
@@ -47,10 +47,10 @@ class Report:
         """The next layer is done, with this relative error."""
 
 
-SILENCE = Report()
+SILENCE = Reporter()
 
 
-class Progress(Report):
+class Progress(Reporter):
     """The progress of a run, and the time that it will take.
 
     Time left is work left at the speed so far, and for each kind of layer that is still to come what one took to compile.
@@ -63,7 +63,7 @@ class Progress(Report):
             show: told of every change, and whether a layer is done.
         """
         self.steps, self.show = steps, show
-        self.number, self.what = 0, "gathering"  # of the layer at work, or of the one just done
+        self.index, self.what = 0, "gathering"  # of the layer at work, or of the one just done
         self.finished, self.error = 0, None  # layers, and the error of the last of them
         self.compiler = Compiler(lambda: show(self, False))
         self.start, self.end = time.monotonic(), None  # when it will end, as far as is known
@@ -71,7 +71,7 @@ class Progress(Report):
     @property
     def step(self) -> Step:
         """The layer that is told of."""
-        return self.steps[self.number]
+        return self.steps[self.index]
 
     @property
     def gone(self) -> float:
@@ -85,11 +85,11 @@ class Progress(Report):
 
     def doing(self, what: str) -> None:
         if self.finished < len(self.steps):
-            self.number, self.what = self.finished, what
+            self.index, self.what = self.finished, what
             self.show(self, False)
 
     def done(self, error: float | None = None) -> None:
-        self.number, self.what, self.error = self.finished, "done", error
+        self.index, self.what, self.error = self.finished, "done", error
         self.finished += 1
         done, after = self.steps[: self.finished], self.steps[self.finished :]
         work = lambda steps: sum(LEAST + step.work for step in steps)
@@ -103,7 +103,7 @@ class Progress(Report):
     @property
     def state(self) -> str:
         """The work at hand on the layer; its error where it is done."""
-        if self.number < self.finished:
+        if self.index < self.finished:
             return self.what if self.error is None else f"error {self.error:.2%}"
         return "compiling" if self.compiler.at_work else self.what
 
@@ -177,7 +177,7 @@ class Compiler:
 
 
 @contextlib.contextmanager
-def progress_of(steps: Callable[[], Sequence[Step]], show: bool | None) -> Iterator[Report]:
+def progress_of(steps: Callable[[], Sequence[Step]], show: bool | None) -> Iterator[Reporter]:
     """Yields the `Report` that a walk reports to.
 
     Args:
@@ -237,12 +237,12 @@ def _print(line: str) -> None:
 @contextlib.contextmanager
 def _bar(console: Console, total: int) -> Iterator[Callable[[Progress, bool], None]]:
     """A bar on a terminal, which is gone at the end."""
-    told: list[Progress] = []
+    latest: list[Progress] = []
     columns = (
-        _Told(told, lambda progress: progress.step.name),
+        _Column(latest, lambda progress: progress.step.name),
         BarColumn(12),
-        _Told(told, _words),
-        _Told(told, lambda progress: progress.step.path, ratio=1),
+        _Column(latest, _in_words),
+        _Column(latest, lambda progress: progress.step.path, ratio=1),
     )
     own = _is_terminal(sys.stdout)  # what the model prints goes above the bar, but a file keeps it
     settings = {"transient": True, "expand": True, "refresh_per_second": 4, "redirect_stdout": own}
@@ -250,29 +250,29 @@ def _bar(console: Console, total: int) -> Iterator[Callable[[Progress, bool], No
         task = bar.add_task("", total=total)
 
         def show(progress: Progress, done: bool):
-            told[:] = [progress]
+            latest[:] = [progress]
             bar.update(task, completed=progress.finished)
 
         yield show
 
 
-def _words(progress: Progress) -> str:
+def _in_words(progress: Progress) -> str:
     """State, error and time in a few words."""
-    at_work = progress.number == progress.finished
+    at_work = progress.index == progress.finished
     before = f"last error {progress.error:.2%}, " if at_work and progress.error is not None else ""
     times = f"{clock(progress.gone)} gone" if progress.left is None else f"{clock(progress.left)} left"
     return f"{progress.state}, {before}{times}"
 
 
-class _Told(ProgressColumn):
+class _Column(ProgressColumn):
     """A column that says something of what was told last."""
 
-    def __init__(self, told: list[Progress], say: Callable[[Progress], str], ratio: int | None = None):
+    def __init__(self, latest: list[Progress], say: Callable[[Progress], str], ratio: int | None = None):
         super().__init__(Column(no_wrap=True, overflow="ellipsis", ratio=ratio))
-        self._told, self._say = told, say
+        self._latest, self._say = latest, say
 
     def render(self, task: Any) -> Text:
-        return Text("".join(map(self._say, self._told)))
+        return Text("".join(map(self._say, self._latest)))
 
 
 @contextlib.contextmanager

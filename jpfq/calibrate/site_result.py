@@ -1,4 +1,4 @@
-"""A solved site, and what a run asks of one."""
+"""The result of quantizing one site, and the request that it must match to be reused."""
 
 from typing import NamedTuple
 
@@ -10,18 +10,20 @@ from .activation import ActivationQuantizer, Activations
 
 
 class SiteResult(NamedTuple):
-    """The outcome of quantizing one site, as far as later sites and the result depend on it."""
+    """The result of quantizing one site: all that later sites and the final result depend on."""
 
     solution: Solution
-    error: jax.Array | None  # mean error of each neuron (B, out), which its bias takes; None where that stays as it is
-    rounded: ActivationQuantizer | None  # how the input is rounded; None if it is not
+    error: (
+        jax.Array | None
+    )  # mean error of each neuron (B, out), to subtract from its bias; None if no bias is corrected
+    rounded: ActivationQuantizer | None  # the quantizer of the input; None if the input is not quantized
 
 
 class SiteRequest(NamedTuple):
-    """The demands of a run on a site, which a record must fit."""
+    """The settings of a site in this run. A stored result is used only if it matches them."""
 
     dims: tuple[int, int, int]  # matrices, inputs, neurons
     recipe: Recipe
-    corrects: bool  # whether a bias takes the mean error
+    corrects: bool  # whether its bias is corrected
     activations: Activations | None
-    layout: Layout  # that the input is rounded by
+    layout: Layout  # of the input that is rounded

@@ -1,25 +1,25 @@
-"""Places of sites: which share a stop, and which one matrix."""
+"""Stops: the sites that read one input are quantized together. And sites that multiply by one matrix, at several stops."""
 
 import collections
 from collections.abc import Sequence
 
 from ..model.sites import Site
 
-Place = tuple[int, int]  # of a site: its stop, and its position there
+SiteIndex = tuple[int, int]  # the stop of a site, and its position there
 
 
-def stops(sites: Sequence[Site]) -> list[list[int]]:
-    """Numbers of the sites that read the same input, in the order of execution."""
+def group_by_input(sites: Sequence[Site]) -> list[list[int]]:
+    """The stops, in the order of execution: for each, the indices of the sites that read its input."""
     groups: dict = {}
-    for number, site in enumerate(sites):
-        groups.setdefault(site.reads, []).append(number)
-    return sorted(groups.values(), key=lambda numbers: min(sites[number].first for number in numbers))
+    for index, site in enumerate(sites):
+        groups.setdefault(site.reads, []).append(index)
+    return sorted(groups.values(), key=lambda indices: min(sites[index].first for index in indices))
 
 
-def served(stops: Sequence[Sequence[Site]]) -> dict[Place, list[Place]]:
-    """By the place where each matrix is quantized, which is the last of its uses, the places of all of them, in order."""
+def matrix_uses(stops: Sequence[Sequence[Site]]) -> dict[SiteIndex, list[SiteIndex]]:
+    """The uses of each matrix in order, by the last of them: there all its inputs have been seen, so it is quantized."""
     uses = collections.defaultdict(list)
-    for number, stop in enumerate(stops):
+    for index, stop in enumerate(stops):
         for position, site in enumerate(stop):
-            uses[site.shares or site.index].append((number, position))
-    return {places[-1]: places for places in uses.values()}
+            uses[site.shares or site.index].append((index, position))
+    return {indices[-1]: indices for indices in uses.values()}

@@ -12,7 +12,7 @@ from ..calibrate.activation import Activations
 from ..calibrate.batches import Shaped
 from ..calibrate.bias import find_biases
 from ..calibrate.curvature import curvatures
-from ..calibrate.stops import served
+from ..calibrate.stops import matrix_uses
 from ..matrix.arrays import are_finite
 from ..matrix.layout import ConvLayout
 from ..model.functional import Functional
@@ -156,7 +156,7 @@ def couple(
     first = analyses[0]
     how = {i: first.assignment.rules[site.path].coupling for i, site in enumerate(first.sites)}
     how = {i: coupling for i, coupling in how.items() if coupling is not None}
-    uses = served([[first.sites[i] for i in group] for group in groups])  # a shared matrix has one curvature
+    uses = matrix_uses([[first.sites[i] for i in group] for group in groups])  # a shared matrix has one curvature
     places = {groups[stop][i]: place for place, shared in uses.items() for stop, i in shared}
     needed = {coupling.measured for i, coupling in how.items() if places[i] not in solved}
     how = {i: coupling for i, coupling in how.items() if coupling.measured in needed}

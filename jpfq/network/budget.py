@@ -21,7 +21,7 @@ from ..calibrate.curvature import derivatives, signs, weigh
 from ..calibrate.gather import Gather
 from ..calibrate.progress import progress_of
 from ..calibrate.row_weights import of_outputs
-from ..calibrate.stops import served, stops
+from ..calibrate.stops import group_by_input, matrix_uses
 from ..calibrate.stream import Stream
 from ..matrix import Gram, solve_all
 from ..matrix.explicit_mesh import context
@@ -94,24 +94,24 @@ def _budget(functional, batches, average_bits, widths, rule, key, progress):
     counted = of_outputs(program, functional.leaves, shaped.leaves[:1], shaped.weights[:1])[0]
     draw = jax.random.key(0) if key is None else key
     weights = _influence(program, functional.leaves, shaped.leaves[0], sites, draw, counted)
-    groups = stops(sites)
+    groups = group_by_input(sites)
     stream = Stream(
         program, functional.leaves, shaped.leaves, shaped.weights, [[sites[i] for i in stop] for stop in groups]
     )
     paths = list(dict.fromkeys(site.path for site in sites))
     sizes = dict.fromkeys(paths, 0)
     costs = {path: np.zeros(len(widths)) for path in paths}
-    uses = served(stream.stops)
+    uses = matrix_uses(stream.stops)
     steps = lambda: [step for stop in steps_of([analysis], [len(shaped.leaves)]) for step in stop]
-    with progress_of(steps, progress) as report:
+    with progress_of(steps, progress) as reporter:
         for number, group in enumerate(groups):
-            report.doing("gathering")
+            reporter.doing("gathering")
             stream.advance(number)
             at = functools.cache(lambda stop: Gather([stream], stop, typed(key)))
             for position, i in enumerate(group):
                 if (number, position) not in uses:
                     continue  # a shared matrix waits for its last use
-                report.doing("gathering")
+                reporter.doing("gathering")
                 site, recipe = sites[i], analysis.assignment.recipes[sites[i].path]
                 W = site.matrices(stream.value(program.params[site.leaf]))
                 plain = dataclasses.replace(recipe, scale=MinMSE(), finish=None, rounding=Nearest(), form="gram")
@@ -119,7 +119,7 @@ def _budget(functional, batches, average_bits, widths, rule, key, progress):
                     grams: dict[Any, Any] = {use: at(use[0]).of(Gram).data for use in uses[number, position]}
                 gram = functools.reduce(Gram.merge, grams.values())
                 sizes[site.path] += W.size
-                report.doing("solving")
+                reporter.doing("solving")
                 for j, bits in enumerate(widths):
                     q = solve_all(W, gram, dataclasses.replace(plain, grid=Codes.of(grid_of_bits(bits))), None).q
                     for (stop, where), own in grams.items():
@@ -127,7 +127,7 @@ def _budget(functional, batches, average_bits, widths, rule, key, progress):
                         most = float(influence.max()) or 1.0
                         cost, k = _cost(own, W, q, jnp.asarray(influence / most, W.dtype))
                         costs[site.path][j] += math.ldexp(most * float(cost), 2 * int(k))
-                report.done()
+                reporter.done()
     if wrong := [path for path in paths if not np.isfinite(costs[path]).all()]:
         raise ValueError(f"The calibration data of {wrong[0]} overflow: its Gram is not finite. Scale the inputs down.")
     chosen = allocate(np.stack([costs[p] for p in paths]), [sizes[p] for p in paths], widths, average_bits)

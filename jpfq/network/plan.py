@@ -14,7 +14,7 @@ from ..calibrate.batches import shapes_of
 from ..calibrate.gather import rows_shape
 from ..calibrate.liveness import forks, needs
 from ..calibrate.progress import Step
-from ..calibrate.stops import Place, served, stops
+from ..calibrate.stops import SiteIndex, group_by_input, matrix_uses
 from ..matrix import Natural, Recipe, code_dtype, slice_width
 from ..matrix.arrays import HALVES
 from ..matrix.conv_gram import at_a_time, copies, correlates, pays
@@ -173,7 +173,7 @@ def steps_of(
     analyses: Sequence[Analysis],
     batches: Sequence[int],
     *,
-    solved: Container[Place] = (),
+    solved: Container[SiteIndex] = (),
     fresh: bool = False,
 ) -> list[list[Step]]:
     """The layers as they will be done, by stop, and the work of each.
@@ -187,8 +187,8 @@ def steps_of(
     forked = [forks(a.program, a.sites)[0] for a in analyses]
     lines = [_lines(a, variables, n) for a, variables, n in zip(analyses, forked, batches, strict=True)]
     sites, assignment = analyses[0].sites, analyses[0].assignment
-    groups = stops(sites)
-    uses = served([[sites[i] for i in group] for group in groups])
+    groups = group_by_input(sites)
+    uses = matrix_uses([[sites[i] for i in group] for group in groups])
     through = lambda i: sum(_forward(a.sites[i], n) for a, n in zip(analyses, batches, strict=True))
     forward = [sum(map(through, group)) for group in groups]
     forward = list(itertools.accumulate(forward)) if fresh else forward
@@ -288,9 +288,9 @@ def _gram(layout: Layout, shape: tuple[int, ...], rows: int, whole: bool, networ
 
 def _calibration(analysis: Analysis, forked_equations: set[int], lines: dict[int, Line], batches: int) -> Memory:
     """The walk with sizes in place of arrays."""
-    program, groups = analysis.program, stops(analysis.sites)
+    program, groups = analysis.program, group_by_input(analysis.sites)
     ends = [min(analysis.sites[i].first for i in group) for group in groups]
-    solved = served([[analysis.sites[i] for i in group] for group in groups])
+    solved = matrix_uses([[analysis.sites[i] for i in group] for group in groups])
     first_need, last_need = needs(program)
     live = {v: _bytes(v) for v in program.inputs}  # of one batch
     kernels: dict = {}  # by what they are, their bytes and the last equation that needs them

@@ -10,10 +10,10 @@ import jax
 
 from ..calibrate.batches import Shaped, naming, read_batches, shapes_of
 from ..calibrate.hosts import check_hosts, leaves_of, spans_hosts
-from ..calibrate.loop import CalibrationResult, TrackSettings, walk
+from ..calibrate.loop import CalibrationResult, TrackSettings, calibrate
 from ..calibrate.progress import Step, progress_of
-from ..calibrate.stops import stops
-from ..calibrate.stream import Stream
+from ..calibrate.stops import group_by_input
+from ..calibrate.stream import Stream, StreamOptions
 from ..matrix import Devices
 from ..matrix.explicit_mesh import automatic, context, is_traced
 from ..model.adapters import adapt
@@ -101,34 +101,33 @@ def quantize(
         analyses = rule_all(placed, traced, rules, strict)
         first, key = analyses[0], automatic(typed(key))
         check_key(first.assignment, key)
-        kept, stopping = None, contextlib.nullcontext()
+        store, stopping = None, contextlib.nullcontext()
         if checkpoint is not None:
             from ..storage.checkpoint import Checkpoint, stoppable
 
             programs = [one.program for one in traced]
             own = {"key": key, "reference": reference, "fresh batches": fresh is not None}
-            kept = Checkpoint.of(checkpoint, placed, programs, shaped, devices, rules, **own)
-            held.enter_context(contextlib.closing(kept))
-            stopping = stoppable(kept)
-        groups, rebases = stops(first.sites), reference == "block"
-        coupled = couple(placed, analyses, shaped, groups, key, kept.sites if kept else ())
-        making = TrackSettings(first.assignment.recipes, activations_of(first.assignment), key, coupled)
-        streams = streams_of(
-            placed, analyses, shaped, groups, offload=offload, rebases=rebases, keeps=fresh is not None
-        )
-        counts, solved = [len(group.leaves) for group in shaped], kept.sites if kept else ()
+            store = Checkpoint.of(checkpoint, placed, programs, shaped, devices, rules, **own)
+            held.enter_context(contextlib.closing(store))
+            stopping = stoppable(store)
+        groups, rebases = group_by_input(first.sites), reference == "block"
+        coupled = couple(placed, analyses, shaped, groups, key, store.sites if store else ())
+        track = TrackSettings(first.assignment.recipes, activations_of(first.assignment), key, coupled)
+        options = StreamOptions(offload, rebases, keeps_history=fresh is not None)
+        streams = streams_of(placed, analyses, shaped, groups, options=options)
+        counts, solved = [len(group.leaves) for group in shaped], store.sites if store else ()
         shapes, example = [x.shape for x in shaped[0].leaves[0]], shapes_of(shaped[0].example)
         finite = [group.finite for group in shaped]
         del shaped  # the streams let inputs go once they are used
         with (
-            progress_of(lambda: steps(analyses, counts, solved, fresh is not None), progress) as report,
+            progress_of(lambda: steps(analyses, counts, solved, fresh is not None), progress) as reporter,
             stopping,
             naming(finite),
         ):
             block = block_of if rebases else None
-            refresh = _refresh(fresh, shapes, offload, kept, finite) if fresh else None
-            (walked,), peak = walk(streams, [making], report, block, refresh, devices, kept)
-        return assemble(functional, walked, first.assignment.skipped, peak, example, uses_of(first.sites))
+            refresh = _fresh_streams(fresh, shapes, offload, store, finite) if fresh else None
+            (result,), peak = calibrate(streams, [track], reporter, block, refresh, devices, store)
+        return assemble(functional, result, first.assignment.skipped, peak, example, uses_of(first.sites))
 
 
 def steps(analyses: Sequence[Analysis], counts: Sequence[int], solved: Container, fresh: bool) -> list[Step]:
@@ -158,8 +157,15 @@ def place(
     return placed, shaped, devices
 
 
-def streams_of(functional: Functional, analyses, shaped: Sequence[Shaped], groups, **settings) -> list[Stream]:
-    """One stream for each shape of batch; `groups` are the numbers of the sites at each stop."""
+def streams_of(
+    functional: Functional,
+    analyses: Sequence[Analysis],
+    shaped: Sequence[Shaped],
+    groups: Sequence[Sequence[int]],
+    laned: Sequence[bool] = (False,),
+    options: StreamOptions = StreamOptions(),
+) -> list[Stream]:
+    """One stream for each shape of batch; `groups` are the indices of the sites at each stop."""
     return [
         Stream(
             a.program,
@@ -167,7 +173,8 @@ def streams_of(functional: Functional, analyses, shaped: Sequence[Shaped], group
             group.leaves,
             group.weights,
             [[a.sites[i] for i in stop] for stop in groups],
-            **settings,
+            laned,
+            options,
         )
         for a, group in zip(analyses, shaped, strict=True)
     ]
@@ -175,7 +182,7 @@ def streams_of(functional: Functional, analyses, shaped: Sequence[Shaped], group
 
 def assemble(
     functional: Functional,
-    walked: CalibrationResult,
+    result: CalibrationResult,
     skipped: dict[str, str],
     peak: int,
     example: Any,
@@ -185,16 +192,16 @@ def assemble(
     leaves = list(functional.leaves)
     for index, path in enumerate(functional.paths):
         if functional.trainable[index]:
-            if path in walked.tensors:
-                leaves[index] = like(walked.tensors[path].dequantize(), leaves[index])
-            elif path in walked.biases:
-                leaves[index] = like(walked.biases[path].astype(leaves[index].dtype), leaves[index])
+            if path in result.tensors:
+                leaves[index] = like(result.tensors[path].dequantize(), leaves[index])
+            elif path in result.biases:
+                leaves[index] = like(result.biases[path].astype(leaves[index].dtype), leaves[index])
     rebuilt = functional.rebuild(leaves)
-    outputs = walked.output_error.whole
-    tensors, info, inputs = walked.tensors, walked.info, walked.inputs
+    outputs = result.output_error.whole
+    tensors, info, inputs = result.tensors, result.info, result.inputs
     home = dict(zip(functional.paths, functional.leaves, strict=True))
     if not any(
-        map(is_traced, jax.tree.leaves(walked.tensors))
+        map(is_traced, jax.tree.leaves(result.tensors))
     ):  # codes lie as their kernel does, and all else beside them
         tensors = {path: _placed(tensor, home[path]) for path, tensor in tensors.items()}
         info = {path: on_mesh_of(home[path], x) for path, x in info.items()}
@@ -207,7 +214,7 @@ def assemble(
         info,
         skipped,
         inputs,
-        tuple(walked.biases),
+        tuple(result.biases),
         outputs.figure,
         peak,
         dataclasses.replace(functional, leaves=tuple(map(automatic, leaves))),
@@ -224,7 +231,7 @@ def uses_of(sites: Sequence[Site]) -> dict[str, int]:
     return {site.path: len(site.shares) for site in sites if site.shares}
 
 
-def _refresh(fresh, shapes, offload, kept, finite):
+def _fresh_streams(fresh, shapes, offload, store, finite):
     """Gives a stream other batches; of these `finite` is told."""
 
     def refresh(stream, number):
@@ -232,10 +239,10 @@ def _refresh(fresh, shapes, offload, kept, finite):
         for group in groups:
             if len(groups) > 1 or [x.shape for x in group.leaves[0]] != shapes:
                 raise ValueError(f"The batches for stop {number} are not all of the first one's shapes {shapes}.")
-        if kept is not None:
-            kept.meet(number, groups[0])
+        if store is not None:
+            store.meet(number, groups[0])
         finite[:] = [groups[0].finite]
-        return stream.anew(groups[0].leaves, groups[0].weights, number)
+        return stream.replay(groups[0].leaves, groups[0].weights, number)
 
     return refresh
 

@@ -19,7 +19,7 @@ from ..model.functional import flatten
 from ..network.certify import any_codes_bits
 from ..network.quantized import Quantized
 from ..storage.files import hidden, writing
-from . import result_plots
+from . import result_plots as plots
 from .html import Cell, Markup, breakable, document, folded, section, table, tag
 from .svg import Frame, Pictures, check_matplotlib
 
@@ -34,7 +34,7 @@ def report(
     path: str | os.PathLike,
     *,
     params: Any = None,
-    sweep: result_plots.Swept | None = None,
+    sweep: plots.Swept | None = None,
     title: str | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -58,7 +58,7 @@ def report(
     return path.absolute()
 
 
-def html(quantized: Quantized, weights: dict[str, Any], sweep: result_plots.Swept | None, title: str) -> str:
+def html(quantized: Quantized, weights: dict[str, Any], sweep: plots.Swept | None, title: str) -> str:
     """The page as text. `weights` are those before quantization, by path, where they are known."""
     draw = Pictures()
     parts = [tag("h1", title), _lead(quantized), _cards(quantized)]
@@ -89,7 +89,7 @@ def _cards(quantized):
     if tensors:
         sizes = {path: tensor.codes.size for path, tensor in tensors.items()}
         entropy = sum(sizes[path] * float(quantized.info[path].entropy) for path in tensors) / sum(sizes.values())
-        before, after = sum(map(result_plots.float_bytes, tensors.values())), quantized.nbytes
+        before, after = sum(map(plots.float_bytes, tensors.values())), quantized.nbytes
         leaves = quantized._functional.leaves
         every = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray)))
         whole = f"the whole network {(every - before + after) / every:.3f} of {_bytes(every)}"
@@ -107,11 +107,11 @@ def _cards(quantized):
 def _depth(quantized, draw):
     """Pictures of all kernels in order."""
     pictures = {
-        result_plots.errors: "Errors of the kernels' outputs. The floor is what no grid would remove, however fine: it comes with "
+        plots.errors: "Errors of the kernels' outputs. The floor is what no grid would remove, however fine: it comes with "
         "the inputs, which kernels before have made.",
-        result_plots.bits: "Bits per weight. What lies between the bars and the dots, an entropy coder would save.",
-        result_plots.sizes: "Size of each kernel, before and after.",
-        result_plots.saturation: "Weights that wanted to go more than half a step beyond the grid. Where they are many, the grid is "
+        plots.bits: "Bits per weight. What lies between the bars and the dots, an entropy coder would save.",
+        plots.sizes: "Size of each kernel, before and after.",
+        plots.saturation: "Weights that wanted to go more than half a step beyond the grid. Where they are many, the grid is "
         "narrow.",
     }
     made = [_figure(draw(partial(f, quantized), WIDE, words), words) for f, words in pictures.items()]
@@ -179,7 +179,7 @@ def _histograms(quantized, weights, draw):
 
 def _histogram(tensor, weights, ax):
     """Without words, which the page says once for all."""
-    result_plots.histogram(tensor, weights, ax).set(xlabel="", ylabel="")
+    plots.histogram(tensor, weights, ax).set(xlabel="", ylabel="")
     ax.locator_params("x", nbins=6)
     ax.locator_params("y", nbins=4)
     if ax.get_legend() is not None:
@@ -198,7 +198,7 @@ def _accumulators(quantized, draw):
     return section(
         "Accumulators",
         tag("p", words, " Needed is what these codes take; of any codes, what any on the grid could.", class_="lead"),
-        tag("div", _figure(draw(partial(result_plots.accumulators, quantized), WIDE, words)), class_="pictures"),
+        tag("div", _figure(draw(partial(plots.accumulators, quantized), WIDE, words)), class_="pictures"),
         table(head, rows, words=2, class_="sorted"),
     )
 
@@ -240,7 +240,7 @@ def _sweep(sweep, draw):
     return section(
         "Sweep",
         tag("p", words, class_="lead"),
-        tag("div", _figure(draw(partial(result_plots.front, sweep), WIDE, words)), class_="pictures"),
+        tag("div", _figure(draw(partial(plots.front, sweep), WIDE, words)), class_="pictures"),
         folded("All settings", table(["front", *records[0]], rows, words=1, class_="sorted")),
     )
 

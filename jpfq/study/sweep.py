@@ -19,9 +19,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ..calibrate.batches import Shaped, naming, shapes_of
-from ..calibrate.loop import TrackSettings, walk
-from ..calibrate.progress import Report, Step, progress_of
-from ..calibrate.stops import stops
+from ..calibrate.loop import TrackSettings, calibrate
+from ..calibrate.progress import Reporter, Step, progress_of
+from ..calibrate.stops import group_by_input
+from ..calibrate.stream import StreamOptions
 from ..matrix.explicit_mesh import automatic, context, no_mesh
 from ..matrix.lanes import lane, over_lanes, stack
 from ..model.adapters import adapt
@@ -109,23 +110,23 @@ def sweep(
             devices, key = None, mesh.place(key)
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh.mesh):
             settings = _settings(placed, shaped, space, automatic(typed(key)), strict)
-            walks = _partition(settings, range(len(settings)), _walk_key)
-            _check_memory(settings, walks, shaped, lanes, offload, memory)
+            runs = _partition(settings, range(len(settings)), _run_key)
+            _check_memory(settings, runs, shaped, lanes, offload, memory)
             chunks, size = [], _Size(lanes, 1 if mesh is None else mesh.size)
             finite = [group.finite for group in shaped]
             counts = [len(group.leaves) for group in shaped]
-            steps = lambda: [step for numbers in walks for step in _steps(settings, numbers, size, counts)]
-            with progress_of(steps, progress) as report, naming(finite):
-                for numbers in walks:
-                    chunks += _walk(placed, shaped, settings, numbers, size, offload, report, devices)
+            steps = lambda: [step for indices in runs for step in _steps(settings, indices, size, counts)]
+            with progress_of(steps, progress) as reporter, naming(finite):
+                for indices in runs:
+                    chunks += _calibrate(placed, shaped, settings, indices, size, offload, reporter, devices)
             example = shapes_of(shaped[0].example)
             losses = {} if evaluate is None else _losses(functional, placed.leaves, settings, chunks, evaluate, example)
     records: list = [None] * len(settings)
     for chunk in chunks:
         with no_mesh():
-            shaped_tensors = jax.eval_shape(lambda tensors: lane(tensors, 0), chunk.walked.tensors)
-        for where, number in enumerate(chunk.numbers):
-            records[number] = _record(settings[number], chunk, where, shaped_tensors, losses.get(number))
+            shaped_tensors = jax.eval_shape(lambda tensors: lane(tensors, 0), chunk.result.tensors)
+        for where, index in enumerate(chunk.indices):
+            records[index] = _record(settings[index], chunk, where, shaped_tensors, losses.get(index))
     assignments = [setting.first.assignment for setting in settings]
     uses = [uses_of(setting.first.sites) for setting in settings]
     return Sweep(records, assignments, uses, chunks, functional, example, mesh)
@@ -166,10 +167,10 @@ def _settings(functional, shaped, space, key, strict) -> list[_Setting]:
     return settings
 
 
-def _parts(settings, numbers, lanes: _Size) -> list[list[int]]:
+def _parts(settings, indices, lanes: _Size) -> list[list[int]]:
     """The settings of a walk by track, the last of each repeated to fill it up."""
     parts = []
-    for alike in _partition(settings, numbers, _track_key):
+    for alike in _partition(settings, indices, _track_key):
         size = lanes.of(len(alike))
         for start in range(0, len(alike), size):
             part = alike[start : start + size]
@@ -177,10 +178,10 @@ def _parts(settings, numbers, lanes: _Size) -> list[list[int]]:
     return parts
 
 
-def _steps(settings, numbers, lanes: _Size, counts: Sequence[int]) -> list[Step]:
+def _steps(settings, indices, lanes: _Size, counts: Sequence[int]) -> list[Step]:
     """The layers of a walk as they will be done: at each stop those of one track after the other."""
     found = []
-    for part in _parts(settings, numbers, lanes):
+    for part in _parts(settings, indices, lanes):
         size = len(set(part))
         of = f", {size} of {len(settings)} settings" if size < len(settings) else ""
         stops = steps_of(settings[part[0]].analyses, counts)
@@ -188,20 +189,20 @@ def _steps(settings, numbers, lanes: _Size, counts: Sequence[int]) -> list[Step]
     return [step for tracks in zip(*found, strict=True) for stop in tracks for step in stop]
 
 
-def _walk(
-    functional, shaped: Sequence[Shaped], settings, numbers, lanes: _Size, offload, report: Report, devices
+def _calibrate(
+    functional, shaped: Sequence[Shaped], settings, indices, lanes: _Size, offload, reporter: Reporter, devices
 ) -> list[Chunk]:
     """One walk of the model for settings that stop at the same places."""
-    first = settings[numbers[0]]
-    groups = stops(first.first.sites)
-    parts = _parts(settings, numbers, lanes)
-    makings = [_making(functional, shaped, settings, part, groups) for part in parts]
-    streams = streams_of(functional, first.analyses, shaped, groups, offload=offload, laned=[True] * len(parts))
-    walked, peak = walk(streams, makings, report, devices=devices)
-    return [Chunk(part, found, peak) for part, found in zip(parts, walked, strict=True)]
+    first = settings[indices[0]]
+    groups = group_by_input(first.first.sites)
+    parts = _parts(settings, indices, lanes)
+    track_settings = [_track_settings(functional, shaped, settings, part, groups) for part in parts]
+    streams = streams_of(functional, first.analyses, shaped, groups, [True] * len(parts), StreamOptions(offload))
+    results, peak = calibrate(streams, track_settings, reporter, devices=devices)
+    return [Chunk(part, found, peak) for part, found in zip(parts, results, strict=True)]
 
 
-def _making(functional, shaped, settings, part, groups) -> TrackSettings:
+def _track_settings(functional, shaped, settings, part, groups) -> TrackSettings:
     """The `TrackSettings` of the settings of a chunk, as lanes."""
     mine = [settings[i] for i in part]
     assignments = [setting.first.assignment for setting in mine]
@@ -229,15 +230,15 @@ def _losses(functional, leaves, settings, chunks, evaluate, example) -> dict[int
     shapes, structure = jax.tree.flatten(example)
     static = structure, tuple((x.shape, x.dtype) for x in shapes)
     for chunk in chunks:
-        skipped = tuple(settings[chunk.numbers[0]].first.assignment.skipped.items())
+        skipped = tuple(settings[chunk.indices[0]].first.assignment.skipped.items())
         try:
-            found = scores(chunk.walked, leaves, skipped, chunk.peak, static)
+            found = scores(chunk.result, leaves, skipped, chunk.peak, static)
         except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
             raise ValueError(
                 "evaluate is compiled, but it turns arrays into Python numbers or NumPy arrays, with float() or np.asarray "
                 f"for example. Make it of jax.numpy, and return an array of shape (). JAX says: {error}"
             ) from error
-        losses |= dict(zip(chunk.numbers, np.asarray(found).tolist(), strict=True))
+        losses |= dict(zip(chunk.indices, np.asarray(found).tolist(), strict=True))
     return losses
 
 
@@ -250,20 +251,20 @@ def _scores(functional, evaluate) -> Callable:
     if functional.identity is None or key not in _compiled:
         bare = dataclasses.replace(functional, leaves=())
 
-        def scores(walked, leaves, skipped, peak, static):
+        def scores(result, leaves, skipped, peak, static):
             structure, shapes = static
             example = structure.unflatten([jax.ShapeDtypeStruct(*x) for x in shapes])
 
-            def one(walked, leaves):
+            def one(result, leaves):
                 own = dataclasses.replace(bare, leaves=leaves)
-                loss = jnp.asarray(evaluate(assemble(own, walked, dict(skipped), peak, example)))
+                loss = jnp.asarray(evaluate(assemble(own, result, dict(skipped), peak, example)))
                 if loss.ndim or not jnp.issubdtype(loss.dtype, jnp.number):
                     raise ValueError(
                         f"evaluate returns one number for a network; got shape {loss.shape}, {loss.dtype}."
                     )
                 return loss.astype(float)
 
-            return over_lanes(one, (walked, leaves), (True, False))
+            return over_lanes(one, (result, leaves), (True, False))
 
         compiled = jax.jit(scores, static_argnames=("skipped", "peak", "static"))
         if functional.identity is None:
@@ -280,7 +281,7 @@ def _record(setting: _Setting, chunk: Chunk, where: int, shaped: dict, loss: flo
     recipes = setting.first.assignment.recipes
     tensors = [dataclasses.replace(tensor, grid=recipes[path].grid) for path, tensor in shaped.items()]
     nbytes = sum(tensor.nbytes for tensor in tensors)
-    output_error = lane(chunk.walked.output_error, where).whole.figure
+    output_error = lane(chunk.result.output_error, where).whole.figure
     figures = (
         output_error if loss is None else loss,
         output_error,
@@ -290,20 +291,20 @@ def _record(setting: _Setting, chunk: Chunk, where: int, shaped: dict, loss: flo
     return setting.point | dict(zip(FIGURES, figures, strict=True))
 
 
-def _partition(settings, numbers: Iterable[int], key: Callable) -> list[list[int]]:
+def _partition(settings, indices: Iterable[int], key: Callable) -> list[list[int]]:
     """The numbers by the key of their setting, in order of first appearance."""
     parts: dict = {}
-    for i in numbers:
+    for i in indices:
         parts.setdefault(key(settings[i]), []).append(i)
     return list(parts.values())
 
 
-def _walk_key(setting: _Setting):
+def _run_key(setting: _Setting):
     """The key that settings of one walk have in common: where it stops, and what is looked at there."""
     return tuple(
         (
             tuple((s.path, s.index, s.patches, s.bias is not None, s.activations is not None) for s in analysis.sites),
-            tuple(map(tuple, stops(analysis.sites))),
+            tuple(map(tuple, group_by_input(analysis.sites))),
         )
         for analysis in setting.analyses
     )
@@ -317,15 +318,15 @@ def _track_key(setting: _Setting):
     return structure, tuple(jnp.shape(x) for x in leaves), setting.key is None
 
 
-def _check_memory(settings, walks, shaped, lanes, offload, memory):
+def _check_memory(settings, runs, shaped, lanes, offload, memory):
     """Refuses what would not fit, by the plan of one setting times their number."""
     limit = _device_memory() if memory is None else memory
     if limit is None:
         return
-    for numbers in walks:
-        plan = plan_of(settings[numbers[0]].first, sum(len(group.leaves) for group in shaped))
+    for indices in runs:
+        plan = plan_of(settings[indices[0]].first, sum(len(group.leaves) for group in shaped))
         solving = max(line.workspace for line in plan.lines)
-        count = len(numbers)
+        count = len(indices)
         held = (plan.stages["calibration"].total - solving) * (1 if offload else count)
         total = held + solving * min(lanes or count, count)
         if total <= limit:

@@ -24,8 +24,8 @@ from .plot import loss_against_bits
 class Chunk(NamedTuple):
     """Settings that are lanes of one track: their numbers in the space, the last repeated to fill up."""
 
-    numbers: list[int]
-    walked: CalibrationResult
+    indices: list[int]
+    result: CalibrationResult
     peak: int
 
 
@@ -57,15 +57,15 @@ class Sweep:
         return len(self.records)
 
     @anywhere
-    def __getitem__(self, number: int) -> Quantized:
+    def __getitem__(self, index: int) -> Quantized:
         """The quantized network of a setting: what `quantize` returns for it."""
-        number = range(len(self.records))[number]
-        chunk = next(chunk for chunk in self._chunks if number in chunk.numbers)
-        own = self._assignments[number]
-        walked = lane_of(chunk.walked, chunk.numbers.index(number), own)
+        index = range(len(self.records))[index]
+        chunk = next(chunk for chunk in self._chunks if index in chunk.indices)
+        own = self._assignments[index]
+        result = lane_of(chunk.result, chunk.indices.index(index), own)
         if self._mesh is not None:
-            walked = self._mesh.back(walked, self._functional.leaves[0])
-        return assemble(self._functional, walked, own.skipped, chunk.peak, self._example, self._uses[number])
+            result = self._mesh.back(result, self._functional.leaves[0])
+        return assemble(self._functional, result, own.skipped, chunk.peak, self._example, self._uses[index])
 
     @property
     def front(self) -> list[int]:
@@ -126,8 +126,8 @@ class Sweep:
     def __str__(self) -> str:
         front = set(self.front)
         head = [*self.records[0], "front"]
-        number = lambda x: f"{x:.5g}" if isinstance(x, float) else str(x)
-        rows = [[*map(number, record.values()), "*" if i in front else ""] for i, record in enumerate(self.records)]
+        shown = lambda x: f"{x:.5g}" if isinstance(x, float) else str(x)
+        rows = [[*map(shown, record.values()), "*" if i in front else ""] for i, record in enumerate(self.records)]
         lines = [table(head, rows)]
         if any(record["output_error"] != record["output_error"] for record in self.records):
             lines.append(
@@ -136,15 +136,15 @@ class Sweep:
         return "\n\n".join(lines)
 
 
-def lane_of(walked: CalibrationResult, i: int, assignment) -> CalibrationResult:
+def lane_of(result: CalibrationResult, i: int, assignment) -> CalibrationResult:
     """One lane, with the settings as they were given."""
-    own = lane(walked, i)
+    own = lane(result, i)
     grids = {path: recipe.grid for path, recipe in assignment.recipes.items()}
     tensors = {
         path: dataclasses.replace(
             own.tensors[path], grid=grids[path], codes=own.tensors[path].codes.astype(code_dtype(grids[path]))
         )
-        for path in walked.tensors  # in the order of the walk, where a pytree is in that of the names
+        for path in result.tensors  # in the order of the walk, where a pytree is in that of the names
     }
     info = {path: own.info[path] for path in tensors}
     activations = activations_of(assignment)
