@@ -322,7 +322,7 @@ def _round_inputs(stop, track, stored) -> ActivationQuantizer | None:
     if site.activations is None:
         return None
     settings = track.settings.activations[site.path]
-    settings.refuse(site.layout, site.path)
+    settings.check_layer(site.layout, site.path)
     tap = site.data
     laned = track.laned, stop.first.has_lanes(tap.source, track.index)
 

@@ -98,7 +98,7 @@ def _as_ruled(site, rule, bias):
     """A site with what its rule says of the layer."""
     activations = rule.inputs()
     if activations is not None:
-        activations.refuse(site.layout, site.path)
+        activations.check_layer(site.layout, site.path)
     bias = bias if rule.correct_bias else None
     return dataclasses.replace(site, activations=activations, patches=rule.patches, bias=bias)
 

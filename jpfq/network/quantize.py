@@ -197,7 +197,7 @@ def assemble(
             elif path in result.biases:
                 leaves[index] = like(result.biases[path].astype(leaves[index].dtype), leaves[index])
     rebuilt = functional.rebuild(leaves)
-    outputs = result.output_error.whole
+    outputs = result.output_error.overall
     tensors, info, inputs = result.tensors, result.info, result.inputs
     home = dict(zip(functional.paths, functional.leaves, strict=True))
     if not any(
@@ -215,7 +215,7 @@ def assemble(
         skipped,
         inputs,
         tuple(result.biases),
-        outputs.figure,
+        outputs.error_or_nan,
         peak,
         dataclasses.replace(functional, leaves=tuple(map(automatic, leaves))),
         rebuilt.get("model"),

@@ -41,7 +41,7 @@ def evaluate(subject: Subject, quantized: Quantized) -> dict[str, Any]:
         exact, made = outputs(leaves, {}, batch), outputs(new, {}, batch)
         weights.append(_compared(exact, made, counted))
         whole.append(_compared(exact, outputs(new, inputs, batch), counted) if inputs else weights[-1])
-    weights, whole = (functools.reduce(operator.add, parts).error.whole for parts in (weights, whole))
+    weights, whole = (functools.reduce(operator.add, parts).error.overall for parts in (weights, whole))
     return {
         "float_score": subject.score(),
         "score": subject.score(quantized),
@@ -69,4 +69,4 @@ def _compared(exact, made, counted) -> Comparison:
 
 def _figure(outputs: OutputError) -> float | None:
     """The error of all outputs; None where there is none to tell."""
-    return outputs.figure if outputs.unmatched or outputs.error == outputs.error else None
+    return outputs.error_or_nan if outputs.unmatched or outputs.error == outputs.error else None

@@ -281,7 +281,7 @@ def _record(setting: _Setting, chunk: Chunk, where: int, shaped: dict, loss: flo
     recipes = setting.first.assignment.recipes
     tensors = [dataclasses.replace(tensor, grid=recipes[path].grid) for path, tensor in shaped.items()]
     nbytes = sum(tensor.nbytes for tensor in tensors)
-    output_error = lane(chunk.result.output_error, where).whole.figure
+    output_error = lane(chunk.result.output_error, where).overall.error_or_nan
     figures = (
         output_error if loss is None else loss,
         output_error,

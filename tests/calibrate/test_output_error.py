@@ -56,8 +56,8 @@ def test_one_output(name):
     found = of([(exact, made)]).error
     np.testing.assert_allclose(found.error, [error], rtol=5e-3 if exact.dtype == np.float16 else 1e-5, atol=1e-7)
     assert found.unmatched == [unmatched]
-    whole = found.whole
-    assert np.isnan(whole.figure) == bool(unmatched or np.isnan(error))
+    whole = found.overall
+    assert np.isnan(whole.error_or_nan) == bool(unmatched or np.isnan(error))
 
 
 def test_batches_and_outputs():
@@ -65,11 +65,11 @@ def test_batches_and_outputs():
     a, b = f32(1, 2), f32(1.1, 2)
     total = (of([(a, b), (a, a)]) + of([(a * f32(1e20), b * f32(1e20)), (a, b)])).error
     np.testing.assert_allclose(total.error, [0.1 / np.sqrt(5), 0.1 / np.sqrt(10)], rtol=1e-5)
-    assert of([(a, b), (np.arange(2), np.arange(2)), (a, a)]).error.whole.figure == pytest.approx(
+    assert of([(a, b), (np.arange(2), np.arange(2)), (a, a)]).error.overall.error_or_nan == pytest.approx(
         0.1 / np.sqrt(5), rel=1e-5
     )
     bfloat = jnp.asarray([1.0, 3e38], jnp.bfloat16)
-    assert of([(bfloat, (bfloat * 2).at[0].set(1))]).error.whole == (0, 1, 2)
+    assert of([(bfloat, (bfloat * 2).at[0].set(1))]).error.overall == (0, 1, 2)
 
 
 X = zoo.normal(0, 48, 8) * 3
@@ -159,6 +159,6 @@ def test_no_more_programs(compilations):
     before = len(compilations)
     first = Comparison.of([a, a], [b, a]) + Comparison.of([a, b], [b, b])
     assert len(compilations) == before + 1
-    assert first.error.whole.figure == 1
+    assert first.error.overall.error_or_nan == 1
     assert len(compilations) == before + 1
     jax.block_until_ready(a)
