@@ -18,7 +18,7 @@ from ..matrix.layout import ConvLayout
 from ..model.functional import Functional
 from ..model.kernels import Traced, find_kernels
 from ..model.program import Program
-from ..model.sites import CASTS, Site, joined, with_taps
+from ..model.sites import CASTS, Site, with_shared_together, with_taps
 from .rules import Assignment, Rule, assign
 
 
@@ -83,7 +83,7 @@ def ruled(functional: Functional, traced: Traced, rules: Sequence[Rule], strict:
     if strict and refused:
         listing = "\n".join(f"  {path}: {reason}" for path, reason in refused.items())
         raise ValueError(f"strict=True, and these kernels cannot be quantized:\n{listing}\nSkip them by a rule.")
-    program, sites = joined(program, [site for site in sites if site.path in assignment.recipes])
+    program, sites = with_shared_together(program, [site for site in sites if site.path in assignment.recipes])
     corrected = any(assignment.rules[site.path].correct_bias for site in sites)
     biases = find_biases(program, sites, list(functional.trainable)) if corrected else {}
     sites = [_as_ruled(site, assignment.rules[site.path], biases.get(site.index)) for site in sites]

@@ -64,7 +64,7 @@ class Sweep:
         own = self._assignments[index]
         result = lane_of(chunk.result, chunk.indices.index(index), own)
         if self._mesh is not None:
-            result = self._mesh.back(result, self._functional.leaves[0])
+            result = self._mesh.restore(result, self._functional.leaves[0])
         return assemble(self._functional, result, own.skipped, chunk.peak, self._example, self._uses[index])
 
     @property
