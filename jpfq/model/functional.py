@@ -136,9 +136,9 @@ def call(f: Callable, batch: Any, kwargs: dict) -> Any:
     except TypeError as error:
         if not any(words in str(error) for words in ("positional argument", "keyword", "multiple values for argument")):
             raise
-        remedy = f"{len(positional)} positional: leave out what it does not take, such as labels; what is no data goes into kwargs"
+        remedy = (
+            f"{len(positional)} positional: leave out what it does not take, such as labels; constants go into kwargs"
+        )
         if named:
-            remedy = (
-                f"keywords {', '.join(map(str, named))}: if the model takes the dict itself, give the tuple (batch,)"
-            )
+            remedy = f"keywords {', '.join(map(str, named))}: if the model takes a dict, give the tuple (batch,)"
         raise ValueError(f"The model was called with the arguments of a batch, {remedy}. It said: {error}") from error

@@ -98,7 +98,7 @@ class LanesMesh:
         if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
             if automatic_mesh(sharding.mesh) != automatic_mesh(self.original):
                 raise ValueError(
-                    f"An array of shape {x.shape} lies on another mesh than the settings: {sharding.mesh}. Put it on the mesh "
+                    f"An array of shape {x.shape} lies on another mesh than the settings: {sharding.mesh}. Put it on that "
                     "of sharding=, or on none."
                 )
             if self.axis in _axes(sharding.spec):
@@ -122,7 +122,7 @@ def check_runs(functional: Functional, batch: Any) -> None:
         jax.eval_shape(functional.fn, functional.leaves, batch)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            "The arrays lie on a mesh with Explicit axes. Quantizing runs the model on the same mesh with Auto axes, where it "
-            f"fails: {error}\nRemove out_sharding=... and reshard from the model, or skip them on a mesh of "
+            "The arrays lie on a mesh with Explicit axes. Quantizing runs the model on the same mesh with Auto axes, where "
+            f"it fails: {error}\nRemove out_sharding=... and reshard from the model, or skip them on a mesh of "
             "jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))."
         ) from error

@@ -89,8 +89,8 @@ def _check(name, sources):
     paths = sorted(source[1] for source in sources if isinstance(source, tuple))
     if LAYER in sources:
         raise ValueError(
-            f"The model draws random numbers ({name}) with a key that depends on the output of a layer, so the float and the "
-            "quantized network would see different noise. Take the key from the batch: model(x, key), with batches (x, key)."
+            f"The model draws random numbers ({name}) with a key that depends on the output of a layer, so the float and "
+            "the quantized network would see different noise. Take it from the batch: model(x, key), with batches (x, key)."
         )
     if paths or BATCH not in sources:
         origin = f" from '{paths[0]}'" if paths else ""

@@ -111,8 +111,7 @@ def _depth(quantized, draw):
         "the inputs, which kernels before have made.",
         plots.bits: "Bits per weight. What lies between the bars and the dots, an entropy coder would save.",
         plots.sizes: "Size of each kernel, before and after.",
-        plots.saturation: "Weights that wanted to go more than half a step beyond the grid. Where they are many, the grid is "
-        "narrow.",
+        plots.saturation: "Weights more than half a step beyond the grid. If they are many, the grid is too narrow.",
     }
     made = [_figure(draw(partial(f, quantized), WIDE, words), words) for f, words in pictures.items()]
     lead = "Kernels are numbered in the order of the network, as in the table below."

@@ -29,7 +29,7 @@ from ..model.adapters import adapt
 from ..model.functional import Functional
 from ..model.mesh import LanesMesh
 from ..model.random_keys import typed
-from ..network.analysis import Analysis, activations_of, check_key, couple, find_all_kernels, rule_all
+from ..network.analysis import Analysis, activations_of, analyse_all, check_key, couple, find_all_kernels
 from ..network.plan import plan_of, steps_of
 from ..network.quantize import assemble, place, streams_of, uses_of
 from ..network.quantized import Quantized
@@ -159,7 +159,7 @@ def _settings(functional, shaped, space, key, strict) -> list[_Setting]:
         rules = space.rules_of(point)
         own = jax.random.key(point["seed"]) if "seed" in point else key
         try:
-            setting = _Setting(point, rule_all(functional, traced, rules, strict), own)
+            setting = _Setting(point, analyse_all(functional, traced, rules, strict), own)
             check_key(setting.first.assignment, own)
         except ValueError as error:
             raise ValueError(f"The setting ({words(point)}): {error}") from error
