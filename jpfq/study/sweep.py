@@ -1,9 +1,8 @@
-"""Sweeps: many settings of one model in one walk.
+"""Sweeps: many settings of one model in one run of calibration.
 
-The float network runs once. Settings that differ in numbers alone are lanes of one program: their quantized networks,
-Grams, solves and scores have a leading axis. Settings that differ otherwise (method, order, group size) are tracks of the
-same walk, one after the other at each layer. Only what changes which kernels are quantized, or whether their inputs are,
-takes a walk of its own.
+The float network runs once. Settings that differ only in numbers are lanes of one program: their quantized networks, Grams,
+solves and scores have a leading axis. Settings that differ otherwise (method, order, group size) are tracks of the same run,
+which take turns at each layer. A separate run is needed only for settings that quantize other kernels or other inputs.
 """
 
 import collections
@@ -33,14 +32,15 @@ from ..network.analysis import Analysis, activations_of, analyse_all, check_key,
 from ..network.plan import plan_of, steps_of
 from ..network.quantize import assemble, place, streams_of, uses_of
 from ..network.quantized import Quantized
-from .space import FIGURES, Space, words
+from ..scalar.predicates import is_count
+from .space import METRICS, Space, in_words
 from .sweep_result import Chunk, Sweep
 
-KEPT = 16  # compiled functions that score
+CACHE = 16  # compiled functions of losses; the least recently used is evicted
 
 
 class _Setting(NamedTuple):
-    """One point of a space, and what it means for the model."""
+    """One point of a space, applied to the model."""
 
     point: dict[str, Any]
     analyses: list[Analysis]  # by shape of batch
@@ -70,23 +70,23 @@ def sweep(
 ) -> Sweep:
     """Quantizes a model under many settings at once.
 
-    Each result is what `quantize` makes of that setting by itself.
+    Each result is the same as that of `quantize` with this setting.
 
     Args:
-        model, batches, variables, params, kwargs, offload, strict, progress: as for `jpfq.quantize`.
+        model, batches, variables, params, kwargs, offload, strict, progress: the same as for `jpfq.quantize`.
         space: the settings.
-        evaluate: takes a `Quantized`, of which it may use `params`, `variables`, `model` and `apply`, and returns a loss:
-            a scalar array, the smaller the better. It is compiled, so it is made of JAX operations; and once for one model,
-            as `jax.jit` does, so what it reads besides must not change.
-        lanes: how many settings are computed as one program at most; None for as many as can be. Fewer take less memory.
-        sharding: how the settings are split over devices, such as `NamedSharding(mesh, PartitionSpec("sweep"))`. Model and
-            batches lie on other axes of that mesh, or on no mesh, and neurons are not split then; `lanes` is rounded up to
-            a multiple of the devices of that axis. Left out, all settings are computed where the model is.
-        key: for roundings and patches that draw, the same for all settings; an axis `seed` of the space gives each its own.
-        memory: bytes to stay within; None for what the device has.
+        evaluate: a function from a `Quantized` to a loss, a scalar array; smaller is better. It may use `params`,
+            `variables`, `model` and `apply`. Like any function under `jax.jit`, it must consist of JAX operations, and is
+            compiled once per model, so other values that it reads must not change.
+        lanes: the largest number of settings in one program; None for no limit. Fewer take less memory.
+        sharding: splits the settings over devices: `NamedSharding(mesh, PartitionSpec("sweep"))`, for example. Model and
+            batches are then on other axes of that mesh, or on no mesh; neurons are not split, and `lanes` is rounded up to
+            a multiple of the devices along that axis. None computes all settings where the model is.
+        key: for random roundings and patches, the same for all settings. An axis `seed` of the space gives each its own.
+        memory: the limit in bytes; None for the memory of the device.
 
     Raises:
-        ValueError: for settings that `quantize` would refuse, and where the memory does not suffice for so many at once.
+        ValueError: `quantize` would refuse a setting, or there is not enough memory for so many at once.
 
     Examples:
         >>> sweep = jpfq.sweep(model, batches, jpfq.Space(bits=[2, 3, 4]), variables=variables)
@@ -96,10 +96,10 @@ def sweep(
     """
     if not isinstance(space, Space):
         raise ValueError(f"space is a jpfq.Space, such as jpfq.Space(bits=[2, 3, 4]); got {space!r}.")
-    if lanes is not None and (not isinstance(lanes, int) or isinstance(lanes, bool) or lanes < 1):
+    if lanes is not None and not is_count(lanes):
         raise ValueError(f"lanes is a positive number of settings, or None; got {lanes!r}.")
     if callable(batches) and not isinstance(batches, Iterable):
-        raise ValueError("A sweep takes batches, and no function that makes fresh ones for each layer.")
+        raise ValueError("A sweep does not support fresh batches for each layer: pass batches instead of a function.")
     functional = adapt(model, variables, params, kwargs)
     with context(functional.leaves):
         compared = {"space": [tuple(map(str, point.items())) for point in space.points], "key": key, "lanes": lanes}
@@ -133,18 +133,18 @@ def sweep(
 
 
 class _Size(NamedTuple):
-    """The number of settings that go as lanes of one program."""
+    """The number of settings that are lanes of one program."""
 
-    most: int | None  # as asked for
-    multiple: int  # shares of devices, each of which has as many
+    most: int | None  # the limit
+    multiple: int  # devices along the axis of settings, which have equal shares
 
     def of(self, count: int) -> int:
-        """The lanes of one program, for so many settings."""
+        """The lanes of one program for `count` settings."""
         return -(-min(self.most or count, count) // self.multiple) * self.multiple
 
 
 def _on(mesh: LanesMesh, functional: Functional, shaped: Sequence[Shaped]) -> tuple[Functional, list[Shaped]]:
-    """Model and batches on the mesh of a sweep."""
+    """The model and the batches on the mesh of a sweep."""
     place = lambda tree: jax.tree.map(mesh.place, tree)
     functional = dataclasses.replace(functional, leaves=place(functional.leaves))
     placed = lambda g: g._replace(example=place(g.example), leaves=place(g.leaves), weights=place(g.weights))
@@ -152,7 +152,7 @@ def _on(mesh: LanesMesh, functional: Functional, shaped: Sequence[Shaped]) -> tu
 
 
 def _settings(functional, shaped, space, key, strict) -> list[_Setting]:
-    """Turns each point of a space into a setting for the model."""
+    """Applies each point of a space to the model."""
     traced = find_all_kernels(functional, shaped)
     settings = []
     for point in space.points:
@@ -162,13 +162,13 @@ def _settings(functional, shaped, space, key, strict) -> list[_Setting]:
             setting = _Setting(point, analyse_all(functional, traced, rules, strict), own)
             check_key(setting.first.assignment, own)
         except ValueError as error:
-            raise ValueError(f"The setting ({words(point)}): {error}") from error
+            raise ValueError(f"The setting ({in_words(point)}): {error}") from error
         settings.append(setting)
     return settings
 
 
 def _parts(settings, indices, lanes: _Size) -> list[list[int]]:
-    """The settings of a walk by track, the last of each repeated to fill it up."""
+    """The settings of a run by track; the last of each is repeated to fill it up."""
     parts = []
     for alike in _partition(settings, indices, _track_key):
         size = lanes.of(len(alike))
@@ -179,7 +179,7 @@ def _parts(settings, indices, lanes: _Size) -> list[list[int]]:
 
 
 def _steps(settings, indices, lanes: _Size, counts: Sequence[int]) -> list[Step]:
-    """The layers of a walk as they will be done: at each stop those of one track after the other."""
+    """The layers of a run in order: at each stop those of one track after the other."""
     found = []
     for part in _parts(settings, indices, lanes):
         size = len(set(part))
@@ -192,7 +192,7 @@ def _steps(settings, indices, lanes: _Size, counts: Sequence[int]) -> list[Step]
 def _calibrate(
     functional, shaped: Sequence[Shaped], settings, indices, lanes: _Size, offload, reporter: Reporter, devices
 ) -> list[Chunk]:
-    """One walk of the model for settings that stop at the same places."""
+    """One run of calibration, for settings with the same stops."""
     first = settings[indices[0]]
     groups = group_by_input(first.first.sites)
     parts = _parts(settings, indices, lanes)
@@ -203,14 +203,14 @@ def _calibrate(
 
 
 def _track_settings(functional, shaped, settings, part, groups) -> TrackSettings:
-    """The `TrackSettings` of the settings of a chunk, as lanes."""
-    mine = [settings[i] for i in part]
-    assignments = [setting.first.assignment for setting in mine]
+    """The `TrackSettings` of some settings as lanes."""
+    own = [settings[i] for i in part]
+    assignments = [setting.first.assignment for setting in own]
     recipes = stack([assignment.recipes for assignment in assignments])
     activations = stack([activations_of(assignment) for assignment in assignments])
-    keys = None if mine[0].key is None else jnp.stack([setting.key for setting in mine])
-    seen: dict = {}  # the curvature depends on the key, and on nothing else that differs
-    for setting in mine:
+    keys = None if own[0].key is None else jnp.stack([setting.key for setting in own])
+    seen: dict = {}  # seed -> curvatures, as they depend on nothing else that differs
+    for setting in own:
         seed = setting.point.get("seed")
         if seed not in seen:
             seen[seed] = couple(functional, setting.analyses, shaped, groups, setting.key)
@@ -219,13 +219,13 @@ def _track_settings(functional, shaped, settings, part, groups) -> TrackSettings
             at: (setting.first.assignment.rules[setting.first.sites[groups[at[0]][at[1]]].path].coupling, F)
             for at, (_, F) in seen[setting.point.get("seed")].items()
         }
-        for setting in mine
+        for setting in own
     ]
-    return TrackSettings(recipes, activations, keys, stack(couplings), tuple(words(s.point) for s in mine))
+    return TrackSettings(recipes, activations, keys, stack(couplings), tuple(in_words(s.point) for s in own))
 
 
 def _losses(functional, leaves, settings, chunks, evaluate, example) -> dict[int, float]:
-    """By number of the setting, what `evaluate` says."""
+    """The losses that `evaluate` returns, by index of the setting."""
     scores, losses = _scores(functional, evaluate), {}
     shapes, structure = jax.tree.flatten(example)
     static = structure, tuple((x.shape, x.dtype) for x in shapes)
@@ -235,8 +235,8 @@ def _losses(functional, leaves, settings, chunks, evaluate, example) -> dict[int
             found = scores(chunk.result, leaves, skipped, chunk.peak, static)
         except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
             raise ValueError(
-                "evaluate is compiled, but it turns arrays into Python numbers or NumPy arrays, with float() or np.asarray "
-                f"for example. Make it of jax.numpy, and return an array of shape (). JAX says: {error}"
+                "evaluate is compiled, but it converts arrays to Python numbers or NumPy arrays, with float() or np.asarray "
+                f"for example. Use jax.numpy, and return an array of shape (). JAX says: {error}"
             ) from error
         losses |= dict(zip(chunk.indices, np.asarray(found).tolist(), strict=True))
     return losses
@@ -246,7 +246,7 @@ _compiled: collections.OrderedDict[Any, Callable] = collections.OrderedDict()  #
 
 
 def _scores(functional, evaluate) -> Callable:
-    """The compiled losses of all lanes; those of one model and one `evaluate` are compiled once."""
+    """A compiled function for the losses of all lanes, cached by model and `evaluate`."""
     key = functional.identity, evaluate
     if functional.identity is None or key not in _compiled:
         bare = dataclasses.replace(functional, leaves=())
@@ -260,7 +260,7 @@ def _scores(functional, evaluate) -> Callable:
                 loss = jnp.asarray(evaluate(assemble(own, result, dict(skipped), peak, example)))
                 if loss.ndim or not jnp.issubdtype(loss.dtype, jnp.number):
                     raise ValueError(
-                        f"evaluate returns one number for a network; got shape {loss.shape}, {loss.dtype}."
+                        f"evaluate must return one number for a network; got shape {loss.shape}, {loss.dtype}."
                     )
                 return loss.astype(float)
 
@@ -270,29 +270,29 @@ def _scores(functional, evaluate) -> Callable:
         if functional.identity is None:
             return compiled
         _compiled[key] = compiled
-        while len(_compiled) > KEPT:
+        while len(_compiled) > CACHE:
             _compiled.popitem(last=False)
     _compiled.move_to_end(key)
     return _compiled[key]
 
 
 def _record(setting: _Setting, chunk: Chunk, where: int, shaped: dict, loss: float | None) -> dict[str, Any]:
-    """The record of one setting; sizes follow from the shapes of its tensors."""
+    """The record of one setting. Sizes follow from the shapes of its tensors."""
     recipes = setting.first.assignment.recipes
     tensors = [dataclasses.replace(tensor, grid=recipes[path].grid) for path, tensor in shaped.items()]
     nbytes = sum(tensor.nbytes for tensor in tensors)
     output_error = lane(chunk.result.output_error, where).overall.error_or_nan
-    figures = (
+    metrics = (
         output_error if loss is None else loss,
         output_error,
         8 * nbytes / sum(t.codes.size for t in tensors),
         nbytes,
     )
-    return setting.point | dict(zip(FIGURES, figures, strict=True))
+    return setting.point | dict(zip(METRICS, metrics, strict=True))
 
 
 def _partition(settings, indices: Iterable[int], key: Callable) -> list[list[int]]:
-    """The numbers by the key of their setting, in order of first appearance."""
+    """The indices grouped by the key of their setting, in order of first appearance."""
     parts: dict = {}
     for i in indices:
         parts.setdefault(key(settings[i]), []).append(i)
@@ -300,7 +300,7 @@ def _partition(settings, indices: Iterable[int], key: Callable) -> list[list[int
 
 
 def _run_key(setting: _Setting):
-    """The key that settings of one walk have in common: where it stops, and what is looked at there."""
+    """A key, equal for settings of one run: the stops, and the data that are gathered there."""
     return tuple(
         (
             tuple((s.path, s.index, s.patches, s.bias is not None, s.activations is not None) for s in analysis.sites),
@@ -311,7 +311,7 @@ def _run_key(setting: _Setting):
 
 
 def _track_key(setting: _Setting):
-    """The key that settings of one program have in common: all but their numbers."""
+    """A key, equal for settings of one program: everything but their numbers."""
     assignment = setting.first.assignment
     couplings = {path: rule.coupling for path, rule in assignment.rules.items()}
     leaves, structure = jax.tree.flatten((assignment.recipes, activations_of(assignment), couplings))
@@ -319,7 +319,7 @@ def _track_key(setting: _Setting):
 
 
 def _check_memory(settings, runs, shaped, lanes, offload, memory):
-    """Refuses what would not fit, by the plan of one setting times their number."""
+    """Raises if the settings would not fit into memory, by the plan of one times their number."""
     limit = _device_memory() if memory is None else memory
     if limit is None:
         return
@@ -334,14 +334,14 @@ def _check_memory(settings, runs, shaped, lanes, offload, memory):
         fit = (limit - held) // solving
         remedy = f"pass lanes={fit}" if fit >= 1 else "sweep over fewer settings at a time"
         if not offload and fit < 1:
-            remedy = "pass offload=True, which leaves waiting batches in host memory, with lanes=1; or " + remedy
+            remedy = "pass offload=True, which moves waiting batches to host memory, with lanes=1; or " + remedy
         raise ValueError(
-            f"{count} settings at once take about {total / 2**30:.2f} GiB, and there are {limit / 2**30:.2f} GiB: {remedy}."
+            f"{count} settings at once take about {total / 2**30:.2f} GiB, but there are {limit / 2**30:.2f} GiB: {remedy}."
         )
 
 
 def _device_memory() -> int | None:
-    """Bytes of the device, or of the host where that is the device; None where nobody says."""
+    """The memory of the device in bytes, or of the host if that is the device; None if unknown."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
