@@ -116,7 +116,7 @@ def test_nan_is_said_everywhere(tmp_path):
     assert quantized.outputs[1:] == (unmatched, count)
     assert quantized.outputs.error == pytest.approx(error, rel=1e-5)
     words = f"nan, as {unmatched} of {count} outputs are NaN or infinite in one of the two networks only"
-    assert f"{words}; of the rest: {error:.2%}" in quantized.summary()
+    assert f"{words}; error of the others: {error:.2%}" in quantized.summary()
     quantized.report(tmp_path / "page.html")
     assert words.removeprefix("nan, ") in (tmp_path / "page.html").read_text()
     quantized.save(tmp_path / "saved")
@@ -138,7 +138,7 @@ def test_a_sweep_prefers_what_is_finite():
     swept = jpfq.sweep(rooted, [X], jpfq.Space(lambda bits: zoo.plain(bits=bits), bits=[2, 12]), params=PARAMS)
     assert np.isnan(swept.records[0]["output_error"])
     assert swept.front == [1]
-    assert "nan: there are outputs that are NaN or infinite" in str(swept)
+    assert "nan: some outputs are NaN or infinite" in str(swept)
     assert swept[0].outputs.unmatched == expected(rooted, swept[0])[0]
 
 

@@ -184,5 +184,5 @@ def test_refused():
     free = jpfq.quantize(layer, [x], zoo.plain(bits=4), params=PARAMS)
     with pytest.raises(ValueError, match="activation_bits=8"):
         free.apply_integer(x)
-    with pytest.raises(ValueError, match="0 is no level"):
+    with pytest.raises(ValueError, match="0 is not a level"):
         one(activation_bits=None, activations=jpfq.Activations(jpfq.Equispaced(16)))[0].apply_integer(x)
