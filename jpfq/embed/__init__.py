@@ -1,6 +1,6 @@
-"""Vectors as few bits: random Fourier features and binary embeddings, quantized by noise shaping.
+"""Vectors in a few bits: random Fourier features and binary embeddings, quantized by noise shaping.
 
-Builds on the recursion of `matrix` and the alphabets of `scalar`; knows no framework.
+Uses the recursion of `matrix` and the alphabets of `scalar`, and no framework.
 """
 
 from ..scalar.bits import pack_bits as pack  # noqa: F401

@@ -176,7 +176,7 @@ def test_a_rule_that_names_what_cannot_be_quantized():
     run = lambda *rules: jpfq.quantize(case.model, case.batches, list(rules), **case.given)
     rest = zoo.plain(bits=8)
     with pytest.raises(
-        ValueError, match=r"(?s)names kernels that cannot be quantized.*shared: shared: used by 2 products"
+        ValueError, match=r"(?s)matches kernels that cannot be quantized.*shared: shared: used by 2 products"
     ):
         run(jpfq.Rule("shared", bits=8), rest)
     with pytest.raises(ValueError, match=r"cannot be quantized"):
@@ -276,7 +276,9 @@ def test_fresh_batches_are_of_one_size():
     params = {"kernel": zoo.normal(1, 8, 8), "last": zoo.normal(2, 8, 3)}
     fn = lambda p, x: jnp.tanh(x @ p["kernel"]) @ p["last"]
     sizes = iter((5, 6))
-    with pytest.raises(ValueError, match=r"batches for stop 1 do not all have the shapes of the first ones, \[\(5, 8\)\]"):
+    with pytest.raises(
+        ValueError, match=r"batches for stop 1 do not all have the shapes of the first ones, \[\(5, 8\)\]"
+    ):
         jpfq.quantize(fn, lambda number: [zoo.normal(number, next(sizes), 8)], zoo.plain(bits=4), params=params)
     with pytest.raises(ValueError, match="must have one size, and need reference='float'"):
         jpfq.quantize(fn, lambda number: [zoo.normal(0, 5, 8)], 4, params=params, reference="block")

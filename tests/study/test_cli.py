@@ -555,7 +555,7 @@ def test_inspect_prints_what_a_saved_result_holds(kept, capsys):
     assert re.search(rf"a/kernel +12x4 +Ternary\(\) +{8 * packed / 48:.2f} +\S+% +{packed}\n", out)
     assert "rule 1 skips it" in out
     assert f"{size:,} bytes in files" in out
-    assert f"as given {4 * (48 + 4)}." in out
+    assert f"{4 * (48 + 4)} before quantization." in out
     assert main(["inspect", str(kept), "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["bytes"] == size
