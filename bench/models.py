@@ -125,7 +125,7 @@ def resnet20(args: argparse.Namespace, tests: int | None = None) -> Subject:
 
 def cnn(args: argparse.Namespace) -> Subject:
     """GPFQ20's network in NNX."""
-    return images(networks.nnx_cnn(args.data), None, args)
+    return classifier(networks.nnx_cnn(args.data), None, args)
 
 
 @jax.jit

@@ -1,7 +1,7 @@
 """Claim: a sweep costs a fraction of its runs, and each of its rows is the single run. Run: python bench/sweep.py
 
-Sixteen settings of the digits CNN of `jpfq demo`: four widths by four radii, of GPFQ alone and of the recommended settings, each
-scored on the test images. From a fresh process, compilation included, the sweep beside one run; warm, the sweep beside the
+Sixteen settings of the digits CNN of `jpfq demo`: four widths by four radii, of GPFQ alone and with the recommended
+settings, each scored on the test images. From a fresh process, compilation included, the sweep beside one run; warm, the sweep beside the
 sixteen runs one after the other. Scores are part of both.
 """
 

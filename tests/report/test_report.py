@@ -321,7 +321,7 @@ def test_bad_input_is_refused_before_any_work(quantized, tmp_path, monkeypatch):
         ({"title": 3}, "title is a string; got 3"),
         ({"sweep": [1]}, "sweep is the result of jpfq.sweep"),
         ({"params": {"params": params}}, r"no leaf 'first'.*got params/"),
-        ({"params": params | {"wide": jnp.ones(3)}}, r"wide is of shape \(12, 6\); got \(3,\)"),
+        ({"params": params | {"wide": jnp.ones(3)}}, r"wide must have shape \(12, 6\); got \(3,\)"),
     ]
     for given, message in wrong:
         with pytest.raises(ValueError, match=message):
