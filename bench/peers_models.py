@@ -4,7 +4,7 @@ ResNet20 and stories260K, written once more in PyTorch (torch_twins.py; that bot
 through Brevitas' GPFQ and GPTQ and through `jpfq.quantize`: the same calibration data in the same batches, the same grids,
 steps of the largest weight of each neuron, natural order (of a convolution's inputs: by place, then by channel; theirs by
 channel, then by place, so that codes differ). Layers of the language model with a common input are updated together by
-Brevitas too, which saves it passes. "best" has the recommended settings and their steps. Seconds are those of calibration and
+Brevitas too, which saves it passes. "best" has the recommended settings and steps. Seconds are those of calibration and
 quantization, from a float model in memory to a quantized one; ours are of the whole call, once with all compilation
 ("first"), and warm just before and just after the peer. Scores are of the Flax model on the weights of either.
 """

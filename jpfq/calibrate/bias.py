@@ -7,14 +7,19 @@ may be factors and shifts for each neuron, as in a BatchNorm.
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from ..matrix.arrays import matmul
+from ..matrix.lanes import over_lanes
 from ..model.affine import Affine, Step, value
 from ..model.program import Program
 from ..model.sites import Chain, Site
+from ..scalar.exponent import reduced
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,6 +61,22 @@ def find_biases(program: Program, sites: list[Site], trainable: list[bool]) -> d
         sizes[bias.leaf] += bias.operand.aval.size if i == by_index[i].first else 0
     own = lambda leaf: affine.uses[leaf] == claims[leaf] and sizes[leaf] <= program.params[leaf].aval.size
     return {index: bias for index, bias in found.items() if own(bias.leaf)}
+
+
+@functools.partial(jax.jit, static_argnames="laned")
+def mean_error(means, W, q, exponent, laned):
+    """The mean error of each neuron (B, out), and the energy of its mean over all rows, in the unit of `Info`.
+
+    `laned`: whether the means, and whether q have lanes.
+    """
+
+    def one(W, means, q, exponent):
+        mean_X, mean_Xq, rows = means
+        mean = lambda x, W: matmul(x[:, None], W)[:, 0]
+        exact = mean(mean_X, W)
+        return mean(mean_Xq, q) - exact, jnp.sum(rows[:, None] * reduced(exact, exponent) ** 2)
+
+    return over_lanes(one, (W, means, q, exponent), (False, *laned, laned[1]))
 
 
 def _same(bias, other):

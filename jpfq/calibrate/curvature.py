@@ -1,4 +1,4 @@
-"""Curvature: how much the network's outputs depend on the outputs of each layer, by backward passes of the float network."""
+"""Curvature: the influence of each layer's output on the outputs of the network, by backward passes in float."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -38,15 +38,15 @@ from ..matrix import (
     solve_sharded,
     solve_sliced,
 )
-from ..matrix.arrays import at_least_float32, matmul
+from ..matrix.arrays import at_least_float32
 from ..matrix.gram import as_gram
 from ..matrix.host import numpy_or_jit
 from ..matrix.lanes import lane, over_lanes
 from ..model.random_keys import fold_in
 from ..model.sites import CASTS, Site
-from ..scalar.exponent import reduced
 from .activation import ActivationQuantizer, Activations, choose, round_by
 from .assemble import tensor_of
+from .bias import mean_error
 from .curvature import Coupling
 from .gather import Gather, Joint
 from .output_error import Comparison, OutputError
@@ -257,7 +257,7 @@ def _solve_site(stop, position, track, gather) -> SiteResult:
     if site.bias is None:
         return SiteResult(solution, None, None)
     means = gathered.mean_X, gathered.mean_Xq, gathered.rows
-    error, lost = _mean_error(means, W, solution.q, solution.info.exponent, (gather.laned, track.laned))
+    error, lost = mean_error(means, W, solution.q, solution.info.exponent, (gather.laned, track.laned))
     info = dataclasses.replace(solution.info, energy=solution.info.energy + lost)
     return SiteResult(solution._replace(info=info), error, None)
 
@@ -341,22 +341,6 @@ def _round_inputs(stop, track, stored) -> ActivationQuantizer | None:
 @functools.partial(jax.jit, static_argnames="laned")
 def _rounded(quantizer, laned, x):
     return round_by(quantizer, x, laned)
-
-
-@functools.partial(jax.jit, static_argnames="laned")
-def _mean_error(means, W, q, exponent, laned):
-    """The mean error of each neuron (B, out), and the energy of its mean over all rows, in the unit of `Info`.
-
-    `laned`: whether the means, and whether q have lanes.
-    """
-
-    def one(W, means, q, exponent):
-        mean_X, mean_Xq, rows = means
-        mean = lambda x, W: matmul(x[:, None], W)[:, 0]
-        exact = mean(mean_X, W)
-        return mean(mean_Xq, q) - exact, jnp.sum(rows[:, None] * reduced(exact, exponent) ** 2)
-
-    return over_lanes(one, (W, means, q, exponent), (False, *laned, laned[1]))
 
 
 def _correct(stop, position, error, track):

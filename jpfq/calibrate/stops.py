@@ -1,4 +1,4 @@
-"""Stops: the sites that read one input are quantized together. And sites that multiply by one matrix, at several stops."""
+"""Stops: groups of sites that read one input, and the uses of a matrix at several stops."""
 
 import collections
 from collections.abc import Sequence

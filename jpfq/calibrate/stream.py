@@ -19,6 +19,7 @@ from ..model.program import Program
 from ..model.segments import Segment
 from ..model.sites import Site, Tap
 from .liveness import forks, needs
+from .offload import Offloaded
 from .padding_check import OtherPadding, lookups
 from .row_weights import Followed, RowWeights
 
@@ -353,24 +354,6 @@ class Stream:
                     if isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.extended):
                         values[v] = moved.setdefault(id(x), Offloaded.of(x))
         self.waiting[batch] = _on_device(networks)
-
-
-class Offloaded(NamedTuple):
-    """An array moved to host memory, and the sharding it had."""
-
-    parts: dict[str, np.ndarray]  # the shards of this host's devices, by their index in the array
-    shape: tuple[int, ...]
-    sharding: Any
-
-    @classmethod
-    def of(cls, x: jax.Array) -> "Offloaded":
-        """Moves an array to the host."""
-        parts = {str(shard.index): shard.data for shard in x.addressable_shards}
-        return cls({index: np.array(part) for index, part in parts.items()}, x.shape, x.sharding)
-
-    def restore(self) -> jax.Array:
-        """The array on its devices."""
-        return jax.make_array_from_callback(self.shape, self.sharding, lambda index: self.parts[str(index)])
 
 
 def _source(v):

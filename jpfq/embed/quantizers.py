@@ -1,4 +1,4 @@
-"""Quantizers of embeddings: noise shaping of a vector, and the condensation of its codes.
+"""Sigma-Delta, Beta and memoryless quantizers of vectors, and the condensation of their codes.
 
     SigmaDelta   order r: rounding errors are the r-th difference of bounded states u
     Beta         u_t = beta u_{t-1} + .., restarted from 0 in every block: distributed noise shaping

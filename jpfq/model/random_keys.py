@@ -1,4 +1,4 @@
-"""Random keys, typed or raw, single or one for each lane of a sweep."""
+"""Helpers for random keys: typed from raw, and folded for each lane of a sweep."""
 
 import jax
 import jax.numpy as jnp

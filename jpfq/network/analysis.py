@@ -16,9 +16,9 @@ from ..calibrate.stops import matrix_uses
 from ..matrix.arrays import are_finite
 from ..matrix.layout import ConvLayout
 from ..model.functional import Functional
-from ..model.kernels import Traced, find_kernels
 from ..model.program import Program
 from ..model.sites import CASTS, Site, with_shared_together, with_taps
+from ..model.traced import Traced, find_kernels
 from .rules import Assignment, Rule, assign
 
 

@@ -1,4 +1,4 @@
-"""The recommended rules."""
+"""The recommended rules. What a rule leaves out takes the recommended value, from matrix/recipe.py."""
 
 from ..scalar import Grid
 from ..scalar.grid import Number

@@ -1,4 +1,4 @@
-"""The answer of a command: text for people, JSON for programs, and the exit status."""
+"""The answer of a command: text for people, and JSON for programs."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Finds the kernels of a model that can be quantized, and the reason for each that cannot."""
+"""`Traced`: a model traced for one shape of batch, with the sites that sites.py finds in it."""
 
 from typing import Any, NamedTuple
 
