@@ -1,8 +1,8 @@
 """Claim: a sweep costs a fraction of its runs, and each of its rows is the single run. Run: python bench/sweep.py
 
 Sixteen settings of the digits CNN of `jpfq demo`: four widths by four radii, of GPFQ alone and with the recommended
-settings, each scored on the test images. From a fresh process, compilation included, the sweep is next to one run; warm, next
-to the sixteen runs one after the other. Scores are part of both.
+settings, each scored on the test images. From a fresh process, compilation included, the sweep is next to one run; warm,
+next to the sixteen runs one after the other. Scores are part of both.
 """
 
 import argparse

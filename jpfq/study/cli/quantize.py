@@ -69,18 +69,18 @@ def run_quantize(options) -> Answer:
     settings = [(grid, method, rules_of(options, grid, method)) for grid in grids for method in methods]
     _check_single(options, len(settings))
     check_saving(options)
-    how: dict[str, Any] = {"offload": options.offload, "strict": options.strict}
+    arguments: dict[str, Any] = {"offload": options.offload, "strict": options.strict}
     if options.seed is not None:
-        how["key"] = jax.random.key(options.seed)
+        arguments["key"] = jax.random.key(options.seed)
     if options.reference is not None:
-        how["reference"] = options.reference
+        arguments["reference"] = options.reference
     if options.checkpoint is not None:
-        how["checkpoint"] = options.checkpoint
+        arguments["checkpoint"] = options.checkpoint
     subject = subject_of(options.factory)
     check_model(options, subject)
     if options.picture and subject.evaluate is None:
         raise ValueError("A plot needs scores: let the factory return evaluate as its fourth value.")
-    return _study([(subject, *setting) for setting in settings], how, options, options.summary)
+    return _study([(subject, *setting) for setting in settings], arguments, options, options.summary)
 
 
 def _check_single(options, count):
