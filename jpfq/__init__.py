@@ -1,14 +1,14 @@
 """jpfq: post-training quantization of JAX networks by path following.
 
-`quantize` takes a model, calibration batches and `Rule`s, and returns a `Quantized`. A number of bits in place of rules stands
-for `best`, the recommended rules. `solve` is the same for one matrix. The folder `notebooks` has a guide for each task.
+`quantize` takes a model, calibration batches and `Rule`s, and returns a `Quantized`. A number of bits stands for
+`best`, the recommended rules. `solve` is the same for one matrix. The folder `notebooks` has a guide for each task.
 `jpfq.matrix` has the theory, `jpfq.embed` random features and binary embeddings, `jpfq.paper` the published methods,
 `jpfq.ranges` the ranges of activations, and `jpfq.patches` the windows of convolutions.
 
 Folders, each of which imports only from those before it: `scalar` (one number), `matrix` (one weight matrix and its data),
-`model` (a traced program), `calibrate` (batches through both networks), `network` (the user's functions and results),
-`storage`, `export`, `report`, `study` (many runs); `embed` is next to `matrix`. Methods of `Quantized` that use later folders,
-such as `save`, import them inside.
+`model` (a traced program), `calibrate` (batches through both networks), `network` (what users call and get),
+`storage`, `export`, `report`, `study` (many runs); `embed` is next to `matrix`. Methods of `Quantized` that use later
+folders, such as `save`, import them inside.
 
 The examples of all classes and functions are run by the tests. They assume these names:
 

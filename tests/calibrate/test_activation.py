@@ -180,12 +180,12 @@ def test_rules_choose_activations_layer_by_layer():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: jpfq.Rule(".*", bits=4, activation_bits=8, activations=jpfq.Activations()), "one of them"),
+        (lambda: jpfq.Rule(".*", bits=4, activation_bits=8, activations=jpfq.Activations()), "not both"),
         (lambda: jpfq.Rule(".*", bits=4, activation_bits=0), "from 1 to 16"),
         (lambda: jpfq.Rule(".*", skip=True, activation_bits=8), r"\['activation_bits'\] mean nothing"),
         (lambda: jpfq.Rule(".*", bits=4, activations=8), r"activations takes a setting such as jpfq.Activations\(\)"),
         (lambda: jpfq.Activations(per="column"), "'tensor', 'channel' or 'row'"),
-        (lambda: jpfq.Activations(range=ranges.KL(), per="row"), r"Max\(\), not KL"),
+        (lambda: jpfq.Activations(range=ranges.KL(), per="row"), r"its own Max\(\); got KL"),
         (lambda: jpfq.Activations(8), "takes a Grid"),
     ],
 )

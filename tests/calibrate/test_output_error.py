@@ -11,7 +11,7 @@ import jpfq
 from jpfq.calibrate.output_error import Comparison, in_words
 from jpfq.study.compare import Subject, attempt, trial_table
 from jpfq.study.evaluate import evaluate
-from jpfq.study.inspect import inspect, inspected
+from jpfq.study.inspect import as_text, inspect
 from tests.network import zoo
 
 inf, nan = np.inf, np.nan
@@ -123,7 +123,7 @@ def test_nan_is_said_everywhere(tmp_path):
     again = jpfq.load(tmp_path / "saved", rooted, params=PARAMS)
     assert again.outputs == quantized.outputs
     assert words in again.summary()
-    assert words in inspected(inspect(tmp_path / "saved"))
+    assert words in as_text(inspect(tmp_path / "saved"))
     subject = Subject("model", rooted, PARAMS, [X], None)
     figures = evaluate(subject, quantized)
     assert np.isnan(figures["output_error"])

@@ -140,7 +140,7 @@ def test_groups_are_scaled_tile_by_tile():
     for tile in (4, 2):
         found = quantized.apply_integer(x, accumulator=jpfq.Accumulator(32, tile))
         np.testing.assert_allclose(found, quantized.apply(x), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="several steps"):
+    with pytest.raises(ValueError, match="different steps"):
         quantized.apply_integer(x)
 
 
