@@ -1,4 +1,4 @@
-"""Claim: networks whose integer sums fit few bits, at little loss, and what happens to one that was not made for it.
+"""Claim: integer sums fit few bits at little loss, which is not so for networks that were not quantized for it.
 
 Run: python bench/accumulators.py
 
@@ -7,9 +7,9 @@ over all inputs of a neuron (one stage) or over tiles of 64 or 128, and must fit
 inputs:
 
 EP-init       weights projected on the l1 ball of the accumulator and rounded towards zero
-fewer bits    what `jpfq.best` recommends, at the widths of weights and activations whose products fit, kernel by kernel
+fewer bits    `jpfq.best`, at the widths of weights and activations whose products fit, kernel by kernel
 AXE-..        GPFQ, OPTQ and Qronos with AXE, steps of least square error of the weights
-scale-aware   what `jpfq.Rule(bits=4, activation_bits=8, accumulator=..)` does; A6, A5, A4: with activations of
+scale-aware   `jpfq.Rule(bits=4, activation_bits=8, accumulator=..)`; A6, A5, A4: with activations of
               as many bits, which takes fewer bits of a sum and leaves more to the weights
 
 Where all products of such codes fit, every P is the same: those runs are made once. Then both networks, the scale-aware one
@@ -40,7 +40,7 @@ import matplotlib.pyplot as plt
 GRID, INPUTS = jpfq.Integer(4, narrow=True), jpfq.Asymmetric(8)
 TILES = {"one stage": None, "T = 64": 64, "T = 128": 128}
 WIDE = 32
-LEAST = 1e-3  # of what is lost, in the picture
+LEAST = 1e-3  # of what is lost, in the plot
 PLAIN = {"scale": jpfq.scale.MinMSE(), "order": jpfq.order.Descending(), "finish": None, "shrinkage": None}
 AXE = {"AXE-GPFQ": jpfq.GPFQ(), "AXE-OPTQ": jpfq.OPTQ(), "AXE-Qronos": jpfq.Qronos()}
 BASELINES = ("EP-init", "fewer bits")
@@ -50,7 +50,7 @@ MODELS = {"resnet20": models.resnet20, "stories": models.stories}
 
 
 def rules(method: str, P: int, tile: int | None, sizes: dict[str, int]) -> list[jpfq.Rule]:
-    """What a method makes of an accumulator."""
+    """The result of a method with an accumulator."""
     if method == "EP-init":
         return jpfq.paper.ep_init(4, 8, P, tile)
     if method == "fewer bits":
@@ -208,7 +208,7 @@ def draw(found: dict[str, dict], subjects: dict[str, Scored], args: argparse.Nam
 def verdicts(name: str, found: dict, args: argparse.Namespace, s: models.Subject) -> list[str]:
     """On the claims of the trade-off, as far as they were looked at."""
     at = lambda method, tile, P: found.get((method, tile, P), np.inf)
-    spread = 10.0**-s.digits if s.unit == "nats" else 0.3  # what a thousand pictures can tell
+    spread = 10.0**-s.digits if s.unit == "nats" else 0.3  # what a thousand images can tell
     worse = [
         f"{tile}, P = {P}, {base}"
         for tile in args.tiles
@@ -233,8 +233,8 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--bits", nargs="+", type=int, default=[12, 14, 16, 18, 32])
     parser.add_argument("--wraps", nargs="+", type=int, default=[13, 16])
-    parser.add_argument("--pictures", type=int, default=250, help="calibration pictures")
-    parser.add_argument("--tests", type=int, default=1_000, help="test pictures")
+    parser.add_argument("--images", type=int, default=250, help="calibration images")
+    parser.add_argument("--tests", type=int, default=1_000, help="test images")
     parser.add_argument("--windows", type=int, default=64, help="calibration windows of stories")
     parser.add_argument("--texts", type=int, default=128, help="test windows of stories")
     parser.add_argument("--size", type=int, default=1024, help="of the recursion that is timed")
@@ -274,8 +274,8 @@ def main():
         "accumulators",
         parser,
         args,
-        f"calibrated on {args.pictures} pictures, {args.windows} windows; "
-        f"scored on {args.tests:,} pictures, {args.texts} windows",
+        f"calibrated on {args.images} images, {args.windows} windows; "
+        f"scored on {args.tests:,} images, {args.texts} windows",
         *parts,
         table(head, wrapped),
         table(("recursion", "time against nearest"), [(kind, f"{ratio:.2f}") for kind, ratio in times]),

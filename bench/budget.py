@@ -1,7 +1,7 @@
-"""Claim: bits spent where they count beat the same number everywhere. Run: python bench/budget.py
+"""Claim: a width for each kernel is better than the same width everywhere. Run: python bench/budget.py
 
 ResNet20 and stories260K (see models.py), each at 3 and 4 bits per weight on average: one width for all kernels, and the
-rules of `jpfq.budget`, which may take from 2 to 8 bits. Both with what is recommended otherwise.
+rules of `jpfq.budget`, which may take from 2 to 8 bits. Both with the recommended settings otherwise.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def spent(rules: list[jpfq.Rule]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=1_000, help="calibration pictures, 5,000 at most")
+    parser.add_argument("--images", type=int, default=1_000, help="calibration images, 5,000 at most")
     parser.add_argument("--windows", type=int, default=128, help="calibration windows of stories, 512 at most")
     add_data(parser)
     args = parser.parse_args()
@@ -44,7 +44,7 @@ def main():
             verdicts.append(verdict(lost[1] < lost[0], claim))
             print(verdicts[-1], file=sys.stderr, flush=True)
     head = ("lost against float", "unit", "bits", "everywhere", "budget", "kernels x bits", "s to choose")
-    note = f"calibrated on {args.pictures:,} pictures, {args.windows} windows"
+    note = f"calibrated on {args.images:,} images, {args.windows} windows"
     report("budget", parser, args, note, table(head, rows), "\n".join(verdicts))
 
 

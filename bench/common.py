@@ -1,4 +1,4 @@
-"""What the benchmarks share: where data lie, and a report that is printed and kept beside them.
+"""Common parts of the benchmarks: the folder of their data, and reports that are printed and stored.
 
 A run with default options stores its report in results/; one with other sizes is only printed.
 """
@@ -15,7 +15,7 @@ import jpfq
 from jpfq.network.table import table as table
 
 HERE = Path(__file__).parent
-PLAIN = jpfq.Rule(  # GPFQ alone: what claims about the walk and the loop are made of
+PLAIN = jpfq.Rule(  # GPFQ alone, for claims about calibration and the recursion
     ".*",
     bits=4,
     scale=jpfq.scale.MinMSE(),

@@ -2,7 +2,7 @@
 
 A pre-norm transformer of equal blocks, quantized to 4 bits by GPFQ, at several depths. Each depth is measured in fresh
 processes: the first `quantize` there (cold: it traces and compiles), and three more (warm: they should compile
-nothing). Compilations are counted by JAX's own event; figures are medians over the processes, which run interleaved.
+nothing). Compilations are counted by JAX's own event; results are medians over the processes, which run interleaved.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def counted(f: Callable) -> tuple[float, int, float]:
 
 
 def measure(depth: int, args: argparse.Namespace) -> dict:
-    """What a fresh process finds at one depth."""
+    """The measurements of a fresh process at one depth."""
     model, variables, batches = model_and_batches(depth, args.width, args.batches, args.rows)
     call = lambda: jpfq.quantize(model, batches, PLAIN, variables=variables, progress=False).params
     cold, again = counted(call), [counted(call) for _ in range(AGAIN)]

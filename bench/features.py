@@ -1,7 +1,7 @@
-"""Noise-shaping quantizers: errors against measurements and bits, the papers' tables, recall, and what it costs.
+"""Noise-shaping quantizers: errors against measurements and bits, the papers' tables, recall, and time.
 
 Kernel error against m by order; kernel error against stored bits; a linear SVM on digits as in the paper on random Fourier
-features; relative errors of distances as in the paper on binary embeddings; nearest neighbours of Fashion-MNIST pictures;
+features; relative errors of distances as in the paper on binary embeddings; nearest neighbours of Fashion-MNIST images;
 seconds against measurements and rows.
 """
 
@@ -193,9 +193,9 @@ CHECKED = {  # algorithms of the specification, p = 64: m -> mean relative error
 }
 
 
-def preserved(pictures: np.ndarray, draws: int):
-    """Mean relative errors of distances at p = 64, on Gaussian vectors and on pictures; step and scale of the paper."""
-    sets = {"Gaussian": np.random.default_rng(0).standard_normal((200, 784)), "Fashion-MNIST": pictures[:200]}
+def preserved(images: np.ndarray, draws: int):
+    """Mean relative errors of distances at p = 64, on Gaussian vectors and on images; step and scale of the paper."""
+    sets = {"Gaussian": np.random.default_rng(0).standard_normal((200, 784)), "Fashion-MNIST": images[:200]}
     rows, curves, worst = [], {}, 0.0
     for which, X in sets.items():
         exact = distances(X, X)
@@ -223,9 +223,9 @@ def preserved(pictures: np.ndarray, draws: int):
     return table(head, rows), curves, worst
 
 
-def recall(pictures: np.ndarray, draws: int):
-    """The share of the 10 nearest pictures that are among the 10 found, against bits per vector."""
-    base, queries = pictures[200:], pictures[:200]
+def recall(images: np.ndarray, draws: int):
+    """The share of the 10 nearest images that are among the 10 found, against bits per vector."""
+    base, queries = images[200:], images[:200]
     mean = base.mean(0)  # distances do not see it, signs do
     base, queries = base - mean, queries - mean
     true = np.argsort(distances(queries, base), axis=1)[:, :10]
@@ -314,7 +314,7 @@ def cost(rounds: int):
 # Pictures
 
 
-def picture(name: str, panels: list[Callable]) -> None:
+def save_plot(name: str, panels: list[Callable]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
@@ -325,7 +325,7 @@ def picture(name: str, panels: list[Callable]) -> None:
     figure.savefig(HERE / "results" / f"features_{name}.png", dpi=110)
 
 
-def kernel_picture(found, by_bits) -> None:
+def plot_kernel(found, by_bits) -> None:
     p, widths, betas, curves = found
 
     def by_m(axis):
@@ -342,10 +342,10 @@ def kernel_picture(found, by_bits) -> None:
         axis.set_xscale("log", base=2)
         axis.set(title="the whole error (dotted: entropy coded)", xlabel="bits per stored vector", ylabel="RMS error")
 
-    picture("kernel", [by_m, bits])
+    save_plot("kernel", [by_m, bits])
 
 
-def binary_picture(by_m, by_bits) -> None:
+def plot_binary(by_m, by_bits) -> None:
     def relative(axis):
         for ((which, order), points), color in zip(by_m.items(), COLORS):
             m, quantized, unquantized = zip(*points)
@@ -360,7 +360,7 @@ def binary_picture(by_m, by_bits) -> None:
             axis.semilogx(*zip(*points), "o-", base=2, label=name, color=color, markersize=4)
         axis.set(title="Fashion-MNIST, 10 nearest of 1,800", xlabel="bits per stored vector", ylabel="recall")
 
-    picture("binary", [relative, recalls])
+    save_plot("binary", [relative, recalls])
 
 
 def main():
@@ -370,17 +370,17 @@ def main():
     parser.add_argument("--digits", type=int, nargs=2, default=[20, 3], help="draws at m = 240 and at m = 8208")
     parser.add_argument("--rounds", type=int, default=7, help="of timing")
     args = parser.parse_args()
-    pictures = np.load(needed(args.data, "fashion_mnist.npz"))["x_test"].reshape(2000, -1) / 255.0
+    images = np.load(needed(args.data, "fashion_mnist.npz"))["x_test"].reshape(2000, -1) / 255.0
 
     timed, worst = cost(args.rounds)
     by_m, found, slopes = against_m(args.draws)
     by_bits, bit_curves = against_bits(args.draws)
     svm, apart, exact = digits(tuple(args.digits))
-    kept, distance_curves, off = preserved(pictures, max(1, args.draws // 2))
-    nearest, recall_curves = recall(pictures, max(1, args.draws // 2))
+    kept, distance_curves, off = preserved(images, max(1, args.draws // 2))
+    nearest, recall_curves = recall(images, max(1, args.draws // 2))
     if all(getattr(args, k) == parser.get_default(k) for k in ("draws", "digits", "rounds")):
-        kernel_picture(found, bit_curves)
-        binary_picture(distance_curves, recall_curves)
+        plot_kernel(found, bit_curves)
+        plot_binary(distance_curves, recall_curves)
 
     one_bit = [slopes[f"order {r}, one bit"] for r in (1, 2, 3)]
     stored = {name: points for name, points in bit_curves.items() if not name.startswith("sign")}  # both sides are

@@ -1,9 +1,9 @@
-"""Claim: however few the rows, what we recommend errs on new rows no more than 1.1 times as much as plain rounding.
+"""Claim: with few rows too, the error of the recommended settings on new rows is at most 1.1 times that of rounding.
 
 One layer. Inputs are correlated (eigenvalues of their covariance fall as 1 / i), independent, or rectified units of a
 layer before, some of which are on in few rows or none; the quantized network's are the same with noise of `drift` standard
 deviations. `asleep`: a fifth of the inputs is 0 on all calibration rows, and not on new ones. Plain rounding is MSQ with the
-steps of MinMSE. A figure is the error on new rows over that of plain rounding on the same rows, means over seeds; the worst
+steps of MinMSE. Shown is the error on new rows over that of plain rounding on the same rows, means over seeds; the worst
 over kinds of inputs, drift and bits is shown. The published methods alone (no shrinkage, steps of MinMSE, no finish) are
 there to compare: they have no defence against few rows, and nothing is claimed for them.
 

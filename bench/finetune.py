@@ -1,10 +1,10 @@
 """Claim: 100 steps of fine-tuning recover half of what ternary weights cost. Run: python bench/finetune.py
 
-The demo's CNN on digits, all kernels ternary, is trained for 100 steps of Adam on its 1,024 calibration pictures, towards
+The demo's CNN on digits, all kernels ternary, is trained for 100 steps of Adam on its 1,024 calibration images, towards
 the float network's outputs: no labels are used. Once with codes fixed (`quantized.tunable`: steps, biases and norms), once
 with derivatives passed straight through the rounding (`quantized.params`: kernels too, steps fixed). Losses are
 cross-entropies in nats against the true labels; the share recovered is (quantized - tuned) / (quantized - float) on held-out
-pictures, median and least over the seeds that draw the batches. GPFQ20 has one step for a whole layer, the others one for
+images, median and least over the seeds that draw the batches. GPFQ20 has one step for a whole layer, the others one for
 each neuron.
 """
 
@@ -38,7 +38,7 @@ RULES = {
 
 
 class Problem(NamedTuple):
-    """The trained network and its pictures."""
+    """The trained network and its images."""
 
     model: Any
     variables: dict
@@ -50,7 +50,7 @@ class Problem(NamedTuple):
         return {**self.variables, "params": params}
 
     def score(self, params) -> tuple[float, float, float]:
-        """Loss on the calibration pictures, loss on the held-out pictures, and top-1 there."""
+        """Loss on the calibration images, loss on the held-out images, and top-1 there."""
         logits = [self.model.apply(self.with_params(params), x) for x, _ in (self.train, self.test)]
         losses = [_cross_entropy(z, y) for z, (_, y) in zip(logits, (self.train, self.test))]
         return *map(float, losses), 100 * float(jnp.mean(logits[1].argmax(-1) == self.test[1]))
@@ -62,17 +62,17 @@ def _cross_entropy(logits, labels):
 
 def tuner(problem: Problem, steps: int, rate: float, batch: int) -> Callable:
     """The function (params, tensors, key) -> trained params, its step compiled for each kind of parameters."""
-    pictures, _ = problem.train
-    wanted = jax.nn.softmax(problem.model.apply(problem.variables, pictures))
+    images, _ = problem.train
+    wanted = jax.nn.softmax(problem.model.apply(problem.variables, images))
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
     @jax.jit
     def step(params, memory, tensors, key):
-        rows = jax.random.choice(key, len(pictures), (batch,), replace=False)
+        rows = jax.random.choice(key, len(images), (batch,), replace=False)
 
         def loss(params):
             weights = problem.with_params(jpfq.fake_quant(params, tensors))
-            return optax.softmax_cross_entropy(problem.model.apply(weights, pictures[rows]), wanted[rows]).mean()
+            return optax.softmax_cross_entropy(problem.model.apply(weights, images[rows]), wanted[rows]).mean()
 
         change, memory = optimizer.update(jax.grad(loss)(params), memory)
         return optax.apply_updates(params, change), memory
@@ -94,10 +94,10 @@ def main():
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
 
-    pictures, labels, test, answers = digits()
-    model, variables = train_cnn(pictures, labels)
+    images, labels, test, answers = digits()
+    model, variables = train_cnn(images, labels)
     as_jax = lambda *xs: tuple(map(jnp.asarray, xs))
-    problem = Problem(model, variables, as_jax(pictures, labels), as_jax(test, answers))
+    problem = Problem(model, variables, as_jax(images, labels), as_jax(test, answers))
     tune = tuner(problem, args.steps, args.rate, args.batch)
     exact = problem.score(variables["params"])
 

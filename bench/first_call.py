@@ -1,8 +1,8 @@
-"""Claim: a first call, compilation included, takes a few times what a second one does. Run: python bench/first_call.py
+"""Claim: a first call, compilation included, takes a few times as long as a second. Run: python bench/first_call.py
 
 Each model and recipe in a process of its own, two calls of `quantize` one after the other; processor seconds, programs
-compiled, and the peak of the resident set. ResNet20 on 500 pictures and stories260K on 64 windows; EfficientNet-Lite0 has
-random weights and 32 random pictures of 224 x 224, as what it takes is a matter of its 32 different sizes of kernels.
+compiled, and the peak of the resident set. ResNet20 on 500 images and stories260K on 64 windows; EfficientNet-Lite0 has
+random weights and 32 random images of 224 x 224, as what it takes is a matter of its 32 different sizes of kernels.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def subject(name: str, args: argparse.Namespace) -> tuple[Any, dict | None, list
 
 
 def calls(name: str, recipe: str, args: argparse.Namespace) -> list[dict]:
-    """What a first and a second call took, in this process."""
+    """The costs of a first and a second call in this process."""
     model, variables, batches = subject(name, args)
     compiled: collections.Counter = collections.Counter()
 
@@ -67,7 +67,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet20", "stories", "efficientnet"])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--pictures", type=int, default=500)
+    parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "RECIPE"), help="in this process, as JSON")
     add_data(parser)
@@ -79,7 +79,7 @@ def main():
     for name in args.models:
         for recipe in args.recipes:
             command = [sys.executable, __file__, "--one", name, recipe, "--data", str(args.data)]
-            command += ["--pictures", str(args.pictures), "--windows", str(args.windows)]
+            command += ["--images", str(args.images), "--windows", str(args.windows)]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             first, second = json.loads(out.splitlines()[-1])
             cells = [f"{first['programs']}", f"{first['compiling']:.0f}", f"{first['cpu']:.0f}", f"{first['wall']:.0f}"]

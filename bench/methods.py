@@ -106,7 +106,7 @@ def mismatches(args) -> tuple[str, dict]:
 
 
 def dampings(args) -> str:
-    """What damping does where rows are few: error on the calibration rows / on new ones."""
+    """The effect of damping with few rows: error on the calibration rows / on new ones."""
     rows = []
     for count in (128, 384, 1024, 4096):
         layers = [layer(seed, 256, 128, count, 0.1) for seed in range(args.seeds)]
@@ -124,7 +124,7 @@ def dampings(args) -> str:
 
 
 def finishers(args) -> tuple[str, dict]:
-    """What a finisher gains, on the calibration rows."""
+    """The gain of a finisher, on the calibration rows."""
     found: dict = {}
     layers = [layer(seed, 128, 48, 2048, 0.05) for seed in range(args.seeds)]
     for bits in (2, 3, 4):

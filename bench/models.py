@@ -1,14 +1,14 @@
-"""Claim: trained models keep what they can at 4 bits, and with activations of 8. Run: python bench/models.py
+"""Claim: trained models lose little at 4 bits, and with activations of 8. Run: python bench/models.py
 
 Two models in Linen, two in NNX, all kernels quantized that can be (an embedding that is also the output stays), a step per
 neuron:
 
-resnet20   Linen  top-1 on the 10,000 test pictures of CIFAR-10, calibrated on 1,000 others
+resnet20   Linen  top-1 on the 10,000 test images of CIFAR-10, calibrated on 1,000 others
 cnn        NNX    likewise, GPFQ20's network
 stories    NNX    a Llama: nats per token on 538 windows of 256 tokens, calibrated on 128 others; also with coupled neurons
 sorter     Linen  a transformer: share of all 729 inputs it puts in order, calibrated on 128 of them
 
-First the float models and plain rounding are compared with the figures that came with the data, by another program.
+First the float models and plain rounding are compared with results of another program, which are stored with the data.
 """
 
 import argparse
@@ -106,10 +106,10 @@ def cut(x: np.ndarray, size: int) -> list:
     return [x[i : i + size] for i in range(0, len(x), size)]
 
 
-def pictures(model, variables, args: argparse.Namespace, tests: int | None = None) -> Subject:
-    """A network for CIFAR-10, scored on the first `tests` pictures, on all where that is None."""
+def classifier(model, variables, args: argparse.Namespace, tests: int | None = None) -> Subject:
+    """A network for CIFAR-10, scored on the first `tests` images, on all where that is None."""
     test = np.load(needed(args.data, "cifar10_test_jpeg.npz"))
-    images = np.load(needed(args.data, "cifar10_train.npz"))["x_train_jpeg"][: args.pictures]
+    images = np.load(needed(args.data, "cifar10_train.npz"))["x_train_jpeg"][: args.images]
     shown, labels = [networks.pixels(x) for x in cut(test["x_test"][:tests], 250)], test["y_test"][:tests]
 
     def accuracy(logits: Logits) -> float:
@@ -120,12 +120,12 @@ def pictures(model, variables, args: argparse.Namespace, tests: int | None = Non
 
 def resnet20(args: argparse.Namespace, tests: int | None = None) -> Subject:
     """ResNet20 in Linen."""
-    return pictures(*networks.resnet20(args.data), args, tests)
+    return classifier(*networks.resnet20(args.data), args, tests)
 
 
 def cnn(args: argparse.Namespace) -> Subject:
     """GPFQ20's network in NNX."""
-    return pictures(networks.nnx_cnn(args.data), None, args)
+    return classifier(networks.nnx_cnn(args.data), None, args)
 
 
 @jax.jit
@@ -173,7 +173,7 @@ def wiring(name: str, s: Subject) -> tuple[list[str], list[str]]:
         rule = jpfq.Rule(".*", grid=grid, **PLAIN)
         found.append(s.quantized(f"{name}: plain rounding, {bits} bits", rule, few))
     off = max(abs(a - b) for a, b in zip(found[1:], CHECK[name][1:], strict=True))
-    near = 2 * 10.0**-s.digits  # two pictures, or two units of the last digit
+    near = 2 * 10.0**-s.digits  # two images, or two units of the last digit
     verdicts = [
         verdict(s.shown(found[0]) == s.shown(CHECK[name][0]), f"{name}: float {CHECK[name][0]}: {s.shown(found[0])}"),
         verdict(off < 1.01 * near, f"{name}: plain rounding within {near:g} of another program: {s.shown(off)}"),
@@ -197,7 +197,7 @@ def main():
     for option, choices in (("models", SUBJECTS), ("configurations", CONFIGURATIONS)):
         parser.add_argument(f"--{option}", nargs="+", choices=choices, default=list(choices))
     parser.add_argument("--no-activations", action="store_true", help="leave out what quantizes activations")
-    parser.add_argument("--pictures", type=int, default=1_000, help="calibration pictures, 5,000 at most")
+    parser.add_argument("--images", type=int, default=1_000, help="calibration images, 5,000 at most")
     parser.add_argument("--windows", type=int, default=128, help="calibration windows of stories, 512 at most")
     parser.add_argument("--lines", type=int, default=128, help="calibration lines of the sorter, 729 at most")
     add_data(parser)
@@ -219,7 +219,7 @@ def main():
                 claim = f"{name}, {c}: {most:g} {s.unit} lost at most: {s.shown(min(ours))}"
                 reached.append(verdict(round(min(ours), s.digits) <= most, claim))
     note = (
-        f"calibrated on {args.pictures:,} pictures, {args.windows} windows, {args.lines} lines; "
+        f"calibrated on {args.images:,} images, {args.windows} windows, {args.lines} lines; "
         "MSQ and GPFQ: scale MinError, order Descending, no shrinkage, no finisher; "
         "coupled: best, with neurons coupled one by one"
     )

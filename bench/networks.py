@@ -35,7 +35,7 @@ class CNN(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut; one that widens halves the picture, and its shortcut has no weights."""
+    """Two convolutions beside a shortcut; one that widens halves the image, and its shortcut has no weights."""
 
     width: int
 

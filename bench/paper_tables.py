@@ -1,12 +1,12 @@
 """Claim: on CIFAR-10, path following loses less than in its paper. Run: python bench/paper_tables.py
 
-Three experiments, each with a report of its own, all kernels quantized; top-1 on the 10,000 test pictures, in percent:
+Three experiments, each with a report of its own, all kernels quantized; top-1 on the 10,000 test images, in percent:
 
-gpfq20     GPFQ20's experiment on its CNN: per layer M equispaced levels of radius C median|w|, 1,000 pictures.
-resnet20   ResNet20 on grids with a step per neuron that can be stored, every method and finisher, 1,000 pictures.
-cnn        the same for GPFQ20's CNN, 500 pictures.
+gpfq20     GPFQ20's experiment on its CNN: per layer M equispaced levels of radius C median|w|, 1,000 images.
+resnet20   ResNet20 on grids with a step per neuron that can be stored, every method and finisher, 1,000 images.
+cnn        the same for GPFQ20's CNN, 500 images.
 
-The pictures are JPEG copies of CIFAR-10's, which costs the networks ten points: compare with float, not across papers.
+The images are JPEG copies of CIFAR-10's, which costs the networks ten points: compare with float, not across papers.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PAPER = {  # points GPFQ20 lost at its best C, of 89.22 % in float: GPFQ, MSQ
     3: (14.35, 74.58),
 }
 RADII = (2, 3, 4, 5, 6)
-CHECK = {  # MSQ for these radii, on these pictures, by another program
+CHECK = {  # MSQ for these radii, on these images, by another program
     16: (45.78, 74.70, 72.39, 70.74, 69.42),
     8: (52.23, 73.43, 62.95, 56.76, 55.37),
     4: (42.76, 41.10, 15.09, 25.14, 16.57),
@@ -54,7 +54,7 @@ METHODS = {
 
 
 def _with(method: str, **settings) -> dict:
-    """What is recommended for some networks is said here, so that rows differ in what their names say alone."""
+    """Settings that are explicit here, so that rows differ only in what their names say."""
     plain = {"scale": jpfq.scale.MinError(), "order": jpfq.order.Descending(), "finish": None, "shrinkage": None}
     return {"method": METHODS[method]} | plain | settings
 
@@ -69,7 +69,7 @@ BREVITAS = {"Qronos": (80.81, 80.02), "OPTQ": (80.68, 78.70), "GPFQ": (80.68, 79
 
 @dataclasses.dataclass
 class Study:
-    """A network, its calibration batches, and its score on the test pictures."""
+    """A network, its calibration batches, and its score on the test images."""
 
     model: networks.nn.Module
     variables: dict
@@ -87,15 +87,15 @@ class Study:
 
 
 def study(load: Callable[[Path], tuple], args: argparse.Namespace, rows: int) -> Study:
-    """A network and `rows` calibration pictures, fewer where the option --rows says so."""
+    """A network and `rows` calibration images, fewer where the option --rows says so."""
     model, variables = load(args.data)
     test = np.load(needed(args.data, "cifar10_test_jpeg.npz"))
     images = np.load(needed(args.data, "cifar10_train.npz"))["x_train_jpeg"][: args.rows or rows]
     cut = lambda x: [networks.pixels(x[i : i + args.batch]) for i in range(0, len(x), args.batch)]
-    pictures, predict = cut(test["x_test"]), jax.jit(lambda v, x: jnp.argmax(model.apply(v, x), -1))
+    tests, predict = cut(test["x_test"]), jax.jit(lambda v, x: jnp.argmax(model.apply(v, x), -1))
 
     def accuracy(variables) -> float:
-        return 100 * float(np.mean(np.concatenate([predict(variables, x) for x in pictures]) == test["y_test"]))
+        return 100 * float(np.mean(np.concatenate([predict(variables, x) for x in tests]) == test["y_test"]))
 
     return Study(model, variables, cut(images), accuracy)
 
@@ -113,7 +113,7 @@ def gpfq20(args: argparse.Namespace) -> Iterator[str]:
 
     msq = {M: [found(M, C, "MSQ", jpfq.MSQ(), few) for C in RADII] for M in PAPER}
     gpfq = {M: [found(M, C, "GPFQ", jpfq.GPFQ(), s.batches) for C in RADII] for M in PAPER}
-    yield f"order Natural, {sum(map(len, s.batches)):,} calibration pictures, float {exact:.2f}"
+    yield f"order Natural, {sum(map(len, s.batches)):,} calibration images, float {exact:.2f}"
     rows = [(str(M), n, *(f"{a:.2f}" for a in by[M])) for n, by in (("GPFQ", gpfq), ("MSQ", msq)) for M in PAPER]
     yield table(("levels", "method", *(f"C = {C}" for C in RADII)), rows)
     loss = {M: (exact - max(gpfq[M]), exact - max(msq[M])) for M in PAPER}
@@ -122,7 +122,7 @@ def gpfq20(args: argparse.Namespace) -> Iterator[str]:
     off = max(abs(a - b) for M in CHECK for a, b in zip(msq[M], CHECK[M], strict=True))
     claim = lambda M: f"{M} levels: GPFQ loses {PAPER[M][0]} points at most: {loss[M][0]:.2f}"
     verdicts = [
-        verdict(round(exact, 2) == 77.60, f"float accuracy 77.60: {exact:.2f} (paper: 89.22, undamaged pictures)"),
+        verdict(round(exact, 2) == 77.60, f"float accuracy 77.60: {exact:.2f} (paper: 89.22, undamaged images)"),
         *(verdict(round(loss[M][0], 2) <= PAPER[M][0], claim(M)) for M in PAPER),
         verdict(off <= 1, f"MSQ within a point of another program: {off:.2f}"),
     ]
@@ -143,7 +143,7 @@ def storable(load: Callable[[Path], tuple], args: argparse.Namespace, rows: int)
 def shown(s: Study, exact: float, found: dict) -> Iterator[str]:
     """The table of all settings."""
     yield (
-        f"a step per neuron, {sum(map(len, s.batches)):,} calibration pictures, float {exact:.2f}; "
+        f"a step per neuron, {sum(map(len, s.batches)):,} calibration images, float {exact:.2f}; "
         "where nothing else is said: scale MinError, order Descending, no shrinkage, no finisher"
     )
     rows = [(name, *(f"{value:.2f}" for value in by.values())) for name, by in found.items()]
@@ -151,12 +151,12 @@ def shown(s: Study, exact: float, found: dict) -> Iterator[str]:
 
 
 def resnet20(args: argparse.Namespace) -> Iterator[str]:
-    """ResNet20 beside Brevitas, which quantized it on the same pictures and grids."""
+    """ResNet20 beside Brevitas, which quantized it on the same images and grids."""
     s, exact, found = storable(networks.resnet20, args, 1_000)
     yield from shown(s, exact, found)
     pairs = lambda m: zip((found[m][grid] for grid in ("4 bits", "3 bits")), BREVITAS[m], strict=True)
     rows = [(m, *(f"{value:.2f}" for pair in pairs(m) for value in pair)) for m in BREVITAS if m in found]
-    yield table(("same pictures and levels", "4 bits", "Brevitas", "3 bits", "Brevitas"), rows)
+    yield table(("same images and levels", "4 bits", "Brevitas", "3 bits", "Brevitas"), rows)
     targets = {
         "4 bits": (exact - 0.2, "a loss of 0.2 points at most"),
         "3 bits": (exact - 0.8, "a loss of 0.8 points at most"),
@@ -182,7 +182,7 @@ EXPERIMENTS = {f.__name__: f for f in (gpfq20, resnet20, cnn)}
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="experiments to run")
-    parser.add_argument("--rows", type=int, help="calibration pictures, 5,000 at most; else as the experiment says")
+    parser.add_argument("--rows", type=int, help="calibration images, 5,000 at most; else as the experiment says")
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--settings", nargs="+", help="of the two tables, only rows whose name starts so")
     add_data(parser)

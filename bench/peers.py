@@ -5,7 +5,7 @@ jpfq[peers]` brings them. Layers are compared one by one: the peer quantizes a w
 that the peer had at each layer (X in the float network, Xq behind the peer's own quantized layers) and the peer's own
 steps, so only the codes are left to choose. Errors are ||X W - Xq q|| / ||X W||. Times are taken turn by turn. Ours
 are of `jpfq.solve` under `jit`, asked for the weights alone, after a first call, whose extra time, mostly compilation, has
-a column of its own; "with Info" is the plain call with all its figures. Whole models are compared by peers_models.py.
+a column of its own; "with Info" is the plain call with all its metrics. Whole models are compared by peers_models.py.
 """
 
 import argparse
@@ -245,7 +245,7 @@ def published_loop(W, X, Xq, step, top: int) -> torch.Tensor:
 
 
 def pairs(args) -> tuple[list[Pair], str]:
-    """What is timed at one layer, each part next to ours; and how near the published loop's error is to ours."""
+    """The times of one layer, each part next to ours, and the error of the published loop against ours."""
     n, bits = args.layer, 4
     X, (W,) = problem(args.samples, n, n, 1, 0, args.seed)
     Xq = X + 0.05 * jax.random.normal(jax.random.key(args.seed + 1), X.shape)
@@ -362,7 +362,7 @@ def by_qwix(Ws, X, name: str, group: int | None, batches: int) -> list[Done]:
     return jax.block_until_ready([Done(qwix.dequantize(array), array.scale) for array in arrays])
 
 
-def walk(Ws, X, layers: list[Done], method, mismatch: bool) -> list[jax.Array]:
+def layer_by_layer(Ws, X, layers: list[Done], method, mismatch: bool) -> list[jax.Array]:
     """Our layers, quantized in turn on the peer's steps; without `mismatch` by the float network's inputs only."""
     floats, found, Xq = inputs(Ws, X), [], X
     for i, (W, done) in enumerate(zip(Ws, layers)):
@@ -386,7 +386,7 @@ def qwix_errors(args) -> tuple[str, list[str]]:
         )
         first = clock(theirs, 0)
         layers = made.pop("it")
-        ours = lambda layers=layers, method=method, mismatch=mismatch: walk(Ws, X, layers, method, mismatch)
+        ours = lambda layers=layers, method=method, mismatch=mismatch: layer_by_layer(Ws, X, layers, method, mismatch)
         cold = clock(ours, 0)
         warm = [(clock(theirs, 0), clock(ours), made.pop("it"))[:2] for _ in range(args.rounds)]
         quantized = [X, *inputs([done.q for done in layers], X)[1:]] if mismatch else floats

@@ -4,8 +4,8 @@ ResNet20 and stories260K, written once more in PyTorch (torch_twins.py; that bot
 through Brevitas' GPFQ and GPTQ and through `jpfq.quantize`: the same calibration data in the same batches, the same grids,
 steps of the largest weight of each neuron, natural order (of a convolution's inputs: by place, then by channel; theirs by
 channel, then by place, so that codes differ). Layers of the language model with a common input are updated together by
-Brevitas too, which saves it passes. "best" is what jpfq recommends, with steps of its own. Seconds are those of calibrating
-and quantizing, from a float model in memory to a quantized one; ours are of the whole call, once with all compilation
+Brevitas too, which saves it passes. "best" has the recommended settings and steps. Seconds are those of calibration and
+quantization, from a float model in memory to a quantized one; ours are of the whole call, once with all compilation
 ("first"), and warm just before and just after the peer. Scores are of the Flax model on the weights of either.
 """
 
@@ -50,7 +50,7 @@ class Twin(NamedTuple):
     together: list | None  # names of layers that Brevitas may update together
 
     def weights(self, folder: Path):
-        """What the subject runs on, from stored arrays."""
+        """The data of the subject, from stored arrays."""
         loaded = self.load(folder)
         return loaded if self.subject.variables is None else loaded[1]
 
@@ -136,7 +136,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=TWINS, default=list(TWINS))
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
-    parser.add_argument("--pictures", type=int, default=500, help="calibration pictures, 5,000 at most")
+    parser.add_argument("--images", type=int, default=500, help="calibration images, 5,000 at most")
     parser.add_argument("--windows", type=int, default=64, help="calibration windows of 256 tokens, 512 at most")
     add_data(parser)
     args = parser.parse_args()
@@ -147,7 +147,7 @@ def main():
     for name in args.models:
         more_rows, more = compared(name, args)
         rows, says = rows + more_rows, says + more
-    note = f"calibrated on {args.pictures:,} pictures, {args.windows} windows; {torch.get_num_threads()} threads"
+    note = f"calibrated on {args.images:,} images, {args.windows} windows; {torch.get_num_threads()} threads"
     head = ("model", "bits", "who", "their s", "our s", "our first, s", "ratio", "their score", "ours")
     report("peers_models", parser, args, note, table(head, rows), "\n".join(says))
 

@@ -37,7 +37,7 @@ def mlp():
 
 
 def cnn():
-    """Three convolutions on pictures of 32 x 32."""
+    """Three convolutions on images of 32 x 32."""
     params = {"a": (3, 3, 3, 32), "b": (3, 3, 32, 64), "c": (3, 3, 64, 64)}
 
     def fn(params, x):
@@ -89,7 +89,7 @@ def resident() -> int:
 
 
 def measure(name: str, batches: int) -> dict:
-    """The memory of one calibration, foretold and seen, in bytes."""
+    """The memory of one calibration in bytes, predicted and measured."""
     fn, shapes, shape = MODELS[name]()
     draw = np.random.default_rng(0).standard_normal
     params = {k: jnp.asarray(draw(s, np.float32) / np.prod(s[:-1]) ** 0.5) for k, s in shapes.items()}

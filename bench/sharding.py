@@ -1,6 +1,6 @@
-"""What a solve takes of each device: one device against eight virtual ones, the Gram whole on each or split over them.
+"""The memory of a solve on each device: one device against eight virtual ones, with the Gram replicated or split.
 
-Figures are XLA's own for the compiled program of one device: what it is given, what it returns, and its temporaries. Codes
+Sizes are XLA's own for the compiled program of one device: arguments, results, and temporaries. Codes
 of all programs are compared at the small size.
 """
 

@@ -1,7 +1,7 @@
-"""Claim: what is saved is as small as its bits, what serves stays packed, and others run it. Run: python bench/storage.py
+"""Claim: saved results are as small as their bits, serving keeps them packed, others run them. python bench/storage.py
 
 ResNet20 (Linen) is quantized, saved and loaded: bytes of the folder, everything included (biases, norms, statistics of
-BatchNorm, steps, the record of settings and figures), against the same model as one float32 safetensors file; the same with
+BatchNorm, steps, the record of settings and metrics), against the same model as one float32 safetensors file; the same with
 entropy coding, and in seconds.
 
 stories260K (NNX, a Llama) at 4 bits: bytes of the quantized kernels on the device while it serves, against float32, and
@@ -40,7 +40,7 @@ def on_device(tree) -> int:
 
 
 def seconds(work):
-    """What it returns, and the time it takes."""
+    """The result of a function, and the time it takes."""
     start = time.perf_counter()
     made = work()
     return made, time.perf_counter() - start
@@ -49,7 +49,7 @@ def seconds(work):
 def resnet20(args: argparse.Namespace, folder: Path) -> tuple[list, list[str]]:
     """Rows and verdicts."""
     model, variables = networks.resnet20(args.data)
-    images = np.load(needed(args.data, "cifar10_train.npz"))["x_train_jpeg"][: args.pictures]
+    images = np.load(needed(args.data, "cifar10_train.npz"))["x_train_jpeg"][: args.images]
     flat = {"/".join(k.key for k in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(variables)}
     safetensors.numpy.save_file(flat, folder / "float")
     whole = (folder / "float").stat().st_size
@@ -122,7 +122,7 @@ def stories(args: argparse.Namespace, folder: Path) -> tuple[list, list[str]]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=250, help="calibration pictures")
+    parser.add_argument("--images", type=int, default=250, help="calibration images")
     parser.add_argument("--windows", type=int, default=32, help="calibration windows of stories")
     parser.add_argument("--tokens", type=int, default=128, help="tokens to generate")
     add_data(parser)

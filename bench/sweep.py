@@ -1,8 +1,8 @@
 """Claim: a sweep costs a fraction of its runs, and each of its rows is the single run. Run: python bench/sweep.py
 
-Sixteen settings of the digits CNN of `jpfq demo`: four widths by four radii, of GPFQ alone and of what is recommended, each
-scored on the test pictures. From a fresh process, compilation included, the sweep beside one run; warm, the sweep beside the
-sixteen runs one after the other. Scores are part of both.
+Sixteen settings of the digits CNN of `jpfq demo`: four widths by four radii, of GPFQ alone and with the recommended
+settings, each scored on the test images. From a fresh process, compilation included, the sweep is next to one run; warm,
+next to the sixteen runs one after the other. Scores are part of both.
 """
 
 import argparse
@@ -32,12 +32,12 @@ KINDS = {
 
 
 class Case:
-    """The trained CNN and its test pictures."""
+    """The trained CNN and its test images."""
 
     def __init__(self, kind: str):
-        pictures, labels, test, answers = demo.digits()
-        self.model, self.variables = demo.train_cnn(pictures, labels)
-        self.batches = [jnp.asarray(part) for part in np.split(pictures, 4)]
+        images, labels, test, answers = demo.digits()
+        self.model, self.variables = demo.train_cnn(images, labels)
+        self.batches = [jnp.asarray(part) for part in np.split(images, 4)]
         self.test, self.answers = jnp.asarray(test), jnp.asarray(answers)
         self.space = jpfq.Space(KINDS[kind], bits=WIDTHS, c=RADII)
         self.wrong = jax.jit(self.evaluate_variables)

@@ -41,7 +41,7 @@ class Block(torch.nn.Module):
 
 
 class ResNet20(torch.nn.Module):
-    """Takes pictures as the Flax model does: (batch, row, column, colour), in [0, 1]."""
+    """Takes images as the Flax model does: (batch, row, column, colour), in [0, 1]."""
 
     def __init__(self, bits: int | None):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Claim: of a convolution's windows 128 for each input are enough. Run: python bench/windows.py
+"""Claim: 128 windows per input of a convolution are enough for calibration. Run: python bench/windows.py
 
-ResNet20 by what jpfq recommends, calibrated on 500 pictures of CIFAR-10: on all windows of its convolutions, and on fewer.
-What counts is the relative error of the logits on the 10,000 test pictures; top-1 is shown beside it, and is noise of .2
+ResNet20 by the recommended settings, calibrated on 500 images of CIFAR-10: on all windows of its convolutions, and on fewer.
+The criterion is the relative error of the logits on the 10,000 test images; top-1 is shown beside it, and is noise of .2
 points. Processor seconds are those of a second call.
 """
 
@@ -23,7 +23,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--windows", type=int, nargs="+", default=[128, 32, 8], help="for each input")
-    parser.add_argument("--pictures", type=int, default=500)
+    parser.add_argument("--images", type=int, default=500)
     add_data(parser)
     args = parser.parse_args()
     subject = models.resnet20(args)

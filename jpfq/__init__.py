@@ -1,17 +1,17 @@
 """jpfq: post-training quantization of JAX networks by path following.
 
-`quantize` takes a model, calibration batches and `Rule`s, and returns a `Quantized`; a number of bits in place of rules
-means what `best` recommends. `solve` is the same for one matrix. The folder `notebooks` has a guide for each task;
-`jpfq.matrix` has the theory on one page; `jpfq.embed` random features and binary embeddings; `jpfq.paper` the published
-methods, `jpfq.formats` the number formats of files and servers, `jpfq.ranges` the ranges of activations, `jpfq.patches` the
-windows of convolutions and `jpfq.hub` language models from GGUF files and Hugging Face folders.
+`quantize` takes a model, calibration batches and `Rule`s, and returns a `Quantized`. A number of bits stands for
+`best`, the recommended rules. `solve` is the same for one matrix. The folder `notebooks` has a guide for each task.
+`jpfq.matrix` has the theory, `jpfq.embed` random features and binary embeddings, `jpfq.paper` the published methods,
+`jpfq.formats` the number formats of files and servers, `jpfq.ranges` the ranges of activations, `jpfq.patches` the
+windows of convolutions, and `jpfq.hub` language models from GGUF files and Hugging Face folders.
 
-Rooms, each of which imports from those before it only: `scalar` (one number), `matrix` (one weight matrix and its data),
-`model` (a traced program), `calibrate` (batches through both networks), `network` (what the user calls and gets), `storage`,
-`export`, `report`, `study` (many runs); `embed` stands beside `matrix`, `hub` (language models from files) beside `model`.
-`Quantized` imports what it offers of later rooms, such as `save`, inside those methods.
+Folders, each of which imports only from those before it: `scalar` (one number), `matrix` (one weight matrix and its data),
+`model` (a traced program), `calibrate` (batches through both networks), `network` (what users call and get),
+`storage`, `export`, `report`, `study` (many runs); `embed` is next to `matrix`, `hub` next to `model`. Methods of
+`Quantized` that use later folders, such as `save`, import them inside.
 
-The examples below, and those of all classes and functions, run one by one. They take these names for granted:
+The examples of all classes and functions are run by the tests. They assume these names:
 
     >>> import flax.linen as nn
     >>> import jax
@@ -107,7 +107,7 @@ from .storage.save import load as load
 from .study import plot as plot
 from .study.space import Space as Space
 from .study.sweep import sweep as sweep
-from .study.swept import Sweep as Sweep
+from .study.sweep_result import Sweep as Sweep
 
 try:
     __version__ = _version("jpfq")
@@ -133,7 +133,7 @@ _KNOWN_AS = {"GPTQ": "OPTQ", "RTN": "MSQ"}
 
 
 def __getattr__(name: str):
-    """Says where a name is that others, or earlier versions, have here."""
+    """Raises with a hint for names of other packages or of earlier versions."""
     place = _KNOWN_AS.get(name) or next(
         (f"{s}.{name}" for s in _SPACES if name[0] != "_" and hasattr(globals()[s], name)), None
     )

@@ -64,7 +64,7 @@ def names_of(space):
     """The public names of `jpfq` or one of the modules it offers."""
     if space in (jpfq, jpfq.embed, jpfq.hub, *(getattr(jpfq, slot) for slot in SLOTS)):  # which list them
         return [name for name, x in vars(space).items() if name[0] != "_" and not isinstance(x, types.ModuleType)]
-    home = "jpfq.report.plot" if space is jpfq.plot else space.__name__
+    home = "jpfq.report.result_plots" if space is jpfq.plot else space.__name__
     return [name for name, x in vars(space).items() if name[0] != "_" and getattr(x, "__module__", "") == home]
 
 

@@ -1,1 +1,1 @@
-"""Batches through the float network and the quantized one: Grams, ranges of activations, biases, curvature."""
+"""Calibration: batches run through the float and the quantized network. Grams, activation ranges, biases, curvature."""

@@ -1,7 +1,7 @@
 """Activations: the inputs of layers, rounded to a grid while the network runs.
 
-The quantized network carries the rounded inputs, so that weights solved later correct for them. Rounding an input changes
-nothing in the float network.
+The quantized network continues with the rounded inputs, so that later layers correct for them. The float network is not
+affected.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ Per = Literal["tensor", "channel", "row"]
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """The settings by which the input of a layer is quantized.
+    """The settings for quantizing the input of a layer.
 
     Args:
         grid: `Asymmetric(8)` stores unsigned integers with a zero point (0 after ReLU), `Integer(8)` signed ones.
-        range: where the grid lies: `jpfq.ranges.Max()`, `Percentile(p)`, `MinMSE()` or `KL()`, chosen on the calibration
-            data as the quantized network gives them. Left out, MinMSE, or Max per row.
-        per: "tensor", one step for the whole input, fixed by calibration; "channel", one for each channel of a depthwise
-            convolution, group of a grouped one or expert, which folds into the steps of its weights; "row", a step taken
-            from each row while the network runs (each sample, for a convolution).
+        range: the rule that chooses the range of the grid: `jpfq.ranges.Max()`, `Percentile(p)`, `MinMSE()` or `KL()`. It
+            sees the calibration data in the quantized network. The default is MinMSE, and Max for per="row".
+        per: "tensor": one step for the whole input, fixed by calibration. "channel": one step for each channel of a
+            depthwise convolution, group of a grouped one, or expert, which folds into the steps of the weights. "row": a
+            step for each row (for a convolution, each sample), taken from the row while the network runs.
 
     Examples:
         >>> signed = jpfq.Activations(jpfq.Integer(8), jpfq.ranges.Percentile(0.999))
@@ -49,36 +49,36 @@ class Activations:
         if self.per not in ("tensor", "channel", "row"):
             raise ValueError(f"Activations: per is 'tensor', 'channel' or 'row'; got {self.per!r}.")
         if isinstance(self.range, Range) and self.per == "row" and not isinstance(self.range, Max):
-            raise ValueError(f"A range per row is taken from the row while the network runs: Max(), not {self.range}.")
+            raise ValueError(f"Activations: with per='row' the range of each row is its own Max(); got {self.range}.")
         for value, kind, example in ((self.grid, Grid, "Asymmetric(8)"), (self.range, Range, "ranges.MinMSE()")):
             if isinstance(value, (type, str, int, float)):
                 raise ValueError(f"Activations takes a {kind.__name__}, such as jpfq.{example}; got {value!r}.")
 
-    def refuse(self, layout: Layout, path: str) -> None:
-        """Raises where a layer has no steps of that kind."""
+    def check_layer(self, layout: Layout, path: str) -> None:
+        """Raises if the layer cannot have steps per channel."""
         if self.per == "channel" and layout.dims[0] == 1:
             raise ValueError(
-                f"{path} takes the inputs of all channels together, so steps per channel would not fold into its weights: "
-                "use per='tensor' or 'row' (per='channel' is for depthwise and grouped convolutions and for experts)."
+                f"{path} sums over all channels of its input, so steps per channel do not fold into its weights: use "
+                "per='tensor' or 'row' (per='channel' is for depthwise and grouped convolutions and for experts)."
             )
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ActivationQuantizer:
-    """The rounding of one layer's input. `levels` has a step and zero point (matrices,) or (1,); None if taken per row."""
+    """The quantizer of one layer's input. `levels` has steps and zero points (matrices,) or (1,); None for per="row"."""
 
     settings: Activations
     layout: Layout = dataclasses.field(metadata={"static": True})
     levels: ScaledGrid | None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The input at its levels, in its own type. Derivatives pass straight through, but for inputs beyond the grid."""
+        """Rounds an input to its levels, in its dtype. Derivatives pass straight through, except beyond the grid."""
         v = at_least_float32(x)
         return self.at(v).straight(v).astype(x.dtype)
 
     def at(self, v: jax.Array) -> ScaledGrid:
-        """The levels of an input, to be broadcast over it."""
+        """The levels of an input, in shapes that broadcast over it."""
         if self.levels is None:
             return self._of_rows(v)
         levels = self.levels
@@ -87,17 +87,17 @@ class ActivationQuantizer:
         return jax.tree.map(lambda y: y.astype(v.dtype), levels).with_steps(step, zero)
 
     def _of_rows(self, x):
-        axes, x = self.layout.row_axes(x.ndim), lax.stop_gradient(x)  # a row passes straight through, its step too
+        axes, x = self.layout.row_axes(x.ndim), lax.stop_gradient(x)  # no derivative through the step
         return Max()(Histogram(x, x.min(axes, keepdims=True), x.max(axes, keepdims=True)), self.settings.grid)
 
 
 def choose(
     settings: Activations, layout: Layout, batches: Callable[[], Iterable], laned: tuple[bool, bool] = (False, False)
 ) -> ActivationQuantizer:
-    """The rounding of an input, from its calibration data.
+    """Chooses the quantizer of an input from its calibration data.
 
     Args:
-        batches: gives pairs of an input and the weights of its entries (or None), as often as it is called.
+        batches: each call iterates over pairs of an input and the weights of its entries, or None.
         laned: whether the settings, and whether the inputs have lanes.
     """
     if settings.per == "row":
@@ -111,12 +111,12 @@ def choose(
         for x, weights in batches():
             histogram = _add(layout, split, histogram, x, weights, laned[1])
     grid = settings.grid if laned[0] else Codes.of(settings.grid)  # one program for all grids
-    return ActivationQuantizer(settings, layout, _lay(range_, histogram, grid, laned))
+    return ActivationQuantizer(settings, layout, _levels(range_, histogram, grid, laned))
 
 
-def round_by(rounded: ActivationQuantizer, x: jax.Array, laned: tuple[bool, bool]) -> jax.Array:
-    """`rounded(x)`, where each of the two may have lanes."""
-    return over_lanes(lambda rounded, x: rounded(x), (rounded, x), laned)
+def round_by(quantizer: ActivationQuantizer, x: jax.Array, laned: tuple[bool, bool]) -> jax.Array:
+    """`quantizer(x)`, where each of the two may have lanes."""
+    return over_lanes(lambda quantizer, x: quantizer(x), (quantizer, x), laned)
 
 
 @partial(jax.jit, static_argnames=("layout", "split", "laned"))
@@ -131,7 +131,7 @@ def _ends(layout, split, x, weights, laned):
 
 @partial(jax.jit, static_argnames="laned")
 def _empty(low, high, laned):
-    low, high = (jnp.where(jnp.isfinite(x), x, 0) for x in (low, high))  # infinite if every row is left out
+    low, high = (jnp.where(jnp.isfinite(x), x, 0) for x in (low, high))  # infinite if every row has weight 0
     return over_lanes(jax.vmap(Histogram.over), (low, high), (laned, laned))
 
 
@@ -142,7 +142,7 @@ def _add(layout, split, histogram, x, weights, laned):
 
 
 @partial(jax.jit, static_argnames="laned")
-def _lay(range_, histogram, grid, laned):
+def _levels(range_, histogram, grid, laned):
     def one(range_, histogram, grid):
         levels = jax.vmap(lambda one: range_(one, Codes.of(grid)))(histogram)
         step, zero = levels.step, levels.zero
@@ -152,7 +152,7 @@ def _lay(range_, histogram, grid, laned):
 
 
 def _matrices(layout, split, x, weights):
-    """Numbers and their weights as (matrices or 1, numbers)."""
+    """Entries and their weights as (matrices or 1, entries)."""
     flat = layout.by_matrix if split else lambda x: x.reshape(1, -1)
     if weights is not None:
         weights = flat(jnp.broadcast_to(weights, x.shape))

@@ -1,4 +1,4 @@
-"""The tensor of a parameter from the solutions of its sites."""
+"""Assembles the quantized tensor of a parameter from the solutions of its sites."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from ..matrix.host import namespace, numpy_or_jit
 
 
 def tensor_of(done, shape, dtype, recipe, laned) -> QTensor:
-    """The tensor of a parameter from the solutions of its sites."""
+    """The tensor of a parameter; `done` has its sites with their solutions."""
     places = tuple((site.chain, site.layout) for site, _ in done)
     solutions = [(s.codes, s.step, s.zero) for _, s in done]
     runs = _runs(places, tuple(step.shape[laned:] for _, step, _ in solutions), shape)
@@ -24,16 +24,18 @@ def tensor_of(done, shape, dtype, recipe, laned) -> QTensor:
 
 
 def _rearranges(solutions, places, shape, runs, dtype, laned) -> bool:
-    """True if the sites do not simply hold the parameter, so that JAX is to take it apart."""
+    """True if the parameter is not simply the matrix of one site; JAX then does the rearranging."""
     return laned or len(places) > 1 or bool(places[0][0].steps)
 
 
 @numpy_or_jit("places", "shape", "runs", "dtype", "laned", unless=_rearranges)
 def _whole(solutions, places, shape, runs, dtype, laned):
-    """Codes, steps and zero points of a parameter; `places` are chain and layout of each of its sites."""
+    """Codes, steps and zero points of a parameter. `places` has the chain and layout of each of its sites."""
 
     def one(solutions):
-        as_floats = [(codes.astype(step.dtype), step, zero) for codes, step, zero in solutions]  # only these scatter
+        as_floats = [
+            (codes.astype(step.dtype), step, zero) for codes, step, zero in solutions
+        ]  # integers do not scatter
         codes, steps, zeros = zip(*as_floats, strict=True)
         first = tuple(slice(None, None, run) for run in runs)
         step, zero = _full(places, steps, shape, scaled=True)[first], _full(places, zeros, shape)[first]
@@ -61,12 +63,12 @@ def _to_matrices(x, dims):
 def _runs(places, step_shapes, shape) -> tuple[int, ...]:
     """Along each axis of a parameter, the length of the runs that share one step.
 
-    Found by sending a number for each step down the same way as the steps; the answer depends on structure alone.
+    Found by rearranging an index for each step in the same way as the steps. It depends on the structure alone.
     """
     ends = np.cumsum([math.prod(step) for step in step_shapes])
-    numbers = np.split(np.arange(ends[-1], dtype=np.float32), ends[:-1])
-    numbered = [x.reshape(step) for x, step in zip(numbers, step_shapes, strict=True)]
-    labels = np.asarray(jax.jit(lambda numbered: _full(places, numbered, shape))(numbered))
+    indices = np.split(np.arange(ends[-1], dtype=np.float32), ends[:-1])
+    indexed = [x.reshape(step) for x, step in zip(indices, step_shapes, strict=True)]
+    labels = np.asarray(jax.jit(lambda indexed: _full(places, indexed, shape))(indexed))
     changes = (np.flatnonzero(np.diff(labels, axis=a).any(axis=_others(labels, a))) + 1 for a in range(labels.ndim))
     return tuple(int(np.gcd.reduce([*c, labels.shape[a]])) for a, c in enumerate(changes))
 

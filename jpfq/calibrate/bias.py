@@ -1,25 +1,30 @@
-"""Bias correction: the mean error of a layer's output, moved into the bias that follows.
+"""Bias correction: the mean error of a layer's output is subtracted from the bias that follows it.
 
-It is the last coordinate of the recursion, an input that is always 1, whose weight is not rounded: with the inputs centred,
-what the other coordinates leave is the mean, and the bias takes it exactly. Between product and bias there may be what a
-BatchNorm does, factors and shifts for each neuron.
+In the recursion the bias is a last coordinate whose input is always 1 and whose weight is not rounded: if the inputs are
+centred, the other coordinates leave the mean error, which the bias cancels exactly. Between the product and the bias there
+may be factors and shifts for each neuron, as in a BatchNorm.
 """
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from ..matrix.arrays import matmul
+from ..matrix.lanes import over_lanes
 from ..model.affine import Affine, Step, value
 from ..model.program import Program
 from ..model.sites import Chain, Site
+from ..scalar.exponent import reduced
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bias:
-    """Where the mean error of a site can go."""
+    """The bias that takes the mean error of a site."""
 
     leaf: int  # index of the parameter
     path: str
@@ -29,27 +34,27 @@ class Bias:
 
     @property
     def operand(self) -> Any:
-        """The variable that is repeated over the rows and added."""
+        """The variable that is broadcast over the rows and added."""
         return self.steps[-1].operand
 
     def change(self, site: Site, error: jax.Array, read: Callable) -> jax.Array:
-        """The array to add to the operand against a mean error (B, out) of the product; `read` gives fixed values."""
+        """The change of the operand that cancels a mean error (B, out) of the product. `read` returns fixed values."""
         x = -site.layout.at_outputs(error, self.ndim)
         for step in self.steps:
             if step.name == "transpose":
                 x = x.transpose(step.order)
             elif step.name in ("mul", "div"):
-                factor = step.laid(value(step.operand, read)).astype(x.dtype)
+                factor = step.expand(value(step.operand, read)).astype(x.dtype)
                 x = x * factor if step.name == "mul" else x / factor
-        return self.steps[-1].gathered(x if self.steps[-1].name == "add" else -x)
+        return self.steps[-1].collapse(x if self.steps[-1].name == "add" else -x)
 
 
 def find_biases(program: Program, sites: list[Site], trainable: list[bool]) -> dict[int, Bias]:
-    """The bias of each site that has one of its own, by the index of its product."""
+    """The bias of each site that has its own, by the index of the product."""
     affine = Affine(program)
     found = {site.index: bias for site in sites if (bias := _bias(affine, site, trainable)) is not None}
     by_index = {site.index: site for site in sites}
-    found = {i: bias for i, bias in found.items() if all(_one(bias, found.get(j)) for j in by_index[i].shares)}
+    found = {i: bias for i, bias in found.items() if all(_same(bias, found.get(j)) for j in by_index[i].shares)}
     claims = collections.Counter(bias.leaf for bias in found.values())
     sizes = collections.Counter()
     for i, bias in found.items():
@@ -58,8 +63,24 @@ def find_biases(program: Program, sites: list[Site], trainable: list[bool]) -> d
     return {index: bias for index, bias in found.items() if own(bias.leaf)}
 
 
-def _one(bias, other):
-    """True if two products with one matrix have one bias too, behind the same steps."""
+@functools.partial(jax.jit, static_argnames="laned")
+def mean_error(means, W, q, exponent, laned):
+    """The mean error of each neuron (B, out), and the energy of its mean over all rows, in the unit of `Info`.
+
+    `laned`: whether the means, and whether q have lanes.
+    """
+
+    def one(W, means, q, exponent):
+        mean_X, mean_Xq, rows = means
+        mean = lambda x, W: matmul(x[:, None], W)[:, 0]
+        exact = mean(mean_X, W)
+        return mean(mean_Xq, q) - exact, jnp.sum(rows[:, None] * reduced(exact, exponent) ** 2)
+
+    return over_lanes(one, (W, means, q, exponent), (False, *laned, laned[1]))
+
+
+def _same(bias, other):
+    """True if two products with one matrix also have the same bias, after the same steps."""
     by = lambda bias: [(step.name, step.order, step.operand) for step in bias.steps]
     return other is not None and (bias.leaf, bias.chain, by(bias)) == (other.leaf, other.chain, by(other))
 

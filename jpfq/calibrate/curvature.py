@@ -1,4 +1,4 @@
-"""The dependence of a network's outputs on what each layer puts out: derivatives of the float network, backwards."""
+"""Curvature: the influence of each layer's output on the outputs of the network, by backward passes in float."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,7 +12,8 @@ from ..model.affine import rows_of
 from ..model.compat import bind
 from ..model.program import Program, evaluate
 from ..model.sites import Site
-from ..scalar.grid import Number, is_number
+from ..scalar.grid import Number
+from ..scalar.predicates import is_count, may_be
 from ..scalar.pytree import register_dataclass
 from .row_weights import of_outputs
 
@@ -20,19 +21,20 @@ from .row_weights import of_outputs
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Coupling:
-    """Neurons of a layer make up for each other's errors, where the network's outputs do not tell them apart.
+    """Neurons of a layer compensate for each other's errors, where the network's outputs do not tell them apart.
 
-    Blocks of neurons are quantized one after the other, each aimed at weights that make up for those before it in the sense
-    of the network's outputs, by derivatives of the float network on the calibration data. The layer's own error grows by
-    that; the error of the outputs shrinks, for language models most. It takes a backward pass for each draw, of one batch
-    at a time, and a matrix (out, out) for each layer. The mathematics, and its sources, are in matrix/coupling.py.
+    Blocks of neurons are quantized one after the other. The target of each block compensates for the errors of the blocks
+    before it, as far as the network's outputs are concerned; derivatives of the float network on the calibration data say
+    how far. This raises the error of the layer's own output and lowers that of the network's, for language models most. It
+    takes one backward pass per draw and batch, and a matrix (out, out) for each layer. matrix/coupling.py has the
+    mathematics and its sources.
 
     Args:
-        of: what the outputs are. "logits": of a classifier or a language model, categories on the last axis; what counts
-            is then the likelihood. "outputs": anything; what counts is their square error.
-        block: neurons at a time. Fewer give better codes and take longer.
-        samples: random draws for each batch.
-        damping: share of the mean of the curvature's diagonal that is added to it.
+        of: the loss that counts. "logits": the likelihood, for a classifier or language model with categories on the last
+            axis. "outputs": the square error of any outputs.
+        block: neurons per block. Smaller blocks give better codes and take longer.
+        samples: random draws per batch.
+        damping: added to the curvature's diagonal, as a share of its mean.
 
     Examples:
         >>> rule = jpfq.Rule(".*", bits=4, coupling=jpfq.Coupling(of="logits"))
@@ -45,25 +47,24 @@ class Coupling:
 
     @property
     def measured(self) -> tuple[str, int]:
-        """The kind of draws, and their number. Sites with the same are measured together."""
+        """The kind and number of draws. Sites that agree in both are measured together."""
         return self.of, self.samples
 
     def __post_init__(self):
         if self.of not in ("logits", "outputs"):
-            raise ValueError(f"Coupling is of 'logits' or 'outputs'; got {self.of!r}.")
+            raise ValueError(f"Coupling: of is 'logits' or 'outputs'; got {self.of!r}.")
         for name in ("block", "samples"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"Coupling takes a positive number for {name}; got {value!r}.")
-        if isinstance(self.damping, (str, bool)) or (is_number(self.damping) and not self.damping > 0):
-            raise ValueError(f"Coupling takes a positive damping; got {self.damping!r}.")
+            if not is_count(value := getattr(self, name)):
+                raise ValueError(f"Coupling: {name} is an integer of at least 1; got {value!r}.")
+        if not may_be(self.damping, lambda x: x > 0):
+            raise ValueError(f"Coupling: damping is a positive number; got {self.damping!r}.")
 
 
 def derivatives(program: Program, leaves, batch, sites: Sequence[Site], cotangents: Callable) -> dict[int, jax.Array]:
-    """By index of the product (rows, B, out): the derivative, by its output, of <outputs, cotangents(outputs)>.
+    """The derivatives of <outputs, cotangents(outputs)> by the output of each product (rows, B, out), by its index.
 
     Args:
-        cotangents: of the floating outputs, given these.
+        cotangents: maps the floating outputs to their cotangents.
     """
 
     def forward(shifts):
@@ -78,13 +79,13 @@ def derivatives(program: Program, leaves, batch, sites: Sequence[Site], cotangen
 
 
 def signs(key: jax.Array, outputs: list[jax.Array]) -> list[jax.Array]:
-    """Cotangents at random, of which the mean of squares is the sum over all outputs."""
+    """Random signs as cotangents: the expected square of the derivative is then a sum over all outputs."""
     keys = jax.random.split(key, len(outputs))
     return [jax.random.rademacher(k, y.shape, y.dtype) for k, y in zip(keys, outputs, strict=True)]
 
 
 def labels(key: jax.Array, outputs: list[jax.Array]) -> list[jax.Array]:
-    """The derivatives of -log p of labels that are drawn as the outputs, which are logits, have them."""
+    """The derivatives of -log p of random labels, drawn from the distribution that the outputs are the logits of."""
 
     def surprise(key, y):
         drawn = jax.nn.one_hot(jax.random.categorical(key, y), y.shape[-1], dtype=y.dtype)
@@ -108,11 +109,11 @@ def curvatures(
     couplings: dict,
     key: jax.Array,
 ) -> dict[int, jax.Array]:
-    """F (B, out, out) of sites, by their number, summed over batches and draws.
+    """The curvature F (B, out, out) of sites, by their index, summed over batches and draws.
 
     Args:
         weights: of the rows of each batch, by leaf, or None.
-        couplings: by the same numbers.
+        couplings: by the same indices.
     """
     total: dict = {}
     counted = of_outputs(program, leaves, batches, weights)
@@ -132,14 +133,14 @@ def curvatures(
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, keys[0]))
             return jax.lax.scan(lambda total, key: (jax.tree.map(jnp.add, total, one(key)), None), zeros, keys)[0]
 
-        for number, (batch, weight) in enumerate(zip(batches, counted, strict=True)):
-            found = squares(list(leaves), list(batch), weight, jax.random.fold_in(key, number))
+        for index, (batch, weight) in enumerate(zip(batches, counted, strict=True)):
+            found = squares(list(leaves), list(batch), weight, jax.random.fold_in(key, index))
             total |= {i: F if i not in total else total[i] + F for i, F in found.items()}
     return total
 
 
 def weigh(cotangents: list[jax.Array], weights: list | None) -> list[jax.Array]:
-    """Cotangents of the floating outputs times the roots of the weights of these."""
+    """Multiplies the cotangents of the floating outputs by the square roots of these outputs' weights."""
     if weights is None:
         return cotangents
     times = lambda c, w: c if w is None else jnp.where(w > 0, c * jnp.sqrt(w).astype(c.dtype), 0)

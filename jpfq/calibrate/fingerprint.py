@@ -1,4 +1,4 @@
-"""Short figures of all that the codes depend on: to tell whether two runs are of the same model, data and settings."""
+"""Fingerprints of everything the codes depend on, to compare the model, data and settings of two runs."""
 
 import importlib.metadata
 import re
@@ -14,17 +14,17 @@ PACKAGES = ("jax", "jaxlib", "jpfq", "flax", "numpy")
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of the packages that compute; None for one that is not installed."""
+    """The versions of the packages that results depend on; None for one that is not installed."""
     return {name: _version(name) for name in PACKAGES}
 
 
 def shape_of(x: Any) -> list:
-    """Shape and type of an array, or of what stands for one."""
+    """The shape and dtype of an array or of a placeholder."""
     return [list(np.shape(x)), str(getattr(x, "dtype", type(x).__name__))]
 
 
 def checksum(x: Any) -> int:
-    """The checksum of the values of an array that this host holds whole; 0 for others."""
+    """A checksum of the values of an array; 0 if this host does not hold all of them."""
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if isinstance(x, jax.Array):
@@ -36,7 +36,7 @@ def checksum(x: Any) -> int:
 
 
 def setting(value: Any) -> list:
-    """A setting: its text, and the checksums of its numbers, which the text may shorten."""
+    """The text of a setting and the checksums of its numbers, which the text may abbreviate."""
     return [steady(value), [checksum(x) for x in jax.tree.leaves(value)]]
 
 
@@ -46,7 +46,7 @@ def steady(value: Any) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The names of what differs between two fingerprints; of named parts, which of them."""
+    """The names of the entries, and of their parts, that differ between two fingerprints."""
     found = []
     for name in dict.fromkeys([*old, *new]):
         a, b = old.get(name), new.get(name)
@@ -79,7 +79,7 @@ def _version(name):
 
 @jax.jit
 def _bits(x):
-    """A number that changes with the bits of an array and with their places."""
+    """A checksum of the bits of an array and their positions."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag])
     elif jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 8:
@@ -91,7 +91,7 @@ def _bits(x):
 
 
 def _mixed(x):
-    """Another uint32 for each, of which every bit depends on all of x: the last steps of MurmurHash3."""
+    """A hash of each uint32 in which every bit depends on all bits of x: the last steps of MurmurHash3."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)

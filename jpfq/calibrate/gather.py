@@ -1,4 +1,4 @@
-"""Gather: the calibration data of one stop, over all batches, as a Gram or as rows."""
+"""Gather: the calibration data of one stop over all batches, as a Gram or as rows."""
 
 import functools
 import math
@@ -17,52 +17,54 @@ from ..matrix.lanes import each, over_lanes
 from ..matrix.layout import DotLayout, Layout
 from ..matrix.patches import DEFAULT
 from ..matrix.shown import Shown
-from ..model.keys import fold_in
+from ..model.random_keys import fold_in
+from .batch_gram import GramOptions, add_batch, at_once, may_merge, zero_gram
 from .batches import NotFinite
-from .row_grams import How, added, at_once, may_merge, nothing
 from .stream import Stream
 
 
 class Gathered(NamedTuple):
-    """Data of B matrices, and the mean input of each in the reference and the quantized network (B, in)."""
+    """Calibration data of B matrices, and the mean inputs in the reference and the quantized network (B, in)."""
 
     data: Gram | Rows
     mean_X: jax.Array
     mean_Xq: jax.Array
-    rows: jax.Array  # (B,) how many, or the sum of their weights
-    used: jax.Array | None = None  # (B,) of experts, how many of those are not 0
+    rows: jax.Array  # (B,) the number of rows, or the sum of their weights
+    used: jax.Array | None = None  # (B,) for experts: the number of rows that are not all 0
 
 
 class Gather:
-    """The data of one stop for the quantized networks of one track, in each form made once and when first asked for."""
+    """The data of one stop for one track. Each form is computed when it is first requested, and cached."""
 
     def __init__(
         self,
         streams: Sequence[Stream],
-        number: int,
+        index: int,
         key: jax.Array | None = None,
         devices: Devices | None = None,
         track: int = 0,
     ):
         """
         Args:
-            key: for patches that are drawn; with lanes, one for each.
+            index: of the stop.
+            key: for random patches; with lanes, one for each.
             devices: over which a large Gram is split.
+            track: the index of the track.
         """
-        self.streams = [(stream, stream.stops[number][0]) for stream in streams]
+        self.streams = [(stream, stream.stops[index][0]) for stream in streams]
         stream, site = self.streams[0]
         self.track, self.path, self.patches = track, site.path, site.patches or DEFAULT
         self.key = None
         if self.patches.random and key is not None:
             self.key = fold_in(key, zlib.crc32(f"patches of {site.path}".encode()))
         self.forked = stream.has_lanes(site.data, track)
-        self.laned = self.forked or (self.key is not None and self.key.ndim > 0)  # whether data have lanes
-        self.made: dict = {}
-        self.shown: Shown | None = None  # of the data, once they are made
+        self.laned = self.forked or (self.key is not None and self.key.ndim > 0)  # whether the data have lanes
+        self.cached: dict = {}
+        self.shown: Shown | None = None  # set with the data
         self.rows = None if devices is None else devices.rows_of(site.layout.dims[1])
 
     def __call__(self, recipe: Recipe, shape: tuple[int, int, int], centred: bool = False) -> Gathered:
-        """The data in the form that a recipe prefers; with the mean of every input taken off where `centred`."""
+        """The data in the form that a recipe prefers; `centred` subtracts the mean of every input."""
         _, n, out = shape
         gathered = self.of(Rows if recipe.prefers_rows(self.count, n, out) else Gram, centred)
         if self.shown is not None:
@@ -71,13 +73,13 @@ class Gather:
 
     def of(self, kind: type, centred: bool = False) -> Gathered:
         """The data as a `Gram` or as `Rows`."""
-        if (kind, centred) not in self.made:
-            self.made[kind, centred] = self._rows(centred) if kind is Rows else self._gram(centred)
-        return self.made[kind, centred]._replace(used=self.used)
+        if (kind, centred) not in self.cached:
+            self.cached[kind, centred] = self._rows(centred) if kind is Rows else self._gram(centred)
+        return self.cached[kind, centred]._replace(used=self.used)
 
     @functools.cached_property
     def used(self) -> jax.Array | None:
-        """The number of nonzero rows, or their weights, of each expert: experts are matrices with rows of their own."""
+        """For each expert, the number of nonzero rows or the sum of their weights. Experts have rows of their own."""
         layout = self.streams[0][1].layout
         if not isinstance(layout, DotLayout) or not layout.batch:
             return None
@@ -89,7 +91,7 @@ class Gather:
 
     @functools.cached_property
     def count(self) -> int:
-        """Rows in all, without those of weight 0."""
+        """The number of rows, without those of weight 0."""
         total = 0
         for layout, x, _, weights, picked in self._batches():
             if weights is not None and picked is None:
@@ -98,153 +100,155 @@ class Gather:
                 total += math.prod(rows_shape(layout, x.shape)) if picked is None else picked.shape[-1]
         if not total:
             raise ValueError(
-                f"The calibration data of {self.path} hold no rows that count: there are none, or each is made of some rows "
-                "of weight 0. Give batches without padding, one for each length, or leave this kernel out by a rule with "
-                "skip=True."
+                f"The calibration data of {self.path} have no rows that count: either there are none, or every one of them "
+                "depends on padding (rows of weight 0). Give batches without padding, one for each length, or skip this "
+                "kernel by a rule with skip=True."
             )
         return total
 
     def _batches(self):
-        """Per batch: layout, inputs of both networks, weights of the rows (B or 1, *rows), numbers of the rows to take.
+        """Yields, per batch: layout, inputs of both networks, row weights (B or 1, *rows), indices of the rows to take.
 
-        None for weights that are all 1, and for the numbers of all rows.
+        Weights of None are all 1; indices of None take all rows.
         """
-        number, total = 0, self._total
+        index, total = 0, self._total
         for stream, site in self.streams:
             layout = self.patches.layout(site.layout)
             for x, xq, weights in stream.inputs(site, self.track):
                 rows = rows_shape(layout, x.shape)
                 if self.key is not None:
-                    key = fold_in(self.key, number)
+                    key = fold_in(self.key, index)
                     pick = lambda key, layout=layout, rows=rows: self.patches.pick(layout, rows, key)
                     picked = jax.vmap(pick)(key) if key.ndim else pick(key)
                 else:
-                    picked = None if total is None else self.patches.pick(layout, rows, None, total, number)
+                    picked = None if total is None else self.patches.pick(layout, rows, None, total, index)
                 weights = None if weights is None else _row_weights(layout, weights, x.shape)
                 yield layout, x, xq, weights, picked
-                number += 1
+                index += 1
 
     @functools.cached_property
     def _total(self) -> int | None:
-        """The rows of all batches; None where rows have weights, of which those above 0 are all taken."""
+        """The number of rows of all batches; None if rows have weights: then all rows of positive weight are taken."""
         if any(weights is not None for stream, _ in self.streams for weights in stream.weights):
             return None
         rows = lambda site: math.prod(rows_shape(self.patches.layout(site.layout), site.data.aval.shape))
         return sum(len(stream.batches) * rows(site) for stream, site in self.streams)
 
     def _laned(self, picked):
-        """(True if the input of the quantized networks has lanes, True if the numbers of the rows to take have)."""
+        """Whether the input of the quantized networks, and whether the indices of rows have lanes."""
         return self.forked, picked is not None and picked.ndim > 1
 
     def _gram(self, centred):
         if centred:
-            gathered = self.made.get((Gram, False)) or self._gram(False)
+            gathered = self.cached.get((Gram, False)) or self._gram(False)
             return gathered._replace(data=_centred(gathered.data, self.laned))
-        gathered, told = self._summed(0)
-        power = self._checked(told)
+        gathered, statistics = self._summed(0)
+        power = self._checked(statistics)
         return self._summed(power)[0] if power else gathered
 
     def _summed(self, power) -> Any:
-        """The Gram of all batches, their inputs times 2^power, and what it tells."""
+        """The Gram of all batches, their inputs times 2^power, and the statistics for `Shown`."""
         total = None
         several = sum(len(stream.batches) for stream, _ in self.streams) > 1 and self.rows is None
         for layout, x, xq, weights, picked in self._batches():
             correlate = self._total is not None and pays(layout, self._total)
-            how = How(layout.of_rows, may_merge(x), at_once(), self.rows, self._laned(picked), power, correlate)
-            if total is None and several:  # so that one program serves the first batch too
-                total = nothing(x, xq, picked, how)
-            total = added(total, x, xq, weights, picked, how)
+            options = GramOptions(
+                layout.of_rows, may_merge(x), at_once(), self.rows, self._laned(picked), power, correlate
+            )
+            if total is None and several:  # the first batch then uses the same program as the others
+                total = zero_gram(x, xq, picked, options)
+            total = add_batch(total, x, xq, weights, picked, options)
         return _with_means(total)
 
     def _rows(self, centred):
         gathered = _weighted(*self.flat(), centred, self.laned)
-        return gathered._replace(data=gathered.data.to_power(self._checked(_told(gathered))))
+        return gathered._replace(data=gathered.data.to_power(self._checked(_statistics(gathered))))
 
     def flat(self) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        """Rows of both networks, and their weights."""
+        """The rows of both networks, and their weights."""
         parts = [_flat_rows(layout, *batch, self._laned(batch[-1])) for layout, *batch in self._batches()]
         return _concatenated(parts, (self.laned,) * len(parts))
 
-    def _checked(self, told) -> int:
-        """The power of 2 by which inputs are to be multiplied; raises for data that are not finite."""
-        self.shown = shown = Shown.read(told)
+    def _checked(self, statistics) -> int:
+        """The power of 2 to multiply inputs by; raises if the data are not finite."""
+        self.shown = shown = Shown.read(statistics)
         for finite, network in ((shown.finite_X, "float"), (shown.finite_Xq, "quantized")):
             if not finite:
                 raise NotFinite(self.path, network, self._culprit(network))
         return shown.power
 
     def _culprit(self, network):
-        """The stream and the batch in it whose rows that count are not finite."""
-        places = [(i, j) for i, (stream, _) in enumerate(self.streams) for j in range(len(stream.batches))]
-        for place, (layout, x, xq, weights, _) in zip(places, self._batches(), strict=True):
+        """(stream, batch) of the first batch whose counted rows are not finite."""
+        indices = [(i, j) for i, (stream, _) in enumerate(self.streams) for j in range(len(stream.batches))]
+        for index, (layout, x, xq, weights, _) in zip(indices, self._batches(), strict=True):
             own = network == "quantized" and xq is not None
             value: Any = xq if own else x
             rows = jax.vmap(layout.rows)(value) if own and self.forked else layout.rows(value)[None]
             bad = ~jnp.isfinite(rows).all((0, 1, -1))
             if bool((bad if weights is None else bad & (weights > 0).any(0)).any()):
-                return place
-        return places[0]
+                return index
+        return indices[0]
 
 
 class Joint:
-    """The data of several stops as one, for a matrix that serves all of them: the sum of their Grams, or all their rows."""
+    """The data of several stops that share a matrix: the sum of their Grams, or all their rows."""
 
     def __init__(self, parts: Sequence[Gather]):
         self.parts, self.laned = parts, any(part.laned for part in parts)
-        self.made: dict = {}
+        self.cached: dict = {}
 
     @property
     def count(self) -> int:
-        """Rows in all."""
+        """The number of rows."""
         return sum(part.count for part in self.parts)
 
     def __call__(self, recipe: Recipe, shape: tuple[int, int, int], centred: bool = False) -> Gathered:
-        """As of one stop."""
+        """The same as `Gather.__call__`."""
         _, n, out = shape
         kind = Rows if recipe.prefers_rows(self.count, n, out) else Gram
-        if (kind, centred) not in self.made:
-            self.made[kind, centred] = self._rows(centred) if kind is Rows else self._gram(centred)
-        return self.made[kind, centred]
+        if (kind, centred) not in self.cached:
+            self.cached[kind, centred] = self._rows(centred) if kind is Rows else self._gram(centred)
+        return self.cached[kind, centred]
 
     @property
     def used(self) -> jax.Array | None:
-        """As of one stop."""
+        """The same as `Gather.used`."""
         used: list[Any] = [part.used for part in self.parts]
         return None if any(x is None for x in used) else functools.reduce(jnp.add, used)
 
     def _gram(self, centred):
         gram = _joined([part.of(Gram).data for part in self.parts], tuple(part.laned for part in self.parts))
-        gathered, told = _with_means(gram)
+        gathered, statistics = _with_means(gram)
         gathered = gathered._replace(used=self.used)
-        Shown.read(told).refuse(self.parts[0].path)
+        Shown.read(statistics).refuse(self.parts[0].path)
         return gathered._replace(data=_centred(gathered.data, self.laned)) if centred else gathered
 
     def _rows(self, centred):
         parts, laned = [part.flat() for part in self.parts], tuple(part.laned for part in self.parts)
         gathered = _weighted(*_concatenated(parts, laned), centred, self.laned)
-        shown = Shown.read(_told(gathered))
+        shown = Shown.read(_statistics(gathered))
         if not (shown.finite_X and shown.finite_Xq):
-            for part in self.parts:  # which says of its own
+            for part in self.parts:  # the one at fault raises
                 part.of(Rows)
         shown.refuse(self.parts[0].path)
         return gathered._replace(data=gathered.data.to_power(shown.power), used=self.used)
 
 
 @jax.jit
-def _told(gathered) -> jax.Array:
-    """What `Shown.read` reads."""
+def _statistics(gathered) -> jax.Array:
+    """The statistics that `Shown.read` takes."""
     return Shown.told(gathered.data.diagonal, gathered.mean_X, gathered.mean_Xq, gathered.rows)
 
 
 @functools.partial(jax.jit, static_argnames="laned")
 def _joined(grams, laned):
-    """The sum of Grams, of which some have lanes."""
+    """The sum of Grams, some of which may have lanes."""
     return functools.reduce(Gram.merge, _alike(grams, laned))
 
 
 @functools.partial(jax.jit, static_argnames="laned")
 def _concatenated(parts, laned):
-    """Rows, of which some have lanes; where one part has rows of its own in the quantized network, or weights, all have."""
+    """All rows in one array, some of which may have lanes. If one part has quantized rows, or weights, all get them."""
     X, Xq, weights = zip(*_alike(parts, laned), strict=True)
     if any(x is not None for x in Xq):
         Xq = [x if q is None else q for x, q in zip(X, Xq, strict=True)]
@@ -256,7 +260,7 @@ def _concatenated(parts, laned):
 
 
 def _alike(trees, laned):
-    """All of them with lanes, if any has."""
+    """Gives lanes to all trees if any has them."""
     if not any(laned):
         return trees
     lanes = next(jax.tree.leaves(tree)[0].shape[0] for tree, own in zip(trees, laned, strict=True) if own)
@@ -265,7 +269,7 @@ def _alike(trees, laned):
 
 
 def rows_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of rows that a data operand of this shape has in a layout."""
+    """The sizes of the row axes of a data operand of this shape."""
     return _rows_shape(layout, tuple(shape))
 
 
@@ -280,9 +284,9 @@ def _row_weights(layout, weights, shape):
 
 
 def _with_means(gram) -> tuple[Gathered, jax.Array]:
-    """A Gram with its means, and what they tell."""
-    mean_X, mean_Xq, told = _means(gram)
-    return Gathered(gram, mean_X, mean_Xq, gram.count), told
+    """A Gram with its means, and the statistics for `Shown`."""
+    mean_X, mean_Xq, statistics = _means(gram)
+    return Gathered(gram, mean_X, mean_Xq, gram.count), statistics
 
 
 @numpy_or_jit()
@@ -310,7 +314,7 @@ def _centred(gram, laned):
 
 @functools.partial(jax.jit, static_argnames=("layout", "laned"))
 def _flat_rows(layout, x, xq, weights, picked, laned):
-    """Rows (B, rows, in), and their weights (B or 1, rows, 1); `laned` are xq and picked."""
+    """Rows (B, rows, in), and their weights (B or 1, rows, 1). `laned`: whether xq, and whether picked have lanes."""
 
     def one(x, xq, weights, picked):
         def flat(x):
@@ -328,22 +332,22 @@ def _flat_rows(layout, x, xq, weights, picked, laned):
 
 @functools.partial(jax.jit, static_argnames=("centred", "laned"))
 def _weighted(X, Xq, weights, centred, laned):
-    """Rows times the roots of their weights (B or 1, rows, 1), so that their sums of squares are weighted."""
+    """Rows times the square roots of their weights (B or 1, rows, 1), so that sums of squares are weighted."""
     one = lambda X, Xq, weights: _weighted_of_one(X, Xq, weights, centred)
     return over_lanes(one, (X, Xq, weights), (laned, laned and Xq is not None, laned and weights is not None))
 
 
 def _weighted_of_one(X, Xq, weights, centred):
     weight = jnp.ones((1, X.shape[1], 1), X.dtype) if weights is None else weights.astype(X.dtype)
-    counted = lambda X: X if weights is None else jnp.where(weight > 0, X, 0)  # NaN in rows of weight 0 as well
+    counted = lambda X: X if weights is None else jnp.where(weight > 0, X, 0)  # removes NaN in rows of weight 0 as well
     X, Xq = counted(X), None if Xq is None else counted(Xq)
     count = weight.sum((1, 2))
     mean = lambda X: jnp.sum(X * weight, 1) / jnp.where(count > 0, count, 1)[:, None]
 
-    def ready(X):
+    def prepared(X):
         X = X - mean(X)[:, None] if centred else X
         return X if weights is None else X * jnp.sqrt(weight)
 
-    rows = Rows(ready(X), None if Xq is None else ready(Xq))
+    rows = Rows(prepared(X), None if Xq is None else prepared(Xq))
     mean_X = mean(X)
     return Gathered(rows, mean_X, mean_X if Xq is None else mean(Xq), jnp.broadcast_to(count, X.shape[:1]))

@@ -1,4 +1,4 @@
-"""Several hosts that quantize one model together must be given the same: compared before anything is computed."""
+"""A check that all hosts of a run were given the same model, batches and settings, before anything is computed."""
 
 import zlib
 from collections.abc import Iterable, Sequence
@@ -19,9 +19,9 @@ def spans_hosts(arrays: Iterable) -> bool:
 
 
 def check_hosts(functional: Functional, batches: Sequence, settings: dict[str, Any]) -> None:
-    """Raises on every host where the hosts were not given the same; before anything that they must compute together.
+    """Raises, on every host, if the hosts were given different arguments.
 
-    Of arrays that are split over hosts, shapes are compared; of those that each host holds whole, also values.
+    Arrays that are split over hosts are compared by shape, those that each host holds whole also by value.
     """
     leaves = leaves_of(batches)
     own = versions()
@@ -40,10 +40,10 @@ def check_hosts(functional: Functional, batches: Sequence, settings: dict[str, A
         others = [int(host) for host in np.flatnonzero((hosts != hosts[0]).any(1))]
         raise ValueError(
             f"Hosts {others} differ from host 0 in: {'; '.join(apart)}. Every process must call quantize with the same "
-            "arguments; what differs by host is given as one array of all hosts, by jax.make_array_from_process_local_data."
+            "arguments. Data that differ by host must form one global array: jax.make_array_from_process_local_data."
         )
 
 
 def leaves_of(batches: Iterable) -> list:
-    """The arrays of batches, and their weights."""
+    """The arrays of batches and of their weights."""
     return jax.tree.leaves([(x.batch, x.weights) if isinstance(x, Weighted) else x for x in batches])

@@ -1,7 +1,6 @@
-"""Progress of a run: a bar on a terminal and in Jupyter, lines of the log elsewhere.
+"""Progress of a run: a bar on a terminal and in Jupyter, log lines elsewhere.
 
-The log is that of the logger "jpfq", at the level INFO. Nobody is told anything, and nothing is counted, where it is not
-enabled for that.
+Lines go to the logger "jpfq" at level INFO. If that is disabled, and there is no terminal, nothing is reported or counted.
 """
 
 import contextlib
@@ -21,57 +20,57 @@ from rich.table import Column
 from rich.text import Text
 
 LOG = logging.getLogger("jpfq")
-EVERY = 5.0  # seconds from one line to the next at least,
-SILENT = 15.0  # and to one about a layer that is not done
-REDRAW = 0.5  # and from one picture in Jupyter to the next
+EVERY = 5.0  # seconds between two lines at least
+SILENT = 15.0  # seconds before a line about a layer that is still being computed
+REDRAW = 0.5  # seconds between two updates in Jupyter at least
 COMPILE = "/jax/core/compile/"  # events of JAX: tracing, lowering, compiling
-LEAST = 2e8  # operations that take as long as what every layer needs besides
+LEAST = 2e8  # the fixed cost of a layer, in operations
 
 
 class Step(NamedTuple):
-    """A layer that will be done."""
+    """A layer to be quantized."""
 
     name: str  # "layer 7 of 42"
     path: str
     work: float  # operations
-    kind: Hashable  # of layers of one kind the first compiles; None where nothing is compiled
+    kind: Hashable  # only the first layer of a kind compiles; None if nothing is compiled
 
 
-class Report:
-    """A report of a walk's progress. Nobody listens to this one."""
+class Reporter:
+    """Receives the progress of a run. This one ignores it."""
 
     def doing(self, what: str) -> None:
-        """Something is done for the next layer, such as "solving"."""
+        """The next layer has entered a phase, such as "solving"."""
 
     def done(self, error: float | None = None) -> None:
-        """The next layer is done, with this relative error."""
+        """The next layer is quantized, with this relative error."""
 
 
-SILENCE = Report()
+SILENCE = Reporter()
 
 
-class Progress(Report):
-    """The progress of a run, and the time that it will take.
+class Progress(Reporter):
+    """The progress of a run, with an estimate of the time left.
 
-    Time left is work left at the speed so far, and for each kind of layer that is still to come what one took to compile.
+    It is the remaining work at the speed so far, plus the mean time to compile a kind of layer for each kind still to come.
     """
 
     def __init__(self, steps: Sequence[Step], show: Callable[["Progress", bool], None]):
         """
         Args:
-            steps: the layers, in the order in which they are done.
-            show: told of every change, and whether a layer is done.
+            steps: the layers, in the order of execution.
+            show: called at every change, with whether a layer was completed.
         """
         self.steps, self.show = steps, show
-        self.number, self.what = 0, "gathering"  # of the layer at work, or of the one just done
-        self.finished, self.error = 0, None  # layers, and the error of the last of them
+        self.index, self.what = 0, "gathering"  # the current layer, or the one just completed, and its phase
+        self.finished, self.error = 0, None  # the number of completed layers, and the error of the last one
         self.compiler = Compiler(lambda: show(self, False))
-        self.start, self.end = time.monotonic(), None  # when it will end, as far as is known
+        self.start, self.end = time.monotonic(), None  # the end is an estimate
 
     @property
     def step(self) -> Step:
-        """The layer that is told of."""
-        return self.steps[self.number]
+        """The layer that is reported on."""
+        return self.steps[self.index]
 
     @property
     def gone(self) -> float:
@@ -80,16 +79,16 @@ class Progress(Report):
 
     @property
     def left(self) -> float | None:
-        """Seconds to the end, about; None until a layer is done."""
+        """Estimated seconds to the end; None until a layer is done."""
         return None if self.end is None else max(self.end - time.monotonic(), 0)
 
     def doing(self, what: str) -> None:
         if self.finished < len(self.steps):
-            self.number, self.what = self.finished, what
+            self.index, self.what = self.finished, what
             self.show(self, False)
 
     def done(self, error: float | None = None) -> None:
-        self.number, self.what, self.error = self.finished, "done", error
+        self.index, self.what, self.error = self.finished, "done", error
         self.finished += 1
         done, after = self.steps[: self.finished], self.steps[self.finished :]
         work = lambda steps: sum(LEAST + step.work for step in steps)
@@ -102,14 +101,14 @@ class Progress(Report):
 
     @property
     def state(self) -> str:
-        """The work at hand on the layer; its error where it is done."""
-        if self.number < self.finished:
+        """The phase of the layer, or its error once it is done."""
+        if self.index < self.finished:
             return self.what if self.error is None else f"error {self.error:.2%}"
         return "compiling" if self.compiler.at_work else self.what
 
     @property
     def times(self) -> str:
-        """Seconds gone and left, and how many were spent on compiling."""
+        """The time gone, left, and spent on compiling."""
         left = "" if self.left is None or self.finished == len(self.steps) else f", about {clock(self.left)} left"
         seconds = self.compiler.seconds
         return f"{clock(self.gone)} gone{left}" + (f" (compiling {clock(seconds)})" if seconds >= 1 else "")
@@ -119,25 +118,25 @@ class Progress(Report):
 
 
 class Compiler:
-    """The time that this process has spent compiling, by what JAX says; while it is entered."""
+    """A context that measures the time this process spends compiling, from JAX's monitoring events."""
 
     def __init__(self, changed: Callable[[], None]):
         """
         Args:
-            changed: called when the thread that made this begins to compile.
+            changed: called when the thread that created this begins to compile.
         """
         self._own, self._changed, self._lock = threading.get_ident(), changed, threading.Lock()
-        self._depth: dict[int, int] = {}  # by thread: tracing calls for tracing
+        self._depth: dict[int, int] = {}  # by thread, as these events nest
         self._total, self._since = 0.0, None
 
     @property
     def at_work(self) -> bool:
-        """True if the thread that made this is compiling."""
+        """True if the thread that created this is compiling."""
         return self._own in self._depth
 
     @property
     def seconds(self) -> float:
-        """Time in which any thread compiled."""
+        """The time during which any thread was compiling."""
         since = self._since
         return self._total + (0 if since is None else time.monotonic() - since)
 
@@ -147,7 +146,7 @@ class Compiler:
         return self
 
     def __exit__(self, *error) -> None:
-        with contextlib.suppress(AssertionError, ValueError):  # somebody has cleared all listeners
+        with contextlib.suppress(AssertionError, ValueError):  # all listeners may have been cleared
             jax.monitoring.unregister_scalar_listener(self._begin)
         with contextlib.suppress(AssertionError, ValueError):
             jax.monitoring.unregister_event_duration_listener(self._end)
@@ -177,13 +176,13 @@ class Compiler:
 
 
 @contextlib.contextmanager
-def progress_of(steps: Callable[[], Sequence[Step]], show: bool | None) -> Iterator[Report]:
-    """Yields the `Report` that a walk reports to.
+def progress_of(steps: Callable[[], Sequence[Step]], show: bool | None) -> Iterator[Reporter]:
+    """A context with the `Reporter` of a run.
 
     Args:
-        steps: the layers that will be done; called where somebody is to be told.
-        show: True or False; None decides by where it runs. Where there is neither a terminal nor Jupyter, True prints lines
-            to the standard error, and None writes them into the log.
+        steps: returns the layers of the run; called only if progress is shown.
+        show: True or False; None decides by where it runs. Without a terminal or Jupyter, True prints lines to standard
+            error, and None logs them.
     """
     console = Console(stderr=True)
     terminal = console.is_terminal and not console.is_dumb_terminal and _is_terminal(console.file)
@@ -205,7 +204,7 @@ def progress_of(steps: Callable[[], Sequence[Step]], show: bool | None) -> Itera
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, and hours where there are any."""
+    """Minutes and seconds, and hours if there are any."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -229,56 +228,56 @@ def _lines(write: Callable[[str], None]) -> Iterator[Callable[[Progress, bool], 
 
 
 def _print(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a run does not end because nobody reads how far it is
+    with contextlib.suppress(OSError, ValueError):  # a closed standard error does not stop the run
         if sys.stderr is not None:
             print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def _bar(console: Console, total: int) -> Iterator[Callable[[Progress, bool], None]]:
-    """A bar on a terminal, which is gone at the end."""
-    told: list[Progress] = []
+    """A bar on a terminal, removed at the end."""
+    latest: list[Progress] = []
     columns = (
-        _Told(told, lambda progress: progress.step.name),
+        _Column(latest, lambda progress: progress.step.name),
         BarColumn(12),
-        _Told(told, _words),
-        _Told(told, lambda progress: progress.step.path, ratio=1),
+        _Column(latest, _in_words),
+        _Column(latest, lambda progress: progress.step.path, ratio=1),
     )
-    own = _is_terminal(sys.stdout)  # what the model prints goes above the bar, but a file keeps it
+    own = _is_terminal(sys.stdout)  # prints of the model appear above the bar, unless they go to a file
     settings = {"transient": True, "expand": True, "refresh_per_second": 4, "redirect_stdout": own}
     with Bar(*columns, console=console, **settings) as bar:
         task = bar.add_task("", total=total)
 
         def show(progress: Progress, done: bool):
-            told[:] = [progress]
+            latest[:] = [progress]
             bar.update(task, completed=progress.finished)
 
         yield show
 
 
-def _words(progress: Progress) -> str:
+def _in_words(progress: Progress) -> str:
     """State, error and time in a few words."""
-    at_work = progress.number == progress.finished
+    at_work = progress.index == progress.finished
     before = f"last error {progress.error:.2%}, " if at_work and progress.error is not None else ""
     times = f"{clock(progress.gone)} gone" if progress.left is None else f"{clock(progress.left)} left"
     return f"{progress.state}, {before}{times}"
 
 
-class _Told(ProgressColumn):
-    """A column that says something of what was told last."""
+class _Column(ProgressColumn):
+    """A column with a text about the latest progress."""
 
-    def __init__(self, told: list[Progress], say: Callable[[Progress], str], ratio: int | None = None):
+    def __init__(self, latest: list[Progress], say: Callable[[Progress], str], ratio: int | None = None):
         super().__init__(Column(no_wrap=True, overflow="ellipsis", ratio=ratio))
-        self._told, self._say = told, say
+        self._latest, self._say = latest, say
 
     def render(self, task: Any) -> Text:
-        return Text("".join(map(self._say, self._told)))
+        return Text("".join(map(self._say, self._latest)))
 
 
 @contextlib.contextmanager
 def _notebook() -> Iterator[Callable[[Progress, bool], None]]:
-    """A bar in Jupyter, in one place of the cell's output; nothing for what takes no time."""
-    from IPython.display import display  # pyright: ignore[reportMissingImports]  # there, as it runs the notebook
+    """A bar in Jupyter that is updated in place; nothing for a run shorter than one update."""
+    from IPython.display import display  # pyright: ignore[reportMissingImports]  # installed, as it runs the notebook
 
     last, seen, handle = time.monotonic(), None, None
 
@@ -305,6 +304,6 @@ def _notebook() -> Iterator[Callable[[Progress, bool], None]]:
 
 
 def _is_terminal(file: Any) -> bool:
-    """True if a file is a terminal, whatever the environment says of it."""
+    """True if a file is a terminal, whatever the environment variables say."""
     isatty = getattr(file, "isatty", None)
     return isatty is not None and not getattr(file, "closed", False) and isatty()

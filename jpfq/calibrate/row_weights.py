@@ -1,14 +1,14 @@
-"""Row weights, followed from the inputs of a model through its program to wherever a layer reads.
+"""Row weights: followed from the inputs of a model through its program to the inputs of each layer.
 
-A value has weights in its own rank: one for each entry, of size 1 along the axes they do not depend on; None where nothing
-says how far it counts. Three rules make them:
+The weights of a value have its rank, with size 1 along axes that they do not depend on; None means that it has no weights.
+Three rules propagate them:
 
-    an entry made of several (of two operands, of a window, of the inputs of a kernel) counts as far as the least of them;
-    one that sums up an axis (a mean over positions, attention) counts as far as the most of what it sums up;
-    one that is moved, or picked by an index, counts as far as it did.
+    an entry computed from several (two operands, a window, the inputs of a kernel) has the smallest of their weights;
+    an entry that reduces an axis (a mean over positions, attention) has the largest weight along it;
+    an entry that is moved, or selected by an index, keeps its weight.
 
-Weights of 0 and 1 then say which rows are whole without padding. That those do not depend on padding all the same, by
-attention without a mask for example, is seen by running the float network on other padding (stream.py).
+With weights of 0 and 1, an entry of weight 1 is then computed without padding, unless the model mixes rows, by attention
+without a mask for example. padding_check.py detects that by running the float network on other padding.
 """
 
 from collections.abc import Sequence
@@ -20,43 +20,43 @@ import jax.numpy as jnp
 from ..model.compat import bind, is_literal
 from ..model.program import Program
 from .batches import over_rows
-from .lost import Lost
-from .weight_rules import Weights, indices, propagate
+from .row_weight_ops import Lost
+from .row_weight_rules import Weights, indices, propagate
 
 
 class Followed(NamedTuple):
-    """Weights of one batch at the variables that were asked for, and the operations where they were lost."""
+    """The weights of one batch at the requested variables, and the operations at which they were lost."""
 
     weights: dict[Any, Weights]
     lost: dict[Any, str]
 
     def at(self, v: Any, name: str) -> Weights:
-        """The weights of a variable, or an error that says what to do."""
+        """The weights of a variable; raises if they were lost."""
         if v in self.lost:
             raise ValueError(
-                f"The row weights cannot be followed to {name}: on the way the model passes the data through "
-                f"{self.lost[v]}. Give batches without padding, one for each length, or weights per sample, (batch,)."
+                f"The row weights cannot be followed to {name}, because the data pass through {self.lost[v]} before it. "
+                "Give batches without padding, one for each length, or weights per sample, (batch,)."
             )
         return self.weights.get(v)
 
     def of_output(self, v: Any) -> Weights:
-        """The weights of the entries of an output; all 0 where they are lost, so that it counts as nothing."""
+        """The weights of the entries of an output; all 0 if they were lost, so that it is not compared."""
         if is_literal(v):
             return None
         return jnp.zeros((1,) * v.aval.ndim, jnp.float32) if v in self.lost else self.weights.get(v)
 
 
 class RowWeights:
-    """Finds the weights of some variables of a program, for any batch of its shape."""
+    """Computes the weights of some variables of a program, for any batch of its shape."""
 
     def __init__(self, program: Program, targets: Sequence[Any]):
         self.program = program
         self.targets = [v for v in dict.fromkeys(targets) if not is_literal(v)]
-        self._lost: dict = {}  # shapes of weights -> what was found while that was traced
+        self._lost: dict = {}  # shapes of weights -> where weights were lost, recorded during tracing
         self._compiled = jax.jit(self._follow)
 
     def __call__(self, leaves: Sequence, inputs: Sequence, weights: Sequence[Weights]) -> Followed:
-        """The weights of a batch; `weights` are those of its leaves, of their leading axes."""
+        """The weights of a batch, from those of its leaves along their leading axes."""
         found, cut = self._compiled(list(leaves), list(inputs), list(weights))
         lost = self._lost[_shapes(weights)]
         known = {v: w for v, w in zip(self.targets, found, strict=True) if v not in lost}
@@ -65,9 +65,9 @@ class RowWeights:
         for name, flag in cut.items():
             if flag:
                 raise ValueError(
-                    f"{name} would fall otherwise on the rows that count without those of weight 0: from another start, or "
-                    "over the end of the data into zeros. No weights make up for that. Give batches without padding, one "
-                    "for each length, or weights per sample, (batch,)."
+                    f"{name} would cover other rows if the rows of weight 0 were removed: it starts elsewhere, or reaches "
+                    "beyond the end of the data. Weights cannot correct for that. Give batches without padding, one for "
+                    "each length, or weights per sample, (batch,)."
                 )
         return Followed(known, lost)
 
@@ -85,7 +85,7 @@ class RowWeights:
 
 
 def of_outputs(program: Program, leaves: Sequence, batches: Sequence, weights: Sequence) -> list[list[Weights] | None]:
-    """Per batch, weights of the entries of each floating output; None where a batch has none.
+    """The weights of each floating output, per batch; None for a batch without weights.
 
     Raises:
         ValueError: weights cannot be followed to an output.
@@ -104,14 +104,14 @@ def _shapes(weights):
 
 
 def _one_value(weights):
-    """The number that all weights are, if they are one."""
+    """The common value of all weights, or None."""
     given = [w for w in weights if w is not None]
     low, high = min(float(w.min()) for w in given), max(float(w.max()) for w in given)
     return low if low == high else None
 
 
 class _Values:
-    """Values of the float network where weights go by them, such as indices; no others are computed."""
+    """The values of the float network that the propagation of weights needs, such as indices. Only these are computed."""
 
     def __init__(self, program, leaves, inputs, weighted):
         reached, needed = set(weighted), set()

@@ -1,11 +1,12 @@
-"""Streams: batches of one shape on their way through both networks, the float one and the one quantized so far.
+"""Streams: batches of one shape as they advance through both networks, the float one and the one quantized so far.
 
-Until the first quantized site the two agree and are computed once. A value is dropped after its last use.
+Up to the first quantized site the two networks agree and are computed once. A value is freed after its last use.
 
-There may be several quantized networks, on tracks. A track holds one of them, or, where it is laned, several that differ in
-numbers alone: their values have a leading axis of lanes.
+There may be several quantized networks, on tracks. A track has one of them, or several that differ only in the numbers of
+their settings: its lanes. The values of a track with lanes have a leading axis of them.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,40 +18,55 @@ from ..model.compat import bind, is_literal
 from ..model.program import Program
 from ..model.segments import Segment
 from ..model.sites import Site, Tap
-from .padding import OtherPadding, lookups
+from .liveness import forks, needs
+from .offload import Offloaded
+from .padding_check import OtherPadding, lookups
 from .row_weights import Followed, RowWeights
-from .schedule import forks, needs
 
 
 class Networks(NamedTuple):
     """Values of one batch, by variable."""
 
     shared: dict  # where the networks agree
-    reference: dict  # what the quantized network is to follow
+    reference: dict  # the network that the quantized one is fitted to
     quantized: list[dict]  # by track
-    float: dict  # the float network; the same object as `reference` unless that starts anew at each block
+    float: dict  # the float network; the same object as `reference` unless that restarts at each block
 
     @property
     def exact(self) -> list[dict]:
-        """Those with float weights."""
+        """The networks with float weights."""
         return [self.reference] + ([] if self.float is self.reference else [self.float])
 
     @property
     def forked(self) -> list[dict]:
-        """The networks apart from what they share."""
+        """All networks, without what they share."""
         return self.exact + self.quantized
 
 
 class Track(NamedTuple):
-    """The values that make the quantized networks of one track."""
+    """The quantized values of one track."""
 
     laned: bool
     replaced: dict  # fixed variable -> its value in the quantized network
-    history: dict  # the same, and rounding by tap, of all stops so far
+    history: dict  # the same for all stops so far, with the rounding of each tap
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamOptions:
+    """The options of a stream, none of which depends on the model.
+
+    offload: whether waiting batches are moved to host memory.
+    rebases: whether `rebase` will be called.
+    keeps_history: whether `replay` will be called.
+    """
+
+    offload: bool = False
+    rebases: bool = False
+    keeps_history: bool = False
 
 
 class Stream:
-    """One program and the batches of its shape, between two stops of the walk."""
+    """One program and the batches of its shape, between two stops."""
 
     def __init__(
         self,
@@ -59,11 +75,8 @@ class Stream:
         batches: Sequence[Sequence],
         weights: Sequence,
         stops: Sequence,
-        *,
-        offload: bool = False,
-        rebases: bool = False,
-        keeps: bool = False,
         laned: Sequence[bool] = (False,),
+        options: StreamOptions = StreamOptions(),
     ):
         """
         Args:
@@ -72,55 +85,54 @@ class Stream:
             batches: lists of leaves, one per batch.
             weights: row weights of each batch, by leaf, or None.
             stops: lists of sites that read the same input, in the order of execution.
-            offload: whether batches wait in the memory of the host.
-            rebases: whether `rebase` will be called.
-            keeps: whether `anew` will be.
             laned: for each track, whether it has lanes.
+            options: see `StreamOptions`.
         """
-        self.program, self.weights, self.stops, self.offload = program, weights, stops, offload
-        self.at = 0  # equations before this one are done
+        self.program, self.params, self.weights = program, params, weights
+        self.stops, self.options = stops, options
+        self.at = 0  # equations before this one have been evaluated
         self.fixed = dict(program.constants) | dict(zip(program.params, params, strict=True))
-        self.kept = set(program.params)  # the caller's own arrays
+        self.given = set(program.params)  # the caller's own arrays, which are never freed
         self.first_need, self.last_need = needs(program)
-        self.params, self.rebases, self.keeps = params, rebases, keeps
         self.tracks = [Track(axis, {}, {}) for axis in laned]
         self.batches: list[Networks] = []
         for leaves in batches:
             reference: dict = {}
             start = dict(zip(program.inputs, leaves, strict=True))
-            self.batches.append(Networks(start, reference, [{} for _ in laned], {} if rebases else reference))
+            exact = {} if options.rebases else reference
+            self.batches.append(Networks(start, reference, [{} for _ in laned], exact))
         self.forks, self.forked_equations = forks(program, [site for stop in stops for site in stop])
         self.followed = self._follow(batches)
         self.other = OtherPadding.of(program, batches, weights, self.followed)
-        self.waiting = [0] * len(self.batches)  # bytes of each batch on the device while another is worked on
-        self.peak = 0  # bytes of live activations on the device, at most
+        self.waiting = [0] * len(self.batches)  # bytes that each batch holds on the device while another is computed
+        self.peak = 0  # the most bytes of live activations on the device
         for batch in range(len(self.batches)):
-            self._leave(batch)
+            self._suspend(batch)
 
-    def advance(self, number: int) -> None:
-        """Brings both networks of every batch to a stop.
+    def advance(self, stop: int) -> None:
+        """Evaluates both networks of every batch up to a stop.
 
         Raises:
             ValueError: row weights cannot be followed to it, or padding reaches rows that count.
         """
-        for step in self._steps(min(site.first for site in self.stops[number])):
+        for step in self._steps(min(site.first for site in self.stops[stop])):
             for batch in range(len(self.batches)):
                 step(batch)
-                self._leave(batch)
+                self._suspend(batch)
         self._drop_fixed()
-        for site in self.stops[number]:
+        for site in self.stops[stop]:
             if self._padding_reaches(_source(site.data), site.path):
                 raise ValueError(
-                    f"What stands in rows of weight 0 reaches rows that count at {site.path}: the model mixes them, as "
-                    "attention without a mask does, or a mean over all positions. Let the model mask them, by a mask among "
-                    "its inputs; or give batches without padding, one for each length."
+                    f"Padding (rows of weight 0) changes rows that count at {site.path}: the model mixes them, as attention "
+                    "without a mask does, or a mean over all positions. Pass the model a mask, or give batches without "
+                    "padding, one for each length."
                 )
 
     def finish(self) -> Iterator[tuple[list, list[list], list]]:
-        """Per batch: the outputs of the float network, by track those of the quantized ones, and weights of their entries.
+        """Yields, per batch: outputs of the float network, those of the quantized networks by track, and their weights.
 
         Outputs that do not differ have no lanes. Outputs that depend on padding, or whose row weights cannot be followed,
-        count as nothing. Each batch is let go before the next.
+        have weight 0. Each batch is freed before the next.
         """
         end, mixed, step = len(self.program.equations), set(), lambda batch: None
         for step in self._steps(end):
@@ -136,11 +148,11 @@ class Stream:
             yield outputs(networks.float), [outputs(values) for values in networks.quantized], counted
             for values in (networks.shared, *networks.forked):
                 values.clear()
-            self._leave(batch)
-        self.let_go()
+            self._suspend(batch)
+        self.release()
 
-    def let_go(self) -> None:
-        """Lets everything go but the parameters: no batch will be taken further."""
+    def release(self) -> None:
+        """Frees everything but the parameters: no batch will advance any further."""
         self.at = len(self.program.equations)
         for values in [pool for networks in self.batches for pool in (networks.shared, *networks.forked)]:
             values.clear()
@@ -150,23 +162,14 @@ class Stream:
         self.other = None
         self._drop_fixed()
 
-    def anew(self, batches: Sequence[Sequence], weights: Sequence, number: int) -> "Stream":
-        """A stream of other batches, up to a stop, through what has been quantized in this one."""
-        new = Stream(
-            self.program,
-            self.params,
-            batches,
-            weights,
-            self.stops,
-            offload=self.offload,
-            rebases=self.rebases,
-            keeps=True,
-            laned=[track.laned for track in self.tracks],
-        )
+    def replay(self, batches: Sequence[Sequence], weights: Sequence, stop: int) -> "Stream":
+        """A stream of other batches, advanced to a stop through the layers that this one has quantized."""
+        laned = [track.laned for track in self.tracks]
+        new = Stream(self.program, self.params, batches, weights, self.stops, laned, self.options)
         for old, track in zip(self.tracks, new.tracks, strict=True):
             track.history.update(old.history)
             track.replaced.update((v, x) for v, x in old.history.items() if not isinstance(v, Tap))
-        for earlier in range(number):
+        for earlier in range(stop):
             new.advance(earlier)
             tap = new.stops[earlier][0].data
             if isinstance(tap, Tap):
@@ -175,12 +178,12 @@ class Stream:
         return new
 
     def rebase(self) -> None:
-        """From here on, the reference is what a float network makes of the quantized network's values: of the only one."""
+        """Restarts the reference from the values of the only quantized network, with float weights from here on."""
         for networks in self.batches:
             networks.reference.update(networks.quantized[0])
 
     def _follow(self, batches) -> list[Followed | None]:
-        """The row weights of each batch wherever they are asked for."""
+        """The row weights of each batch at all sites, outputs and lookups."""
         if all(weights is None for weights in self.weights):
             return [None] * len(self.weights)
         read = [_source(site.data) for stop in self.stops for site in stop]
@@ -196,14 +199,14 @@ class Stream:
         return None if followed is None or is_literal(v) else followed.at(_source(v), name)
 
     def _of_output(self, batch, v, mixed) -> jax.Array | None:
-        """The weights of the entries of an output; all 0 where there are none to rely on."""
+        """The weights of the entries of an output; all 0 where padding mixes into it."""
         followed = self.followed[batch]
         if followed is None:
             return None
         return jnp.zeros((1,) * v.aval.ndim, jnp.float32) if mixed else followed.of_output(v)
 
     def _padding_reaches(self, v, name) -> bool:
-        """True if a variable depends on what stands in rows of weight 0, in rows that count."""
+        """True if rows of weight 0 change a variable in rows that count."""
         other = self.other
         if other is None or is_literal(v) or v in self.program.fixed or v in other.weights.lost:
             return False
@@ -212,9 +215,9 @@ class Stream:
         return other.reaches(value, again, other.weights.at(v, name))
 
     def _steps(self, end: int) -> Iterator[Callable[[int], None]]:
-        """Functions that take one batch each from where it is up to equation `end`, to be called on all batches in turn.
+        """Functions that advance one batch; calling each on all batches in turn takes them up to equation `end`.
 
-        It is one function, but for the stops at which padding is given other embeddings.
+        There is one function, unless the embeddings of padding are swapped on the way.
         """
         if self.other is not None:
             for index in self.other.lookups:
@@ -224,7 +227,7 @@ class Stream:
         yield self._step(end)
 
     def _step(self, end: int) -> Callable[[int], None]:
-        """A function that takes one batch from where it is up to equation `end`."""
+        """A function that advances one batch up to equation `end`."""
         program, start = self.program, self.at
         common, forked = [], []
         for index, eqn in enumerate(program.equations[start:end], start):
@@ -232,10 +235,12 @@ class Stream:
                 (forked if index in self.forked_equations else common).append(eqn)
         fixed = [program.equations[i] for i, need in self.first_need.items() if start <= need < end]
         read = lambda v: v.val if is_literal(v) else self.fixed[v]
-        self.fixed.update(Segment(fixed, lambda v: True)(read))  # of parameters alone: once, for both networks
+        self.fixed.update(
+            Segment(fixed, lambda v: True)(read)
+        )  # they depend on parameters alone: once for both networks
         used_here = {v for e in forked for v in e.invars if not is_literal(v)}
-        both = Segment(self._with_broadcasts(common), lambda v: self._later(v, end) or v in used_here)
-        each = Segment(self._with_broadcasts(forked), lambda v: self._later(v, end))
+        both = Segment(self._with_broadcasts(common), lambda v: self._live_after(v, end) or v in used_here)
+        each = Segment(self._with_broadcasts(forked), lambda v: self._live_after(v, end))
         self.at = end
 
         def step(batch):
@@ -251,17 +256,17 @@ class Stream:
                 other = self.other.values
                 for segment in (both, each):
                     other.update(segment(lambda v: self._read(v, {}, {}, other)))
-                for v in [v for v in other if not self._later(v, end)]:
+                for v in [v for v in other if not self._live_after(v, end)]:
                     del other[v]
             self._note_peak(batch)
             for values in (shared, *networks.forked):
-                for v in [v for v in values if not self._later(v, end)]:
+                for v in [v for v in values if not self._live_after(v, end)]:
                     del values[v]
 
         return step
 
     def _with_broadcasts(self, equations):
-        """The equations, after those that repeat fixed values for them."""
+        """The equations, preceded by the broadcasts of fixed values that they read."""
         needed, found = {v for e in equations for v in e.invars if not is_literal(v)}, []
         for v, eqn in reversed(self.program.broadcasts.items()):
             if v in needed:
@@ -269,18 +274,18 @@ class Stream:
                 found.append(eqn)
         return found[::-1] + equations
 
-    def _later(self, v, end):
+    def _live_after(self, v, end):
         return self.program.last_use.get(v, -1) >= end and v not in self.program.broadcasts
 
     def _drop_fixed(self):
-        for v in [v for v in self.fixed if self.last_need.get(v, -1) < self.at and v not in self.kept]:
+        for v in [v for v in self.fixed if self.last_need.get(v, -1) < self.at and v not in self.given]:
             del self.fixed[v]
         for track in self.tracks:
             for v in [v for v in track.replaced if self.last_need.get(v, -1) < self.at]:
                 del track.replaced[v]
 
     def inputs(self, site: Site, track: int = 0) -> Iterator[tuple[jax.Array, jax.Array | None, jax.Array | None]]:
-        """Per batch: input for the reference and the quantized network (None where they agree), weights of its entries."""
+        """Yields, per batch: the input of a site in the reference and in the quantized network (None if equal), weights."""
         v = site.data
         for batch, networks in enumerate(self.batches):
             weights = self._weights(batch, v, site.path)
@@ -294,8 +299,8 @@ class Stream:
         return self.tracks[track].laned and variable in self.forks
 
     def round_inputs(self, tap: Tap, track: int, rounded: Callable[[jax.Array], jax.Array]) -> None:
-        """Gives the networks the input of a stop: rounded in the quantized ones of a track, else as it is."""
-        if self.keeps:
+        """Sets the input of a stop in all networks: rounded in the quantized ones of a track, unchanged in the others."""
+        if self.options.keeps_history:
             self.tracks[track].history[tap] = rounded
         for batch, networks in enumerate(self.batches):
             own = networks.quantized[track]
@@ -304,22 +309,22 @@ class Stream:
                 values[tap] = self._read(tap.source, {}, values, networks.shared)
             if self.other is not None and self.other.batch == batch:
                 self.other.values[tap] = self._read(tap.source, {}, {}, self.other.values)
-            self._leave(batch)
+            self._suspend(batch)
 
     def sources(self, tap: Tap, path: str, track: int = 0) -> Iterator[tuple[jax.Array, jax.Array | None]]:
-        """Per batch: the input of a stop in the quantized networks before it is rounded, and weights of its entries."""
+        """Yields, per batch: the input of a stop in the quantized networks before rounding, and its weights."""
         for batch, networks in enumerate(self.batches):
             weights = self._weights(batch, tap, path)
             yield self._read(tap.source, {}, networks.quantized[track], networks.shared), weights
 
     def replace(self, variable: Any, value: jax.Array, track: int = 0) -> None:
-        """Gives the quantized networks another value of a fixed variable: a quantized weight, a corrected bias."""
+        """Replaces a fixed variable in the quantized networks, such as a weight by its quantized value."""
         self.tracks[track].replaced[variable] = value
-        if self.keeps:
+        if self.options.keeps_history:
             self.tracks[track].history[variable] = value
 
     def value(self, variable: Any) -> jax.Array:
-        """A fixed variable, wherever in the program it is computed."""
+        """The value of a fixed variable, wherever in the program it is computed."""
         if variable in self.fixed:
             return self.fixed[variable]
         eqn = next(e for e in self.program.equations if variable in e.outvars)
@@ -330,53 +335,35 @@ class Stream:
         for place in (weights, values, shared, self.fixed):
             if v in place:
                 return _value(place[v])
-        raise AssertionError(f"{v} is read before it is computed or after it was dropped")
+        raise AssertionError(f"{v} is read before it is computed or after it was freed")
 
     def _note_peak(self, batch):
-        """With one batch at work and the others as they were left."""
-        here = _on_device(self.batches[batch])
+        """Updates the peak while this batch is computed and the others wait."""
+        own = _on_device(self.batches[batch])
         weights = sum(x.nbytes for track in self.tracks for x in track.replaced.values())
-        self.peak = max(self.peak, here + weights + sum(self.waiting) - self.waiting[batch])
+        self.peak = max(self.peak, own + weights + sum(self.waiting) - self.waiting[batch])
 
-    def _leave(self, batch):
-        """A batch as it waits for its next turn."""
+    def _suspend(self, batch):
+        """Puts a batch aside until its next turn, in host memory if batches are offloaded."""
         self._note_peak(batch)
         networks = self.batches[batch]
-        if self.offload:
+        if self.options.offload:
             moved: dict = {}  # networks may hold one array under several names
             for values in (networks.shared, *networks.forked):
                 for v, x in values.items():
                     if isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.extended):
-                        values[v] = moved.setdefault(id(x), Waiting.of(x))
+                        values[v] = moved.setdefault(id(x), Offloaded.of(x))
         self.waiting[batch] = _on_device(networks)
 
 
-class Waiting(NamedTuple):
-    """An array in the memory of the host, and where it belongs."""
-
-    parts: dict[str, np.ndarray]  # of this host's devices, by their place in the whole
-    shape: tuple[int, ...]
-    sharding: Any
-
-    @classmethod
-    def of(cls, x: jax.Array) -> "Waiting":
-        """An array, taken off its devices."""
-        parts = {str(shard.index): shard.data for shard in x.addressable_shards}
-        return cls({place: np.array(part) for place, part in parts.items()}, x.shape, x.sharding)
-
-    def back(self) -> jax.Array:
-        """The array where it was."""
-        return jax.make_array_from_callback(self.shape, self.sharding, lambda place: self.parts[str(place)])
-
-
 def _source(v):
-    """The variable that a tap would round; any other variable itself."""
+    """The variable that a tap rounds; any other variable itself."""
     return getattr(v, "source", v)
 
 
 def _value(x):
-    if isinstance(x, Waiting):
-        return x.back()
+    if isinstance(x, Offloaded):
+        return x.restore()
     return jax.device_put(x) if isinstance(x, np.ndarray) else x
 
 

@@ -1,6 +1,6 @@
-"""Vectors as few bits: random Fourier features and binary embeddings, quantized by noise shaping.
+"""Vectors in a few bits: random Fourier features and binary embeddings, quantized by noise shaping.
 
-Builds on the recursion of `matrix` and the alphabets of `scalar`; knows no framework.
+Uses the recursion of `matrix` and the alphabets of `scalar`, and no framework.
 """
 
 from ..scalar.bits import pack_bits as pack  # noqa: F401
@@ -12,10 +12,10 @@ from .maps import FJLT as FJLT
 from .maps import Map as Map
 from .maps import SparseGaussian as SparseGaussian
 from .maps import hadamard as hadamard
+from .noise_shaping import Shaped as Shaped
+from .noise_shaping import Stability as Stability
+from .noise_shaping import feedback as feedback
 from .quantizers import Beta as Beta
 from .quantizers import Memoryless as Memoryless
 from .quantizers import Quantizer as Quantizer
 from .quantizers import SigmaDelta as SigmaDelta
-from .shaping import Shaped as Shaped
-from .shaping import Stability as Stability
-from .shaping import feedback as feedback

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from ..matrix.explicit_mesh import run
 from ..scalar import register_dataclass
-from ..scalar.grid import Number, is_number
+from ..scalar.grid import Number
+from ..scalar.predicates import may_be
 from .embedding import Embedding
 from .maps import Map
 from .quantizers import Quantizer
@@ -25,9 +26,9 @@ from .quantizers import Quantizer
 class BinaryEmbedding(Embedding):
     """A random map, the scale of the data, and a quantizer.
 
-    Vectors are divided by `scale`, of which the papers take 1.5 times the largest norm; distances come in the units of the
-    vectors. Measurements are all but Gaussian, so a few exceed the `reach` of the quantizer, and `Stability` says of which
-    vectors the states grew too large. A larger scale makes them fewer, and the error of quantization larger.
+    Vectors are divided by `scale`; the papers take 1.5 times the largest norm. Distances are in the units of the vectors.
+    Measurements are nearly Gaussian, so a few exceed the `reach` of the quantizer; `Stability` tells for which vectors the
+    states became too large. With a larger scale there are fewer of these, but the quantization error is larger.
 
     Examples:
         >>> map = jpfq.embed.FJLT.sample(key, inputs=32, m=64 * 9, density=0.3)
@@ -43,8 +44,8 @@ class BinaryEmbedding(Embedding):
     scale: Number = 1.0
 
     def __post_init__(self):
-        if isinstance(self.scale, (str, bool)) or (is_number(self.scale) and not 0 < self.scale < math.inf):
-            raise ValueError(f"scale, what vectors are divided by, must be a positive number; got {self.scale!r}.")
+        if not may_be(self.scale, lambda x: 0 < x < math.inf):
+            raise ValueError(f"scale, the divisor of vectors, must be a positive number; got {self.scale!r}.")
         if isinstance(self.map, Map) and isinstance(self.quantizer, Quantizer):
             self.quantizer.blocks(self.map.m)
 
@@ -84,5 +85,5 @@ class BinaryEmbedding(Embedding):
 
 @jax.jit
 def _l1(a, b):
-    """All distances in the l1 norm; compiled as one loop, without the array (rows, others, p)."""
+    """All distances in the l1 norm, compiled as one loop without the array (rows, others, p)."""
     return jnp.sum(jnp.abs(a[:, None, :] - b[None, :, :]), axis=-1)

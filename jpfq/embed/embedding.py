@@ -1,9 +1,9 @@
-"""Embedding: vectors -> measurements -> codes -> condensed vectors, and what is stored of them.
+"""Embedding: vectors -> measurements -> codes -> condensed vectors, and their packed form.
 
     X (.., n)  -- measure -->  (.., m)  -- quantizer -->  codes (.., m)  -- condense -->  (.., p),  m = p width
 
-Rows are independent, so any leading axes will do, and they may be sharded; all methods are pure and run under jit and vmap.
-Many rows are worked on in blocks (rows.py): measurements (.., m) of all rows never exist at once.
+Rows are independent: they may have any leading axes, and be sharded. All methods are pure and run under jit and vmap. Many
+rows are computed in blocks (row_blocks.py), so that the measurements (.., m) of all rows never exist at once.
 """
 
 import abc
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from ..matrix.arrays import at_least_float32
 from ..matrix.explicit_mesh import run
 from ..scalar.bits import pack_bits, unpack_bits
+from .noise_shaping import Stability, row_indices
 from .quantizers import Quantizer
-from .rows import by_rows
-from .shaping import Stability, numbered
+from .row_blocks import by_rows
 
 
 class Embedding(abc.ABC):
@@ -41,12 +41,12 @@ class Embedding(abc.ABC):
     @property
     @abc.abstractmethod
     def m(self) -> int:
-        """The number of measurements it makes of a vector."""
+        """The number of measurements per vector."""
 
     @property
     @abc.abstractmethod
     def norm(self) -> jax.Array:
-        """The factor that condensed codes are multiplied by."""
+        """The factor of condensed codes."""
 
     @abc.abstractmethod
     def measure(self, X: jax.Array) -> jax.Array:
@@ -59,19 +59,19 @@ class Embedding(abc.ABC):
 
     @property
     def bits_per_vector(self) -> float:
-        """p log2(levels of a stored number): what an ideal fixed-rate code needs.
+        """The bits of an ideal fixed-rate code: p log2(levels of a stored number).
 
         Sigma-Delta stores sums, order 1 p log2(width (2K - 1) + 1) bits; the others store m log2(2K).
         """
-        return self._numbers * math.log2(self.quantizer.stored_levels)
+        return self._stored * math.log2(self.quantizer.stored_levels)
 
     @property
     def bytes_per_vector(self) -> int:
-        """The bytes that `store` takes: whole bits for each number, whole bytes for each vector."""
-        return -(-self._numbers * self._bits // 8)
+        """The bytes that `store` needs: whole bits per stored number, whole bytes per vector."""
+        return -(-self._stored * self._bits // 8)
 
     @property
-    def _numbers(self):
+    def _stored(self):
         return self.p if self.quantizer.stores_sums else self.m
 
     @property
@@ -81,12 +81,12 @@ class Embedding(abc.ABC):
     def transform(
         self, X: jax.Array, key: jax.Array | None = None, first: jax.Array | int = 0
     ) -> tuple[jax.Array, Stability]:
-        """Integer codes 0 .. 2K - 1 (.., m) of vectors X (.., n), and how large the states of noise shaping became.
+        """Integer codes 0 .. 2K - 1 (.., m) of vectors X (.., n), and the largest states of noise shaping.
 
         Args:
             X: vectors, real floating.
-            key: for a rounding that draws, which raises a ValueError without. Two sides of a comparison need two keys.
-            first: the number of the first vector, for data in chunks: it picks what the vectors draw.
+            key: for a random rounding, which requires it. The two sides of a comparison need different keys.
+            first: the index of the first vector, for data in chunks; random numbers depend on the index.
 
         Examples:
             >>> codes, stability = features.transform(X)
@@ -96,7 +96,7 @@ class Embedding(abc.ABC):
         return run(_transform, self, self._vectors(X), key, first)
 
     def features(self, X: jax.Array) -> jax.Array:
-        """The vectors (.., p) that `condense` would return if nothing were quantized.
+        """The vectors (.., p) that `condense` would return without quantization.
 
         Args:
             X: vectors.
@@ -122,7 +122,7 @@ class Embedding(abc.ABC):
         return run(_condense, self, self._codes(codes))
 
     def store(self, codes: jax.Array) -> jax.Array:
-        """Packs what must be kept of codes (.., m) into uint8 (.., bytes_per_vector).
+        """Packs codes (.., m), or the sums that condensing needs, into uint8 (.., bytes_per_vector).
 
         Args:
             codes: from `transform`.
@@ -135,7 +135,7 @@ class Embedding(abc.ABC):
         return run(_store, self, self._codes(codes))
 
     def load(self, stored: jax.Array) -> jax.Array:
-        """The condensed vectors (.., p) from what was stored.
+        """The condensed vectors (.., p) from their packed form.
 
         Args:
             stored: from `store` or `stream`.
@@ -153,11 +153,11 @@ class Embedding(abc.ABC):
     def stream(
         self, chunks: Iterable[jax.Array], key: jax.Array | None = None
     ) -> Iterator[tuple[jax.Array, Stability]]:
-        """Stored vectors of one chunk of rows (rows, n) after the other: those of all rows at once.
+        """Yields packed vectors and stability, chunk by chunk (rows, n); the same as for all rows at once.
 
         Args:
             chunks: vectors, some rows at a time.
-            key: for a rounding that draws.
+            key: for a random rounding.
 
         Examples:
             >>> stored = jnp.concatenate([part for part, stability in features.stream(batches)])
@@ -190,14 +190,14 @@ class Embedding(abc.ABC):
                 )
 
 
-# The methods above, each as one program.
+# The methods above, each compiled as one program.
 
 
 @jax.jit
 def _transform(embedding, X, key, first):
     quantizer = embedding.quantizer
-    some = lambda X, numbers: quantizer.shape(embedding.measure(X), key, numbers)
-    codes, peak = by_rows(some, embedding.m, X, numbered(X.shape[:-1], first))
+    some = lambda X, indices: quantizer.shape(embedding.measure(X), key, indices)
+    codes, peak = by_rows(some, embedding.m, X, row_indices(X.shape[:-1], first))
     return codes, quantizer.stability(peak)
 
 
@@ -221,7 +221,7 @@ def _store(embedding, codes):
 
 @jax.jit
 def _load(embedding, stored):
-    return _scaled(embedding, unpack_bits(stored, embedding._bits, embedding._numbers))
+    return _scaled(embedding, unpack_bits(stored, embedding._bits, embedding._stored))
 
 
 def _scaled(embedding, stored):

@@ -1,4 +1,4 @@
-"""Random Fourier features of the Gaussian kernel, as a few bits.
+"""Random Fourier features of the Gaussian (RBF) kernel, in a few bits.
 
 z(x) = cos(Omega^T x + xi) with Omega ~ N(0, 2 gamma I) and xi uniform on [0, 2 pi), quantized by noise shaping. With
 V = sqrt(2 / p) / |v| (I kron v^T), <V q(x), V q(y)> estimates exp(-gamma |x - y|^2).
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ..matrix.arrays import matmul
 from ..matrix.explicit_mesh import run
 from ..scalar import register_dataclass
-from ..scalar.grid import is_number
+from ..scalar.predicates import is_count, may_be
 from .embedding import Embedding
 from .quantizers import Quantizer
 
@@ -23,11 +23,9 @@ from .quantizers import Quantizer
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RandomFourierFeatures(Embedding):
-    """Cosines of random projections and their quantizer. `sample` draws them.
+    """Cosines of random projections, with a quantizer. `sample` draws them.
 
-    Fields: frequencies (n, m), phases (m,).
-
-    `quantizer` says how they become codes.
+    Fields: `frequencies` (n, m), `phases` (m,), and `quantizer`.
 
     Examples:
         >>> shaped = jpfq.embed.SigmaDelta(order=1, width=15, K=2)
@@ -55,17 +53,17 @@ class RandomFourierFeatures(Embedding):
         Args:
             key: for the frequencies and phases.
             inputs: length of the vectors.
-            m: how many features, a multiple of the quantizer's width.
+            m: the number of features, a multiple of the quantizer's width.
             gamma: of the kernel, positive.
-            quantizer: such as `jpfq.embed.SigmaDelta(order=1, width=15)`.
+            quantizer: `jpfq.embed.SigmaDelta(order=1, width=15)`, for example.
 
         Examples:
             >>> plain = jpfq.RandomFourierFeatures.sample(key, 32, 240, 0.01, jpfq.embed.Memoryless(K=2))
         """
         for name, x in (("inputs", inputs), ("m", m)):
-            if not isinstance(x, int) or isinstance(x, bool) or x < 1:
-                raise ValueError(f"{name} is a whole number of at least 1; got {x!r}.")
-        if isinstance(gamma, (str, bool)) or (is_number(gamma) and not 0 < gamma < math.inf):
+            if not is_count(x):
+                raise ValueError(f"{name} is an integer of at least 1; got {x!r}.")
+        if not may_be(gamma, lambda x: 0 < x < math.inf):
             raise ValueError(f"gamma, of the kernel exp(-gamma |x - y|^2), must be a positive number; got {gamma!r}.")
         first, second = jax.random.split(key)
         scale = jnp.sqrt(jnp.asarray(2 * gamma, float))

@@ -1,7 +1,7 @@
-"""Fast random maps from n numbers to m: sparse Gaussian matrices, and the same after a Hadamard transform.
+"""Fast random maps from n to m dimensions: sparse Gaussian matrices, and the same after a Hadamard transform.
 
-They cost what their nonzeros cost, O(n m density), and the transform O(n log n). Both are drawn on the host, once, by
-NumPy's generator: how many nonzeros there are is random, and so is the size of what holds them.
+They cost O(n m density), and the transform O(n log n). Both are sampled on the host by NumPy's generator, because the number
+of nonzeros is random, and so is the size of the arrays.
 """
 
 import abc
@@ -15,6 +15,7 @@ from jax import lax
 
 from ..matrix.explicit_mesh import is_traced
 from ..scalar import register_dataclass
+from ..scalar.predicates import is_count
 
 
 class Map(abc.ABC):
@@ -31,7 +32,7 @@ class Map(abc.ABC):
     @property
     @abc.abstractmethod
     def m(self) -> int:
-        """The length of the vectors that come out."""
+        """The length of the resulting vectors."""
 
     @property
     @abc.abstractmethod
@@ -46,9 +47,9 @@ class Map(abc.ABC):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SparseGaussian(Map):
-    """Every entry is nonzero with probability `density`, and then Gaussian of variance 1 / density. For well-spread vectors.
+    """Entries are nonzero with probability `density`, and then Gaussian of variance 1 / density. For well-spread vectors.
 
-    Row i of A has its nonzeros in columns[:, i], filled up with zeros in column 0 to the longest row (nonzeros, m).
+    The nonzeros of row i of A are in columns[:, i]. Shorter rows are padded with zeros in column 0.
 
     Fields: `columns` and `entries` (nonzeros, m), `inputs` = n.
 
@@ -63,12 +64,12 @@ class SparseGaussian(Map):
 
     @classmethod
     def sample(cls, key: jax.Array, inputs: int, m: int, density: float) -> Self:
-        """Draws the map. The key must be known, not traced.
+        """Samples the map. The key must not be traced.
 
         Args:
-            key: for all draws.
+            key: for all random numbers.
             inputs: length of the vectors.
-            m: how many numbers come out.
+            m: length of the resulting vectors.
             density: share of nonzero entries.
 
         Examples:
@@ -93,7 +94,7 @@ class SparseGaussian(Map):
         return self.entries.dtype
 
     def __call__(self, X):
-        """Adds up one nonzero of every row of A at a time, so that nothing larger than the result is made."""
+        """Adds one nonzero of every row of A at a time, so that no array is larger than the result."""
         X = jnp.moveaxis(X, -1, 0)
         along = lambda entry: entry.reshape(-1, *(1,) * (X.ndim - 1))
         add = lambda Y, one: (Y + along(one[1]) * X[one[0]], None)
@@ -106,7 +107,7 @@ class SparseGaussian(Map):
 class FJLT(Map):
     """A H D: random signs D, the Hadamard transform H, which spreads a vector over all entries, and a sparse Gaussian A.
 
-    Vectors are filled up with zeros to the next power of two. Source: Ailon, Chazelle (SICOMP 2009).
+    Vectors are padded with zeros to the next power of two. Source: Ailon, Chazelle (SICOMP 2009).
 
     Fields: `signs` (n,), and `sparse`, the matrix A.
 
@@ -121,12 +122,12 @@ class FJLT(Map):
 
     @classmethod
     def sample(cls, key: jax.Array, inputs: int, m: int, density: float) -> Self:
-        """Draws the map. The key must be known, not traced.
+        """Samples the map. The key must not be traced.
 
         Args:
-            key: for all draws.
+            key: for all random numbers.
             inputs: length of the vectors.
-            m: how many numbers come out.
+            m: length of the resulting vectors.
             density: share of nonzero entries of A.
 
         Examples:
@@ -141,7 +142,7 @@ class FJLT(Map):
 
     @property
     def inputs(self) -> int:  # type: ignore[override]
-        """The length of the vectors, before they are filled up."""
+        """The length of the vectors before padding."""
         return self.signs.shape[-1]
 
     @property
@@ -184,9 +185,9 @@ def hadamard(X: jax.Array) -> jax.Array:
 
 def _check(key, inputs, m, density):
     for name, x in (("inputs", inputs), ("m", m)):
-        if not isinstance(x, int) or isinstance(x, bool) or x < 1:
-            raise ValueError(f"{name} is a whole number of at least 1; got {x!r}.")
+        if not is_count(x):
+            raise ValueError(f"{name} is an integer of at least 1; got {x!r}.")
     if not isinstance(density, (int, float)) or isinstance(density, bool) or not 0 < density <= 1:
-        raise ValueError(f"density, the share of nonzero entries, lies in (0, 1]; got {density!r}.")
+        raise ValueError(f"density, the share of nonzero entries, is a number in (0, 1]; got {density!r}.")
     if is_traced(key):
-        raise ValueError("Maps are drawn on the host: sample them outside of jit and vmap, and pass them in.")
+        raise ValueError("Maps are sampled on the host: sample them outside of jit and vmap, and pass them in.")

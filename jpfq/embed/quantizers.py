@@ -1,11 +1,11 @@
-"""Quantizers of embeddings: what noise shaping does to one vector, and how its codes are condensed.
+"""Sigma-Delta, Beta and memoryless quantizers of vectors, and the condensation of their codes.
 
-    SigmaDelta   order r: rounding errors are what an r-th difference leaves of bounded states u
-    Beta         u_t = beta u_{t-1} + .., from 0 again in every block: distributed noise shaping
+    SigmaDelta   order r: rounding errors are the r-th difference of bounded states u
+    Beta         u_t = beta u_{t-1} + .., restarted from 0 in every block: distributed noise shaping
     Memoryless   every entry by itself: plain, stochastic, or semi-quantized
 
-All take the midrise alphabet of 2K levels +-step/2, +-3 step/2, .. and condense: with v of length `width`, every `width`
-codes become one number <v, q>, in which the shaped errors all but cancel.
+All use the midrise alphabet of 2K levels +-step/2, +-3 step/2, .. and condense: with a vector v of length `width`, every
+`width` codes become one number <v, q>, in which the shaped errors nearly cancel.
 """
 
 import abc
@@ -20,16 +20,17 @@ import numpy as np
 from ..matrix import System, code_dtype
 from ..matrix.explicit_mesh import run
 from ..scalar import Equispaced, Nearest, Rounding, ScaledGrid, Stochastic, register_dataclass
-from ..scalar.grid import Number, is_number
-from .shaping import Shaped, Stability, feedback, numbered, shape
+from ..scalar.grid import Number
+from ..scalar.predicates import is_count, may_be
+from .noise_shaping import Shaped, Stability, feedback, row_indices, shape
 
-# Filters h = delta_0 - (something with r vanishing moments) of small l1 norm, which one bit needs (Zhang, Saab, ICLR 2021).
+# Filters h such that delta_0 - h has r vanishing moments, of small l1 norm as one bit requires (Zhang, Saab, ICLR 2021).
 ONE_BIT = {1: {1: 1.0}, 2: {1: 7 / 6, 7: -1 / 6}, 3: {1: 175 / 144, 7: -25 / 108, 25: 7 / 432}}
 DIFFERENCE = {1: {1: 1.0}, 2: {1: 2.0, 2: -1.0}}  # 1 - (1 - z)^r
 
 
 class Quantizer(abc.ABC):
-    """A filter, an alphabet, and the weights v that condense.
+    """A filter, an alphabet, and the weights v for condensing.
 
     Examples:
         >>> quantizer = jpfq.embed.SigmaDelta(order=1, width=15, K=2)
@@ -49,12 +50,12 @@ class Quantizer(abc.ABC):
 
     @abc.abstractmethod
     def run(self, m: int) -> int:
-        """After how many of m entries the states start from 0 again."""
+        """The number of entries, of m, after which states restart from 0."""
 
     @property
     @abc.abstractmethod
     def weights(self) -> jax.Array | np.ndarray:
-        """The vector v (width,) that condenses; whole numbers where the sums of codes can be stored."""
+        """The vector v (width,) for condensing; a NumPy array of integers if sums of codes are stored."""
 
     @property
     def grid(self) -> Equispaced:
@@ -68,7 +69,7 @@ class Quantizer(abc.ABC):
 
     @property
     def stable_step(self) -> Number:
-        """The least step for which |y| <= 1 implies |u| <= step / 2: 1 / (K - |h|_1 / 2)."""
+        """The smallest step for which |y| <= 1 implies |u| <= step / 2: 1 / (K - |h|_1 / 2)."""
         return 1 / (self.K - self._norm / 2)
 
     @property
@@ -78,7 +79,7 @@ class Quantizer(abc.ABC):
 
     @property
     def reach(self) -> Number:
-        """The largest |y| for which |u| stays within the bound, whatever y is."""
+        """The largest |y| for which |u| stays within the bound for all y."""
         return (self.K - self._norm / 2) * self.spacing
 
     @property
@@ -86,13 +87,13 @@ class Quantizer(abc.ABC):
         return sum(abs(h) for h in self.filter().values())
 
     def levels(self, dtype: Any = float) -> ScaledGrid:
-        """The alphabet with its step, in the shape of a grid for all neurons (1, 1)."""
+        """The alphabet with its step, in the shape (1, 1) of a grid for all neurons."""
         lo, hi, zero, _ = self.grid.alphabet()
         step, zero, lo, hi = (jnp.asarray(x, dtype) for x in (self.spacing, zero, lo, hi))
         return ScaledGrid(step.reshape(1, 1), zero.reshape(1, 1), lo, hi)
 
     def shaped(self, dtype: Any = float) -> Shaped:
-        """The rounding that keeps the states."""
+        """The rounding that carries the states."""
         h = self.filter()
         taps = jnp.stack([jnp.asarray(x, dtype) for x in h.values()]) if h else jnp.zeros(0, dtype)
         return Shaped(taps, self.rounding, tuple(h))
@@ -100,57 +101,57 @@ class Quantizer(abc.ABC):
     def __call__(
         self, Y: jax.Array, key: jax.Array | None = None, first: jax.Array | int = 0
     ) -> tuple[jax.Array, Stability]:
-        """Integer codes 0 .. 2K - 1 of vectors Y (.., m), and how large the states became.
+        """Integer codes 0 .. 2K - 1 of vectors Y (.., m), and their largest states.
 
         Args:
-            Y: measurements; for the bound on the states to hold, within +-`reach`.
-            key: for a rounding that draws; every vector uses its own part of it.
-            first: the number of the first vector, for data that come in chunks.
+            Y: measurements; the bound on the states holds if they lie within +-`reach`.
+            key: for a random rounding; every vector has its own part of it.
+            first: the index of the first vector, for data in chunks.
         """
-        codes, peak = run(self.shape, Y, key, numbered(Y.shape[:-1], first))
+        codes, peak = run(self.shape, Y, key, row_indices(Y.shape[:-1], first))
         return codes, self.stability(peak)
 
-    def shape(self, Y: jax.Array, key: jax.Array | None, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The codes of vectors Y (.., m) of these numbers (..), and the largest |u| of each (..)."""
+    def shape(self, Y: jax.Array, key: jax.Array | None, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The codes of vectors Y (.., m) with these indices (..), and the largest |u| of each (..)."""
         if self.rounding.random and key is None:
             raise ValueError(f"{type(self.rounding).__name__} draws random numbers: pass key=jax.random.key(seed).")
         m = Y.shape[-1]
         self.blocks(m)
         levels, rounding = self.levels(Y.dtype), self.shaped(Y.dtype)
-        return shape(Y, levels, rounding, self.run(m), code_dtype(self.grid), key, numbers)
+        return shape(Y, levels, rounding, self.run(m), code_dtype(self.grid), key, indices)
 
     def stability(self, peak: jax.Array) -> Stability:
-        """The largest |u| of each vector, with the bound that it is to be within."""
+        """The largest |u| of each vector, with its bound."""
         return Stability(peak, self.rounding.error(self.levels(peak.dtype))[0, 0])
 
     def system(self, Y: jax.Array) -> System:
-        """The same as the matrices of q = Q(base + L (about - q)), for `matrix.substitute`: vectors (rows, m) as columns.
+        """The same as matrices of q = Q(base + L (about - q)) for `matrix.substitute`, with vectors (rows, m) as columns.
 
-        Costs O(m^2) where calling the quantizer costs O(m).
+        Costs O(m^2), while calling the quantizer costs O(m).
         """
         m, rounding = Y.shape[-1], self.shaped(Y.dtype)
         self.blocks(m)
         return System(Y.T, feedback(rounding.taps, rounding.lags, m, self.run(m)), Y.T, None)
 
     def blocks(self, m: int) -> int:
-        """The number of values that m codes are condensed to."""
+        """The number of values to which m codes are condensed."""
         if m % self.width or not m:
             near = [k * self.width for k in (m // self.width, m // self.width + 1) if k]
             raise ValueError(
-                f"{m} measurements are no multiple of width={self.width}, the number of codes that are condensed to one. "
+                f"{m} measurements are not a multiple of width={self.width}, the number of codes that are condensed to one. "
                 f"Take {' or '.join(map(str, near))}."
             )
         return m // self.width
 
     def fold(self, x: jax.Array) -> jax.Array:
-        """<v, x> of every `width` entries: (.., m) to (.., p)."""
+        """<v, x> for every `width` entries: (.., m) to (.., p)."""
         x = x.reshape(*x.shape[:-1], self.blocks(x.shape[-1]), self.width)
         v = jnp.asarray(self.weights, x.dtype)
         return jnp.matmul(x, v, precision="highest")
 
     @property
     def stores_sums(self) -> bool:
-        """True if sums <v, codes> are whole numbers, and hence what is stored; else the codes are."""
+        """True if sums <v, codes> are integers and therefore stored; False if the codes are stored."""
         return isinstance(self.weights, np.ndarray)
 
     @property
@@ -159,13 +160,13 @@ class Quantizer(abc.ABC):
         return (2 * self.K - 1) * int(sum(self.weights)) + 1 if self.stores_sums else 2 * self.K
 
     def to_store(self, codes: jax.Array) -> jax.Array:
-        """The small whole numbers that are stored for codes (.., m)."""
+        """The small integers that are stored for codes (.., m)."""
         self.blocks(codes.shape[-1])
-        whole = codes.astype(jnp.int32)
-        return self.fold(whole) if self.stores_sums else whole
+        integers = codes.astype(jnp.int32)
+        return self.fold(integers) if self.stores_sums else integers
 
     def condensed(self, stored: jax.Array, dtype: Any = float) -> jax.Array:
-        """<v, q> (.., p) from what is stored."""
+        """<v, q> (.., p) from the stored integers."""
         step, zero = (jnp.asarray(x, dtype) for x in (self.spacing, self.grid.alphabet().zero))
         if self.stores_sums:
             return step * (stored.astype(dtype) - zero * jnp.asarray(sum(self.weights), dtype))
@@ -174,10 +175,9 @@ class Quantizer(abc.ABC):
     def _check(self):
         name = type(self).__name__
         for what, x in (("K", self.K), ("width", self.width)):
-            if not isinstance(x, int) or isinstance(x, bool) or x < 1:
-                raise ValueError(f"{name} takes a whole number {what} of at least 1; got {x!r}.")
-        wrong_type = isinstance(self.step, (str, bool))
-        if wrong_type or (is_number(self.step) and not 0 < self.step < math.inf):  # type: ignore[operator]
+            if not is_count(x):
+                raise ValueError(f"{name}: {what} is an integer of at least 1; got {x!r}.")
+        if not may_be(self.step, lambda x: 0 < x < math.inf):
             raise ValueError(f"{name} takes a positive step, or None for the stable one; got {self.step!r}.")
 
 
@@ -186,10 +186,10 @@ class Quantizer(abc.ABC):
 class SigmaDelta(Quantizer):
     """Sigma-Delta quantization of order 1 or 2, and of order 3 with one bit (K = 1).
 
-    With one bit the filters are those of Zhang and Saab (ICLR 2021), else h = 1 - (1 - z)^order. v is the `order`-fold
-    convolution of ones, hence width = order * n - order + 1 for some n. `step` is None for the stable one, or a number such
-    as 2 / (2K - 1), the published one; with the latter, order 2 may run out of the alphabet (see `Stability`). Few levels
-    and little condensing make the coarse stable step cost more than that: compare both.
+    With one bit the filters are those of Zhang and Saab (ICLR 2021), otherwise h = 1 - (1 - z)^order. v is the `order`-fold
+    convolution of ones, hence width = order * n - order + 1 for some n. A `step` of None is the stable one; the published
+    one is 2 / (2K - 1), with which order 2 may exceed the alphabet (see `Stability`). With few levels and a small width, the
+    coarser stable step may cost more accuracy than that: compare both.
 
     Source: Zhang, Kannan, Cloninger, Saab (arXiv 2106.02614); Zhang, Saab (arXiv 2010.00712).
 
@@ -214,8 +214,7 @@ class SigmaDelta(Quantizer):
         if (self.width - 1) % r:
             low = 1 + (self.width - 1) // r * r
             raise ValueError(
-                f"Order {r} condenses {r} n - {r - 1} codes to one number, for some n; got width={self.width}. "
-                f"Take {low} or {low + r}."
+                f"For order {r}, the width is {r} n - {r - 1} for some n; got width={self.width}. Take {low} or {low + r}."
             )
 
     @classmethod
@@ -252,13 +251,13 @@ class SigmaDelta(Quantizer):
 class Beta(Quantizer):
     """Distributed noise shaping: u_t = beta u_{t-1} + y_t - q_t in blocks of `width`, 1 < beta < 2K.
 
-    v = (beta^-1, .., beta^-width). The paper scales y by (2K - beta) / (2K - 1) and takes the step 2 / (2K - 1); the stable
-    step on y as it is, the default here, gives the same codes and the same estimates. Sums of codes take as many values as
-    there are blocks of codes, hence the codes are stored.
+    v = (beta^-1, .., beta^-width). The paper scales y by (2K - beta) / (2K - 1) and takes the step 2 / (2K - 1). The default
+    here, the stable step without scaling, gives the same codes and the same estimates. Sums of codes take as many values as
+    there are blocks of codes, so the codes are stored.
 
     Source: Zhang, Kannan, Cloninger, Saab (arXiv 2106.02614).
 
-    `K` and `step` are as of `SigmaDelta`.
+    `K` and `step` are the same as in `SigmaDelta`.
 
     Examples:
         >>> quantizer = jpfq.embed.Beta(beta=1.9, width=12)
@@ -273,7 +272,7 @@ class Beta(Quantizer):
 
     def __post_init__(self):
         self._check()
-        if isinstance(self.beta, (str, bool)) or (is_number(self.beta) and not 1 < self.beta < 2 * self.K):
+        if not may_be(self.beta, lambda x: 1 < x < 2 * self.K):
             raise ValueError(f"Beta takes 1 < beta < 2K = {2 * self.K}; got {self.beta!r}.")
 
     def filter(self):
@@ -290,9 +289,9 @@ class Beta(Quantizer):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Memoryless(Quantizer):
-    """Every entry by itself, to the nearest level: K = 1 is the sign. The outermost levels are +-1.
+    """Rounds every entry by itself to the nearest level; with K = 1 that is its sign. The outermost levels are +-1.
 
-    `stochastic` and `semi_quantized` make the two baselines of the papers.
+    `stochastic` and `semi_quantized` are the two baselines of the papers.
 
     `rounding` and `step` are those of each entry; a step of None puts the outermost levels on +-1.
 
@@ -316,14 +315,14 @@ class Memoryless(Quantizer):
 
     @classmethod
     def stochastic(cls, K: int = 1) -> "Memoryless":
-        """StocQ: up or down at random with the entry as mean, so that products of two vectors' codes are unbiased."""
+        """StocQ: stochastic rounding, whose mean is the entry, so that products of two vectors' codes are unbiased."""
         return cls(K, Stochastic())
 
     @classmethod
     def semi_quantized(cls) -> "Memoryless":
-        """The sign, at the values +-pi / 4, whose products with cosines that were not quantized are unbiased.
+        """Signs with values +-pi / 4, whose products with unquantized cosines are unbiased.
 
-        Compare codes with `features` of the other side: of two signs the product is biased.
+        Compare codes with the `features` of the other side: the product of two signs is biased.
         """
         return cls(1, Nearest(), math.pi / 2)
 

@@ -8,7 +8,7 @@ arguments are written. It calls the rounding's own function, so that no rounding
 JAX after 0.10 means to give up its way to Triton, which it warns of: on GPUs the kernel will need another.
 
 Nobody has timed it: no accelerator was at hand. So the scan stays what runs, unless a `Recursion` is given a `Kernel`;
-bench/kernel.py compares the two, and a platform whose figures speak for the kernel belongs in `WINS`.
+bench/pallas.py compares the two, and a platform whose figures speak for the kernel belongs in `WINS`.
 """
 
 import dataclasses

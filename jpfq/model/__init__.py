@@ -1,1 +1,1 @@
-"""A model as a traced program: adapters of frameworks, equations, kernels and the products they serve."""
+"""A model as a traced program: framework adapters, equations, kernels, and the products that use them."""

@@ -1,6 +1,7 @@
-"""Adapters: the one place that knows which frameworks there are.
+"""Adapters: the one list of supported frameworks.
 
-A framework is one file that ends with an `Adapter`, and its name in ADAPTERS; from outside the package, `register`.
+To support another one, write a file that defines an `Adapter` and add it to ADAPTERS; from outside the package, call
+`register`.
 """
 
 from typing import Any
@@ -13,14 +14,12 @@ from .nnx import NNX
 
 
 def _from_function(model, params, kwargs):
-    """The functional of a function, or raises for what is no function of parameters and inputs."""
+    """A function fn(params, *inputs) as a `Functional`; raises for anything else."""
     if not callable(model):
         raise ValueError(f"model is a Linen module, an NNX model or a function fn(params, *inputs); got {model!r}.")
     if params is None:
         if not jax.tree_util.all_leaves([model]):
-            raise ValueError(
-                f"model is {type(model).__name__}, a pytree that has its parameters within itself. {PARTITION}"
-            )
+            raise ValueError(f"model is {type(model).__name__}, a pytree that contains its own parameters. {PARTITION}")
         raise ValueError("A function needs its parameters: jpfq.quantize(fn, batches, rules, params=params).")
     return from_function(model, params, kwargs)
 
@@ -30,28 +29,28 @@ ADAPTERS = [LINEN, NNX, FUNCTION]  # the first that owns a model takes it
 
 
 def register(adapter: Adapter) -> None:
-    """Adds a framework, which is asked before those there are."""
+    """Adds a framework. It takes precedence over those registered before."""
     ADAPTERS.insert(0, adapter)
 
 
 def adapter_of(model: Any) -> Adapter:
-    """The adapter of the framework that a model is of."""
+    """The adapter of a model's framework."""
     return next(adapter for adapter in ADAPTERS if adapter.owns(model))
 
 
 def phrase_of(kind: str) -> str | None:
-    """The phrase for models of a kind; None where no adapter is of it."""
+    """The phrase for models of a kind; None if there is no adapter for it."""
     return next((adapter.phrase for adapter in ADAPTERS if adapter.kind == kind), None)
 
 
 def adapt(model: Any, variables: Any, params: Any, kwargs: dict | None) -> Functional:
-    """The model as a pure function, whatever framework it is of."""
-    adapter, given = adapter_of(model), {"variables": variables, "params": params}
-    for name, value in given.items():
+    """The model as a pure function, whatever its framework."""
+    adapter, arguments = adapter_of(model), {"variables": variables, "params": params}
+    for name, value in arguments.items():
         if value is not None and name != adapter.argument:
             wanted = adapter.argument or "neither variables nor params"
             raise ValueError(f"{adapter.phrase} takes {wanted}; got {name}=...")
-    arrays = None if adapter.argument is None else given[adapter.argument]
+    arrays = None if adapter.argument is None else arguments[adapter.argument]
     functional = adapter.functional(model, arrays, kwargs or {})
     check_arrays(functional.paths, functional.leaves)
     return functional

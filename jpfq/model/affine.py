@@ -1,4 +1,4 @@
-"""The steps after a product, as long as neurons' values are only moved, multiplied and shifted: biases, BatchNorms."""
+"""The affine steps after a product: biases and BatchNorms, which multiply and shift the values of each neuron."""
 
 import collections
 from typing import Any, NamedTuple
@@ -17,25 +17,25 @@ class Step(NamedTuple):
 
     name: str  # "transpose", "add", "sub", "mul" or "div"
     order: tuple[int, ...]  # of a transpose
-    operand: Any  # what is added or multiplied by, before it is repeated over the rows: a variable or a literal
-    axes: tuple[int, ...]  # along which the operand lies
+    operand: Any  # a variable or a literal, before it is broadcast over the rows
+    axes: tuple[int, ...]  # the axes of the operand among those of the values
     shape: tuple[int, ...]  # of the values
-    rows: frozenset[int]  # axes that do not tell neurons apart
+    rows: frozenset[int]  # axes along which all values belong to one neuron
 
     @property
     def per_neuron(self) -> bool:
-        """True if the operand has a number for each neuron."""
+        """True if the operand has one value per neuron."""
         if is_literal(self.operand):
             return False
         size = lambda axes, shape: [n for a, n in zip(axes, shape, strict=True) if a not in self.rows]
         return size(self.axes, self.operand.aval.shape) == size(range(len(self.shape)), self.shape)
 
-    def laid(self, value: jax.Array) -> jax.Array:
-        """A value of the operand, to be broadcast over the product."""
+    def expand(self, value: jax.Array) -> jax.Array:
+        """A value of the operand, with axes of size 1 so that it broadcasts over the product."""
         return jnp.expand_dims(value, [a for a in range(len(self.shape)) if a not in self.axes])
 
-    def gathered(self, x: jax.Array) -> jax.Array:
-        """The inverse of `laid`."""
+    def collapse(self, x: jax.Array) -> jax.Array:
+        """The inverse of `expand`."""
         return x.reshape([x.shape[a] for a in self.axes])
 
 
@@ -45,15 +45,15 @@ class Affine:
     def __init__(self, program: Program):
         self.program = program
         self.origin: dict = {v: (leaf, Chain()) for leaf, v in enumerate(program.params)}
-        self.uses = collections.Counter()  # leaf -> how many equations use it, views aside
-        self.makers: dict = {}  # fixed variable -> its equation
+        self.uses = collections.Counter()  # leaf -> number of equations that use it, other than views
+        self.producers: dict = {}  # fixed variable -> its equation
         self.consumers = collections.defaultdict(list)
         for eqn in program.equations:
             inputs = [v for v in eqn.invars if not is_literal(v)]
             for v in inputs:
                 self.consumers[v].append(eqn)
             if program.is_fixed(eqn):
-                self.makers.update((v, eqn) for v in eqn.outvars)
+                self.producers.update((v, eqn) for v in eqn.outvars)
             views = [v for v in inputs if v in self.origin]
             if views and is_step(eqn):
                 leaf, chain = self.origin[views[0]]
@@ -67,11 +67,11 @@ class Affine:
         self.uses.update(self.origin[v][0] for v in self.outputs if v in self.origin)
 
     def parameter(self, v: Any) -> tuple[int, Chain] | None:
-        """The parameter that a variable is a view of, and how; None for anything else."""
+        """The parameter that a variable is a view of, and the chain from it; None for anything else."""
         return None if is_literal(v) else self.origin.get(v)
 
     def steps(self, site: Site) -> list[Step]:
-        """From the product on."""
+        """The steps after a site's product, in order."""
         v = self.program.equations[site.index].outvars[0]
         rows, steps = rows_of(site.layout, v.aval.ndim), []
         while len(self.consumers[v]) == 1 and v not in self.outputs:
@@ -92,7 +92,7 @@ class Affine:
         return steps
 
     def _over_rows(self, v, rows, ndim):
-        """The value repeated over the rows to make a fixed operand, and the axes it lies along; else None."""
+        """The value that is broadcast over the rows to a fixed operand, and its axes; None if there is no such value."""
         if is_literal(v) or v in self.program.fixed:
             if v.aval.ndim == 0:
                 return v, ()
@@ -107,12 +107,12 @@ class Affine:
 
 
 def value(operand: Any, read) -> jax.Array:
-    """The value of an operand, given a way to read fixed variables."""
+    """The value of an operand; `read` returns that of a fixed variable."""
     return jnp.asarray(operand.val) if is_literal(operand) else read(operand)
 
 
 def rows_of(layout: Layout, ndim: int) -> frozenset[int]:
-    """The axes of a product that do not tell neurons apart."""
+    """The axes of a product along which all values belong to one neuron."""
     shape = jax.eval_shape(
         lambda v: layout.at_outputs(v, ndim), jax.ShapeDtypeStruct(layout.dims[::2], jnp.float32)
     ).shape

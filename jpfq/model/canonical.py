@@ -1,8 +1,8 @@
-"""Equations as hashable values: equal for equal computations, whatever their variables are called.
+"""Equations as hashable keys: equal for equal computations, whatever the names of their variables.
 
-Two uses: equal equations of one program are merged, and segments of equal form share one compiled function, within a
-network, between networks, and between calls. A key holds everything the computation depends on, the constants of inner
-jaxprs included.
+They serve two purposes. Equal equations of one program are merged; and segments with equal keys share one compiled
+function, within a network, between networks, and between calls. A key contains everything the computation depends on,
+including the constants of inner jaxprs.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from .compat import inner_jaxprs, is_jaxpr, is_literal, opened
 
 
 def canonical(x: Any) -> Any:
-    """A hashable stand-in for an equation, a jaxpr, an array, or a parameter of an equation."""
+    """The key of an equation, a jaxpr, an array, or a parameter of an equation."""
     if hasattr(x, "primitive"):
         return _equation(x)
     if is_jaxpr(x):
@@ -42,13 +42,13 @@ def canonical(x: Any) -> Any:
 
 
 def segment(equations: list, inputs: list, outputs: list) -> Any:
-    """The key of a function from `inputs` to `outputs` made of `equations`."""
+    """The key of the function from `inputs` to `outputs` that `equations` define."""
     names = {v: i for i, v in enumerate(inputs)}
     return tuple(_aval(v) for v in inputs), _body(equations, names), tuple(names[v] for v in outputs)
 
 
 def by_code(key: Any) -> Any:
-    """A key of computations whose pure callbacks are told apart by what they do, not by which object does it."""
+    """The same key, with pure callbacks identified by their code instead of by the function object."""
     if not isinstance(key, tuple):
         return key
     described = key[:1] == ("pure_callback",)
@@ -56,7 +56,7 @@ def by_code(key: Any) -> Any:
 
 
 def _described(x, seen):
-    """A value with its functions replaced by their code and what they capture; `seen` are those around it."""
+    """A value with functions replaced by their code and captured values. `seen` has the enclosing values."""
     if any(x is y for y in seen):
         return "itself"
     inside = lambda *parts: tuple(_described(part, (*seen, x)) for part in parts)
@@ -83,7 +83,7 @@ def _described(x, seen):
 def _content(cell):
     try:
         return cell.cell_contents
-    except ValueError:  # of a function that is not defined yet
+    except ValueError:  # the cell is empty: its function is not defined yet
         return "nothing"
 
 
@@ -114,7 +114,7 @@ def _operand(v, names):
 
 
 def _equation(eqn):
-    """An equation without its operands. Where it holds a jaxpr, functions beside it are rules for its derivatives."""
+    """An equation without its operands. Functions beside an inner jaxpr are derivative rules, which do not count."""
     holds_jaxpr = bool(inner_jaxprs(eqn))
     parameters = {k: v for k, v in eqn.params.items() if not (holds_jaxpr and _is_rule(v))}
     return eqn.primitive.name, canonical(parameters), repr(eqn.ctx), tuple(map(_aval, eqn.outvars))

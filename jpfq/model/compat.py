@@ -1,4 +1,4 @@
-"""The one place that knows how JAX releases differ in the shape of their intermediate representation."""
+"""The differences between JAX releases in their intermediate representation, all in this file."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import jax
 from jax.extend.core import Literal as Literal
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot")
-KEPT = {"scan", "while", "cond", "pallas_call", "shard_map", "custom_partitioning", "reduce", "reduce_window"}
+NOT_INLINED = {"scan", "while", "cond", "pallas_call", "shard_map", "custom_partitioning", "reduce", "reduce_window"}
 
 
 def opened(jaxpr: Any) -> tuple[Any, tuple]:
-    """(jaxpr, constants) of a closed jaxpr; up to JAX 0.10 an open and a closed one are two classes, later they are one."""
+    """(jaxpr, constants) of a jaxpr. Up to JAX 0.10 open and closed jaxprs are two classes, later one."""
     return getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ()) or ())
 
 
@@ -26,12 +26,12 @@ def inner_jaxprs(eqn) -> list:
 
 
 def call_body(eqn) -> Any | None:
-    """The jaxpr an equation merely calls (jit, remat, custom_jvp, ..), or None.
+    """The jaxpr that an equation merely calls (jit, remat, custom_jvp, ..), or None.
 
-    Recognised by signature: a jaxpr among the parameters whose inputs and outputs have the equation's types. Names of
-    primitives and of their parameters change between releases.
+    It is recognised by its signature: inputs and outputs have the types of the equation. Names of primitives and of their
+    parameters change between releases.
     """
-    if eqn.primitive.name in KEPT:
+    if eqn.primitive.name in NOT_INLINED:
         return None
     signature = lambda variables: [(getattr(v.aval, "shape", None), getattr(v.aval, "dtype", None)) for v in variables]
     for body in inner_jaxprs(eqn):
@@ -42,7 +42,7 @@ def call_body(eqn) -> Any | None:
 
 
 def scan_arity(eqn) -> tuple[int, int]:
-    """Counts the constants and carries of a scan. Told by rank, as newer releases rename the parameters that say so."""
+    """(constants, carries) of a scan, counted by rank, because newer releases rename the parameters that hold them."""
     body, _ = opened(eqn.params["jaxpr"])
     carries = sum(o.aval.ndim == v.aval.ndim for o, v in zip(eqn.outvars, body.outvars, strict=True))
     scanned = sum(v.aval.ndim == b.aval.ndim + 1 for v, b in zip(eqn.invars, body.invars, strict=True))
@@ -50,7 +50,7 @@ def scan_arity(eqn) -> tuple[int, int]:
 
 
 def bind(eqn, values: list) -> list:
-    """Evaluates one equation, eagerly or under a trace, in the context it was traced in, but on the mesh in use."""
+    """Evaluates one equation, eagerly or in a trace, in the context in which it was traced but on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     with eqn.ctx.manager, jax.sharding.use_abstract_mesh(mesh):
         out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
@@ -63,7 +63,7 @@ def is_literal(variable) -> bool:
 
 
 def key_name(entry: Any) -> str | None:
-    """One step of a pytree path as users write it; None for the accessor of a boxed parameter."""
+    """One entry of a pytree path as users write it; None for the accessor of a boxed parameter."""
     if isinstance(entry, jax.tree_util.GetAttrKey):
         return None if entry.name == "value" else entry.name
     return str(getattr(entry, "key", getattr(entry, "idx", entry)))

@@ -9,11 +9,12 @@ from .functional import Adapter, Functional, call, flatten, identity_of
 
 
 def is_linen(model: Any) -> bool:
+    """True for a Linen module."""
     return isinstance(model, linen.Module)
 
 
 def from_linen(module: linen.Module, variables: Any, kwargs: dict) -> Functional:
-    """Leaves are those of `variables`; parameters are named by their path below "params", other collections in full."""
+    """The leaves are those of `variables`. Paths of parameters omit the collection "params"."""
     if variables is None:
         raise ValueError(
             "A Linen module needs its variables: jpfq.quantize(module, batches, rules, variables=variables)."
@@ -34,19 +35,19 @@ def from_linen(module: linen.Module, variables: Any, kwargs: dict) -> Functional
             if 'collection "cache"' in str(error):
                 raise ValueError(
                     "The model fills a cache while it runs, as attention does with decode=True, one position at a time. "
-                    f"Calibrate on whole sequences with decode=False: a module made so, or kwargs={{'decode': False}} where "
-                    f"that is an argument of the call. Flax says: {error}"
+                    "Calibrate on whole sequences with decode=False: set it on the module, or pass "
+                    f"kwargs={{'decode': False}} if it is an argument of the call. Flax says: {error}"
                 ) from error
             if isinstance(error, flax.errors.ScopeCollectionNotFound):
                 raise
             raise ValueError(
-                "The model changes its variables while it runs, as BatchNorm does in training. Run it in evaluation mode: "
-                f"kwargs={{'train': False}} or whatever switch it has. Flax says: {error}"
+                "The model changes its variables while it runs, as BatchNorm does in training. Run it in evaluation mode, "
+                f"by kwargs={{'train': False}} or the switch that it has. Flax says: {error}"
             ) from error
         except flax.errors.InvalidRngError as error:
             raise ValueError(
-                "The model asks for random numbers, as Dropout does in training. Run it in evaluation mode: "
-                f"kwargs={{'deterministic': True}} or whatever switch it has. Flax says: {error}"
+                "The model asks for random numbers, as Dropout does in training. Run it in evaluation mode, by "
+                f"kwargs={{'deterministic': True}} or the switch that it has. Flax says: {error}"
             ) from error
 
     paths = tuple(path.removeprefix("params/") for path in full)
@@ -60,7 +61,7 @@ def _rebuild(variables):
 
 
 def unboxed(tree: Any) -> Any:
-    """Variables without what Flax wraps around them, such as names of axes."""
+    """Variables without Flax's boxes, such as the names of axes."""
     return linen.unbox(tree)
 
 

@@ -1,7 +1,7 @@
-"""The mesh that parameters and batches lie on.
+"""The mesh of parameters and batches.
 
-Everything runs where the arrays are: XLA splits the forward passes and sums the Grams as the shardings of parameters and
-batches say, and the solves split their neurons over the same devices (matrix/shard.py).
+Everything runs where the arrays are. XLA splits the forward passes and sums the Grams according to the shardings of
+parameters and batches, and the solves split their neurons over the same devices (matrix/shard.py).
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from .functional import Functional
 
 
 def devices_of(arrays: Iterable) -> Devices | None:
-    """The mesh of the first arrays that lie on one of several devices; its axes in the order of their use."""
+    """The first mesh of several devices that arrays lie on, with its axes in the order of their use."""
     placed = [x.sharding for x in arrays if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding)]
     placed = [sharding for sharding in placed if sharding.mesh.size > 1]
     if not placed:
@@ -42,7 +42,7 @@ def on_auto_axes(functional: Functional) -> Functional:
 
 
 def on_mesh_of(leaf: Any, tree: Any) -> Any:
-    """A tree of small arrays, whole on every device of the mesh that `leaf` lies on; on its device if it lies on none."""
+    """A tree of small arrays, replicated over the mesh of `leaf`, or on its device if it has no mesh."""
     whole = None
     if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
         whole = NamedSharding(leaf.sharding.mesh, P())
@@ -51,9 +51,9 @@ def on_mesh_of(leaf: Any, tree: Any) -> Any:
 
 
 def like(new: jax.Array, old: Any) -> Any:
-    """A new leaf placed as the old one was: where nothing has bound that to a device, the new one is free to go too.
+    """A new leaf with the placement of the old one. If the old one is uncommitted, so is the new one.
 
-    JAX cannot set an array free that lies on a mesh or is bound to a device, so that one goes through the host.
+    JAX cannot uncommit an array, so such an array is copied through the host.
     """
     if not isinstance(new, jax.Array) or is_traced(new) or is_traced(old):
         return new
@@ -66,38 +66,40 @@ def like(new: jax.Array, old: Any) -> Any:
 class LanesMesh:
     """The mesh of a sweep whose settings are split over one of its axes."""
 
-    given: Mesh
+    original: Mesh  # as the user gave it
     axis: str
 
     @classmethod
     def of(cls, sharding: Any) -> "LanesMesh":
-        """From how the axis of settings is to lie."""
+        """From the sharding of the axis of settings."""
         one = isinstance(sharding, NamedSharding) and len(sharding.spec) == 1 and isinstance(sharding.spec[0], str)
         if not one or not isinstance(sharding.mesh, Mesh):
             raise ValueError(
-                f"sharding is such as NamedSharding(mesh, PartitionSpec('sweep')), of one axis; got {sharding!r}."
+                f"sharding has one axis, such as NamedSharding(mesh, PartitionSpec('sweep')); got {sharding!r}."
             )
         return cls(sharding.mesh, sharding.spec[0])
 
     @property
     def size(self) -> int:
-        """The number of shares."""
-        return self.given.shape[self.axis]
+        """The number of devices along the axis."""
+        return self.original.shape[self.axis]
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """The same devices, with the axis under the name by which `over_lanes` knows it, and Auto axes."""
-        return Mesh(self.given.devices, tuple(LANES if name == self.axis else name for name in self.given.axis_names))
+        """The same devices with Auto axes, of which that of the settings has the name that `over_lanes` expects."""
+        names = tuple(LANES if name == self.axis else name for name in self.original.axis_names)
+        return Mesh(self.original.devices, names)
 
     def place(self, x: Any) -> Any:
-        """An array on the mesh: as it lies there, or whole on every device."""
+        """An array on the mesh, with its sharding if it is there already, else replicated."""
         if not isinstance(x, (jax.Array, np.ndarray)):
             return x
         sharding, spec = getattr(x, "sharding", None), P()
         if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
-            if automatic_mesh(sharding.mesh) != automatic_mesh(self.given):
+            if automatic_mesh(sharding.mesh) != automatic_mesh(self.original):
                 raise ValueError(
-                    f"An array of shape {x.shape} lies on another mesh than the settings: {sharding.mesh}."
+                    f"An array of shape {x.shape} lies on another mesh than the settings: {sharding.mesh}. Put it on that "
+                    "of sharding=, or on none."
                 )
             if self.axis in _axes(sharding.spec):
                 raise ValueError(
@@ -107,20 +109,20 @@ class LanesMesh:
             spec = sharding.spec
         return jax.device_put(x, NamedSharding(self.mesh, spec))
 
-    def back(self, tree: Any, leaf: Any) -> Any:
-        """Arrays of the mesh, whole where `leaf` lies."""
+    def restore(self, tree: Any, leaf: Any) -> Any:
+        """Arrays of this mesh, replicated where `leaf` lies."""
         if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
             return on_mesh_of(leaf, tree)
         return jax.device_put(tree, next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jax.devices()[0])
 
 
 def check_runs(functional: Functional, batch: Any) -> None:
-    """Raises where a model that was given Explicit axes does not run with Auto ones."""
+    """Raises if a model that was given on Explicit axes does not run on Auto axes."""
     try:
         jax.eval_shape(functional.fn, functional.leaves, batch)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            "The arrays lie on a mesh with Explicit axes, and the model does not run on the same mesh with Auto axes, which "
-            f"quantizing needs: {error}\nLeave out_sharding=... and reshard out of it, or guard them, for a mesh of "
+            "The arrays lie on a mesh with Explicit axes. Quantizing runs the model on the same mesh with Auto axes, where "
+            f"it fails: {error}\nRemove out_sharding=... and reshard from the model, or skip them on a mesh of "
             "jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))."
         ) from error

@@ -1,4 +1,4 @@
-"""Flax NNX: a model as a pure function of leaves, and back. The model given is never touched."""
+"""Flax NNX: a model as a pure function of leaves, and back. The given model is never modified."""
 
 from typing import Any
 
@@ -8,11 +8,12 @@ from .functional import Adapter, Functional, call, flatten
 
 
 def is_nnx(model: Any) -> bool:
+    """True for an NNX model."""
     return isinstance(model, nnx.Module)
 
 
 def from_nnx(model: nnx.Module, kwargs: dict) -> Functional:
-    """Leaves are those of its parameters (`nnx.Param`) and of all its other state."""
+    """The leaves are those of the parameters (`nnx.Param`), then those of all other state."""
     graph, params, state = nnx.split(model, nnx.Param, ...)
     paths, leaves, tree = flatten(params)
     state_paths, state_leaves, state_tree = flatten(state)
@@ -40,7 +41,7 @@ def from_nnx(model: nnx.Module, kwargs: dict) -> Functional:
 
 
 def _refuse_change(paths, before, after, counters, caches):
-    """Counters of random numbers may move: whether such numbers reach the outputs, the trace tells."""
+    """Raises if state changes, other than counters of random numbers, which the trace checks (randomness.py)."""
     for path, leaf in zip(paths, before, strict=True):
         if path not in counters and after.get(path) is not leaf:
             if path in caches or "cache" in path.lower():
@@ -55,7 +56,7 @@ def _refuse_change(paths, before, after, counters, caches):
 
 
 def as_param(x: Any) -> nnx.Param:
-    """An array as a parameter."""
+    """An array as an `nnx.Param`."""
     return nnx.Param(x)
 
 

@@ -1,8 +1,8 @@
 """A model as a Program: one flat list of equations over its parameters and one batch.
 
-The model is traced once. Calls (jit, remat, custom derivatives) are inlined, scans over stacked layers unrolled, equal
-equations merged and dead ones dropped, by evaluating the trace a second time under `jax.make_jaxpr`. What is left names
-every matrix product of the model; sites.py finds those that have weights.
+The model is traced once. Evaluating the trace a second time under `jax.make_jaxpr` inlines calls (jit, remat, custom
+derivatives), unrolls scans over stacked layers, merges equal equations and drops dead ones. The result contains every matrix
+product of the model as an equation; sites.py finds those with weights.
 """
 
 import dataclasses
@@ -16,14 +16,17 @@ from jax import lax
 
 from .canonical import by_code, canonical, segment
 from .compat import PRODUCTS, bind, call_body, inner_jaxprs, is_literal, opened, scan_arity
-from .draws import refuse_random
+from .randomness import check_random_keys
 
-UNROLL = 1024  # longest stack of layers that is unrolled
+UNROLL = 1024  # the longest stack of layers that is unrolled
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """Flat equations from parameters and inputs to outputs."""
+    """Flat equations from parameters and inputs to outputs.
+
+    A variable or equation is *fixed* if it depends on parameters and constants alone, not on data.
+    """
 
     equations: tuple
     paths: tuple[str, ...]  # of the parameters
@@ -32,18 +35,16 @@ class Program:
     outputs: tuple  # variables or literals
     constants: dict  # variable -> value
     tree: Any  # structure of the outputs
-    fixed: frozenset  # variables that depend on parameters and constants alone
-    broadcasts: (
-        dict  # those made by repeating one of them for data to use -> their equation; never kept, made where used
-    )
+    fixed: frozenset  # variables
+    broadcasts: dict  # fixed variables that only broadcast another for use with data -> their equation; never stored
     last_use: dict  # variable -> index of the last equation that reads it; len(equations) for outputs
 
     def is_fixed(self, eqn) -> bool:
         """True if an equation depends on parameters and constants alone."""
         return all(is_literal(v) or v in self.fixed for v in eqn.invars)
 
-    def in_order(self, order: Sequence[int]) -> "Program":
-        """The same with its equations in another order, in which each still comes after what it reads."""
+    def reordered(self, order: Sequence[int]) -> "Program":
+        """The same program with its equations in another valid order."""
         equations = tuple(self.equations[i] for i in order)
         last_use = _last_use(equations, self.outputs, self.broadcasts)
         return dataclasses.replace(self, equations=equations, last_use=last_use)
@@ -53,7 +54,7 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> P
     """The program of `fn(params, batch)`.
 
     Args:
-        fn: takes a list of parameter leaves and a batch.
+        fn: a function of a list of parameter leaves and a batch.
         paths: a name for each leaf.
         params: the leaves, or their `jax.ShapeDtypeStruct`s.
         batch: a pytree of arrays or their `jax.ShapeDtypeStruct`s.
@@ -75,10 +76,10 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> P
     jaxpr, constants = opened(jax.make_jaxpr(inlined)(list(params), leaves))
     equations = _live(jaxpr)
     keys = {v: path for v, path in zip(jaxpr.invars, paths) if _may_seed(v.aval.dtype)}
-    refuse_random(equations, keys, jaxpr.invars[len(paths) :])
+    check_random_keys(equations, keys, jaxpr.invars[len(paths) :])
     variables = dict(zip(jaxpr.constvars, constants, strict=True))
-    given, rest = tuple(jaxpr.invars[: len(paths)]), tuple(jaxpr.invars[len(paths) :])
-    fixed = {*given, *variables}
+    parameters, inputs = tuple(jaxpr.invars[: len(paths)]), tuple(jaxpr.invars[len(paths) :])
+    fixed = {*parameters, *variables}
     for eqn in equations:
         if all(is_literal(v) or v in fixed for v in eqn.invars):
             fixed.update(eqn.outvars)
@@ -86,8 +87,8 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> P
     return Program(
         tuple(equations),
         tuple(paths),
-        given,
-        rest,
+        parameters,
+        inputs,
         tuple(jaxpr.outvars),
         variables,
         tree[0],
@@ -98,25 +99,24 @@ def trace(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> P
 
 
 def trace_twice(fn: Callable, paths: Sequence[str], params: Sequence, batch: Any) -> Program:
-    """`trace`, which refuses a model that is another one the second time.
+    """`trace`, which raises if a second trace gives another program.
 
-    A `pure_callback` of a function that is made anew each time, such as a lambda, is the same if its code and what it
-    captures are.
+    A `pure_callback` of a function that is created anew each time, such as a lambda, counts as the same if its code and its
+    captured values are the same.
     """
     program = trace(fn, paths, params, batch)
-    again = trace(
-        lambda *args: fn(*args), paths, params, batch
-    )  # another function, as JAX remembers what it has traced
+    again = trace(lambda *args: fn(*args), paths, params, batch)  # a new function object, as JAX caches traces
     if form(program) != form(again) and by_code(form(program)) != by_code(form(again)):
         raise ValueError(
-            "The model does something else each time it is traced, so the float and the quantized network would differ: it "
-            "draws numbers outside of JAX, or keeps state in Python. Make it a function of its parameters and inputs."
+            "Tracing the model twice gives two different programs, so the float and the quantized network would differ. It "
+            "may draw random numbers outside of JAX, or keep state in Python. Make it a function of its parameters and "
+            "inputs alone."
         )
     return program
 
 
 def form(program: Program) -> Any:
-    """A hashable value: equal for programs that compute the same."""
+    """A hashable key, equal for programs that compute the same."""
     inputs = [*program.constants, *program.params, *program.inputs]
     outputs = [v for v in program.outputs if not is_literal(v)]
     written = [np.asarray(v.val) if is_literal(v) else None for v in program.outputs]
@@ -124,15 +124,16 @@ def form(program: Program) -> Any:
 
 
 def evaluate(program: Program, leaves: Sequence, inputs: Sequence, visit: Callable | None = None) -> list:
-    """The outputs, one equation after the other; a value is let go after its last use. Pure, and to be compiled.
+    """Evaluates a program, freeing each value after its last use. Pure, and meant to be compiled.
 
     Args:
-        leaves: parameters. inputs: leaves of a batch.
-        visit: makes the outputs of an equation from its number, itself and its values; left out, what the equation says.
+        leaves: the parameters.
+        inputs: the leaves of a batch.
+        visit: computes the outputs of an equation from (index, equation, values of its operands); None evaluates it as is.
     """
     env = dict(program.constants) | dict(zip(program.params, leaves, strict=True))
     env.update(zip(program.inputs, inputs, strict=True))
-    read = lambda v: v.val if is_literal(v) else env[v] if v in env else env[v.source]  # what a tap would round
+    read = lambda v: v.val if is_literal(v) else env[v] if v in env else env[v.source]  # a tap reads its source
     for index, eqn in enumerate(program.equations):
         values = [read(v) for v in eqn.invars]
         out = bind(eqn, values) if visit is None else visit(index, eqn, values)
@@ -149,13 +150,13 @@ def has_product(jaxpr: Any) -> bool:
 
 
 class _Inliner:
-    """Evaluates a jaxpr under an outer trace, going into calls and stacks of layers, each equation once."""
+    """Evaluates a jaxpr under an outer trace, descending into calls and stacks of layers, and equal equations only once."""
 
     def __init__(self):
         self.seen: dict = {}  # equation and identity of its inputs -> (outputs, inputs kept alive)
 
     def run(self, body: Any, args: list, fixed: list[bool]) -> tuple[list, list[bool]]:
-        """Outputs of a jaxpr, and which of them depend on fixed arguments alone."""
+        """The outputs of a jaxpr, and whether each depends on fixed arguments alone."""
         jaxpr, constants = opened(body)
         env = dict(zip(jaxpr.constvars, constants, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
         known = set(jaxpr.constvars) | {v for v, f in zip(jaxpr.invars, fixed, strict=True) if f}
@@ -175,7 +176,7 @@ class _Inliner:
         return [read(v) for v in jaxpr.outvars], [is_fixed(v) for v in jaxpr.outvars]
 
     def once(self, eqn, values):
-        """Binds an equation, or returns what an equal one gave."""
+        """The outputs of an equation, or those of an equal one evaluated before."""
         if eqn.effects:
             return bind(eqn, values)
         identity = tuple(id(v) if isinstance(v, jax.Array) else canonical(v) for v in values)
@@ -185,7 +186,7 @@ class _Inliner:
         return self.seen[key][0]
 
     def unroll(self, eqn, values, fixed):
-        """A scan, one layer after the other."""
+        """The outputs of a scan, evaluated one layer after the other."""
         constants, carries = scan_arity(eqn)
         length, backwards = eqn.params["length"], eqn.params["reverse"]
         first = constants + carries
@@ -210,7 +211,7 @@ def _stacks_layers(eqn, fixed):
 
 
 def _entry(x, i):
-    """x[i], by an index that is data: entries of one stack then share one compiled slice."""
+    """x[i], with the index as data, so that all entries of a stack share one compiled slice."""
     start = (np.int32(i), *[np.int32(0)] * (x.ndim - 1))
     return lax.squeeze(lax.dynamic_slice(x, start, (1, *x.shape[1:])), (0,))
 
@@ -218,16 +219,16 @@ def _entry(x, i):
 def _live(jaxpr):
     """The equations that outputs or effects depend on."""
     needed = {v for v in jaxpr.outvars if not is_literal(v)}
-    kept = []
+    live = []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(v in needed for v in eqn.outvars):
-            kept.append(eqn)
+            live.append(eqn)
             needed.update(v for v in eqn.invars if not is_literal(v))
-    return kept[::-1]
+    return live[::-1]
 
 
 def _broadcasts(equations, fixed, outputs):
-    """Fixed values that are repeated for the sake of data alone, such as a bias over all rows or a mask; in order."""
+    """The fixed variables that are broadcast only for use with data, such as a bias over all rows; in order."""
     found = {}
     for eqn in equations:
         repeats = eqn.primitive.name == "broadcast_in_dim" and len(eqn.invars) == 1
@@ -245,7 +246,7 @@ def _broadcasts(equations, fixed, outputs):
 
 
 def _last_use(equations, outputs, broadcasts):
-    """By variable, the index of the last equation that reads it, or is given it repeated."""
+    """By variable, the index of the last equation that reads it or a broadcast of it."""
     last_use: dict = {}
     for index, eqn in enumerate(equations):
         last_use.update((v, index) for v in eqn.invars if not is_literal(v))
@@ -258,5 +259,5 @@ def _last_use(equations, outputs, broadcasts):
 
 
 def _may_seed(dtype):
-    """True if numbers of this type are random keys or their counters."""
+    """True if values of this dtype may be random keys or their counters."""
     return jnp.issubdtype(dtype, jax.dtypes.prng_key) or jnp.issubdtype(dtype, jnp.unsignedinteger)

@@ -1,7 +1,7 @@
-"""Segments: runs of equations compiled as one function, once for all runs of the same form.
+"""Segments: runs of equations between sites, compiled as one function. Equal runs share one compilation.
 
-A transformer's blocks are one form, so a model compiles as many segments as it has distinct stretches between sites, and
-calibrating it a second time compiles none.
+The blocks of a transformer are equal, so a model compiles only as many segments as it has different ones, and calibrating it
+a second time compiles none.
 """
 
 import collections
@@ -14,13 +14,13 @@ from ..matrix.lanes import over_lanes
 from . import canonical
 from .compat import bind, is_literal
 
-CACHE = 4096  # compiled forms that are kept; the least recently used goes first
+CACHE = 4096  # compiled segments; the least recently used is evicted
 
 _compiled: collections.OrderedDict[Any, Callable] = collections.OrderedDict()
 
 
 class Segment:
-    """A run of equations as a function from the values it reads to the values that are read after it."""
+    """A run of equations as a function from the values it reads to the values that later equations need."""
 
     def __init__(self, equations: Sequence, is_needed: Callable[[Any], bool]):
         read, defined = {}, set()  # a dict keeps the order
@@ -33,7 +33,12 @@ class Segment:
         self._key = canonical.segment(list(equations), self.inputs, self.outputs)
 
     def __call__(self, read: Callable[[Any], Any], laned: Callable[[Any], bool] = lambda v: False) -> dict:
-        """The outputs by variable, given a way to read the inputs, and which of them have lanes; then all outputs have."""
+        """The outputs by variable.
+
+        Args:
+            read: returns the value of an input.
+            laned: whether an input has lanes. If any has, all outputs have.
+        """
         axes = tuple(map(laned, self.inputs))
         if axes not in self._functions:
             self._functions[axes] = self._function(axes)

@@ -1,7 +1,7 @@
-"""Sites: the matrix products of a program whose one operand is a weight, and a reason for every weight that is not at one.
+"""Sites: the products of data with a weight, which is what can be quantized; and the reason for every weight without one.
 
-A weight is reached from its parameter by structural steps (casts, reshapes, slices of a stack) and constant factors: its
-chain.
+The chain of a weight are the structural steps (casts, reshapes, slices of a stack) and constant factors by which the program
+computes it from its parameter.
 """
 
 import collections
@@ -33,20 +33,20 @@ FACTORS = {"mul", "div"}  # by one positive constant, such as the gain of an equ
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chain:
-    """The structural steps from a parameter to the operand of a product. Equal where the same entries are read alike."""
+    """The structural steps from a parameter to the operand of a product. Equal chains read the same entries in one way."""
 
-    steps: tuple = ()  # (equation, which of its outputs)
+    steps: tuple = ()  # (equation, index of its output)
 
     def __call__(self, leaf: jax.Array) -> jax.Array:
-        """The operand."""
+        """The operand of the product, from the parameter."""
         for eqn, position in self.steps:
             leaf = self._step(eqn, leaf)[position]
         return leaf
 
     def scatter(self, operand: jax.Array, shape: tuple[int, ...], scaled: bool = False) -> jax.Array:
-        """A parameter of the given shape that holds `operand` where the chain reads it, and 0 elsewhere. Casts nothing.
+        """A parameter of the given shape that holds `operand` where the chain reads it, and 0 elsewhere. Does not cast.
 
-        scaled: whether constant factors on the way are divided out, as for values, or left alone, as for codes.
+        scaled: whether to divide by the constant factors of the chain (for values) or not (for codes).
         """
         if not self.steps:
             return operand
@@ -54,14 +54,14 @@ class Chain:
         return leaf / self.factor if scaled else leaf
 
     def arrange(self, leaf: jax.Array) -> jax.Array:
-        """The operand's entries, of a parameter that holds something else than values, such as codes."""
+        """Applies the chain without casts and factors, for arrays that are not values, such as codes."""
         for eqn, position in self.steps:
             leaf = leaf if eqn.primitive.name in CASTS | FACTORS else self._step(eqn, leaf)[position]
         return leaf
 
     @property
     def factor(self) -> float:
-        """The factor that values are multiplied by on the way."""
+        """The product of the chain's constant factors."""
         return math.prod(factor(eqn) or 1.0 for eqn, _ in self.steps)
 
     @staticmethod
@@ -81,38 +81,38 @@ class Chain:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Site:
-    """A product of data with a weight."""
+    """A product of data with a weight: the place in a model where a kernel is used, and quantized."""
 
-    path: str
+    path: str  # of the parameter
     leaf: int  # index of the parameter
     index: int  # of the product among the program's equations
     weight: Any  # variable of the weight operand
     data: Any  # variable of the data operand, or a `Tap` of it
     chain: Chain
     layout: Layout
-    activations: Any = None  # what is to become of the data: `Activations` or None
-    patches: Any = None  # which of its rows are calibrated on: `Patches` or None
-    bias: Any = None  # what is to take its mean error: `Bias` or None
-    use: int = 0  # its number among the products with this parameter, in the order of the model
-    shares: tuple[int, ...] = ()  # indices of all products with the very same matrices, where there are several
+    activations: Any = None  # `Activations` if the data are quantized
+    patches: Any = None  # `Patches`, the selection of rows for calibration
+    bias: Any = None  # `Bias` if the mean error is corrected
+    use: int = 0  # index among the products with this parameter, in the order of the model
+    shares: tuple[int, ...] = ()  # indices of all products with the same matrices, if there are several
 
     @property
     def first(self) -> int:
-        """The index of the first product with these matrices, which must be quantized before it."""
+        """The index of the first product with these matrices; they are quantized before it."""
         return self.shares[0] if self.shares else self.index
 
     @property
     def matrix(self) -> tuple:
-        """The key that sites with the very same matrices have in common."""
+        """A key, equal for sites with the same matrices."""
         return self.leaf, self.chain, self.layout.matrices_key
 
     @property
     def reads(self) -> tuple:
-        """The key that sites with one Gram have in common: the data, and how they become rows."""
+        """A key, equal for sites with the same Gram: the data, and how they become rows."""
         return self.data, self.layout.rows_key, self.activations, self.patches
 
     def matrices(self, leaf: jax.Array) -> jax.Array:
-        """The weight that is read from a parameter, as matrices (B, in, out) in float32 at least."""
+        """The weight as matrices (B, in, out), in float32 or wider, from the parameter."""
         return _matrices(leaf, self.chain, self.layout)
 
 
@@ -122,14 +122,14 @@ def _matrices(leaf, chain, layout):
 
 
 class Tap:
-    """A variable for the input of sites, which is rounded in the quantized network and as it was in the float one."""
+    """A new variable for the input of sites, which the quantized network rounds and the float one does not."""
 
     def __init__(self, source: Any):
         self.source, self.aval = source, source.aval
 
 
 def with_taps(program: Program, sites: Sequence[Site]) -> tuple[Program, list[Site]]:
-    """The program with a tap before each site whose activations are quantized. Sites that read the same share one."""
+    """The program with a tap before each site whose activations are quantized. Sites with the same input share one."""
     taps: dict = {}
     equations, last_use, tapped = list(program.equations), dict(program.last_use), []
     for site in sites:
@@ -146,7 +146,7 @@ def with_taps(program: Program, sites: Sequence[Site]) -> tuple[Program, list[Si
 def find_sites(program: Program) -> tuple[list[Site], dict[str, str]]:
     """The sites of a program, and the reason for each parameter that cannot be quantized, by path.
 
-    Listed are the parameters of rank 2 or more, and those that meet a product in any way.
+    These are the parameters of rank 2 or more, and those that are used by a product in any way.
     """
     finder = _Finder(program)
     for index, eqn in enumerate(program.equations):
@@ -155,16 +155,16 @@ def find_sites(program: Program) -> tuple[list[Site], dict[str, str]]:
 
 
 class _Finder:
-    """One pass over the equations that follows every parameter."""
+    """Follows every parameter in one pass over the equations."""
 
     def __init__(self, program: Program):
         self.program = program
         self.origin: dict = {v: (leaf, Chain()) for leaf, v in enumerate(program.params)}
-        self.computed: dict = {}  # fixed variable that is no mere view -> the leaves it is computed from
+        self.computed: dict = {}  # fixed variable that is not a view -> the leaves it is computed from
         self.sites: list[Site] = []
-        self.refused: dict[int, str] = {}  # leaf -> why a product with it is no site
-        self.uses: dict[int, set[str]] = collections.defaultdict(set)  # leaf -> primitives that use it otherwise
-        self.count = collections.Counter()  # leaf -> how many products use it
+        self.refused: dict[int, str] = {}  # leaf -> reason why a product with it is not a site
+        self.uses: dict[int, set[str]] = collections.defaultdict(set)  # leaf -> other primitives that use it
+        self.count = collections.Counter()  # leaf -> number of products that use it
 
     def visit(self, index, eqn):
         name = eqn.primitive.name
@@ -188,7 +188,7 @@ class _Finder:
 
     def product(self, index, eqn, views):
         sides = [s for s in (0, 1) if not is_literal(eqn.invars[s]) and eqn.invars[s] in self.program.fixed]
-        if len(sides) != 1:  # no weight, or a product of weights: the latter is followed as any computation
+        if len(sides) != 1:  # no weight, or a product of weights, which counts as any other computation
             for v in views:
                 self.uses[self.origin[v][0]].add("a product without data")
             return
@@ -207,12 +207,12 @@ class _Finder:
         self.sites.append(Site(path, leaf, index, operand, data, chain, layout, use=self.count[leaf] - 1))
 
     def finish(self):
-        shared = collections.defaultdict(list)  # of parameters with several products: by matrix the indices of these
+        shared = collections.defaultdict(list)  # matrix -> indices of its products, for parameters with several
         for site in self.sites:
             if self.count[site.leaf] > 1:
                 shared[site.matrix].append(site.index)
         groups = [tuple(indices) for indices in shared.values() if len(indices) > 1]
-        self.together = together(self.program, groups) if groups else set()
+        self.compatible = compatible(self.program, groups) if groups else set()
         of = {index: indices for indices in groups for index in indices}
         by_leaf = collections.defaultdict(list)
         for site in self.sites:
@@ -226,7 +226,7 @@ class _Finder:
         return [site for site in sites if site.path not in reasons], reasons
 
     def reason(self, leaf, aval, sites):
-        """Why a parameter is not quantized; None where it is, or is nothing that one would."""
+        """The reason why a parameter cannot be quantized; None if it can, or if it is not a kernel at all."""
         uses = sorted(self.uses[leaf])
         if leaf in self.refused:
             return self.refused[leaf]
@@ -241,15 +241,15 @@ class _Finder:
         covered = sum(s.weight.aval.size for s in sites if s.index == s.first)
         if covered > aval.size:
             return f"shared: used by {len(sites)} products, which do not take it as the same matrices"
-        if any(s.shares and s.shares not in self.together for s in sites):
-            return f"shared: used by {len(sites)} products, of which one depends on what another makes"
+        if any(s.shares and s.shares not in self.compatible for s in sites):
+            return f"shared: used by {len(sites)} products, of which one depends on the output of another"
         if covered < aval.size:
             return f"only {covered} of its {aval.size} entries are weights of a product"
         return None
 
 
-def together(program: Program, groups: Sequence[tuple[int, ...]]) -> set[tuple[int, ...]]:
-    """Those groups of equations that can all come next to each other: no member depends on what another makes."""
+def compatible(program: Program, groups: Sequence[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """The groups whose equations can all be made neighbours, because no member depends on the output of another."""
     if schedule(program, groups) is not None:
         return set(groups)
     found: list = []
@@ -259,24 +259,24 @@ def together(program: Program, groups: Sequence[tuple[int, ...]]) -> set[tuple[i
 
 
 def schedule(program: Program, groups: Sequence[tuple[int, ...]]) -> list[int] | None:
-    """An order of the equations, near their own, in which the members of each group are neighbours; None if none is."""
+    """An order of the equations, close to the original, in which each group is contiguous; None if there is none."""
     members = {group[0]: group for group in groups}
     unit = {index: group[0] for group in groups for index in group}  # equations move alone, or as a group
-    makers = {v: index for index, eqn in enumerate(program.equations) for v in eqn.outvars}
+    producers = {v: index for index, eqn in enumerate(program.equations) for v in eqn.outvars}
     before, after = collections.Counter(), collections.defaultdict(set)
     effect: int | None = None
     for index, eqn in enumerate(program.equations):
-        sources = {makers[v] for v in eqn.invars if not is_literal(v) and v in makers}
+        sources = {producers[v] for v in eqn.invars if not is_literal(v) and v in producers}
         if eqn.effects:
             sources, effect = sources if effect is None else sources | {effect}, index
-        here = unit.get(index, index)
+        own = unit.get(index, index)
         for source in {unit.get(i, i) for i in sources}:
-            if here not in after[source]:  # a group that reads itself is never ready
-                after[source].add(here)
-                before[here] += 1
+            if own not in after[source]:  # a group that depends on itself is never ready
+                after[source].add(own)
+                before[own] += 1
     ready = [i for i in range(len(program.equations)) if unit.get(i, i) == i and not before[i]]
     order: list[int] = []
-    while ready:  # a heap: the first of those that are ready comes first
+    while ready:  # a heap: the first ready equation comes next
         index = heapq.heappop(ready)
         order += members.get(index, (index,))
         for later in after[index]:
@@ -286,8 +286,8 @@ def schedule(program: Program, groups: Sequence[tuple[int, ...]]) -> list[int] |
     return order if len(order) == len(program.equations) else None
 
 
-def joined(program: Program, sites: Sequence[Site]) -> tuple[Program, list[Site]]:
-    """The program with the products that share matrices next to each other, so that all their inputs are known before."""
+def with_shared_together(program: Program, sites: Sequence[Site]) -> tuple[Program, list[Site]]:
+    """The program with products that share matrices next to each other, so that all their inputs are computed before."""
     groups = list(dict.fromkeys(site.shares for site in sites if site.shares))
     if not groups:
         return program, list(sites)
@@ -295,11 +295,11 @@ def joined(program: Program, sites: Sequence[Site]) -> tuple[Program, list[Site]
     assert order is not None, "find_sites found an order"
     place = {index: i for i, index in enumerate(order)}
     move = lambda site: dataclasses.replace(site, index=place[site.index], shares=tuple(place[i] for i in site.shares))
-    return program.in_order(order), sorted(map(move, sites), key=lambda site: site.index)
+    return program.reordered(order), sorted(map(move, sites), key=lambda site: site.index)
 
 
 def is_step(eqn) -> bool:
-    """True if an equation is a structural step of one operand: nothing is repeated, nothing picked by data."""
+    """True if an equation is a structural step of one operand: it repeats nothing and selects nothing by data."""
     if eqn.primitive.name in FACTORS:
         return factor(eqn) is not None
     if eqn.primitive.name not in STRUCTURAL or not all(map(is_literal, eqn.invars[1:])):
@@ -308,7 +308,7 @@ def is_step(eqn) -> bool:
 
 
 def factor(eqn) -> float | None:
-    """The positive constant that an equation multiplies its other operand by; None if it does anything else."""
+    """The positive constant by which an equation multiplies its other operand; None for any other equation."""
     scalars = [float(v.val) for v in eqn.invars if is_literal(v) and np.ndim(v.val) == 0]
     divides = eqn.primitive.name == "div"
     if eqn.primitive.name not in FACTORS or len(scalars) != 1 or (divides and is_literal(eqn.invars[0])):
@@ -322,11 +322,11 @@ def _use(eqn):
     name = eqn.primitive.name
     if any(map(has_product, inner_jaxprs(eqn))):
         return f"a {name} loop with products inside" if name in ("scan", "while") else f"a {name} with products inside"
-    return f"{name} at an index picked by data" if name == "dynamic_slice" else name
+    return f"{name} at an index that depends on data" if name == "dynamic_slice" else name
 
 
 def product_layout(eqn, side: int) -> Layout | str:
-    """The layout by which a product becomes matrices, or why it has none; `side` is the operand that is the weight."""
+    """The layout of a product as matrices, or the reason why it has none. `side` is the index of the weight operand."""
     name, p, shape = eqn.primitive.name, eqn.params, eqn.invars[side].aval.shape
     if jnp.issubdtype(dtype := eqn.invars[1 - side].aval.dtype, jnp.complexfloating):
         return f"it multiplies {dtype} numbers"
@@ -334,7 +334,7 @@ def product_layout(eqn, side: int) -> Layout | str:
         contract, batch = p["dimension_numbers"]
         if not contract[side]:
             return "its product contracts no axis"
-        # inputs in the order of the weight's own axes, whatever order the product names them in
+        # inputs in the order of the weight's axes, whatever the order in the product
         weight_contract, data_contract = zip(*sorted(zip(contract[side], contract[1 - side], strict=True)), strict=True)
         batches = tuple(batch[side]), tuple(batch[1 - side])
         return DotLayout(shape, weight_contract, batches[0], data_contract, batches[1], side == 0)

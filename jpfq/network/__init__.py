@@ -1,1 +1,1 @@
-"""What the user calls and gets: rules, plan, `quantize`, `Quantized`, certificates, serving, fine-tuning."""
+"""The user's functions and results: rules, plan, `quantize`, `Quantized`, certificates, serving, fine-tuning."""

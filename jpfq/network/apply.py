@@ -1,4 +1,4 @@
-"""The quantized network at work: weights as they are stored, inputs of layers rounded on the way."""
+"""Runs the quantized network: with its stored weights, rounding the inputs of layers."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..model.sites import find_sites
 def run(functional: Functional, leaves, inputs: dict[str, list[ActivationQuantizer]], batch: Any) -> Any:
     """The model's outputs for a batch, with the inputs of the kernels in `inputs` rounded.
 
-    Pure, and to be compiled: the model is traced for the shapes of the batch.
+    Pure, and meant to be compiled: the model is traced for the shapes of the batch.
     """
     program = trace(functional.fn, functional.paths, leaves, batch)
     sites = [site for site in find_sites(program)[0] if site.path in inputs]

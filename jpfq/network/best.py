@@ -1,4 +1,4 @@
-"""The recommended rules."""
+"""The recommended rules. What a rule leaves out takes the recommended value, from matrix/recipe.py."""
 
 from ..scalar import Grid
 from ..scalar.grid import Number
@@ -6,16 +6,16 @@ from .rules import Rule
 
 
 def best(bits: Number | None = None, *, grid: Grid | None = None, pattern: str = ".*") -> list[Rule]:
-    """The recommended rules, which a bare number of bits means too. Chosen by measurement: bench/methods.py.
+    """The recommended rules, which a bare number of bits stands for. Chosen by measurement: bench/methods.py.
 
-    Largest inputs first; the Gram shrunk towards independent inputs, by what its number of rows can tell; for each neuron
-    the multiple of its largest weight that leaves the least output error; Qronos in its least squares form; then four passes
-    of coordinate descent with the steps free. Each part is a setting of its own, and what a rule names replaces it.
+    They visit the largest inputs first; shrink the Gram towards independent inputs, the more the fewer rows it has; choose
+    for each neuron the multiple of its largest weight with the least output error; quantize by Qronos in its least squares
+    form; and finish with four passes of coordinate descent that also adjust the steps. A rule may set each of these parts.
 
     Args:
         bits: width of the codes, 4 if neither this nor `grid` is given.
         grid: the alphabet, such as `jpfq.Ternary()`, in place of `bits`.
-        pattern: of the kernels that are meant.
+        pattern: regular expression for the paths of the kernels.
 
     Returns:
         A list of one rule.

@@ -1,8 +1,8 @@
-"""A budget of bits: how many each kernel gets, so that the network's outputs suffer least for an average width.
+"""A budget of bits: a width for each kernel, for the least error of the network's outputs at a given average width.
 
-The cost of b bits for a kernel is the error that its quantization makes at the layer's own output, each neuron weighted by
-how much a change there moves the outputs of the network. Errors come from Grams of the float network, weights from one
-backward pass with random signs, so no network is run per candidate.
+The cost of b bits for a kernel is the error at the layer's own output, with each neuron weighted by its influence on the
+outputs of the network. Errors come from Grams of the float network and influences from one backward pass with random signs,
+so that no network is run per candidate.
 """
 
 import dataclasses
@@ -19,18 +19,18 @@ import numpy as np
 from ..calibrate.batches import naming, read_batches
 from ..calibrate.curvature import derivatives, signs, weigh
 from ..calibrate.gather import Gather
-from ..calibrate.places import served, stops
 from ..calibrate.progress import progress_of
 from ..calibrate.row_weights import of_outputs
+from ..calibrate.stops import group_by_input, matrix_uses
 from ..calibrate.stream import Stream
 from ..matrix import Gram, solve_all
 from ..matrix.explicit_mesh import context
 from ..matrix.lanes import each
 from ..model.adapters import adapt
 from ..model.functional import check_values
-from ..model.keys import typed
 from ..model.mesh import on_auto_axes
 from ..model.program import Program
+from ..model.random_keys import typed
 from ..model.sites import Site
 from ..scalar import Codes, MinMSE, Nearest, grid_of_bits
 from ..scalar.exponent import exponent_of, reduced
@@ -52,20 +52,20 @@ def budget(
     key: jax.Array | None = None,
     progress: bool | None = None,
 ) -> list[Rule]:
-    """Rules that give each kernel its own width, of at most `average_bits` per weight on average.
+    """Chooses a width for each kernel, with at most `average_bits` per weight on average, and returns rules for it.
 
     Args:
-        model, batches, variables, params, kwargs, progress: as for `jpfq.quantize`.
-        average_bits: mean width of the codes over all weights that are quantized; steps not counted.
+        model, batches, variables, params, kwargs, progress: the same as for `jpfq.quantize`.
+        average_bits: the largest mean width of the codes over all quantized weights; steps are not counted.
         candidates: widths to choose from.
-        rule: the settings of all kernels but for their width; left out, what is recommended.
-        key: for the random signs; left out, fixed ones.
+        rule: the settings of all kernels apart from their width; None for the recommended ones.
+        key: for the random signs; None for fixed ones.
 
     Returns:
         One rule per kernel, in the order of the model, to print, edit and pass to `jpfq.quantize`.
 
     Raises:
-        ValueError: if no width fits the average, and whatever `jpfq.quantize` refuses.
+        ValueError: no candidate fits the average, or `jpfq.quantize` would raise.
 
     Examples:
         >>> rules = jpfq.budget(model, batches, 3.5, variables=variables)
@@ -74,8 +74,8 @@ def budget(
     widths = sorted(set(candidates))
     if len(widths) < 2 or not widths[0] <= average_bits <= widths[-1]:
         raise ValueError(
-            f"average_bits lies between the least and the largest of two candidates or more; got {average_bits} and "
-            f"{list(candidates)}."
+            "average_bits must lie between the smallest and the largest of at least two candidates; got "
+            f"{average_bits} and candidates {list(candidates)}."
         )
     rule = rule or Rule(".*", bits=widths[0])
     functional = on_auto_axes(adapt(model, variables, params, kwargs))
@@ -87,39 +87,39 @@ def budget(
 def _budget(functional, batches, average_bits, widths, rule, key, progress):
     (shaped, *others) = read_batches(batches)
     if others:
-        raise ValueError("budget takes batches of one shape: drop the smaller last one.")
+        raise ValueError("budget takes batches of one shape: drop a smaller last batch.")
     analysis = analyse(functional, [rule], shaped.example)
     check_key(analysis.assignment, key)
     program, sites = analysis.program, analysis.sites
     counted = of_outputs(program, functional.leaves, shaped.leaves[:1], shaped.weights[:1])[0]
     draw = jax.random.key(0) if key is None else key
     weights = _influence(program, functional.leaves, shaped.leaves[0], sites, draw, counted)
-    groups = stops(sites)
+    groups = group_by_input(sites)
     stream = Stream(
         program, functional.leaves, shaped.leaves, shaped.weights, [[sites[i] for i in stop] for stop in groups]
     )
     paths = list(dict.fromkeys(site.path for site in sites))
     sizes = dict.fromkeys(paths, 0)
     costs = {path: np.zeros(len(widths)) for path in paths}
-    uses = served(stream.stops)
+    uses = matrix_uses(stream.stops)
     steps = lambda: [step for stop in steps_of([analysis], [len(shaped.leaves)]) for step in stop]
-    with progress_of(steps, progress) as report:
-        for number, group in enumerate(groups):
-            report.doing("gathering")
-            stream.advance(number)
-            at = functools.cache(lambda stop: Gather([stream], stop, typed(key)))
+    with progress_of(steps, progress) as reporter:
+        for index, group in enumerate(groups):
+            reporter.doing("gathering")
+            stream.advance(index)
+            gather = functools.cache(lambda stop: Gather([stream], stop, typed(key)))
             for position, i in enumerate(group):
-                if (number, position) not in uses:
+                if (index, position) not in uses:
                     continue  # a shared matrix waits for its last use
-                report.doing("gathering")
+                reporter.doing("gathering")
                 site, recipe = sites[i], analysis.assignment.recipes[sites[i].path]
                 W = site.matrices(stream.value(program.params[site.leaf]))
                 plain = dataclasses.replace(recipe, scale=MinMSE(), finish=None, rounding=Nearest(), form="gram")
                 with naming([shaped.finite]):
-                    grams: dict[Any, Any] = {use: at(use[0]).of(Gram).data for use in uses[number, position]}
+                    grams: dict[Any, Any] = {use: gather(use[0]).of(Gram).data for use in uses[index, position]}
                 gram = functools.reduce(Gram.merge, grams.values())
                 sizes[site.path] += W.size
-                report.doing("solving")
+                reporter.doing("solving")
                 for j, bits in enumerate(widths):
                     q = solve_all(W, gram, dataclasses.replace(plain, grid=Codes.of(grid_of_bits(bits))), None).q
                     for (stop, where), own in grams.items():
@@ -127,22 +127,22 @@ def _budget(functional, batches, average_bits, widths, rule, key, progress):
                         most = float(influence.max()) or 1.0
                         cost, k = _cost(own, W, q, jnp.asarray(influence / most, W.dtype))
                         costs[site.path][j] += math.ldexp(most * float(cost), 2 * int(k))
-                report.done()
+                reporter.done()
     if wrong := [path for path in paths if not np.isfinite(costs[path]).all()]:
         raise ValueError(f"The calibration data of {wrong[0]} overflow: its Gram is not finite. Scale the inputs down.")
     chosen = allocate(np.stack([costs[p] for p in paths]), [sizes[p] for p in paths], widths, average_bits)
-    settle = functools.partial(dataclasses.replace, rule, grid=None)
-    return [settle(pattern=re.escape(path), bits=widths[j]) for path, j in zip(paths, chosen, strict=True)]
+    rule_of = functools.partial(dataclasses.replace, rule, grid=None)
+    return [rule_of(pattern=re.escape(path), bits=widths[j]) for path, j in zip(paths, chosen, strict=True)]
 
 
 def allocate(costs: np.ndarray, sizes: Sequence[int], widths: Sequence[int], average: float) -> list[int]:
-    """Chooses the width of each kernel: as little cost as bits allow, bought where a bit saves most.
+    """Chooses the width of each kernel greedily, spending bits where they lower the cost most.
 
     Args:
-        costs: (kernels, widths), made convex: a step that saves less than what it makes possible is taken with it.
-        sizes: weights of each kernel.
+        costs: (kernels, widths). Steps are taken along their convex hull: one that saves less than the next joins it.
+        sizes: the number of weights of each kernel.
         widths: ascending.
-        average: bits per weight at most.
+        average: the largest mean number of bits per weight.
     """
     choice = [0] * len(sizes)
     left = average * sum(sizes) - widths[0] * sum(sizes)
@@ -162,10 +162,9 @@ def allocate(costs: np.ndarray, sizes: Sequence[int], widths: Sequence[int], ave
 
 
 def _influence(program: Program, leaves, batch, sites: Sequence[Site], key, counted) -> dict[int, np.ndarray]:
-    """By index of the product, the mean square derivative of the outputs by each neuron's output (B, out). In float64.
+    """The mean square derivative of the outputs by each neuron's output (B, out) in float64, by index of the product.
 
-    Of outputs that count; `counted` are the weights of their entries. Rows of a product that reach none add nothing, in
-    all layers alike.
+    `counted` has the weights of the outputs. Rows of a product that reach no counted output add nothing, in all layers.
     """
 
     @jax.jit

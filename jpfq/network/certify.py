@@ -1,9 +1,9 @@
-"""`certify`: how far integer sums can go, from the stored codes alone.
+"""`certify`: the worst-case value of every integer sum, from the stored codes alone.
 
-Independent of how the codes were made: for each kernel the weights' codes and the range of its inputs' codes, in int64. With
-inputs x in [mu, nu] a tile's sum of k x is largest at x = nu where k > 0 and mu where k < 0, least the other way round.
-Padding of a convolution has the code of 0, which is one of them; and as any input may be 0, no sum on the way, in whatever
-order, goes further.
+It does not depend on how the codes were chosen: for each kernel it takes the codes k of the weights and the range [mu, nu]
+of the codes x of the inputs, in int64. The sum of k x over a tile is largest for x = nu where k > 0 and x = mu where k < 0,
+and smallest the other way round. Padding of a convolution has the code of 0, which lies in the range. Because any input may
+be 0, no partial sum, in whatever order, exceeds these values.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import numpy as np
 from ..matrix import QTensor
 from ..matrix.explicit_mesh import runs_anywhere
 from ..scalar import WorstCase
+from ..scalar.predicates import is_count
 from .integer import integer_sites
 from .table import table
 
@@ -25,7 +26,7 @@ MAX_BITS = 63
 
 @dataclasses.dataclass(frozen=True)
 class SiteCertificate:
-    """One use of a kernel: integer codes k (B, in, out), and the sums of its tiles (B, tiles, out) over all inputs."""
+    """One use of a kernel: its codes k (B, in, out), and the largest and least sums of its tiles (B, tiles, out)."""
 
     path: str
     k: np.ndarray
@@ -36,26 +37,26 @@ class SiteCertificate:
 
     @property
     def widths(self) -> np.ndarray:
-        """The width that each sum needs (B, tiles, out)."""
+        """The accumulator bits that each sum needs (B, tiles, out)."""
         return _width(np.maximum(self.most, -self.least))
 
     @property
     def bits(self) -> int:
-        """The width that all tiles need."""
+        """The accumulator bits that suffice for all tiles."""
         return int(self.widths.max(initial=1))
 
     @property
     def outer_widths(self) -> np.ndarray:
-        """The width that the sum over all tiles needs (B, out)."""
+        """The accumulator bits that each sum over all tiles needs (B, out)."""
         return _width(np.maximum(self.most.sum(1), -self.least.sum(1)))
 
     @property
     def outer_bits(self) -> int:
-        """The width that the sums over all tiles need."""
+        """The accumulator bits that suffice for all sums over all tiles."""
         return int(self.outer_widths.max(initial=1))
 
     def worst_input(self, matrix: int, neuron: int) -> np.ndarray:
-        """Input codes (in,) for which every tile of a neuron has the sum of largest magnitude that it can have."""
+        """Input codes (in,) for which every tile of a neuron attains its sum of largest magnitude."""
         k, (mu, nu) = self.k[matrix, :, neuron], self.inputs
         below = -self.least[matrix, :, neuron] > self.most[matrix, :, neuron]
         sign = np.where(np.repeat(below, self.tile)[: len(k)], -1, 1)
@@ -64,10 +65,11 @@ class SiteCertificate:
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """The sums of a quantized network, site by site. Print it.
+    """The worst-case sums of a quantized network, site by site. Print it.
 
-    sites: one for each use of a kernel with quantized inputs. bits: the width that was asked about, or None.
-    left: quantized kernels whose inputs are not, for which nothing can be said.
+    sites: one for each use of a kernel with quantized inputs.
+    left: paths of quantized kernels without quantized inputs, for which there are no integer sums.
+    bits: the accumulator bits that were given, or None.
 
     Examples:
         >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=16))
@@ -83,17 +85,17 @@ class Certificate:
 
     @property
     def needed(self) -> int:
-        """The width that holds every tile's sum, whatever the inputs."""
+        """The accumulator bits that hold every tile's sum, whatever the inputs."""
         return max(site.bits for site in self.sites)
 
     @property
     def holds(self) -> bool:
-        """True if no sum can overflow the width that was asked about."""
+        """True if no sum can overflow the given bits."""
         return self.bits is not None and self.needed <= self.bits and not self.left
 
     @property
     def failing(self) -> list[tuple[str, int, int, int]]:
-        """(path, matrix, tile, neuron) of every sum that can overflow it."""
+        """(path, matrix, tile, neuron) of every sum that can overflow the given bits."""
         return [
             (site.path, int(matrix), int(tile), int(neuron))
             for site in self.sites
@@ -119,19 +121,19 @@ class Certificate:
 
 @runs_anywhere
 def certify(quantized: "Quantized", *, bits: int | None = None, tile: int | None = None) -> Certificate:
-    """The exact worst case of every integer sum of a quantized network, over all inputs there can be.
+    """The exact worst case of every integer sum of a quantized network, over all possible inputs.
 
     Args:
-        quantized: with quantized activations.
-        bits: P, the width asked about; None only reports what is needed.
-        tile: T, how many inputs are summed; None for all of them.
+        quantized: a result with quantized activations.
+        bits: P, the accumulator bits to check; None only reports the bits that are needed.
+        tile: T, the number of inputs per sum; None for all inputs.
 
     Returns:
-        A `Certificate`: per site, tile and neuron the largest and the least sum and the width they need, and the inputs that
-        attain them.
+        A `Certificate`: for each site, tile and neuron the largest and the least sum, the bits they need, and the inputs
+        that attain them.
 
     Raises:
-        ValueError: for a model without quantized activations, weights with a zero point, a result loaded without its model.
+        ValueError: no activations are quantized, weights have a zero point, or the result was loaded without its model.
 
     Examples:
         >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=16))
@@ -139,18 +141,18 @@ def certify(quantized: "Quantized", *, bits: int | None = None, tile: int | None
         >>> jpfq.certify(integer, bits=16, tile=16).holds
         True
     """
-    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 1 < bits <= MAX_BITS):
+    if bits is not None and (not is_count(bits, 2) or bits > MAX_BITS):
         raise ValueError(f"bits is an integer from 2 to {MAX_BITS}, or None; got {bits!r}.")
-    if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
+    if tile is not None and not is_count(tile):
         raise ValueError(f"tile is a positive number of inputs, or None for all; got {tile!r}.")
     if not quantized.inputs:
         raise ValueError(
-            "No kernel has quantized inputs, so sums of integers there are none: give a rule activation_bits=8."
+            "No inputs are quantized, so there are no integer sums: quantize with activation_bits=8 in a rule."
         )
     if quantized._shapes is None:
         raise ValueError(
-            "What was saved of this result does not say of which shapes a batch is, so its products are not known: certify "
-            "what jpfq.quantize returns."
+            "This saved result does not have the shapes of a batch, so its products are not known: certify the result that "
+            "jpfq.quantize returns."
         )
     _, sites = integer_sites(quantized._functional, quantized.tensors, quantized.inputs, quantized._shapes)
     found = [_certified(at.path, np.asarray(at.weights.codes, np.int64), at.inputs, tile) for at in sites]
@@ -167,16 +169,16 @@ def _certified(path, k, inputs, tile):
     return SiteCertificate(path, k, inputs, size, most, least)
 
 
-def _width(reach):
-    """Bits of the smallest signed accumulator, symmetric about 0, that holds +-reach."""
-    count = np.ones(reach.shape, int)
+def _width(largest):
+    """Bits of the smallest signed accumulator, symmetric about 0, that holds +-largest."""
+    count = np.ones(largest.shape, int)
     for b in range(MAX_BITS):
-        count += reach >= 2**b
+        count += largest >= 2**b
     return count
 
 
 def any_codes_bits(tensor: QTensor, reach: WorstCase) -> tuple[int, int]:
-    """Inputs in a tile of a kernel's sums, and the width that they take of any codes on its grid."""
+    """The number of inputs in a tile, and the accumulator bits that suffice for any codes on the kernel's grid."""
     B, _, out, _ = reach.ends.shape
     n = tensor.codes.size // (B * out)
     return reach.sums.size(n), reach.types_bits(tensor.grid, n)

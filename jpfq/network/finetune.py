@@ -1,11 +1,11 @@
-"""Training code around a quantized network: parameters whose kernels are on their grids, and differentiable.
+"""Fine-tuning: differentiable parameters whose kernels are on their grids, for any training loop.
 
-What `jax.grad`, `jit` and any optimiser of pytrees need for a few steps of fine-tuning, after quantizing or in place of it:
+There are two ways, with `jax.grad`, `jit` and any optimiser of pytrees:
 
     codes fixed        train `quantized.tunable`: biases, norms and, for each quantized kernel, its steps
     straight through   train `quantized.params`: each kernel moves freely and is rounded in every forward pass
 
-and in both cases the loss runs the model on `fake_quant(params, quantized)`.
+In both the loss runs the model on `fake_quant(params, quantized)`.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Stands in a tree of parameters for a kernel whose codes are fixed, and holds what there is to train of it.
+    """Replaces a kernel with fixed codes in a tree of parameters: only its steps are trained.
 
-    multiple: of each of its steps, in the shape of `QTensor.step`. It starts at 1, so that one learning rate serves kernels
-    of every size and width.
+    multiple: a factor for each step, in the shape of `QTensor.step`. It starts at 1, so that one learning rate suits
+    kernels of all sizes and widths.
 
     Examples:
         >>> trained = quantized.tunable
@@ -42,23 +42,22 @@ class Steps:
 
 
 def tunable(params: Any, tensors: Mapping[str, QTensor]) -> Any:
-    """Parameters with a `Steps` in place of each quantized kernel: what there is to train while codes are fixed."""
+    """Parameters with a `Steps` in place of each quantized kernel, to train with fixed codes."""
     return _replaced(params, tensors, lambda _, tensor: Steps(jnp.ones_like(tensor.step)))
 
 
 @anywhere
 def fake_quant(params: Any, quantized: "Quantized | Mapping[str, QTensor]") -> Any:
-    """Parameters for the forward pass of training: every quantized kernel at levels of its grid. Pure, and differentiable.
+    """Parameters for the forward pass of training, with every quantized kernel at levels of its grid. Differentiable.
 
-    A kernel given as `Steps`, as in `quantized.tunable`, has the codes it was quantized to, and passes derivatives to its
-    steps. A kernel given as an array is rounded to the nearest level, and derivatives pass straight through the rounding,
-    except for weights beyond the grid, which get none. Of `quantized.params` both make the quantized network; float weights
-    become what plain rounding makes of them on these steps. Everything else is returned as it is.
+    A kernel given as `Steps`, as in `quantized.tunable`, has its quantized codes, and derivatives go to the steps. A kernel
+    given as an array is rounded to the nearest level; derivatives pass straight through the rounding, and are 0 for weights
+    beyond the grid. Untrained, both give the quantized network. Other parameters are returned unchanged.
 
     Args:
         params: parameters in the structure of `quantized.params`: the collection "params" of a Linen module, the
             `nnx.Param` state of an NNX model (`nnx.split(model, nnx.Param, ...)`), or those of a function.
-        quantized: what `jpfq.quantize` returned; or its `tensors`, a pytree that may be an argument of a compiled function.
+        quantized: the result of `jpfq.quantize`; or its `tensors`, a pytree that compiled functions can take as an argument.
 
     Returns:
         Arrays in the structure of the parameters.
@@ -75,11 +74,11 @@ def fake_quant(params: Any, quantized: "Quantized | Mapping[str, QTensor]") -> A
 
 
 def on_grid(params: Any, tensors: Mapping[str, QTensor]) -> dict[str, QTensor]:
-    """The kernels of parameters as `fake_quant` makes them, in codes and steps."""
+    """The kernels that `fake_quant` computes, as codes and steps."""
     paths, leaves, _ = _flat(params, tensors)
     given = dict(zip(paths, leaves, strict=True))
-    settle = lambda leaf, tensor: _scaled(leaf, tensor) if isinstance(leaf, Steps) else tensor.rounded(leaf)
-    return {path: settle(given[path], tensor) for path, tensor in tensors.items()}
+    quantize = lambda leaf, tensor: _scaled(leaf, tensor) if isinstance(leaf, Steps) else tensor.rounded(leaf)
+    return {path: quantize(given[path], tensor) for path, tensor in tensors.items()}
 
 
 def _straight(leaf, tensor):
@@ -98,14 +97,14 @@ def _replaced(params, tensors, make):
 
 
 def _flat(params, tensors):
-    """Paths, leaves and structure; raises where they do not fit the tensors."""
+    """Paths, leaves and structure; raises if they do not match the tensors."""
     paths, leaves, tree = flatten(params, lambda x: isinstance(x, Steps))
     given = dict(zip(paths, leaves, strict=True))
     missing = [path for path in tensors if path not in given]
     if missing:
         raise ValueError(
-            f"The parameters have no leaf {missing[0]!r}, which is quantized. They are to have the structure of "
-            f"quantized.params (of a Linen module the collection 'params' alone); got {', '.join(paths) or 'no leaves'}."
+            f"The parameters have no leaf {missing[0]!r}, which is quantized. Give them in the structure of "
+            f"quantized.params (for a Linen module the collection 'params' alone); got {', '.join(paths) or 'no leaves'}."
         )
     for path, leaf in given.items():
         tensor, fixed = tensors.get(path), isinstance(leaf, Steps)

@@ -1,13 +1,13 @@
-"""The quantized network in integers: codes times codes, summed in accumulators of P bits, scales applied afterwards.
+"""Integer execution: products of codes, summed in accumulators of P bits, with steps applied afterwards.
 
-At a site whose inputs are quantized the inputs' codes x and the weights' k are integers. Over each tile of inputs k x is
-summed in int32, and what a signed accumulator of P bits would hold of the sum is emulated exactly:
+At a site with quantized inputs, the codes x of the inputs and k of the weights are integers. Over each tile of inputs, k x
+is summed in int32, and a signed accumulator of P bits is emulated exactly:
 
-    wrap       the sum modulo 2^P, which no order of summation changes
-    saturate   every sum on the way clipped to [-2^(P-1), 2^(P-1) - 1], inputs in the order of the kernel's rows
+    wrap       the sum modulo 2^P, which does not depend on the order of summation
+    saturate   every partial sum clipped to [-2^(P-1), 2^(P-1) - 1], with inputs in the order of the kernel's rows
 
-Tiles are added exactly (in int32; where groups have steps of their own, scaled). The zero point z of the inputs is taken off
-last: its sum z sum_i k_i is known beforehand. Everything between sites is as in `Quantized.apply`.
+Tiles are added exactly: in int32, or scaled if groups have their own steps. The zero point z of the inputs is subtracted
+last, as its sum z sum_i k_i is known beforehand. Everything between sites is the same as in `Quantized.apply`.
 """
 
 import dataclasses
@@ -29,35 +29,35 @@ from ..model.program import Program, evaluate, form, trace
 from ..model.sites import Site, find_sites
 
 Overflow = Literal["wrap", "saturate"]
-KEPT = 16  # compiled networks; the least recently used goes first
+CACHE = 16  # compiled networks; the least recently used is evicted
 
 
 class Weights(NamedTuple):
-    """A site's weights: integer codes about 0 (B, in, out), and their steps, likewise, or (B, 1, out) where rows agree."""
+    """The weights of a site: integer codes (B, in, out) whose zero is 0, and steps (B, in, out), or (B, 1, out) if equal."""
 
     codes: jax.Array
     step: jax.Array
 
 
 class IntegerSite(NamedTuple):
-    """A site whose inputs are quantized."""
+    """A site with quantized inputs."""
 
     site: Site
     path: str
-    rounded: ActivationQuantizer
+    quantizer: ActivationQuantizer
     weights: Weights
 
     @property
     def inputs(self) -> tuple[int, int]:
-        """The least and the largest input code."""
-        lo, hi, *_ = self.rounded.settings.grid.alphabet()
+        """The smallest and the largest input code."""
+        lo, hi, *_ = self.quantizer.settings.grid.alphabet()
         return int(lo), int(hi)
 
 
 def integer_sites(
     functional: Functional, tensors: dict[str, QTensor], inputs: dict[str, list[ActivationQuantizer]], shapes: Any
 ) -> tuple[Program, list[IntegerSite]]:
-    """The program for a shape of batch, and its sites whose inputs are quantized, in the order of execution."""
+    """The program for a shape of batch, and its sites with quantized inputs in the order of execution."""
     program = trace(functional.fn, functional.paths, functional.leaves, shapes)
     sites = [site for site in find_sites(program)[0] if site.path in inputs]
     of = lambda site: IntegerSite(site, site.path, inputs[site.path][site.use], _weights(site, tensors[site.path]))
@@ -69,8 +69,8 @@ def _weights(site: Site, tensor: QTensor) -> Weights:
     if tensor.grid.alphabet().zero is None or (zero != np.round(zero)).any() or tensor.rotated is not None:
         why = "are rotated" if tensor.rotated else f"on {tensor.grid} have a zero point"
         raise ValueError(
-            f"The weights of {site.path} {why}, so that sums of their codes are not its products: quantize them on a grid "
-            "about 0, such as jpfq.Integer(4), and without a rotation."
+            f"The weights of {site.path} {why}, so sums of their codes are not the layer's products: quantize them on a "
+            "grid without a zero point, such as jpfq.Integer(4), and without a rotation."
         )
     spread = lambda x: np.kron(x, np.ones([a // b for a, b in zip(tensor.shape, x.shape, strict=True)], x.dtype))
     codes = np.asarray(tensor.codes, np.int32) - spread(zero.astype(np.int32))
@@ -80,7 +80,7 @@ def _weights(site: Site, tensor: QTensor) -> Weights:
 
 
 class Network:
-    """A program, and its sites that are to run in integers. Equal to any other that computes the same."""
+    """A program, and its sites that run in integers. Equal to any other that computes the same."""
 
     def __init__(self, program: Program, sites: Sequence[Site]):
         self.program, self.sites = program, tuple(sites)
@@ -93,21 +93,21 @@ class Network:
         return isinstance(other, Network) and self._key == other._key
 
 
-@functools.lru_cache(maxsize=KEPT)
+@functools.lru_cache(maxsize=CACHE)
 def compiled(network: Network, tile: int | None, overflow: Overflow) -> Callable:
-    """The network as a compiled function of the parameters, the sites' inputs and weights, P and the leaves of a batch.
+    """The network as a compiled function of (parameters, quantizers, weights, P, leaves of a batch).
 
-    It gives the leaves of the outputs. Results that differ in numbers alone, such as those of a sweep, share it.
+    It returns the leaves of the outputs. Results that differ only in numbers, such as those of a sweep, share it.
     """
-    program, known = network.program, {site.index: (number, site) for number, site in enumerate(network.sites)}
+    program, by_index = network.program, {site.index: (i, site) for i, site in enumerate(network.sites)}
 
-    def run(leaves, rounded, weights, bits, batch):
+    def run(leaves, quantizers, weights, bits, batch):
         def visit(index, eqn, values):
-            if index not in known:
+            if index not in by_index:
                 return bind(eqn, values)
-            number, site = known[index]
+            i, site = by_index[index]
             (x,) = (x for v, x in zip(eqn.invars, values, strict=True) if v is site.data)
-            y = _product(site, rounded[number], weights[number], at_least_float32(x), bits, tile, overflow)
+            y = _product(site, quantizers[i], weights[i], at_least_float32(x), bits, tile, overflow)
             return [y.astype(eqn.outvars[0].aval.dtype)]
 
         return evaluate(program, leaves, batch, visit)
@@ -115,22 +115,25 @@ def compiled(network: Network, tile: int | None, overflow: Overflow) -> Callable
     return jax.jit(run)
 
 
-def _refuse(at: IntegerSite, tile):
-    grid, n = at.rounded.settings.grid, at.weights.codes.shape[1]
+def _check(at: IntegerSite, tile):
+    """Raises if the sums of a site cannot be computed in integers."""
+    grid, n = at.quantizer.settings.grid, at.weights.codes.shape[1]
     zero = grid.alphabet().zero
     if zero is not None and zero != int(zero):
-        raise ValueError(f"{at.path}: 0 is no level of its inputs' grid {grid}, so that padding has no code.")
+        raise ValueError(
+            f"{at.path}: 0 is not a level of the grid {grid} of its inputs, so padding has no code. Use Asymmetric."
+        )
     size = n if tile is None else min(tile, n)
     starts = np.asarray(at.weights.step)
     if starts.shape[1] > 1 and any((starts[:, t : t + size] != starts[:, t : t + 1]).any() for t in range(0, n, size)):
         raise ValueError(
-            f"{at.path}: a sum over {size} inputs runs over weights of several steps: take a smaller tile."
+            f"{at.path}: a sum over {size} inputs includes weights of different steps. Use a tile that divides the groups."
         )
 
 
-def _product(site, rounded, weights, x, bits, tile, overflow):
+def _product(site, quantizer, weights, x, bits, tile, overflow):
     """The product of the site, from float inputs."""
-    layout, levels = site.layout, rounded.at(x)
+    layout, levels = site.layout, quantizer.at(x)
     of_rows = lambda y: (
         y.reshape(()) if y.size == 1 else layout.rows(jnp.broadcast_to(y, x.shape)).max(-1, keepdims=True)
     )
@@ -148,41 +151,41 @@ def _product(site, rounded, weights, x, bits, tile, overflow):
     shared = scale.shape[1] == 1
     summed = _wrapped if overflow == "wrap" else _saturated
 
-    def visit(total, here):
-        x, k, s = here
+    def visit(total, current):
+        x, k, s = current
         part = summed(x, k, bits)
         return total + (part if shared else s[:, None] * part.astype(s.dtype)), None
 
     empty = jnp.zeros((B, tiles.shape[2], out), jnp.int32 if shared else scale.dtype)
     steps = jnp.broadcast_to(jnp.moveaxis(scale, 1, 0), (len(tiles), B, out))
     total, _ = lax.scan(visit, empty, (tiles, kernel, steps))
-    known = weights.codes.sum(1) if shared else jnp.sum(steps * kernel.sum(2).astype(steps.dtype), 0)
+    offset = weights.codes.sum(1) if shared else jnp.sum(steps * kernel.sum(2).astype(steps.dtype), 0)
     total = total.reshape(B, *rows, out)
-    known = jnp.expand_dims(known, range(1, 1 + len(rows)))
+    offset = jnp.expand_dims(offset, range(1, 1 + len(rows)))
     if shared:
-        y = jnp.expand_dims(scale[:, 0], range(1, 1 + len(rows))) * (total - zero * known).astype(step.dtype)
+        y = jnp.expand_dims(scale[:, 0], range(1, 1 + len(rows))) * (total - zero * offset).astype(step.dtype)
     else:
-        y = total - zero.astype(step.dtype) * known
+        y = total - zero.astype(step.dtype) * offset
     return layout.product(step * y, x.shape)
 
 
 def _wrapped(x, k, bits):
-    """Sums x (B, rows, T) k (B, T, out) modulo 2^P, about 0. int32 itself wraps at 2^32, which changes nothing."""
+    """Sums x (B, rows, T) k (B, T, out) modulo 2^P, centred at 0. That int32 itself wraps at 2^32 changes nothing."""
     total = lax.dot_general(x, k, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.int32)
     unused = 32 - bits
     return jnp.right_shift(jnp.left_shift(total, unused), unused)
 
 
 def _saturated(x, k, bits):
-    """The same sums, one input after the other, each on the way clipped to P bits."""
+    """The same sums, one input after the other, with every partial sum clipped to P bits."""
     hi = jnp.right_shift(jnp.int32(2**31 - 1), 32 - bits)
     lo = -hi - 1
 
-    def visit(total, here):
-        x, k = here  # (B, rows), (B, out)
+    def visit(total, current):
+        x, k = current  # (B, rows), (B, out)
         term = x[:, :, None] * k[:, None]
         new = total + term
-        beyond = (total ^ new) & (term ^ new) < 0  # of int32 itself
+        beyond = (total ^ new) & (term ^ new) < 0  # overflow of int32 itself
         new = jnp.where(beyond, jnp.where(term < 0, lo, hi), new)
         return jnp.clip(new, lo, hi), None
 
@@ -191,7 +194,7 @@ def _saturated(x, k, bits):
 
 
 @dataclasses.dataclass
-class Integers:
+class IntegerNetworks:
     """The integer networks of one quantized model: one for each shape of batch, tile and kind of overflow."""
 
     functional: Functional
@@ -199,7 +202,7 @@ class Integers:
     inputs: dict[str, list[ActivationQuantizer]]
 
     def __post_init__(self):
-        self.known: dict = {}
+        self.cached: dict = {}
 
     def __call__(self, batch: Any, bits: Any, tile: int | None, overflow: Overflow) -> Any:
         """The outputs for a batch."""
@@ -207,16 +210,16 @@ class Integers:
             raise ValueError(f"overflow is 'wrap' or 'saturate'; got {overflow!r}.")
         if not self.inputs:
             raise ValueError(
-                "No kernel has quantized inputs, so nothing runs in integers: give a rule activation_bits=8."
+                "No inputs are quantized, so nothing runs in integers: quantize with activation_bits=8 in a rule."
             )
         leaves, structure = jax.tree.flatten(batch)
         shapes = [jax.typeof(jnp.asarray(x)) for x in leaves]
         key = structure, tuple((x.shape, x.dtype) for x in shapes), tile, overflow
-        if key not in self.known:
+        if key not in self.cached:
             program, sites = integer_sites(self.functional, self.tensors, self.inputs, structure.unflatten(shapes))
             for at in sites:
-                _refuse(at, tile)
+                _check(at, tile)
             run = compiled(Network(program, [at.site for at in sites]), tile, overflow)
-            self.known[key] = run, program.tree, [at.rounded for at in sites], [at.weights for at in sites]
-        run, tree, rounded, weights = self.known[key]
-        return tree.unflatten(run(self.functional.leaves, rounded, weights, jnp.asarray(bits, jnp.int32), leaves))
+            self.cached[key] = run, program.tree, [at.quantizer for at in sites], [at.weights for at in sites]
+        run, tree, quantizers, weights = self.cached[key]
+        return tree.unflatten(run(self.functional.leaves, quantizers, weights, jnp.asarray(bits, jnp.int32), leaves))

@@ -1,11 +1,11 @@
-"""The published methods with their own alphabets, scales and orders, as rules for `quantize`. Ours is `jpfq.best`.
+"""Presets of the published methods with their own alphabets, scales and orders. `jpfq.best` has the recommended rules.
 
-Each function takes the paper's own parameters and returns a list of rules, so that others may go before it:
+Each function takes the parameters of the paper and returns a list of rules, so that others can be placed before it:
 
     jpfq.quantize(model, batches, [jpfq.Rule("head/.*", skip=True), *jpfq.paper.optq(bits=3)], variables=variables)
 
-All convolutions are unfolded over all their input channels at their own stride, which GPFQ20 (one channel at a time) and
-GPFQ22 (a random part of non-overlapping patches) did not yet do.
+Convolutions are unfolded over all input channels at their own stride. GPFQ20 (one channel at a time) and GPFQ22 (a random
+subset of non-overlapping patches) did that differently.
 """
 
 import re
@@ -54,30 +54,30 @@ from .rules import Rule
 
 
 def rtn(bits: Number = 4, *, pattern: str = ".*") -> list[Rule]:
-    """Plain rounding to nearest, the largest weight of each neuron on the top level: what every method is compared with.
+    """Plain rounding to nearest, with the largest weight of each neuron on the top level: the baseline of every method.
 
     Args:
         bits: width of the codes.
-        pattern: of the kernels that are meant.
+        pattern: regular expression for the paths of the kernels.
 
     Examples:
         >>> rules = jpfq.paper.rtn(bits=4)
     """
-    return _plain(pattern, grid=Integer(bits), scale=AbsMax(), method=MSQ(), order=Natural())
+    return _rules(pattern, grid=Integer(bits), scale=AbsMax(), method=MSQ(), order=Natural())
 
 
 def gpfq20(levels: Number = 3, C: Number = 2.0, *, pattern: str = ".*") -> list[Rule]:
     """GPFQ (Lybrand, Saab 2020): `levels` equispaced levels of radius C median|W|, one radius per layer.
 
     Args:
-        levels: how many.
+        levels: the number of levels.
         C: multiple of the median, which the paper searches from 1 to 10.
-        pattern: of the kernels that are meant.
+        pattern: regular expression for the paths of the kernels.
 
     Examples:
         >>> rules = jpfq.paper.gpfq20(levels=3, C=3.0)
     """
-    return _plain(pattern, grid=Equispaced(levels), scale=Median(C), method=GPFQ(), order=Natural())
+    return _rules(pattern, grid=Equispaced(levels), scale=Median(C), method=GPFQ(), order=Natural())
 
 
 def gpfq22(
@@ -91,14 +91,14 @@ def gpfq22(
 ) -> list[Rule]:
     """GPFQ (Zhang, Zhou, Saab 2022): 2^b + 1 levels, radius C times the mean over neurons of the p-quantile of |w|.
 
-    `soft` or `hard` is the threshold of its sparse variants, in units of the weights. The hard one keeps the uniform levels
-    here, so that its codes can be stored.
+    `soft` or `hard` is the threshold of its sparse variants, in units of the weights. The hard one uses uniform levels here,
+    so that its codes can be stored.
 
     Args:
         bits: b.
         C, p: of the radius.
-        soft, hard: thresholds, of which one may be given.
-        pattern: of the kernels that are meant.
+        soft, hard: thresholds, of which at most one may be given.
+        pattern: regular expression for the paths of the kernels.
 
     Examples:
         >>> rules = jpfq.paper.gpfq22(bits=3, C=1.16)
@@ -109,60 +109,60 @@ def gpfq22(
         raise ValueError(f"gpfq22 takes soft or hard, not both; got {soft!r} and {hard!r}.")
     rounding = Nearest() if soft is None else SoftThreshold(soft)
     rounding = rounding if hard is None else HardThreshold(hard)
-    how = {"scale": Quantile(p, C), "method": GPFQ(), "order": Natural(), "rounding": rounding}
-    return _plain(pattern, grid=Symmetric(2 ** (bits - 1)), **how)
+    settings = {"scale": Quantile(p, C), "method": GPFQ(), "order": Natural(), "rounding": rounding}
+    return _rules(pattern, grid=Symmetric(2 ** (bits - 1)), **settings)
 
 
 def spfq(bits: Number = 4, C: Number = 1.16, r: int = 1, p: Number = 1.0, *, pattern: str = ".*") -> list[Rule]:
-    """SPFQ (Zhang, Saab 2023): alignment of order r, then path following with stochastic rounding. Takes a key.
+    """SPFQ (Zhang, Saab 2023): alignment of order r, then path following with stochastic rounding. Needs a key.
 
     Args:
         bits: b, of 2^b + 1 levels.
         C, p: of the radius, C times the mean over neurons of the p-quantile of |w|.
         r: order of the alignment.
-        pattern: of the kernels that are meant.
+        pattern: regular expression for the paths of the kernels.
 
     Examples:
-        >>> rules = jpfq.paper.spfq(bits=3)  # jpfq.quantize(.., rules, key=key): it draws
+        >>> rules = jpfq.paper.spfq(bits=3)  # it is random: jpfq.quantize(.., rules, key=key)
     """
-    how = {"scale": Quantile(p, C), "order": Natural(), "rounding": Stochastic()}
-    steps = {"method": GPFQ()} if r == 1 else {"prepare": Align(r), "method": UNI()}  # order 1 before it is GPFQ itself
-    return _plain(pattern, grid=Symmetric(2 ** (bits - 1)), **how, **steps)
+    settings = {"scale": Quantile(p, C), "order": Natural(), "rounding": Stochastic()}
+    method = {"method": GPFQ()} if r == 1 else {"prepare": Align(r), "method": UNI()}  # alignment of order 1 is GPFQ
+    return _rules(pattern, grid=Symmetric(2 ** (bits - 1)), **settings, **method)
 
 
 def uni(
     bits: Number = 4, C: Number = 1.16, scaling: Number = 1.0, prune: Number = 0, *, pattern: str = ".*"
 ) -> list[Rule]:
-    """The unified stochastic framework (H. Zhang, Saab 2024): quantization, pruning, both, and one bit. Takes a key.
+    """The unified stochastic framework (H. Zhang, Saab 2024): quantization, pruning, both, or one bit. Needs a key.
 
-    `scaling` divides the feedback; weights below `prune` steps are pruned at random first; bits=1 is its 1-bit operator.
+    `scaling` divides the feedback. Weights below `prune` steps are first pruned at random. bits=1 is its 1-bit operator.
 
     Args:
         bits: b, of 2^b + 1 levels, or 1.
         C: of the radius, C times the mean over neurons of max |w|.
         scaling: the framework's C, at least 1.
         prune: threshold in steps; 0 prunes nothing.
-        pattern: of the kernels that are meant.
+        pattern: regular expression for the paths of the kernels.
 
     Examples:
         >>> rules = jpfq.paper.uni(bits=4, prune=2)
     """
     grid: Grid = Binary() if bits == 1 else Symmetric(2 ** (bits - 1))
     rounding = Prune(prune, unit="step") if prune else Stochastic()
-    how = {"scale": Quantile(1.0, C), "order": Natural(), "prepare": Align(1), "rounding": rounding}
-    return _plain(pattern, grid=grid, method=UNI(scaling), **how)
+    settings = {"scale": Quantile(1.0, C), "order": Natural(), "prepare": Align(1), "rounding": rounding}
+    return _rules(pattern, grid=grid, method=UNI(scaling), **settings)
 
 
 def maly_saab(*, pattern: str = ".*") -> list[Rule]:
-    """Maly, Saab (2022): one bit, +-max|w| of each neuron, by a walk in the kernel of fewer calibration rows than inputs.
+    """Maly, Saab (2022): one bit, +-max|w| of each neuron, by a walk in the null space of the data (fewer rows than inputs).
 
     Args:
-        pattern: of the kernels that are meant.
+        pattern: regular expression for the paths of the kernels.
 
     Examples:
         >>> rules = jpfq.paper.maly_saab(pattern="hidden/.*")
     """
-    return _plain(pattern, grid=Binary(), scale=AbsMax(), prepare=MalySaab(), method=MSQ(), order=Natural())
+    return _rules(pattern, grid=Binary(), scale=AbsMax(), prepare=MalySaab(), method=MSQ(), order=Natural())
 
 
 def optq(
@@ -180,11 +180,11 @@ def optq(
 
     Args:
         bits: width of the codes.
-        group: inputs that share a step; None for all of a neuron.
+        group: inputs that share a step; None for all inputs of a neuron.
         symmetric: whether the grid is centred at 0, without a zero point.
-        damping: share of the mean of diag(H).
+        damping: as a share of the mean of diag(H).
         act_order: see above.
-        pattern: of the kernels that are meant.
+        pattern: regular expression for the paths of the kernels.
 
     Examples:
         >>> rules = jpfq.paper.optq(bits=3, group=16)
@@ -195,7 +195,7 @@ def optq(
         (Integer(bits), AbsMax((top - 1) / (top - 0.5), per)) if symmetric else (Asymmetric(bits), AbsMax(per=per))
     )
     order = Descending() if act_order else Natural()
-    return _plain(pattern, grid=grid, scale=scale, method=OPTQ(MeanDiagonal(damping)), order=order)
+    return _rules(pattern, grid=grid, scale=scale, method=OPTQ(MeanDiagonal(damping)), order=order)
 
 
 def qronos(
@@ -207,17 +207,17 @@ def qronos(
 
     Args:
         bits: width of the codes.
-        beta: share of [min, max] that the grid covers.
-        magr: alpha of `MagR`; None for without.
-        damping: share of the largest eigenvalue of H; 1e-3 where activations are quantized.
-        pattern: of the kernels that are meant.
+        beta: the share of [min, max] that the grid covers.
+        magr: alpha of `MagR`; None to omit it.
+        damping: as a share of the largest eigenvalue of H; take 1e-3 if activations are quantized.
+        pattern: regular expression for the paths of the kernels.
 
     Examples:
         >>> rules = jpfq.paper.qronos(bits=2, beta=0.8, magr=0.01)
     """
-    how = {} if magr is None else {"prepare": MagR(magr)}
+    prepare = {} if magr is None else {"prepare": MagR(magr)}
     method = Qronos(exact=True, damping=TopEigenvalue(damping))
-    return _plain(pattern, grid=Asymmetric(bits), scale=AbsMax(beta), method=method, order=Descending(), **how)
+    return _rules(pattern, grid=Asymmetric(bits), scale=AbsMax(beta), method=method, order=Descending(), **prepare)
 
 
 def axe(
@@ -231,23 +231,23 @@ def axe(
 ) -> list[Rule]:
     """AXE (Colbert, Franco, Grob, Zhang, Saab 2024): GPFQ, or another method, whose sums over tiles fit P bits.
 
-    The largest weight of each neuron on the top level, largest inputs first. A rule of bits, activation_bits and accumulator
-    alone is what we recommend: it chooses steps with the accumulator in view.
+    The largest weight of each neuron is on the top level, and the largest inputs go first. Recommended instead is a rule
+    with bits, activation_bits and accumulator alone, whose choice of steps takes the accumulator into account.
 
     Args:
         bits: width of the weights.
         activation_bits: width of the inputs.
         P: bits of the accumulator.
-        tile: inputs that it sums; None for all.
-        method: of the weights, `GPFQ()` if left out.
-        pattern: of the kernels that are meant.
+        tile: the number of inputs that it sums; None for all.
+        method: of the weights; None for `GPFQ()`.
+        pattern: regular expression for the paths of the kernels.
 
     Examples:
         >>> rules = jpfq.paper.axe(bits=4, P=16, tile=16, method=jpfq.OPTQ())
     """
     grid = Integer(bits, narrow=True)
-    how = {"activation_bits": activation_bits, "accumulator": Accumulator(P, tile), "method": method or GPFQ()}
-    return _plain(pattern, grid=grid, scale=AbsMax(), order=Descending(), **how)
+    settings = {"activation_bits": activation_bits, "accumulator": Accumulator(P, tile), "method": method or GPFQ()}
+    return _rules(pattern, grid=grid, scale=AbsMax(), order=Descending(), **settings)
 
 
 def ep_init(
@@ -259,28 +259,28 @@ def ep_init(
         bits: width of the weights.
         activation_bits: width of the inputs.
         P: bits of the accumulator.
-        tile: inputs that it sums; None for all.
-        pattern: of the kernels that are meant.
+        tile: the number of inputs that it sums; None for all.
+        pattern: regular expression for the paths of the kernels.
 
     Examples:
         >>> rules = jpfq.paper.ep_init(P=14, tile=16)
     """
-    how = {"activation_bits": activation_bits, "accumulator": EPInit(P, tile), "method": MSQ(), "order": Natural()}
-    return _plain(pattern, grid=Integer(bits, narrow=True), scale=AbsMax(), **how)
+    settings = {"activation_bits": activation_bits, "accumulator": EPInit(P, tile), "method": MSQ(), "order": Natural()}
+    return _rules(pattern, grid=Integer(bits, narrow=True), scale=AbsMax(), **settings)
 
 
 def fewer_bits(
     sizes: Mapping[str, int], P: int, tile: int | None = None, bits: int = 4, activation_bits: int = 8, **settings
 ) -> list[Rule]:
-    """Naive: each kernel the widths of weights and activations whose products fit the accumulator whatever the codes.
+    """A baseline for accumulators: widths of weights and activations whose products fit it, whatever the codes.
 
-    Of all pairs that fit, the one of most bits together; of equal ones the one with more for the weights.
+    Of all pairs of widths that fit, each kernel takes the one with the most bits in total, and then for the weights.
 
     Args:
-        sizes: inputs of each kernel by path, as the lines of a `jpfq.Plan` have them: {line.path: line.dims[1]}.
-        P, tile: bits of the accumulator, and how many inputs it sums (None for all).
-        bits, activation_bits: at most.
-        **settings: of the rules besides.
+        sizes: the number of inputs of each kernel by path, from a `jpfq.Plan`: {line.path: line.dims[1] for line in lines}.
+        P, tile: bits of the accumulator, and the number of inputs that it sums (None for all).
+        bits, activation_bits: the largest widths.
+        **settings: other settings of the rules.
 
     Examples:
         >>> rules = jpfq.paper.fewer_bits({"hidden/kernel": 32, "head/kernel": 32}, P=14)
@@ -294,11 +294,14 @@ def fewer_bits(
         pairs = [(b, a) for b in grids for a in range(1, activation_bits + 1)]
         fitting = [(b, a) for b, a in pairs if datatype_bits(size, grids[b], Asymmetric(a)) <= P]
         if not fitting:
-            raise ValueError(f"{path}: {size} products of ternary weights with one-bit inputs need more than {P} bits.")
+            raise ValueError(
+                f"{path}: even {size} products of ternary weights with one-bit inputs need more than {P} bits. Take more "
+                "accumulator bits or a smaller tile."
+            )
         b, a = max(fitting, key=lambda pair: (sum(pair), pair))
         rules.append(Rule(re.escape(path), grid=grids[b], activation_bits=a, **settings))
     return rules
 
 
-def _plain(pattern, **settings) -> list[Rule]:
+def _rules(pattern, **settings) -> list[Rule]:
     return [Rule(pattern, finish=None, shrinkage=None, patches=All(), **settings)]

@@ -1,4 +1,4 @@
-"""`plan`: what `quantize` would do, from shapes alone: which kernels, how, which not and why, memory and arithmetic."""
+"""`plan`: previews `quantize` from shapes alone. Lists the kernels, the reasons for skipping, memory and arithmetic."""
 
 import dataclasses
 import functools
@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
+from ..calibrate.batch_gram import at_once
 from ..calibrate.batches import shapes_of
 from ..calibrate.gather import rows_shape
-from ..calibrate.places import Place, served, stops
+from ..calibrate.liveness import forks, needs
 from ..calibrate.progress import Step
-from ..calibrate.row_grams import at_once
-from ..calibrate.schedule import forks, needs
+from ..calibrate.stops import SiteIndex, group_by_input, matrix_uses
 from ..matrix import Natural, Recipe, code_dtype, slice_width
 from ..matrix.arrays import HALVES
 from ..matrix.conv_gram import at_a_time, copies, correlates, pays
@@ -33,32 +33,32 @@ from .table import table
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """The plan for one matrix of a kernel, or for the few that one product has."""
+    """The plan for the matrices of one product."""
 
     path: str
     dims: tuple[int, int, int]  # matrices, inputs, neurons
-    rows: int  # calibration rows in all, of all its uses
+    rows: int  # calibration rows of all its uses together
     recipe: Recipe
     form: str
-    workspace: int  # bytes for its data and its solve, beside what is live
-    flops: float  # of its Gram (or data form) and its recursion
-    uses: int = 1  # products that share it
+    workspace: int  # bytes for its data and its solve, beside live values
+    flops: float  # for its Gram (or data form) and its recursion
+    uses: int = 1  # number of products that share it
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes at the largest moment of a stage, by what they are for."""
+    """Bytes at the peak of a stage, by purpose."""
 
     parameters: int  # the caller's own
     activations: int = 0  # of both networks, all batches
-    kernels: int = 0  # made of parameters, or dequantized, while a product needs them
+    kernels: int = 0  # computed from parameters, or dequantized, while a product needs them
     workspace: int = 0  # Grams and solves, curvature, derivatives
-    codes: int = 0  # of the kernels that are done
+    codes: int = 0  # of the kernels quantized so far
     result: int = 0  # the dequantized parameters that are returned
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum over all purposes."""
         return sum(dataclasses.astuple(self))
 
 
@@ -66,9 +66,11 @@ class Memory:
 class Plan:
     """The plan of a run. Print it.
 
-    lines: one for each matrix of a kernel that will be quantized. skipped: by path of every other kernel, the reason.
-    stages: what memory is for, by stage: "calibration", "result", and "derivatives" where neurons are coupled. The process
-        itself and what JAX compiles come beside it.
+    lines: one for each matrix of a kernel that will be quantized.
+    skipped: the reason, by path of every other kernel.
+    stages: memory by stage: "calibration", "result", and "derivatives" if neurons are coupled. It does not include the
+        process itself and compiled programs.
+    flops: the arithmetic.
 
     Examples:
         >>> plan = jpfq.plan(model, batches[0], 4, variables=variables, batches=2)
@@ -79,7 +81,7 @@ class Plan:
     lines: list[Line]
     skipped: dict[str, str]
     stages: dict[str, Memory]
-    flops: float  # of forward passes at the sites, statistics and recursions
+    flops: float  # of forward passes at the sites, Grams and recursions
 
     @property
     def memory(self) -> int:
@@ -109,14 +111,14 @@ class Plan:
         parts = ", ".join(f"{name} {_size(size)}" for name, size in dataclasses.asdict(peak).items() if size)
         text.append(
             f"{len(by_path)} kernels with {weights:,} weights to quantize, {len(self.skipped)} left as they are. "
-            f"Peak memory about {_size(self.memory)} ({stage}: {parts}), beside the process itself and what it compiles; "
+            f"Peak memory about {_size(self.memory)} ({stage}: {parts}), besides the process itself and compiled programs; "
             f"arithmetic about {self.flops:.3g} operations."
         )
         return "\n\n".join(text)
 
 
 def _sums(rounding):
-    """Describes the sums of integers that a rounding keeps within bounds."""
+    """A phrase for the integer sums that a rounding bounds."""
     if not isinstance(rounding, Bounded):
         return "of any size"
     sums = rounding.sums
@@ -133,15 +135,15 @@ def plan(
     kwargs: dict | None = None,
     batches: int = 1,
 ) -> Plan:
-    """Plans what `quantize` would do with `batches` batches like `batch`. Looks at shapes only and allocates nothing.
+    """Previews what `quantize` would do with `batches` batches like `batch`, from shapes only. Allocates nothing.
 
     Args:
-        model, rules, variables, params, kwargs: as for `quantize`; `jax.ShapeDtypeStruct`s may stand for arrays.
+        model, rules, variables, params, kwargs: the same as for `quantize`, with arrays or `jax.ShapeDtypeStruct`s.
         batch: one batch, or its shapes.
-        batches: how many of them will be calibrated on.
+        batches: the number of calibration batches.
 
     Raises:
-        ValueError: whatever `quantize` would refuse without looking at values.
+        ValueError: `quantize` would raise, whatever the values.
 
     Examples:
         >>> print(jpfq.plan(model, batches[0], 4, variables=variables, batches=len(batches)))
@@ -154,7 +156,7 @@ def plan(
 
 
 def plan_of(analysis: Analysis, batches: int) -> Plan:
-    """The plan of a model that is analysed already."""
+    """The plan for an analysed model."""
     variables, equations = forks(analysis.program, analysis.sites)
     lines = _lines(analysis, variables, batches)
     for line in lines.values():
@@ -162,9 +164,9 @@ def plan_of(analysis: Analysis, batches: int) -> Plan:
     forward = sum(_forward(site, batches) for site in analysis.sites)
     stages = {"calibration": _calibration(analysis, equations, lines, batches), "result": _result(analysis, lines)}
     if curvature := _curvature(analysis):
-        program = analysis.program  # every value of one batch with its derivative
-        made = sum(_bytes(v) for e in program.equations if not program.is_fixed(e) for v in e.outvars)
-        stages["derivatives"] = Memory(_parameters(analysis), activations=2 * made, workspace=2 * curvature)
+        program = analysis.program
+        values = sum(_bytes(v) for e in program.equations if not program.is_fixed(e) for v in e.outvars)
+        stages["derivatives"] = Memory(_parameters(analysis), activations=2 * values, workspace=2 * curvature)
     flops = forward + sum(line.flops for line in lines.values())
     return Plan(list(lines.values()), analysis.assignment.skipped, stages, flops)
 
@@ -173,46 +175,46 @@ def steps_of(
     analyses: Sequence[Analysis],
     batches: Sequence[int],
     *,
-    solved: Container[Place] = (),
+    solved: Container[SiteIndex] = (),
     fresh: bool = False,
 ) -> list[list[Step]]:
-    """The layers as they will be done, by stop, and the work of each.
+    """The layers in the order of calibration, by stop, with the work of each.
 
     Args:
-        analyses: of each shape of batch.
-        batches: how many there are of each.
-        solved: those that need not be solved again.
-        fresh: whether other batches run through all layers before each stop.
+        analyses: one for each shape of batch.
+        batches: the number of batches of each shape.
+        solved: sites that need not be solved again.
+        fresh: whether fresh batches run through all layers before each stop.
     """
     forked = [forks(a.program, a.sites)[0] for a in analyses]
     lines = [_lines(a, variables, n) for a, variables, n in zip(analyses, forked, batches, strict=True)]
     sites, assignment = analyses[0].sites, analyses[0].assignment
-    groups = stops(sites)
-    uses = served([[sites[i] for i in group] for group in groups])
+    groups = group_by_input(sites)
+    uses = matrix_uses([[sites[i] for i in group] for group in groups])
     through = lambda i: sum(_forward(a.sites[i], n) for a, n in zip(analyses, batches, strict=True))
     forward = [sum(map(through, group)) for group in groups]
     forward = list(itertools.accumulate(forward)) if fresh else forward
-    numbers, found, waiting = itertools.count(1), [], 0.0  # for the last use of a shared matrix
-    for number, group in enumerate(groups):
-        here = [(p, i) for p, i in enumerate(group) if (number, p) in uses]
-        passed, waiting = (waiting + forward[number], 0.0) if here else (0.0, waiting + forward[number])
+    count, found, waiting = itertools.count(1), [], 0.0  # work before the last use of a shared matrix
+    for index, group in enumerate(groups):
+        own_sites = [(p, i) for p, i in enumerate(group) if (index, p) in uses]
+        passed, waiting = (waiting + forward[index], 0.0) if own_sites else (0.0, waiting + forward[index])
         steps = []
-        for position, i in here:
-            site, known = sites[i], (number, position) in solved
+        for position, i in own_sites:
+            site, known = sites[i], (index, position) in solved
             own = [of[site.first] for of in lines]
-            work = passed / len(here) + sum(0 if known else line.flops for line in own)
-            how = jax.tree.structure((assignment.recipes[site.path], site.activations))
+            work = passed / len(own_sites) + sum(0 if known else line.flops for line in own)
+            settings = jax.tree.structure((assignment.recipes[site.path], site.activations))
             data = tuple(
                 (a.sites[i].data.aval.shape, a.sites[i].data in v) for a, v in zip(analyses, forked, strict=True)
             )
-            kind = None if known else (site.layout, str(site.data.aval.dtype), data, own[0].form, how)
-            steps.append(Step(f"layer {next(numbers)} of {len(uses)}", site.path, work, kind))
+            kind = None if known else (site.layout, str(site.data.aval.dtype), data, own[0].form, settings)
+            steps.append(Step(f"layer {next(count)} of {len(uses)}", site.path, work, kind))
         found.append(steps)
     return found
 
 
 def _lines(analysis: Analysis, forked: set, batches: int) -> dict[int, Line]:
-    """By the first product of each matrix, what will happen to it; `forked` are the variables that differ."""
+    """The plan for each matrix, by its first product. `forked` has the variables in which the networks differ."""
     uses: dict[int, list[Site]] = {}
     for site in analysis.sites:
         uses.setdefault(site.first, []).append(site)
@@ -220,14 +222,14 @@ def _lines(analysis: Analysis, forked: set, batches: int) -> dict[int, Line]:
 
 
 def _forward(site: Site, batches: int) -> float:
-    """Operations of a product in both networks."""
+    """The arithmetic of a product in both networks."""
     return 4.0 * batches * math.prod(rows_shape(site.layout, site.data.aval.shape)) * math.prod(site.layout.dims)
 
 
 def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -> Line:
-    """Sizes and operations of one matrix. Counts of temporaries are what XLA reports for the compiled functions."""
+    """Memory and arithmetic for one matrix. Numbers of temporaries are those that XLA reports for compiled functions."""
     path, dims, count = uses[0].path, uses[0].layout.dims, len(uses)
-    uses = list({site.reads: site for site in uses}.values())  # two that read the same have one Gram
+    uses = list({site.reads: site for site in uses}.values())  # uses with the same input have one Gram
     B, n, out = dims
     layouts = [(site.patches or DEFAULT).layout(site.layout) for site in uses]
     picked = [_picked(site, layout, batches) for site, layout in zip(uses, layouts, strict=True)]
@@ -252,13 +254,13 @@ def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -
     width = slice_width(dims, recipe)
     solve = (matrices + squares) * n * n + columns * n * width + (3 * n * out if width < out else 0)
     runs = recipe.scale.runs
-    products = (2 if runs > 1 else 1) * runs + 4 * passes + 4  # a search measures each of its runs
+    products = (2 if runs > 1 else 1) * runs + 4 * passes + 4  # a search of steps measures each of its runs
     flops = 2.0 * B * (multiplied * batches + products * n * n * out)
     return Line(path, dims, rows, recipe, "gram", 4 * B * max(gather, solve), flops, count)
 
 
 def _picked(site: Site, layout: Layout, batches: int) -> int | None:
-    """The number of rows of a batch that are drawn; None where all are taken."""
+    """The number of rows selected from a batch; None if all are taken."""
     patches = site.patches or DEFAULT
     windows = rows_shape(layout, site.data.aval.shape)
     total = batches * math.prod(windows)
@@ -267,19 +269,19 @@ def _picked(site: Site, layout: Layout, batches: int) -> int | None:
 
 
 def _gram(layout: Layout, shape: tuple[int, ...], rows: int, whole: bool, networks: int) -> tuple[float, int]:
-    """The cost of the Gram of one batch and one matrix: products of two numbers, and the numbers that exist at a time.
+    """The cost of the Gram of one batch and one matrix: multiplications, and elements in memory at once.
 
-    whole: whether all rows are taken, so many that correlations pay. That rows have weights, or lie on several devices, is
-    not known here; correlations are not made then.
+    whole: whether all rows are taken, and enough of them for correlations to pay. With row weights or several devices,
+    which are not known here, correlations are not used.
     """
     B, n, _ = layout.dims
     if whole and isinstance(layout, ConvLayout) and correlates(layout, shape):
         channels, samples = n // math.prod(layout.window), shape[layout.data_spec[0]]
         size = math.prod(shape) // samples
         together = min(samples, at_a_time(layout, size, networks, at_once()))
-        made = copies(layout, networks) * size // B  # of one sample; there once as pieces and once joined
-        return networks**2 * copies(layout, 1) * channels * size * samples // B, 2 * made * together
-    patches = 3 if B * rows * n > math.prod(shape) else 0  # copies made of the inputs of a convolution
+        elements = copies(layout, networks) * size // B  # of one sample; in memory twice, as pieces and joined
+        return networks**2 * copies(layout, 1) * channels * size * samples // B, 2 * elements * together
+    patches = 3 if B * rows * n > math.prod(shape) else 0  # copies of the inputs of a convolution
     together = min(rows * n, at_once() // B) if patches else rows * n
     symmetric = 0.75 if n >= HALVES else 1
     matrices = 2 * symmetric + 1 if networks == 2 else symmetric
@@ -287,37 +289,37 @@ def _gram(layout: Layout, shape: tuple[int, ...], rows: int, whole: bool, networ
 
 
 def _calibration(analysis: Analysis, forked_equations: set[int], lines: dict[int, Line], batches: int) -> Memory:
-    """The walk with sizes in place of arrays."""
-    program, groups = analysis.program, stops(analysis.sites)
+    """Memory of calibration: the loop over stops with sizes in place of arrays."""
+    program, groups = analysis.program, group_by_input(analysis.sites)
     ends = [min(analysis.sites[i].first for i in group) for group in groups]
-    solved = served([[analysis.sites[i] for i in group] for group in groups])
+    solved = matrix_uses([[analysis.sites[i] for i in group] for group in groups])
     first_need, last_need = needs(program)
     live = {v: _bytes(v) for v in program.inputs}  # of one batch
-    kernels: dict = {}  # by what they are, their bytes and the last equation that needs them
+    kernels: dict = {}  # variable or (path, product) -> bytes and the last equation that needs it
     codes, start, moments = 0, 0, []
     moment = functools.partial(Memory, _parameters(analysis))
     curvature = _curvature(analysis)
-    for number, end in enumerate([*ends, len(program.equations)]):
+    for index_of_stop, end in enumerate([*ends, len(program.equations)]):
         before, inside = sum(live.values()), 0
-        made = [v for i, need in first_need.items() if start <= need < end for v in program.equations[i].outvars]
-        kernels.update((v, (_bytes(v), last_need[v])) for v in made if v in last_need)
+        computed = [v for i, need in first_need.items() if start <= need < end for v in program.equations[i].outvars]
+        kernels.update((v, (_bytes(v), last_need[v])) for v in computed if v in last_need)
         for index, eqn in enumerate(program.equations[start:end], start):
             if not program.is_fixed(eqn):
                 inside = max([inside, *map(_bytes, eqn.outvars)])
                 networks = 2 if index in forked_equations else 1
                 live.update((v, networks * _bytes(v)) for v in eqn.outvars if program.last_use.get(v, -1) >= end)
-        if number < len(groups):
-            data = analysis.sites[groups[number][0]].data
+        if index_of_stop < len(groups):
+            data = analysis.sites[groups[index_of_stop][0]].data
             live.update({data: _bytes(data)} if isinstance(data, Tap) else {})  # rounded inputs
-        moving = sum(live.values()) + 2 * inside  # one batch at a time holds what it had and what it makes
+        moving = sum(live.values()) + 2 * inside  # the batch at work holds its old and its new values
         live = {v: size for v, size in live.items() if program.last_use.get(v, -1) >= end}
-        waiting = (batches - 1) * (max(before, sum(live.values())) if number < len(groups) else before)
+        waiting = (batches - 1) * (max(before, sum(live.values())) if index_of_stop < len(groups) else before)
         held = sum(size for size, _ in kernels.values())
         moments.append(moment(waiting + moving, held, curvature, codes))
-        if number == len(groups):
-            break  # outputs are compared and let go batch by batch
+        if index_of_stop == len(groups):
+            break  # outputs are compared and freed batch by batch
         kernels = {v: (size, last) for v, (size, last) in kernels.items() if last >= end}
-        for site in [analysis.sites[i] for p, i in enumerate(groups[number]) if (number, p) in solved]:
+        for site in [analysis.sites[i] for p, i in enumerate(groups[index_of_stop]) if (index_of_stop, p) in solved]:
             held, workspace = sum(size for size, _ in kernels.values()), lines[site.first].workspace + curvature
             moments.append(moment(batches * sum(live.values()), held, workspace, codes))
             uses = site.shares or (site.index,)
@@ -328,7 +330,7 @@ def _calibration(analysis: Analysis, forked_equations: set[int], lines: dict[int
 
 
 def _result(analysis: Analysis, lines: dict[int, Line]) -> Memory:
-    """Everything is done: parameters, codes, and the dequantized kernels made of these one by one."""
+    """Memory of the result: parameters, codes, and the kernels dequantized from them."""
     codes = sum(math.prod(line.dims) * code_dtype(line.recipe.grid).itemsize for line in lines.values())
     params = zip(analysis.program.paths, analysis.program.params, strict=True)
     result = sum(_bytes(v) for path, v in params if path in analysis.assignment.recipes)
@@ -340,7 +342,7 @@ def _parameters(analysis: Analysis) -> int:
 
 
 def _curvature(analysis: Analysis) -> int:
-    """Matrices (out, out) of coupled neurons, held until all are done."""
+    """Bytes of the curvatures (out, out) of coupled neurons, which exist until the end."""
     coupled = [s.layout.dims for s in analysis.sites if analysis.assignment.rules[s.path].coupling is not None]
     return sum(4 * B * out * out for B, _, out in coupled)
 

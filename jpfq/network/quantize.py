@@ -10,19 +10,19 @@ import jax
 
 from ..calibrate.batches import Shaped, naming, read_batches, shapes_of
 from ..calibrate.hosts import check_hosts, leaves_of, spans_hosts
-from ..calibrate.places import stops
+from ..calibrate.loop import CalibrationResult, TrackSettings, calibrate
 from ..calibrate.progress import Step, progress_of
-from ..calibrate.stream import Stream
-from ..calibrate.walk import CalibrationResult, TrackSettings, walk
+from ..calibrate.stops import group_by_input
+from ..calibrate.stream import Stream, StreamOptions
 from ..matrix import Devices
 from ..matrix.explicit_mesh import automatic, context, is_traced
 from ..model.adapters import adapt
 from ..model.functional import Functional, check_values
-from ..model.keys import typed
 from ..model.mesh import check_runs, devices_of, like, on_auto_axes, on_mesh_of
+from ..model.random_keys import typed
 from ..model.sites import Site
 from ..scalar.checks import check_choice
-from .analysis import Analysis, activations_of, block_of, check_key, couple, find_all_kernels, rule_all
+from .analysis import Analysis, activations_of, analyse_all, block_of, check_key, couple, find_all_kernels
 from .plan import steps_of
 from .quantized import Quantized
 from .rules import Rule, as_rules
@@ -43,44 +43,43 @@ def quantize(
     checkpoint: str | os.PathLike | None = None,
     progress: bool | None = None,
 ) -> Quantized:
-    """Quantizes the weights of a trained model after training, layer by layer, on calibration data.
+    """Quantizes the weights of a trained model, layer by layer, on calibration data.
 
-    Each kernel is chosen so that what it makes of the inputs it will get in the quantized network is near what the float
-    kernel makes of the float network's. The model runs once in float and once quantized, whatever its depth.
+    Each kernel is chosen so that its output, on the inputs of the quantized network, is close to the output of the float
+    kernel on the inputs of the float network. The model runs once in float and once quantized, whatever its depth.
 
     Args:
         model: a Linen module (with `variables`), an NNX model, or any function fn(params, *inputs) (with `params`).
-        batches: calibration data, read once: arrays, tuples of positional arguments, or dicts of keyword arguments; a
-            `Weighted` batch keeps padding out of the statistics; arrays of random keys are inputs too, as of a VAE. Sizes
-            may differ, of batches and of sequences; each further shape is traced and compiled anew, which is exact for
-            every model (drop a smaller last batch to save the time).
-            Or a function from 0, 1, .. to batches of one size, for fresh data at each stop, as in GPFQ22: these run through
-            all layers before it, so that the time grows with the square of the depth.
-        rules: what is quantized how: a number of bits for all kernels, or rules by path of which the first match wins.
+        batches: calibration data, read once: arrays, tuples of positional arguments, or dicts of keyword arguments. A
+            `Weighted` batch excludes padding from the statistics. Arrays of random keys are inputs like others, for a VAE
+            for example. Batches and sequences may have different sizes; each new shape is traced and compiled separately
+            (drop a smaller last batch to save that time).
+            Or a function from 0, 1, .. to batches of one size, for fresh data at each stop, as in GPFQ22. These run through
+            all layers before the stop, so the time grows with the square of the depth.
+        rules: a number of bits for all kernels, or rules by path of which the first match applies.
         variables: of a Linen module, as `module.init` returns them.
         params: of a function, a pytree of arrays.
-        kwargs: arguments of the model that are no data, such as {"train": False}.
+        kwargs: arguments of the model that are not data, such as {"train": False}.
         key: for roundings and patches that draw random numbers.
-        reference: what a layer's output is to be near to: "float", what the float network has there, as in the papers;
-            "block", what the float layers of its own block make of what the quantized network has at the start of the
-            block, as Brevitas does for transformers. A block is a path up to its first part with a number in it.
-        offload: whether batches wait in the memory of the host, so that the device holds one at a time.
-        strict: whether to refuse a model that has kernels which cannot be quantized, rather than list them.
-        checkpoint: a folder in which each layer is kept as soon as it is done, for a long run. The same call goes on from
-            there, whenever it was stopped, and ends with the same codes; a call with another model, other data, settings or
-            versions is refused and told what differs. All batches are compared, by checksums; of fresh ones those of the
-            first stop and of the one at which the run was stopped, as those of layers that are done are not read again.
-            While the call runs, another process that is given the folder is refused.
-            SIGTERM, as of a machine that is taken away, lets the layer at work end and then exits with status 143. Delete
-            the folder when done.
-        progress: whether to tell how far it is. None shows a bar on a terminal and in Jupyter, and elsewhere writes a line
-            every few seconds into the log (the logger "jpfq", at INFO); True writes these to the standard error there.
+        reference: the target for the output of a layer. "float": its output in the float network, as in the papers.
+            "block": the output of the float layers of its block, applied to the quantized network's values at the start of
+            the block, as in Brevitas for transformers. A block is a path up to its first part with a number in it.
+        offload: whether waiting batches are moved to host memory, so that the device holds one at a time.
+        strict: whether to raise if some kernels cannot be quantized, instead of listing them.
+        checkpoint: a folder for a long run, where each layer is saved as soon as it is done. If the run is stopped, the
+            same call resumes there and ends with the same codes. A call with another model, other data, settings or
+            versions is refused, with the differences. All batches are compared by checksums (of fresh batches, only those
+            of the first stop and of the stop where the run ended, because the others are not read again). While the call
+            runs, other processes cannot use the folder. On SIGTERM the current layer finishes and is saved; the exit
+            status is 143. Delete the folder when the run is complete.
+        progress: whether to show progress. None shows a bar on a terminal and in Jupyter, and elsewhere logs a line every
+            few seconds (logger "jpfq", level INFO). True prints these lines to standard error instead.
 
     Returns:
-        A `Quantized`. What was given is not changed.
+        A `Quantized`. The arguments are not changed.
 
     Raises:
-        ValueError: input that cannot be used, with what to do about it.
+        ValueError: an argument cannot be used; the message says what to do.
 
     Examples:
         >>> rules = [jpfq.Rule("head/.*", skip=True), jpfq.Rule(".*", bits=4)]
@@ -90,58 +89,57 @@ def quantize(
     """
     rules = as_rules(rules)
     functional = adapt(model, variables, params, kwargs)
-    with context(functional.leaves), contextlib.ExitStack() as held:
+    with context(functional.leaves), contextlib.ExitStack() as stack:
         check_choice("reference", reference, ("float", "block"))
         fresh = None if isinstance(batches, Iterable) or not callable(batches) else batches
         settings = {"rules": rules, "key": key, "reference": reference, "offload": offload, "strict": strict}
         placed, shaped, devices = place(functional, batches if fresh is None else fresh(0), settings, offload)
         if fresh and (len(shaped) > 1 or reference == "block"):
-            raise ValueError("Fresh batches for each layer must be of one size, and the reference the float network.")
+            raise ValueError("Fresh batches for each layer must have one size, and need reference='float'.")
         traced = find_all_kernels(placed, shaped)
-        analyses = rule_all(placed, traced, rules, strict)
+        analyses = analyse_all(placed, traced, rules, strict)
         first, key = analyses[0], automatic(typed(key))
         check_key(first.assignment, key)
-        kept, stopping = None, contextlib.nullcontext()
+        store, stopping = None, contextlib.nullcontext()
         if checkpoint is not None:
             from ..storage.checkpoint import Checkpoint, stoppable
 
             programs = [one.program for one in traced]
             own = {"key": key, "reference": reference, "fresh batches": fresh is not None}
-            kept = Checkpoint.of(checkpoint, placed, programs, shaped, devices, rules, **own)
-            held.enter_context(contextlib.closing(kept))
-            stopping = stoppable(kept)
-        groups, rebases = stops(first.sites), reference == "block"
-        coupled = couple(placed, analyses, shaped, groups, key, kept.sites if kept else ())
-        making = TrackSettings(first.assignment.recipes, activations_of(first.assignment), key, coupled)
-        streams = streams_of(
-            placed, analyses, shaped, groups, offload=offload, rebases=rebases, keeps=fresh is not None
-        )
-        counts, solved = [len(group.leaves) for group in shaped], kept.sites if kept else ()
+            store = Checkpoint.of(checkpoint, placed, programs, shaped, devices, rules, **own)
+            stack.enter_context(contextlib.closing(store))
+            stopping = stoppable(store)
+        groups, rebases = group_by_input(first.sites), reference == "block"
+        coupled = couple(placed, analyses, shaped, groups, key, store.sites if store else ())
+        track = TrackSettings(first.assignment.recipes, activations_of(first.assignment), key, coupled)
+        options = StreamOptions(offload, rebases, keeps_history=fresh is not None)
+        streams = streams_of(placed, analyses, shaped, groups, options=options)
+        counts, solved = [len(group.leaves) for group in shaped], store.sites if store else ()
         shapes, example = [x.shape for x in shaped[0].leaves[0]], shapes_of(shaped[0].example)
         finite = [group.finite for group in shaped]
-        del shaped  # the streams let inputs go once they are used
+        del shaped  # so that the streams can free inputs after their use
         with (
-            progress_of(lambda: steps(analyses, counts, solved, fresh is not None), progress) as report,
+            progress_of(lambda: steps(analyses, counts, solved, fresh is not None), progress) as reporter,
             stopping,
             naming(finite),
         ):
             block = block_of if rebases else None
-            refresh = _refresh(fresh, shapes, offload, kept, finite) if fresh else None
-            (walked,), peak = walk(streams, [making], report, block, refresh, devices, kept)
-        return assemble(functional, walked, first.assignment.skipped, peak, example, uses_of(first.sites))
+            refresh = _fresh_streams(fresh, shapes, offload, store, finite) if fresh else None
+            (result,), peak = calibrate(streams, [track], reporter, block, refresh, devices, store)
+        return assemble(functional, result, first.assignment.skipped, peak, example, uses_of(first.sites))
 
 
 def steps(analyses: Sequence[Analysis], counts: Sequence[int], solved: Container, fresh: bool) -> list[Step]:
-    """The layers as a walk does them."""
+    """The layers in the order of calibration."""
     return [step for stop in steps_of(analyses, counts, solved=solved, fresh=fresh) for step in stop]
 
 
 def place(
     functional: Functional, batches: Any, settings: dict[str, Any], offload: bool
 ) -> tuple[Functional, list[Shaped], Devices | None]:
-    """The model and the batches where they are to be computed, and the devices that neurons are split over.
+    """The model and the batches on Auto axes, checked, and the devices over which neurons are split.
 
-    Several hosts are compared first, in `settings` too.
+    The arguments of several hosts are compared first, including `settings`.
     """
     placed = on_auto_axes(functional)
     if jax.process_count() > 1 and isinstance(batches, Iterable):
@@ -158,8 +156,15 @@ def place(
     return placed, shaped, devices
 
 
-def streams_of(functional: Functional, analyses, shaped: Sequence[Shaped], groups, **settings) -> list[Stream]:
-    """One stream for each shape of batch; `groups` are the numbers of the sites at each stop."""
+def streams_of(
+    functional: Functional,
+    analyses: Sequence[Analysis],
+    shaped: Sequence[Shaped],
+    groups: Sequence[Sequence[int]],
+    laned: Sequence[bool] = (False,),
+    options: StreamOptions = StreamOptions(),
+) -> list[Stream]:
+    """One stream for each shape of batch; `groups` are the indices of the sites at each stop."""
     return [
         Stream(
             a.program,
@@ -167,7 +172,8 @@ def streams_of(functional: Functional, analyses, shaped: Sequence[Shaped], group
             group.leaves,
             group.weights,
             [[a.sites[i] for i in stop] for stop in groups],
-            **settings,
+            laned,
+            options,
         )
         for a, group in zip(analyses, shaped, strict=True)
     ]
@@ -175,30 +181,33 @@ def streams_of(functional: Functional, analyses, shaped: Sequence[Shaped], group
 
 def assemble(
     functional: Functional,
-    walked: CalibrationResult,
+    result: CalibrationResult,
     skipped: dict[str, str],
     peak: int,
     example: Any,
     uses: dict[str, int] | None = None,
 ) -> Quantized:
-    """The result of a walk over batches of the shapes of `example`. Pure where `walked` is traced."""
+    """The final result, from that of calibration. Pure if `result` is traced.
+
+    peak: bytes of live activations. example: the shapes of a batch.
+    """
     leaves = list(functional.leaves)
     for index, path in enumerate(functional.paths):
         if functional.trainable[index]:
-            if path in walked.tensors:
-                leaves[index] = like(walked.tensors[path].dequantize(), leaves[index])
-            elif path in walked.biases:
-                leaves[index] = like(walked.biases[path].astype(leaves[index].dtype), leaves[index])
+            if path in result.tensors:
+                leaves[index] = like(result.tensors[path].dequantize(), leaves[index])
+            elif path in result.biases:
+                leaves[index] = like(result.biases[path].astype(leaves[index].dtype), leaves[index])
     rebuilt = functional.rebuild(leaves)
-    outputs = walked.output_error.whole
-    tensors, info, inputs = walked.tensors, walked.info, walked.inputs
+    outputs = result.output_error.overall
+    tensors, info, inputs = result.tensors, result.info, result.inputs
     home = dict(zip(functional.paths, functional.leaves, strict=True))
     if not any(
-        map(is_traced, jax.tree.leaves(walked.tensors))
-    ):  # codes lie as their kernel does, and all else beside them
+        map(is_traced, jax.tree.leaves(result.tensors))
+    ):  # codes are placed like their kernel, the rest beside them
         tensors = {path: _placed(tensor, home[path]) for path, tensor in tensors.items()}
         info = {path: on_mesh_of(home[path], x) for path, x in info.items()}
-        seen: dict = {}  # kernels that read the same share one rounding
+        seen: dict = {}  # kernels with the same input share one quantizer
         place = lambda path, rounded: seen.setdefault(id(rounded), on_mesh_of(home[path], rounded))
         inputs = {path: [place(path, rounded) for rounded in found] for path, found in inputs.items()}
     return Quantized(
@@ -207,8 +216,8 @@ def assemble(
         info,
         skipped,
         inputs,
-        tuple(walked.biases),
-        outputs.figure,
+        tuple(result.biases),
+        outputs.error_or_nan,
         peak,
         dataclasses.replace(functional, leaves=tuple(map(automatic, leaves))),
         rebuilt.get("model"),
@@ -220,27 +229,29 @@ def assemble(
 
 
 def uses_of(sites: Sequence[Site]) -> dict[str, int]:
-    """By path of each kernel that is shared, how many products it serves with the same codes."""
+    """The number of products that share the codes of a kernel, by path of each shared kernel."""
     return {site.path: len(site.shares) for site in sites if site.shares}
 
 
-def _refresh(fresh, shapes, offload, kept, finite):
-    """Gives a stream other batches; of these `finite` is told."""
+def _fresh_streams(fresh, shapes, offload, store, finite):
+    """A function that replays a stream on fresh batches, and updates `finite` for them."""
 
     def refresh(stream, number):
         groups = read_batches(fresh(number), on_host=offload)
         for group in groups:
             if len(groups) > 1 or [x.shape for x in group.leaves[0]] != shapes:
-                raise ValueError(f"The batches for stop {number} are not all of the first one's shapes {shapes}.")
-        if kept is not None:
-            kept.meet(number, groups[0])
+                raise ValueError(
+                    f"The batches for stop {number} do not all have the shapes of the first ones, {shapes}."
+                )
+        if store is not None:
+            store.meet(number, groups[0])
         finite[:] = [groups[0].finite]
-        return stream.anew(groups[0].leaves, groups[0].weights, number)
+        return stream.replay(groups[0].leaves, groups[0].weights, number)
 
     return refresh
 
 
 def _placed(tensor, leaf):
-    """A tensor whose codes lie as its kernel does."""
+    """A tensor whose codes are placed like its kernel."""
     step, zero = on_mesh_of(leaf, (tensor.step, tensor.zero))
     return dataclasses.replace(tensor, codes=like(tensor.codes, leaf), step=step, zero=zero)

@@ -1,4 +1,4 @@
-"""`Quantized`: what `quantize` returns, and all that one can do with it."""
+"""`Quantized`: the result of `quantize`, and everything one can do with it."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ..calibrate.activation import ActivationQuantizer
-from ..calibrate.outputs import OutputError, in_words
+from ..calibrate.output_error import OutputError, in_words
 from ..matrix import Info, QTensor
 from ..matrix.explicit_mesh import anywhere, automatic, moved, runs_anywhere
 from ..model.functional import Functional, flatten
@@ -20,7 +20,7 @@ from ..scalar import Constraint
 from .apply import run
 from .certify import any_codes_bits
 from .finetune import fake_quant, on_grid, tunable
-from .integer import Integers, Overflow
+from .integer import IntegerNetworks, Overflow
 from .serve import Served
 from .table import table
 
@@ -29,16 +29,18 @@ from .table import table
 class Quantized:
     """The result of `quantize`.
 
-    params: the parameters, structure, types and sharding as given, with dequantized weights in place of the quantized.
-    variables: likewise all variables, for a Linen module. model: likewise a new model, for NNX.
-    tensors, info: by path of the quantized kernel. skipped: by path of every other kernel, the reason.
-    inputs: by path, how the inputs of a kernel are rounded, once for each use of it. biases: paths of those corrected.
-    uses: by path of a kernel that several products share, how many; its codes were chosen on the inputs of all of them.
-    output_error: relative error of the model's outputs on the calibration data, the largest over its output arrays.
+    params: the parameters in their original structure, dtypes and sharding, with quantized kernels dequantized.
+    variables: all variables of a Linen module, likewise.
+    model: a new NNX model, likewise.
+    tensors, info: codes and error metrics, by path of the quantized kernel.
+    skipped: the reason why a kernel is not quantized, by path of every other kernel.
+    inputs: the quantizers of a kernel's inputs by path, one for each use of the kernel.
+    biases: paths of the corrected biases.
+    uses: the number of products that share a kernel, by path; its codes were chosen on the inputs of all of them.
     output_error: relative error of the model's outputs on the calibration data, the largest over its output arrays; nan
-        where some are NaN or infinite in one of the two networks only, or where none is a finite floating number.
-    outputs: the error of those that are finite in both networks, how many are not in one only, and of how many. None where
-        nobody knows, as after training.
+        if some are NaN or infinite in one of the two networks only, or if none is a finite floating number.
+    outputs: the error of the outputs that are finite in both networks, the number that are in only one, and the number
+        compared. None if that is unknown, as after training.
 
     Examples:
         >>> quantized = jpfq.quantize(model, batches, 4, variables=variables)
@@ -54,7 +56,7 @@ class Quantized:
     inputs: dict[str, list[ActivationQuantizer]]
     biases: tuple[str, ...]
     output_error: float
-    peak_bytes: int  # of live activations of both networks while calibrating, on the device
+    peak_bytes: int  # of live activations of both networks on the device during calibration
     _functional: Functional  # with the quantized leaves
     _model: Any = None
     _variables: Any = None
@@ -63,30 +65,30 @@ class Quantized:
     outputs: OutputError | None = None
 
     def __getstate__(self):
-        """The fields, without what is compiled."""
+        """The fields, without compiled functions."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
     def arrays(self) -> tuple:
-        """All arrays of the model with the quantized ones, on Auto axes where they lie on a mesh."""
+        """All arrays of the quantized model, on Auto axes if they lie on a mesh."""
         return self._functional.leaves
 
     @functools.cached_property
     def on_auto_axes(self) -> "Quantized":
-        """This result with everything on Auto axes, so that it can be computed with: see `jpfq.matrix.explicit_mesh`."""
+        """This result with all arrays on Auto axes, which computing needs: see `jpfq.matrix.explicit_mesh`."""
         return self.moved(automatic)
 
     @property
     def home(self) -> Any:
-        """The mesh with Explicit axes that this result lies on; None for another or none."""
+        """The mesh of this result if it has Explicit axes; None otherwise."""
         found = jax.tree.leaves((self.params, self.tensors, self.info, self.inputs))
         return next((x.sharding.mesh for x in found if automatic(x) is not x), None)
 
     def moved(self, f: Callable[[Any], Any]) -> "Quantized":
-        """This result with every array moved by `f`, but for those that its compiled functions take.
+        """This result with `f` applied to every array, except those that its compiled functions take.
 
         Args:
-            f: takes an array, and returns it elsewhere.
+            f: takes an array and returns it in another place.
 
         Examples:
             >>> elsewhere = quantized.moved(lambda x: jax.device_put(x, jax.devices()[0]))
@@ -106,26 +108,26 @@ class Quantized:
     @property
     def model(self) -> Any:
         """The quantized NNX model."""
-        return self._given(self._model, "model", "an NNX model")
+        return self._or_raise(self._model, "model", "an NNX model")
 
     @property
     def variables(self) -> Any:
         """The quantized variables of a Linen module."""
-        return self._given(self._variables, "variables", "a Linen module")
+        return self._or_raise(self._variables, "variables", "a Linen module")
 
-    def _given(self, value, name, kind):
+    def _or_raise(self, value, name, kind):
         if value is None:
-            raise AttributeError(f"quantized.{name} exists after quantizing {kind}; here take quantized.params.")
+            raise AttributeError(f"quantized.{name} exists only after quantizing {kind}; use quantized.params here.")
         return value
 
     @runs_anywhere
     def apply(self, batch: Any) -> Any:
-        """The network's outputs with weights and activations as quantized, for a batch of the form calibrated on.
+        """The outputs of the network with quantized weights and activations.
 
-        Where no activations are quantized, the model itself with the quantized parameters does the same.
+        If no activations are quantized, the model itself with the quantized parameters computes the same.
 
         Args:
-            batch: one batch, of any number of samples.
+            batch: one batch in the structure of the calibration batches, with any number of samples.
 
         Examples:
             >>> quantized.apply(X).shape
@@ -139,50 +141,52 @@ class Quantized:
 
     @runs_anywhere
     def apply_integer(self, batch: Any, *, accumulator: Constraint | None = None, overflow: Overflow = "wrap") -> Any:
-        """`apply` with the products of kernels whose inputs are quantized made of integers, scales applied afterwards.
+        """`apply` with integer products at kernels with quantized inputs; steps are applied to the sums.
 
         Args:
-            batch: as for `apply`.
-            accumulator: bits and tile of the signed integers that hold sums, such as `jpfq.Accumulator(16, tile=64)`, which
-                need not be what the weights were made for; left out, 32 bits over all inputs.
-            overflow: what becomes of a sum that does not fit: "wrap", or "saturate" at every sum on the way, inputs in the
-                order of the kernel.
+            batch: the same as for `apply`.
+            accumulator: bits and tile of the signed integers that hold sums, such as `jpfq.Accumulator(16, tile=64)`. They
+                may differ from those the weights were quantized for. The default is 32 bits over all inputs.
+            overflow: the treatment of a sum that does not fit: "wrap", or "saturate" at every partial sum, with inputs in
+                the order of the kernel.
 
         Examples:
             >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=16))
             >>> integer = jpfq.quantize(model, batches, rule, variables=variables)
             >>> logits = integer.apply_integer(X, accumulator=jpfq.Accumulator(16, tile=16), overflow="saturate")
             >>> same = jnp.isclose(logits, integer.apply(X), atol=1e-4).mean()
-            >>> bool(same > 0.95)  # others are a step apart, where floats round an input that is halfway to the other side
+            >>> bool(same > 0.95)  # the others differ by a step: floats round an input near a tie to the other side
             True
         """
         if accumulator is not None and not isinstance(accumulator, Constraint):
-            raise ValueError(f"accumulator is such as jpfq.Accumulator(16, tile=64); got {accumulator!r}.")
+            raise ValueError(
+                f"accumulator must be a constraint, such as jpfq.Accumulator(16, tile=64); got {accumulator!r}."
+            )
         bits, tile = (32, None) if accumulator is None else (accumulator.bits, accumulator.tile)
         return self._integers(batch, bits, tile, overflow)
 
     @functools.cached_property
     def _integers(self):
-        return Integers(self._functional, self.tensors, self.inputs)
+        return IntegerNetworks(self._functional, self.tensors, self.inputs)
 
     @property
     @anywhere
     def tunable(self) -> Any:
-        """The parameters to train with codes fixed: `params`, with a `Steps` in place of each quantized kernel."""
+        """The parameters for training with fixed codes: `params`, with a `Steps` in place of each quantized kernel."""
         return tunable(self.params, self.tensors)
 
     @anywhere
     def tuned(self, params: Any) -> "Quantized":
-        """This with trained parameters, given as `fake_quant` takes them: the network that was trained, on its grids.
+        """The quantized network with trained parameters, in any form that `fake_quant` takes.
 
-        Kernels given as arrays go to their nearest codes. `info` stays that of the quantization, the state of the model
-        (such as BatchNorm's statistics) what it was; the error of the outputs is unknown, nan.
+        Kernels given as arrays are rounded to their nearest codes. `info` and the state of the model (such as BatchNorm's
+        statistics) do not change; the error of the outputs becomes unknown, nan.
 
         Args:
             params: in the structure of `tunable` or of `params`.
 
         Examples:
-            >>> tuned = quantized.tuned(quantized.tunable)  # nothing trained in between
+            >>> tuned = quantized.tuned(quantized.tunable)  # without any training in between
             >>> bool((tuned.params["head"]["kernel"] == quantized.params["head"]["kernel"]).all())
             True
         """
@@ -208,9 +212,9 @@ class Quantized:
 
     @anywhere
     def serve(self) -> Served:
-        """The network with its kernels packed in memory, for inference: a function of a batch.
+        """The network with kernels packed in memory, for inference: a function of a batch.
 
-        It holds nothing of this result's dequantized weights, so these can be let go. Outputs are those of `apply`.
+        It does not refer to the dequantized weights of this result, so these can be freed. Outputs are those of `apply`.
 
         Examples:
             >>> served = quantized.serve()
@@ -220,30 +224,30 @@ class Quantized:
 
     @anywhere
     def save(self, folder: str | os.PathLike, *, entropy_coded: bool = False, overwrite: bool = False) -> int:
-        """Writes all of this result, but the model's own code, into a folder that `jpfq.load` reads.
+        """Writes this result, without the model's code, into a folder that `jpfq.load` reads.
 
-        Codes are packed at their storage bits, five ternary ones to a byte; everything else is kept as it is. The folder
-        appears whole or not at all, whatever happens meanwhile.
+        Codes are packed at their storage bits, five ternary codes to a byte; everything else is stored unchanged. The
+        folder is written atomically: it appears complete or not at all.
 
         Args:
-            folder: a new folder, or one of a saved result if `overwrite` says so.
-            entropy_coded: whether to code the codes near their entropy where that is shorter. Takes the package
-                constriction: pip install 'jpfq[entropy]'.
-            overwrite: whether to replace a saved result. Until the new one is whole, the old one stays; files that are not
-                of jpfq stay in any case.
+            folder: a new folder, or that of a saved result with `overwrite`.
+            entropy_coded: whether to entropy code the codes where that is shorter. Requires the package constriction:
+                pip install 'jpfq[entropy]'.
+            overwrite: whether to replace a saved result. The old one stays until the new one is complete. Files that jpfq
+                did not write are never removed.
 
         Returns:
-            The bytes on disk.
+            The size of the files in bytes.
 
         Raises:
-            ValueError: something is there already, also where another process was quicker; or there is no folder for it.
-            OSError: it cannot be written there, as on a full disk.
+            ValueError: the folder exists already (another process may have written it), or its parent does not.
+            OSError: the files cannot be written, as on a full disk.
 
         Examples:
             >>> size = quantized.save("model-w4")
             >>> again = jpfq.load("model-w4", model)
         """
-        from ..storage.save import save  # which knows this class
+        from ..storage.save import save  # it imports this module
 
         return save(self, folder, entropy_coded=entropy_coded, overwrite=overwrite)
 
@@ -257,52 +261,52 @@ class Quantized:
         title: str | None = None,
         overwrite: bool = False,
     ) -> Path:
-        """Writes a page of HTML to look at: figures, errors along the depth, bits, sizes, histograms, reasons.
+        """Writes an HTML report: metrics, errors along the depth, bits, sizes, histograms of codes, reasons for skipping.
 
-        The file needs nothing besides itself, works by day and night, on paper and on a phone. It appears whole or not at
-        all. Takes the package matplotlib: pip install 'jpfq[demo]'.
+        The file is self-contained, and made for light and dark screens, phones and print. It is written atomically.
+        Requires the package matplotlib: pip install 'jpfq[demo]'.
 
         Args:
             path: an .html file.
             params: the float parameters in the structure of `quantized.params`, to show their weights beside the codes.
-            sweep: what `jpfq.sweep` returned, to show its settings and their front too.
-            title: of the page.
-            overwrite: whether to replace a file.
+            sweep: the result of `jpfq.sweep`, to show its settings and their front too.
+            title: of the report.
+            overwrite: whether to replace an existing file.
 
         Returns:
-            The file.
+            The path of the file.
 
         Raises:
-            ValueError: the file cannot be written there, or the parameters are those of another network.
+            ValueError: the file cannot be written there, or the parameters belong to another network.
 
         Examples:
-            >>> page = quantized.report("report.html", params=variables["params"], title="ResNet20, 4 bits")
+            >>> path = quantized.report("report.html", params=variables["params"], title="ResNet20, 4 bits")
         """
-        from ..report.report import report  # which knows this class
+        from ..report.report import report  # it imports this module
 
         return report(self, path, params=params, sweep=sweep, title=title, overwrite=overwrite)
 
     @runs_anywhere
     def to_qwix(self, batch: Any, model: Any = None, kwargs: dict | None = None) -> Any:
-        """The network for the runtime of qwix, with integer kernels: for serving where that is in use.
+        """The network for the qwix runtime, with integer kernels.
 
-        Takes the package qwix. It holds kernels of up to 8 bits with a sign, and convolutions where inputs are quantized to
-        4 or 8 bits like their weights. Outputs are those of `apply` up to the rounding of sums.
+        Requires the package qwix. It supports signed kernels of up to 8 bits, and convolutions whose inputs are quantized
+        to 4 or 8 bits like their weights. Outputs are those of `apply` up to the rounding of sums.
 
         Args:
-            batch: an input, of the form calibrated on.
-            model: the Linen module; for NNX the model is known.
-            kwargs: arguments of the model that are no data, as for `quantize`.
+            batch: one batch in the structure of the calibration batches.
+            model: the Linen module; not needed for NNX.
+            kwargs: arguments of the model that are not data, the same as for `quantize`.
 
         Returns:
             For NNX a model; for Linen (module, variables), to be run by `module.apply(variables, batch)`.
 
         Raises:
-            ValueError: kernels that qwix cannot hold, all of them listed with the reason.
+            ValueError: qwix does not support some kernels; all of them are listed with the reason.
 
         Examples:
-            >>> module, held = quantized.to_qwix(X, model)
-            >>> bool(jnp.allclose(module.apply(held, X), quantized.apply(X), atol=1e-5))
+            >>> module, served = quantized.to_qwix(X, model)
+            >>> bool(jnp.allclose(module.apply(served, X), quantized.apply(X), atol=1e-5))
             True
         """
         from ..export.qwix import to_qwix
@@ -311,7 +315,7 @@ class Quantized:
 
     @anywhere
     def export(self, kind: Literal["compressed-tensors"], folder: str | os.PathLike, **options: Any) -> dict[str, str]:
-        """Writes the result in a format of others. "compressed-tensors" is what vLLM loads.
+        """Writes the result in the format of another library. vLLM loads "compressed-tensors".
 
         Args:
             kind: "compressed-tensors".
@@ -319,10 +323,10 @@ class Quantized:
             **options: of that format.
 
         Returns:
-            By path, the reason for each quantized kernel that the format cannot hold and that is written dequantized.
+            The kernels that the format does not support, which are written dequantized: by path, the reason.
 
         Examples:
-            >>> quantized.export("compressed-tensors", "model-vllm")  # nothing is left out
+            >>> quantized.export("compressed-tensors", "model-vllm")  # all kernels are supported
             {}
         """
         from ..export.formats import writer_of
@@ -341,7 +345,7 @@ class Quantized:
 
     @anywhere
     def summary(self) -> str:
-        """A table of all kernels: what became of each, and at what error.
+        """A table of all kernels, with grids, bits, errors, and the reasons of those that were skipped.
 
         Examples:
             >>> print(quantized.summary())
@@ -352,8 +356,7 @@ class Quantized:
         rows = []
         for path, tensor in self.tensors.items():
             info = self.info[path]
-            figures = (info.relative_error, info.saturation, info.sparsity)
-            shares = [f"{float(x):.2%}" for x in figures]
+            shares = [f"{float(x):.2%}" for x in (info.relative_error, info.saturation, info.sparsity)]
             shape = "x".join(map(str, tensor.shape))
             bits = (f"{tensor.bits_per_weight:.2f}", f"{float(info.entropy):.2f}")
             rows.append((path, shape, str(tensor.grid), *bits, *shares, str(int(info.dead))))
@@ -366,11 +369,11 @@ class Quantized:
             lines.append(table(("left as it is", "because"), list(self.skipped.items())))
         if self.uses:
             shared = ", ".join(f"{path} ({count})" for path, count in self.uses.items())
-            lines.append(f"Kernels that serve several products, quantized on the inputs of all of them: {shared}.")
+            lines.append(f"Kernels used by several products, quantized on the inputs of all of them: {shared}.")
         if self.inputs or self.biases:
             lines.append(
-                f"Inputs of {len(self.inputs)} kernels are rounded while the network runs; {len(self.biases)} biases took "
-                "the mean error of their layer."
+                f"Inputs of {len(self.inputs)} kernels are quantized while the network runs; {len(self.biases)} biases are "
+                "corrected for the mean error of their layer."
             )
         lines.append(
             f"{len(self.tensors)} kernels quantized to {self.bits_per_weight:.2f} bits per weight ({self.nbytes:,} bytes); "
@@ -381,7 +384,7 @@ class Quantized:
         return "\n\n".join(lines)
 
     def _accumulators(self):
-        """A table of the kernels whose sums are bounded: asked for, needed, and what their types alone would need."""
+        """A table of the kernels with bounded sums: the accumulator bits requested, needed, and needed for any codes."""
         rows = []
         for path, info in self.info.items():
             if (reach := info.reach) is not None:
@@ -392,9 +395,9 @@ class Quantized:
 
 
 def _experts(path, info):
-    """Describes the calibration rows of each matrix of a kernel."""
+    """A sentence about the number of calibration rows of each expert of a kernel."""
     rows = np.atleast_1d(info.rows)
     line = f"Rows of the {rows.size} matrices of {path}: {rows.min():,.6g} to {rows.max():,.6g}."
     if (rows > 0).all():
         return line
-    return f"{line} Rounded to nearest for want of any: {', '.join(map(str, np.flatnonzero(rows == 0)))}."
+    return f"{line} Rounded to nearest, as they have none: {', '.join(map(str, np.flatnonzero(rows == 0)))}."

@@ -1,4 +1,4 @@
-"""Rules: which kernels are quantized how, by path; the first rule that matches a kernel decides."""
+"""Rules: settings for kernels by path. The first rule that matches a kernel applies."""
 
 import dataclasses
 import difflib
@@ -21,32 +21,31 @@ _static = {"static": True}
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The settings to quantize the kernels whose whole path matches a regular expression.
+    """The settings for quantizing the kernels whose path matches a regular expression.
 
     Args:
-        pattern: matched against the '/'-joined path from end to end: "head/.*", ".*kernel".
-        bits: short for `grid=Integer(bits)`, or `Binary()` at one bit.
+        pattern: a regular expression that must match the whole '/'-joined path: "head/.*", ".*kernel".
+        bits: short for `grid=Integer(bits)`, or `Binary()` for one bit.
         grid: the alphabet; give this or `bits`.
-        scale, rotation, order, prepare, method, rounding, step_dtype, form, block: as in `jpfq.solve`; what is left out
-            takes the value recommended there.
+        scale, rotation, order, prepare, method, rounding, step_dtype, form, block: the same as in `jpfq.solve`, with the
+            same defaults.
         finish, shrinkage: likewise; None for none.
-        plain: whether the method stands alone: what is left out is then left away, rather than recommended. Steps are
-            `MinMSE()`, the order is natural, and nothing comes before or after: `Rule(".*", bits=4, method=jpfq.GPFQ(),
-            plain=True)` is GPFQ as published, but for its steps (`jpfq.paper` has those, too).
+        plain: True for the method alone: settings that are not given are then neutral instead of recommended. Steps are
+            `MinMSE()`, the order is natural, and there is nothing before or after the method. `Rule(".*", bits=4,
+            method=jpfq.GPFQ(), plain=True)` is GPFQ as published except for its steps; `jpfq.paper` has those too.
         activation_bits: short for `activations=Activations(Asymmetric(activation_bits))`.
-        activations: how the layer's input is quantized while the network runs; left out, it is not.
-        accumulator: which integer sums must never overflow, such as `jpfq.Accumulator(16, tile=64)`; it takes quantized
-            activations. Left out, sums are of any size.
-        patches: which windows of a convolution it is calibrated on: `jpfq.patches.AtMost(128)` for each of its inputs,
-            the default, `All()`, `NonOverlapping()` or `Random(share)`.
-        correct_bias: whether the mean error of the layer's output goes into the bias that follows it, where it has one
-            of its own (of a BatchNorm, too).
-        coupling: how neurons make up for each other's errors, such as `jpfq.Coupling(of="logits")`; left out, each neuron
-            is quantized by itself.
-        skip: leave these kernels as they are.
-        unsupported: what to do about matched kernels that cannot be quantized (tied, computed, inside a loop ..).
-            "skip" lists them with their reason, "error" refuses. Left out, they are listed if the rule matches others
-            that can be quantized, and refused if it matches none: such a rule names what it cannot have.
+        activations: settings for quantizing the layer's input while the network runs; None leaves it in float.
+        accumulator: integer sums that must never overflow, such as `jpfq.Accumulator(16, tile=64)`. Requires quantized
+            activations. None does not bound sums.
+        patches: the windows of a convolution for calibration: `jpfq.patches.AtMost(128)` for each of its inputs (the
+            default), `All()`, `NonOverlapping()` or `Random(share)`.
+        correct_bias: whether the mean error of the layer's output is subtracted from the bias that follows, if the layer
+            has its own (that of a BatchNorm, for example).
+        coupling: lets neurons compensate for each other's errors, for example `jpfq.Coupling(of="logits")`. None
+            quantizes each neuron by itself.
+        skip: True to leave these kernels in float.
+        unsupported: the treatment of matched kernels that cannot be quantized (tied, computed, inside a loop ..). "skip"
+            lists them with their reason, "error" raises. The default raises only if all matched kernels are unsupported.
 
     Examples:
         >>> rules = [
@@ -85,7 +84,7 @@ class Rule:
         except (re.error, TypeError) as error:
             raise ValueError(f"A rule's pattern is a regular expression; got {self.pattern!r}: {error}.") from error
         if self.unsupported not in (None, "skip", "error"):
-            raise ValueError(f"unsupported is 'skip' or 'error'; got {self.unsupported!r}.")
+            raise ValueError(f"Rule({self.pattern!r}): unsupported is 'skip' or 'error'; got {self.unsupported!r}.")
         if self.skip:
             if self._settings() | self._around():
                 names = sorted(self._settings() | self._around())
@@ -100,14 +99,16 @@ class Rule:
         for name, example in examples:
             value = getattr(self, name)
             if isinstance(value, (type, str, int, float)):
-                raise ValueError(f"Rule({self.pattern!r}): {name} is such as jpfq.{example}; got {value!r}.")
+                raise ValueError(
+                    f"Rule({self.pattern!r}): {name} takes a setting such as jpfq.{example}; got {value!r}."
+                )
 
     def matches(self, path: str) -> bool:
         """True if the pattern covers the whole path."""
         return re.fullmatch(self.pattern, path) is not None
 
     def recipe(self) -> Recipe:
-        """The settings of this rule with the defaults filled in."""
+        """The settings of this rule for one matrix, with the defaults filled in."""
         settings = self._settings()
         if self.coupling is not None:
             settings["form"] = "gram" if settings.get("form", "auto") == "auto" else settings["form"]
@@ -116,20 +117,24 @@ class Rule:
             settings["inputs"] = activations.grid
         recipe = recipe_of(settings.pop("bits", None), settings.pop("grid", None), self.plain, **settings)
         if self.coupling is not None and (recipe.needs_rows or isinstance(recipe.scale.per, PerTensor)):
-            needs = recipe.scale if isinstance(recipe.scale.per, PerTensor) else "what works on the calibration rows"
-            raise ValueError(f"coupling takes one neuron after the other, from a Gram; it does not go with {needs}.")
+            conflict = (
+                recipe.scale if isinstance(recipe.scale.per, PerTensor) else "settings that need calibration rows"
+            )
+            raise ValueError(
+                f"coupling quantizes neurons one after the other, from a Gram, so it cannot be combined with {conflict}."
+            )
         return recipe
 
     def inputs(self) -> Activations | None:
-        """The settings by which the inputs of these kernels are quantized; None if they are not."""
+        """The settings for quantizing the inputs of these kernels; None if they are not quantized."""
         if self.activation_bits is None:
             return self.activations
         if self.activations is not None:
-            raise ValueError("Give activation_bits=... or activations=..., one of them.")
+            raise ValueError("Give either activation_bits=... or activations=..., not both.")
         return Activations(Asymmetric(self.activation_bits))
 
     def _around(self):
-        """The settings of the layer rather than of its matrix."""
+        """The settings that concern the layer rather than its matrix."""
         names = ("activation_bits", "activations", "patches", "coupling")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return given | {name: True for name in ("correct_bias", "plain") if getattr(self, name)}
@@ -143,15 +148,15 @@ class Rule:
 
 
 class Assignment(NamedTuple):
-    """The decisions of the rules."""
+    """The kernels to quantize, with their rules, and those to skip. All by path."""
 
-    recipes: dict[str, Recipe]  # kernels to quantize
-    rules: dict[str, Rule]  # by which
-    skipped: dict[str, str]  # every other kernel, with the reason
+    recipes: dict[str, Recipe]  # of the kernels to quantize
+    rules: dict[str, Rule]  # of the same kernels
+    skipped: dict[str, str]  # the reason, for every other kernel
 
 
 def as_rules(rules) -> tuple[Rule, ...]:
-    """The rules of a call: a number of bits, a rule, or a sequence of rules."""
+    """Rules as a tuple, from a number of bits, a rule, or a sequence of rules."""
     if isinstance(rules, int) and not isinstance(rules, bool):
         return (Rule(".*", bits=rules),)
     if isinstance(rules, Rule):
@@ -164,65 +169,67 @@ def as_rules(rules) -> tuple[Rule, ...]:
 def assign(
     rules: Sequence[Rule], quantizable: Sequence[str], reasons: dict[str, str], paths: Sequence[str]
 ) -> Assignment:
-    """Gives every kernel its rule.
+    """Assigns a rule to every kernel.
 
     Args:
         rules: in order of precedence.
         quantizable: paths of the kernels that can be quantized.
-        reasons: for every other kernel, why not.
+        reasons: the reason for every other kernel.
         paths: of all parameters.
 
     Raises:
-        ValueError: if a rule matches nothing, or nothing that earlier rules leave, or only kernels that cannot be
-            quantized (`Rule.unsupported` says otherwise); if there is nothing to quantize.
+        ValueError: a rule matches nothing, or nothing beyond earlier rules, or only kernels that cannot be quantized
+            (unless `Rule.unsupported` is "skip"); or there is nothing to quantize.
     """
     kernels = dict.fromkeys([*quantizable, *reasons])
     taken = {path: next((i for i, rule in enumerate(rules) if rule.matches(path)), None) for path in paths}
-    for number, rule in enumerate(rules):
-        _check_used(number, rule, rules, taken, kernels)
-        mine = [path for path in kernels if taken[path] == number]
-        refused = [path for path in mine if path in reasons]
-        strict = rule.unsupported == "error" or (rule.unsupported is None and len(refused) == len(mine))
+    for index, rule in enumerate(rules):
+        _check_used(index, rule, rules, taken, kernels)
+        own = [path for path in kernels if taken[path] == index]
+        refused = [path for path in own if path in reasons]
+        strict = rule.unsupported == "error" or (rule.unsupported is None and len(refused) == len(own))
         if refused and strict and not rule.skip:
             listing = "\n".join(f"  {path}: {reasons[path]}" for path in refused[:8])
             raise ValueError(
-                f"Rule {number} ({rule.pattern!r}) names kernels that cannot be quantized:\n{listing}\n"
+                f"Rule {index} ({rule.pattern!r}) matches kernels that cannot be quantized:\n{listing}\n"
                 "Skip them by a rule before it, or pass unsupported='skip' to this one."
             )
-    recipes, deciding, skipped = {}, {}, {}
+    recipes, applied, skipped = {}, {}, {}
     for path in kernels:
-        number = taken[path]
-        if number is None:
+        index = taken[path]
+        if index is None:
             skipped[path] = "no rule matches it"
-        elif rules[number].skip:
-            skipped[path] = f"rule {number} ({rules[number].pattern!r}) skips it"
+        elif rules[index].skip:
+            skipped[path] = f"rule {index} ({rules[index].pattern!r}) skips it"
         elif path in reasons:
             skipped[path] = reasons[path]
         else:
-            deciding[path], recipes[path] = rules[number], rules[number].recipe()
+            applied[path], recipes[path] = rules[index], rules[index].recipe()
     if not recipes:
         listing = "\n".join(f"  {path}: {reason}" for path, reason in skipped.items()) or "  it has no matrix products"
-        raise ValueError(f"Nothing in this model is to be quantized:\n{listing}")
-    return Assignment(recipes, deciding, skipped)
+        raise ValueError(f"There is nothing to quantize in this model:\n{listing}")
+    return Assignment(recipes, applied, skipped)
 
 
-def _check_used(number, rule, rules, taken, kernels):
+def _check_used(index, rule, rules, taken, kernels):
+    """Raises if a rule has no effect."""
     matched = [path for path in taken if rule.matches(path)]
     if not matched:
         near = difflib.get_close_matches(rule.pattern, list(kernels) or list(taken), n=3, cutoff=0.3)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         some = ", ".join(list(kernels)[:8]) + (", .." if len(kernels) > 8 else "")
         raise ValueError(
-            f"Rule {number} ({rule.pattern!r}) matches no parameter.{hint} Kernels: {some}. "
-            "A pattern is matched against the whole path."
+            f"Rule {index} ({rule.pattern!r}) matches no parameter.{hint} Kernels: {some}. "
+            "A pattern must match the whole path."
         )
-    if not any(taken[path] == number for path in matched):
+    if not any(taken[path] == index for path in matched):
         first = taken[matched[0]]
         raise ValueError(
-            f"Rule {number} ({rule.pattern!r}) decides nothing: rule {first} ({rules[first].pattern!r}) before it takes "
-            f"{matched[0]!r} and all else it matches. Put it first, or remove it."
+            f"Rule {index} ({rule.pattern!r}) has no effect: rule {first} ({rules[first].pattern!r}) before it takes "
+            f"{matched[0]!r}, and earlier rules everything else that it matches. Put it first, or remove it."
         )
     if not rule.skip and not any(path in kernels for path in matched):
         raise ValueError(
-            f"Rule {number} ({rule.pattern!r}) matches no kernel, only {', '.join(map(repr, matched[:3]))}."
+            f"Rule {index} ({rule.pattern!r}) matches no kernel, only {', '.join(map(repr, matched[:3]))}. Kernels: "
+            f"{', '.join(list(kernels)[:8])}."
         )

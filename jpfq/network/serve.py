@@ -1,4 +1,4 @@
-"""Serving: the quantized network with its kernels packed in memory, dequantized inside `jit` while they are used."""
+"""Serving: the quantized network with kernels packed in memory, which are dequantized inside `jit` when used."""
 
 import dataclasses
 import functools
@@ -16,9 +16,10 @@ from .apply import run
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """A quantized network that keeps its kernels packed; call it with a batch.
+    """A quantized network whose kernels stay packed in memory. Call it with a batch.
 
-    leaves: all arrays of the model, `Packed` in place of quantized kernels. inputs: as in `Quantized`.
+    leaves: all arrays of the model, with `Packed` in place of quantized kernels.
+    inputs: the same as in `Quantized`.
 
     Examples:
         >>> served = quantized.serve()
@@ -40,7 +41,7 @@ class Served:
         return cls(leaves, inputs, dataclasses.replace(functional, leaves=()))
 
     def __getstate__(self):
-        """The fields, without what is compiled."""
+        """The fields, without compiled functions."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
@@ -50,38 +51,38 @@ class Served:
 
     @functools.cached_property
     def on_auto_axes(self) -> "Served":
-        """This with everything on Auto axes, so that it can be computed with: see `jpfq.matrix.explicit_mesh`."""
+        """The same with all arrays on Auto axes, which computing needs: see `jpfq.matrix.explicit_mesh`."""
         return self.moved(automatic)
 
     @property
     def home(self) -> Any:
-        """The mesh with Explicit axes that this lies on; None for another or none."""
+        """The mesh of this network if it has Explicit axes; None otherwise."""
         return next(
             (x.sharding.mesh for x in jax.tree.leaves((self.leaves, self.inputs)) if automatic(x) is not x), None
         )
 
     def moved(self, f: Callable[[Any], Any]) -> "Served":
-        """This with every array moved by `f`."""
+        """The same with `f` applied to every array, to move it."""
         fields = self.leaves, self.inputs
         new = moved(f, fields)
         return self if new is fields else dataclasses.replace(self, leaves=new[0], inputs=new[1])
 
     @property
     def params(self) -> Any:
-        """The parameters, as the model has them, with `Packed` kernels: a pytree to save, shard, or give to a `jit`.
+        """The parameters in the structure of the model, with `Packed` kernels: a pytree to save, shard, or pass to a `jit`.
 
-        `jpfq.dequantize` makes of it the parameters that the model takes.
+        `jpfq.dequantize` turns it into the parameters that the model takes.
         """
         return self._functional.rebuild(self.leaves)["params"]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed kernels, as they are on the device."""
+        """Bytes of the packed kernels on the device."""
         return sum(leaf.nbytes for leaf in self.leaves if isinstance(leaf, Packed))
 
     @runs_anywhere
     def __call__(self, batch: Any) -> Any:
-        """The network's outputs with weights and activations as quantized."""
+        """The outputs of the network with quantized weights and activations."""
         return self._run(self.leaves, self.inputs, batch)
 
     @functools.cached_property

@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns under their headings; numbers to the right."""
+    """Columns under their headings, with numbers aligned to the right."""
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, title in enumerate(head):
         numeric = all(_is_number(row[position]) for row in rows)
@@ -18,13 +18,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         drawn.add_row(*row)
     out = io.StringIO()
-    # text, also where rich would show the table itself (notebooks) or colour it
+    # plain text, even where rich would display the table itself (notebooks) or add colours
     Console(file=out, width=1000, markup=False, emoji=False, force_jupyter=False, force_terminal=False).print(drawn)
     return writable("\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n"))
 
 
 def writable(text: str) -> str:
-    """A text as the standard output can write it: with plain lines and escaped letters where its encoding has no others."""
+    """A text that standard output can encode: if need be, with plain lines and escaped characters."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
@@ -32,7 +32,7 @@ def writable(text: str) -> str:
         return (
             text.replace("\N{BOX DRAWINGS LIGHT HORIZONTAL}", "-").encode(encoding, "backslashreplace").decode(encoding)
         )
-    except LookupError:  # an encoding of somebody's own
+    except LookupError:  # an encoding that Python does not know
         pass
     return text
 

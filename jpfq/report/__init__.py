@@ -1,1 +1,1 @@
-"""Tables, plots and the HTML page of a result."""
+"""Plots and the HTML report of a result."""

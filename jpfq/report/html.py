@@ -1,6 +1,6 @@
-"""Pages of HTML: text is escaped where it is put in, so that no name can be markup; and the style of our pages.
+"""HTML elements, which escape all text inside them, and the style and script of a document.
 
-A page asks nothing of any network: style and script are in it, and its policy lets a browser run that one script alone.
+A document needs no network: style and script are inside, and its security policy allows that one script alone.
 """
 
 import base64
@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """Text that already is HTML."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A cell of a table: what it shows, and the number to sort it by. `share` of its width is shaded, 0 to 1."""
+    """A cell of a table: its text, and the number to sort by. A `share` of its width, from 0 to 1, is shaded."""
 
     shown: object
     number: float | None = None
@@ -34,12 +34,12 @@ def tag(name: str, *inside: object, **attributes: object) -> Markup:
 
 
 def joined(parts: Iterable[object]) -> Markup:
-    """Elements and texts one after the other."""
+    """Concatenates elements and texts."""
     return Markup("".join(x if isinstance(x, Markup) else html.escape(str(x)) for x in parts))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Cell | object]], words: int = 1, **attributes: object) -> Markup:
-    """A table in a box of its own, in which it scrolls where it is wide. The first `words` columns are text."""
+    """A table in a box that scrolls if the table is wide. The first `words` columns are text."""
     side = lambda i: None if i < words else "n"
     titles = tag("tr", *(tag("th", title, scope="col", class_=side(i)) for i, title in enumerate(head)))
     body = [tag("tr", *(_cell(cell, side(i)) for i, cell in enumerate(row))) for row in rows]
@@ -56,24 +56,24 @@ def _cell(cell, side):
 
 
 def section(title: str, *inside: object, **attributes: object) -> Markup:
-    """A part of a page under its heading."""
+    """A section with a heading."""
     return tag("section", tag("h2", title), *inside, **attributes)
 
 
 def breakable(name: str) -> Markup:
-    """A path of a parameter, which may go on in a new line after a slash."""
+    """The path of a parameter, with line breaks allowed after each slash."""
     parts = name.split("/")
     broken = joined(joined([part, Markup("/<wbr>")]) for part in parts[:-1])
     return tag("span", broken, parts[-1], class_="path")
 
 
 def folded(title: str, *inside: object) -> Markup:
-    """An element that is shown when asked for."""
+    """An element that is hidden until it is opened."""
     return tag("details", tag("summary", title), *inside)
 
 
 def document(title: str, *inside: object) -> str:
-    """A whole page."""
+    """A complete document."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     head = (

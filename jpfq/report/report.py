@@ -1,7 +1,7 @@
-"""The report: a quantized network on one page of HTML that needs nothing else, with pictures by matplotlib.
+"""The HTML report of a quantized network: one self-contained file, with plots by matplotlib.
 
-First the figures that matter, then pictures along the depth, the table of all kernels, and how their codes lie on their
-levels; accumulators, inputs, and settings of a sweep where there are such; and what was left as it is, with the reasons.
+It begins with the main metrics, plots along the depth, a table of all kernels, and histograms of their codes. Accumulators,
+inputs, and the settings of a sweep follow if there are any; then the kernels that were skipped, with the reasons.
 """
 
 import importlib.metadata
@@ -14,16 +14,16 @@ import jax
 import numpy as np
 
 from ..calibrate.activation import ActivationQuantizer
-from ..calibrate.outputs import in_words
+from ..calibrate.output_error import in_words
 from ..model.functional import flatten
 from ..network.certify import any_codes_bits
 from ..network.quantized import Quantized
 from ..storage.files import hidden, writing
-from . import plot
+from . import result_plots as plots
 from .html import Cell, Markup, breakable, document, folded, section, table, tag
-from .svg import Frame, Pictures, check_matplotlib
+from .svg import Frame, Plots, check_matplotlib
 
-SHOWN = 12  # histograms to be seen at once
+SHOWN = 12  # histograms that are visible at first
 DRAWN = 200  # histograms at most
 WIDE = Frame(346, 180, left=45, right=10, bottom=34, top=24)
 SMALL = Frame(180, 108, left=28, right=6, bottom=18, top=6)
@@ -34,17 +34,17 @@ def report(
     path: str | os.PathLike,
     *,
     params: Any = None,
-    sweep: plot.Swept | None = None,
+    sweep: plots.Swept | None = None,
     title: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes the page: see `Quantized.report`."""
+    """Writes the report: see `Quantized.report`."""
     path = Path(path)
     _check_path(path, overwrite)
     if title is not None and not isinstance(title, str):
-        raise ValueError(f"title is a text; got {title!r}.")
+        raise ValueError(f"title is a string; got {title!r}.")
     if sweep is not None and not (getattr(sweep, "records", None) and hasattr(sweep, "front")):
-        raise ValueError(f"sweep is what jpfq.sweep returned; got {sweep!r}.")
+        raise ValueError(f"sweep is the result of jpfq.sweep; got {sweep!r}.")
     weights = {} if params is None else _weights(quantized, params)
     check_matplotlib()
     with writing(path), hidden(path.absolute().parent) as beside:
@@ -58,9 +58,9 @@ def report(
     return path.absolute()
 
 
-def html(quantized: Quantized, weights: dict[str, Any], sweep: plot.Swept | None, title: str) -> str:
-    """The page as text. `weights` are those before quantization, by path, where they are known."""
-    draw = Pictures()
+def html(quantized: Quantized, weights: dict[str, Any], sweep: plots.Swept | None, title: str) -> str:
+    """The report as text. `weights` has those before quantization by path, as far as they are known."""
+    draw = Plots()
     parts = [tag("h1", title), _lead(quantized), _cards(quantized)]
     if quantized.tensors:
         parts += [_depth(quantized, draw), _kernels(quantized), _histograms(quantized, weights, draw)]
@@ -76,20 +76,20 @@ def html(quantized: Quantized, weights: dict[str, Any], sweep: plot.Swept | None
 
 
 def _lead(quantized):
-    data = "Errors are relative, on the calibration data: between what the float and the quantized network have there."
+    data = "Errors are relative errors of the quantized against the float network, on the calibration data."
     if quantized.output_error != quantized.output_error and quantized.outputs is None:
-        data += " The network was trained since; figures of its kernels are those of the quantization."
+        data += " The network was trained afterwards; the metrics of its kernels are from before."
     return tag("p", data, class_="lead")
 
 
 def _cards(quantized):
-    """The figures that matter."""
+    """The main metrics."""
     tensors, error = quantized.tensors, quantized.output_error
     cards = [("Kernels quantized", f"{len(tensors):,}", f"{len(quantized.skipped):,} left as they are")]
     if tensors:
         sizes = {path: tensor.codes.size for path, tensor in tensors.items()}
         entropy = sum(sizes[path] * float(quantized.info[path].entropy) for path in tensors) / sum(sizes.values())
-        before, after = sum(map(plot.float_bytes, tensors.values())), quantized.nbytes
+        before, after = sum(map(plots.float_bytes, tensors.values())), quantized.nbytes
         leaves = quantized._functional.leaves
         every = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray)))
         whole = f"the whole network {(every - before + after) / every:.3f} of {_bytes(every)}"
@@ -105,16 +105,15 @@ def _cards(quantized):
 
 
 def _depth(quantized, draw):
-    """Pictures of all kernels in order."""
-    pictures = {
-        plot.errors: "Errors of the kernels' outputs. The floor is what no grid would remove, however fine: it comes with "
-        "the inputs, which kernels before have made.",
-        plot.bits: "Bits per weight. What lies between the bars and the dots, an entropy coder would save.",
-        plot.sizes: "Size of each kernel, before and after.",
-        plot.saturation: "Weights that wanted to go more than half a step beyond the grid. Where they are many, the grid is "
-        "narrow.",
+    """Plots of all kernels in order."""
+    captions = {
+        plots.errors: "Errors of the kernels' outputs. The floor is the error that remains on an arbitrarily fine grid: the "
+        "inputs come from kernels that are quantized themselves.",
+        plots.bits: "Bits per weight. An entropy coder would save the difference between the bars and the dots.",
+        plots.sizes: "Size of each kernel, before and after.",
+        plots.saturation: "Weights more than half a step beyond the grid. If they are many, the grid is too narrow.",
     }
-    made = [_figure(draw(partial(f, quantized), WIDE, words), words) for f, words in pictures.items()]
+    made = [_figure(draw(partial(f, quantized), WIDE, words), words) for f, words in captions.items()]
     lead = "Kernels are numbered in the order of the network, as in the table below."
     return section("Along the depth", tag("p", lead, class_="lead"), tag("div", *made, class_="pictures"))
 
@@ -153,15 +152,15 @@ def _kernels(quantized):
 
 
 def _histograms(quantized, weights, draw):
-    """Codes over levels, kernels of largest error first; those beyond a number are not drawn."""
+    """Histograms of the codes, for the kernels of the largest errors first; at most `DRAWN` of them."""
     numbered = [(number, path) for number, path in enumerate(quantized.tensors, 1)]
     numbered.sort(key=lambda one: -float(quantized.info[one[1]].relative_error))
     made = []
     for number, path in numbered[:DRAWN]:
         tensor, error = quantized.tensors[path], float(quantized.info[path].relative_error)
-        name, figures = tag("b", f"{number} · ", breakable(path)), f"{tensor.grid}, error {100 * error:.2f} %"
-        picture = draw(partial(_histogram, tensor, weights.get(path)), SMALL, f"Codes of {path} over its levels")
-        made.append(tag("figure", tag("figcaption", name, Markup("<br>"), figures), picture))
+        name, caption = tag("b", f"{number} · ", breakable(path)), f"{tensor.grid}, error {100 * error:.2f} %"
+        svg = draw(partial(_histogram, tensor, weights.get(path)), SMALL, f"Codes of {path} over its levels")
+        made.append(tag("figure", tag("figcaption", name, Markup("<br>"), caption), svg))
     lead = "Bars: shares of the weights on each level, in per cent."
     line = (
         " Line: the float weights in the same steps." if weights else " With params= the float weights are drawn too."
@@ -178,8 +177,8 @@ def _histograms(quantized, weights, draw):
 
 
 def _histogram(tensor, weights, ax):
-    """Without words, which the page says once for all."""
-    plot.histogram(tensor, weights, ax).set(xlabel="", ylabel="")
+    """Draws a histogram without labels and legend, which the report has once for all."""
+    plots.histogram(tensor, weights, ax).set(xlabel="", ylabel="")
     ax.locator_params("x", nbins=6)
     ax.locator_params("y", nbins=4)
     if ax.get_legend() is not None:
@@ -191,14 +190,14 @@ def _accumulators(quantized, draw):
     for number, (path, tensor) in enumerate(quantized.tensors.items(), 1):
         if (reach := quantized.info[path].reach) is not None:
             tile, most = any_codes_bits(tensor, reach)
-            figures = (reach.sums.bits, tile, reach.bits, most, reach.outer_bits, reach.ends.max())
-            rows.append([Cell(number, number), breakable(path), *map(_count, figures)])
+            counts = (reach.sums.bits, tile, reach.bits, most, reach.outer_bits, reach.ends.max())
+            rows.append([Cell(number, number), breakable(path), *map(_count, counts)])
     head = ("#", "sums of", "bits", "tile", "needed", "of any codes", "outer bits", "largest sum")
     words = "Widths of the signed integers that hold the sums of each kernel, whatever its inputs."
     return section(
         "Accumulators",
-        tag("p", words, " Needed is what these codes take; of any codes, what any on the grid could.", class_="lead"),
-        tag("div", _figure(draw(partial(plot.accumulators, quantized), WIDE, words)), class_="pictures"),
+        tag("p", words, " Needed: for these codes. Of any codes: for any codes on the grid.", class_="lead"),
+        tag("div", _figure(draw(partial(plots.accumulators, quantized), WIDE, words)), class_="pictures"),
         table(head, rows, words=2, class_="sorted"),
     )
 
@@ -209,24 +208,24 @@ def _inputs(quantized):
         rows = []
         for number, path in enumerate(quantized.tensors, 1):
             uses = quantized.inputs.get(path, [])
-            for use, rounded in enumerate(uses, 1):
+            for use, quantizer in enumerate(uses, 1):
                 name = path if len(uses) == 1 else f"{path}, use {use}"
-                settings = rounded.settings
-                rows.append([Cell(number, number), breakable(name), settings.grid, settings.per, *_levels(rounded)])
+                settings = quantizer.settings
+                rows.append([Cell(number, number), breakable(name), settings.grid, settings.per, *_levels(quantizer)])
         head = ("#", "inputs of", "grid", "step per", "step", "from", "to")
-        parts.append(tag("p", "Inputs of these kernels are rounded while the network runs.", class_="lead"))
+        parts.append(tag("p", "Inputs of these kernels are quantized while the network runs.", class_="lead"))
         parts.append(table(head, rows, words=4, class_="sorted"))
     if quantized.biases:
-        title = f"{len(quantized.biases)} biases took the mean error of their layer"
+        title = f"{len(quantized.biases)} biases are corrected for the mean error of their layer"
         parts.append(folded(title, tag("p", ", ".join(quantized.biases))))
     return section("Inputs and biases", *parts)
 
 
-def _levels(rounded: ActivationQuantizer):
-    """Step and ends of what a layer's inputs are rounded to, over all its channels where each has its own."""
-    if rounded.levels is None:
+def _levels(quantizer: ActivationQuantizer):
+    """The step and the range of a quantizer; over all channels if each has its own."""
+    if quantizer.levels is None:
         return ("taken from the row", "", "")
-    step, zero, lo, hi = (np.asarray(getattr(rounded.levels, x), np.float64) for x in ("step", "zero", "lo", "hi"))
+    step, zero, lo, hi = (np.asarray(getattr(quantizer.levels, x), np.float64) for x in ("step", "zero", "lo", "hi"))
     shown = f"{step.min():.4g}" if step.min() == step.max() else f"{step.min():.4g} to {step.max():.4g}"
     ends = (step * (lo - zero)).min(), (step * (hi - zero)).max()
     return Cell(shown, float(step.min())), *(_number(x, ".4g") for x in ends)
@@ -236,11 +235,11 @@ def _sweep(sweep, draw):
     records, front = sweep.records, set(sweep.front)
     shown = lambda x: _number(x, ".5g") if isinstance(x, float) else x
     rows = [["*" if i in front else "", *map(shown, record.values())] for i, record in enumerate(records)]
-    words = f"{len(records):,} settings. Those of the front no other beats in both loss and bits per weight."
+    words = f"{len(records):,} settings. No setting beats those of the front in both loss and bits per weight."
     return section(
         "Sweep",
         tag("p", words, class_="lead"),
-        tag("div", _figure(draw(partial(plot.front, sweep), WIDE, words)), class_="pictures"),
+        tag("div", _figure(draw(partial(plots.front, sweep), WIDE, words)), class_="pictures"),
         folded("All settings", table(["front", *records[0]], rows, words=1, class_="sorted")),
     )
 
@@ -257,8 +256,8 @@ def _footer(quantized):
     return tag("footer", f"Written with {versions}. {peak}")
 
 
-def _figure(picture, words=""):
-    return tag("figure", picture, tag("figcaption", words) if words else "")
+def _figure(svg, words=""):
+    return tag("figure", svg, tag("figcaption", words) if words else "")
 
 
 def _weights(quantized, params):
@@ -268,22 +267,22 @@ def _weights(quantized, params):
     for path, tensor in quantized.tensors.items():
         if path not in given:
             raise ValueError(
-                f"params have no leaf {path!r}, which is quantized. They are to have the structure of quantized.params (of "
-                f"a Linen module the collection 'params' alone); got {', '.join(paths[:8]) or 'no leaves'}."
+                f"params have no leaf {path!r}, which is quantized. Give them in the structure of quantized.params (for a "
+                f"Linen module the collection 'params' alone); got {', '.join(paths[:8]) or 'no leaves'}."
             )
         if np.shape(given[path]) != tensor.shape:
-            raise ValueError(f"params: {path} is of shape {tensor.shape}; got {np.shape(given[path])}.")
+            raise ValueError(f"params: {path} must have shape {tensor.shape}; got {np.shape(given[path])}.")
     return given
 
 
 def _check_path(path: Path, overwrite: bool):
-    """Before the work, not after it."""
+    """Raises if the report cannot be written there, before any work is done."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it, such as {path / 'report.html'}.")
     if path.suffix not in (".html", ".htm"):
         raise ValueError(f"The report is an .html file; got {path.name!r}.")
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"There is no folder {path.absolute().parent} for the report.")
+        raise ValueError(f"There is no folder {path.absolute().parent} for the report. Create it first.")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} is there already: pass overwrite=True to replace it.")
 
@@ -297,7 +296,7 @@ def _count(value: Any) -> Cell:
 
 
 def _bytes(count: float) -> str:
-    """In the unit that leaves one to three digits before the point."""
+    """A size in the unit that leaves one to three digits before the point."""
     if count < 1000:
         return f"{count:.0f} bytes"
     for unit in ("kB", "MB", "GB", "TB"):

@@ -1,7 +1,7 @@
-"""Pictures inside a page: matplotlib's SVG in the fonts of the page, and in colours that the page sets.
+"""Plots inside HTML: matplotlib's SVG with the fonts and colours of the document.
 
-A colour is drawn as one that nothing else has, and then named: `var(--ink)` is what the page's style says, by day and by
-night. Nothing is kept that refers to anything outside the picture.
+Each colour is drawn as a value that is used for nothing else, and then replaced by a variable such as `var(--ink)`, which
+the style sheet sets for light and dark screens. References to anything outside the plot are removed.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .html import Markup, tag
-from .plot import BLUE, GRAY, GREEN, NEEDED, ORANGE
+from .result_plots import BLUE, GRAY, GREEN, NEEDED, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,16 +56,16 @@ STYLE: dict[Any, Any] = {  # of matplotlib
 
 
 def check_matplotlib() -> None:
-    """Raises where there is no matplotlib."""
+    """Raises if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(NEEDED)
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A picture and what is left around its axes, in points; letters are 9 points high. A page stretches it to a column.
+    """The size of a plot and of the margins around its axes, in points; fonts have 9 points.
 
-    Margins are fixed, so that axes of pictures side by side are in line.
+    Margins are fixed, so that the axes of neighbouring plots are aligned. HTML stretches plots to the width of a column.
     """
 
     width: float
@@ -77,24 +77,24 @@ class Frame:
 
     @property
     def axes(self) -> tuple[float, float, float, float]:
-        """Left, bottom, width and height of the axes as shares of the picture."""
+        """Left, bottom, width and height of the axes, relative to the size of the plot."""
         across, up = self.width - self.left - self.right, self.height - self.bottom - self.top
         return self.left / self.width, self.bottom / self.height, across / self.width, up / self.height
 
 
-class Pictures:
-    """Makes the pictures of one page, whose names must not meet."""
+class Plots:
+    """Renders the plots of one document, with ids that are unique in it."""
 
     def __init__(self):
         self._numbers = itertools.count(1)
 
     def __call__(self, draw: "Callable[[Axes], Any]", frame: Frame, label: str) -> Markup:
-        """Renders what `draw` puts on axes as SVG. `label` says what is to be seen to those who do not see it."""
+        """Renders what `draw` draws on axes as SVG. `label` is the description for screen readers."""
         import matplotlib
         from matplotlib.figure import Figure
 
         with matplotlib.rc_context():
-            matplotlib.rcdefaults()  # whatever style the reader works in
+            matplotlib.rcdefaults()  # ignores the user's style
             matplotlib.rcParams.update(STYLE)
             figure = Figure(figsize=(frame.width / 72, frame.height / 72))
             ax = figure.add_axes(frame.axes)
@@ -107,7 +107,7 @@ class Pictures:
 
 
 def inline(svg: str, name: str, label: str) -> Markup:
-    """An SVG document of matplotlib's as an element of a page. `name` begins the names of its parts."""
+    """An SVG document by matplotlib as an HTML element. `name` is the prefix of all its ids."""
     box = re.search(r'viewBox="([-0-9. ]+)"', svg)
     assert box, "matplotlib writes a viewBox"
     body = svg[svg.index(">", box.end()) + 1 : svg.rindex("</svg>")]

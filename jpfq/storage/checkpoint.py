@@ -31,7 +31,7 @@ import safetensors.numpy
 from ..calibrate.batches import Shaped
 from ..calibrate.fingerprint import checksum, differences, setting, shape_of, steady, versions
 from ..calibrate.hosts import spans_hosts
-from ..calibrate.solved import SiteRequest, SiteResult
+from ..calibrate.site_result import SiteRequest, SiteResult
 from ..matrix import Devices
 from ..model.canonical import by_code
 from ..model.functional import Functional, numbered

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ..calibrate.activation import ActivationQuantizer
-from ..calibrate.outputs import OutputError
+from ..calibrate.output_error import OutputError
 from ..matrix.explicit_mesh import anywhere, automatic
 from ..model.adapters import adapt, adapter_of, phrase_of
 from ..model.functional import Functional, numbered

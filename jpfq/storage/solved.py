@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..calibrate.activation import ActivationQuantizer
-from ..calibrate.solved import SiteRequest, SiteResult
+from ..calibrate.site_result import SiteRequest, SiteResult
 from ..matrix import Devices, Info, Solution, code_dtype
 from ..scalar import Bounded, SumSpec, WorstCase
 from .codec import decode, encode

@@ -1,1 +1,1 @@
-"""Many runs: comparisons, pictures, the command line."""
+"""Many runs: sweeps, comparisons, their plots, the command line."""

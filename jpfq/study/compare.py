@@ -1,4 +1,4 @@
-"""Several recipes on one model, side by side: the table and the records behind a picture."""
+"""Compares several methods on one model: trials, and a table of them."""
 
 import dataclasses
 import time
@@ -17,20 +17,20 @@ from ..scalar import Grid, MinMSE
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model to be quantized, and how good it is."""
+    """A model to be quantized, with its data and its score."""
 
     name: str
     model: Any
     state: Any  # variables of a Linen module, params of a function, None for NNX
     batches: Sequence
-    evaluate: Callable[[Any], Any] | None  # of variables, params or an NNX model: larger is better
+    evaluate: Callable[[Any], Any] | None  # from variables, params or an NNX model to a score; larger is better
 
     def quantize(self, rules, **options: Any) -> Quantized:
-        """This model under the given rules; options are those of `jpfq.quantize`."""
-        return quantize(self.model, self.batches, rules, **self.given, **options)
+        """Quantizes this model; options are those of `jpfq.quantize`."""
+        return quantize(self.model, self.batches, rules, **self.arguments, **options)
 
     def score(self, quantized: Quantized | None = None) -> float | None:
-        """The score that `evaluate` gives to the float model, or to a quantized one."""
+        """The score of the float model, or of a quantized one."""
         if self.evaluate is None:
             return None
         if quantized is None:
@@ -38,11 +38,11 @@ class Subject:
         return float(self.evaluate(self.state_of(quantized)))
 
     def state_of(self, quantized: Quantized) -> Any:
-        """The argument that `evaluate` takes, of a quantized network."""
-        return getattr(quantized, next(iter(self.given), "model"))
+        """The argument of `evaluate` for a quantized network."""
+        return getattr(quantized, next(iter(self.arguments), "model"))
 
     @property
-    def given(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """The arguments that `jpfq.quantize` and `jpfq.load` take besides the model."""
         argument = adapter_of(self.model).argument
         return {} if self.state is None or argument is None else {argument: self.state}
@@ -50,12 +50,12 @@ class Subject:
     @property
     def functional(self) -> Functional:
         """The float model as a pure function."""
-        return adapt(self.model, self.given.get("variables"), self.given.get("params"), None)
+        return adapt(self.model, self.arguments.get("variables"), self.arguments.get("params"), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One recipe on one model."""
+    """The result of one grid and method on one model."""
 
     subject: str
     grid: Grid
@@ -69,16 +69,16 @@ class Trial:
     kernels: list[dict[str, Any]]
     skipped: dict[str, str]
     summary: str  # of all its kernels
-    unmatched: int = 0  # outputs that are NaN or infinite in one of the two networks only, which makes the error nan
+    unmatched: int = 0  # outputs that are NaN or infinite in one of the two networks only; the error is then nan
 
-    def figures(self, kernels: bool = False) -> dict[str, Any]:
-        """All of it that goes into a record, with or without its kernels."""
+    def as_record(self, kernels: bool = False) -> dict[str, Any]:
+        """The fields for a JSON document, with or without the kernels."""
         record = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "summary"}
         return record if kernels else {name: x for name, x in record.items() if name != "kernels"}
 
 
 _PLAIN = {"scale": MinMSE(), "order": Natural(), "finish": None, "shrinkage": None}
-METHODS: dict[str, dict] = {  # what a rule says besides the grid
+METHODS: dict[str, dict] = {  # the settings of a rule besides the grid
     "MSQ": {"method": MSQ(), **_PLAIN},
     "GPFQ": {"method": GPFQ(), **_PLAIN},
     "OPTQ": {"method": OPTQ(), **_PLAIN},
@@ -91,20 +91,20 @@ SHOWN = ("MSQ", "GPFQ", "best")
 def attempt(
     subject: Subject, grid: Grid, method: str, rules: Sequence[Rule] | None = None, **options: Any
 ) -> tuple[Trial, Quantized]:
-    """Quantizes a model with a grid and a method of `METHODS`, or as the rules say that these mean."""
+    """Quantizes a model with a grid and a method of `METHODS`, or with the given rules in their place."""
     start = time.perf_counter()
     quantized = subject.quantize(rules or [Rule(".*", grid=grid, **METHODS[method])], **options)
     seconds = time.perf_counter() - start
     unmatched = quantized.outputs.unmatched if quantized.outputs is not None else 0
     full = sum(tensor.codes.size * tensor.dtype.itemsize for tensor in quantized.tensors.values())
-    figures = (quantized.bits_per_weight, quantized.nbytes, full, quantized.output_error, seconds)
+    metrics = (quantized.bits_per_weight, quantized.nbytes, full, quantized.output_error, seconds)
     about = (
         [_kernel(quantized, path) for path in quantized.tensors],
         quantized.skipped,
         quantized.summary(),
         unmatched,
     )
-    return Trial(subject.name, grid, method, subject.score(quantized), *figures, *about), quantized
+    return Trial(subject.name, grid, method, subject.score(quantized), *metrics, *about), quantized
 
 
 def _kernel(quantized, path):
@@ -120,9 +120,9 @@ def _kernel(quantized, path):
 
 
 def trial_table(trials: Sequence[Trial], floats: dict[str, float | None]) -> str:
-    """One line per model and grid: float score, score and output error of each method, size, time.
+    """A table with one line per model and grid: size, the float score, each method's score and output error, and time.
 
-    Below it, why an error is nan.
+    Notes below it explain errors that are nan.
     """
     methods = list(dict.fromkeys(trial.method for trial in trials))
     scored = any(score is not None for score in floats.values())
@@ -141,7 +141,7 @@ def trial_table(trials: Sequence[Trial], floats: dict[str, float | None]) -> str
         rows.append(row)
     reasons = [
         f"{trial.subject}, {trial.grid}, {trial.method}: {trial.unmatched:,} outputs are NaN or infinite in one of the "
-        "two networks only, so that there is no error."
+        "two networks only, so there is no error."
         for trial in trials
         if trial.unmatched
     ]

@@ -1,6 +1,6 @@
 """The demo: a Linen CNN and an NNX MLP, trained on handwritten digits in seconds, then quantized to a few bits.
 
-The digits are the 1797 pictures of 8 x 8 pixels that come with scikit-learn; nothing is downloaded.
+The digits are the 1797 images of 8 x 8 pixels that are part of scikit-learn; nothing is downloaded.
 """
 
 from collections.abc import Callable
@@ -48,35 +48,35 @@ class MLP(nnx.Module):
 
 
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Training pictures and labels, test pictures and labels; pictures are (n, 8, 8, 1) in [0, 1]."""
+    """Training images and labels, then test images and labels. Images are (n, 8, 8, 1) in [0, 1]."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ValueError("The demo needs scikit-learn for its pictures: pip install 'jpfq[demo]'.") from error
-    pictures, labels = map(np.asarray, load_digits(return_X_y=True))
-    pictures = (pictures / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+        raise ValueError("The demo needs scikit-learn for its images: pip install 'jpfq[demo]'.") from error
+    images, labels = map(np.asarray, load_digits(return_X_y=True))
+    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
     order = np.random.default_rng(0).permutation(len(labels))
     train, test = order[:1024], order[1024:]
-    return pictures[train], labels[train], pictures[test], labels[test]
+    return images[train], labels[train], images[test], labels[test]
 
 
 def subjects() -> list[Subject]:
     """Both trained models, ready to be quantized."""
-    pictures, labels, test, answers = digits()
-    batches = [jnp.asarray(part) for part in np.split(pictures, 4)]
+    images, labels, test, answers = digits()
+    batches = [jnp.asarray(part) for part in np.split(images, 4)]
     share = lambda logits: 100 * float(np.mean(np.argmax(logits, -1) == answers))
-    cnn, variables = train_cnn(pictures, labels)
+    cnn, variables = train_cnn(images, labels)
     apply, call = jax.jit(cnn.apply), nnx.jit(lambda model, x: model(x))
     return [
         Subject("CNN (Linen)", cnn, variables, batches, lambda variables: share(apply(variables, test))),
-        Subject("MLP (NNX)", train_mlp(pictures, labels), None, batches, lambda model: share(call(model, test))),
+        Subject("MLP (NNX)", train_mlp(images, labels), None, batches, lambda model: share(call(model, test))),
     ]
 
 
-def train_cnn(pictures, labels) -> tuple[CNN, Any]:
+def train_cnn(images, labels) -> tuple[CNN, Any]:
     """The trained CNN and its variables."""
     model = CNN()
-    variables = model.init(jax.random.key(0), pictures[:1])
+    variables = model.init(jax.random.key(0), images[:1])
     optimizer = _optimizer(len(labels))
 
     @jax.jit
@@ -95,11 +95,11 @@ def train_cnn(pictures, labels) -> tuple[CNN, Any]:
         nonlocal variables, state
         variables, state = step(variables, state, x, y)
 
-    _epochs(pictures, labels, one)
+    _epochs(images, labels, one)
     return model, variables
 
 
-def train_mlp(pictures, labels) -> MLP:
+def train_mlp(images, labels) -> MLP:
     """The trained MLP."""
     model = MLP(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, _optimizer(len(labels)), wrt=nnx.Param)
@@ -109,7 +109,7 @@ def train_mlp(pictures, labels) -> MLP:
         loss = lambda model: optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
         optimizer.update(model, nnx.grad(loss)(model))
 
-    _epochs(pictures, labels, lambda x, y: step(model, optimizer, x, y))
+    _epochs(images, labels, lambda x, y: step(model, optimizer, x, y))
     model.eval()
     return model
 
@@ -118,10 +118,10 @@ def _optimizer(samples):
     return optax.adam(optax.cosine_decay_schedule(3e-3, EPOCHS * (samples // BATCH)))
 
 
-def _epochs(pictures, labels, step: Callable):
+def _epochs(images, labels, step: Callable):
     generator = np.random.default_rng(0)
     for _ in range(EPOCHS):
         order = generator.permutation(len(labels))
         for start in range(0, len(order) - BATCH + 1, BATCH):
-            here = order[start : start + BATCH]
-            step(jnp.asarray(pictures[here]), jnp.asarray(labels[here]))
+            batch = order[start : start + BATCH]
+            step(jnp.asarray(images[batch]), jnp.asarray(labels[batch]))

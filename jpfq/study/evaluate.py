@@ -1,4 +1,4 @@
-"""The quality of a quantized network: its score, and the error of its outputs against those of the float network."""
+"""Evaluates a quantized network: its score, and the error of its outputs against those of the float network."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from ..calibrate.batches import Weighted, read_batches
-from ..calibrate.outputs import Comparison, OutputError
+from ..calibrate.output_error import Comparison, OutputError
 from ..calibrate.row_weights import RowWeights
 from ..matrix.explicit_mesh import automatic, runs_anywhere
 from ..model.mesh import on_auto_axes
@@ -20,14 +20,15 @@ from .compare import Subject
 
 @runs_anywhere
 def evaluate(subject: Subject, quantized: Quantized) -> dict[str, Any]:
-    """Figures of a quantized network of a subject.
+    """Metrics of a quantized network.
 
-    float_score, score: what `evaluate` says of the float network and of the quantized weights; None where nobody scores. It
-        is given parameters or a model, so that it does not see inputs of layers being rounded.
-    weights_error: relative error of the outputs on the batches, as `Quantized.output_error`, with quantized weights alone;
-        None where there is none, and nan where outputs are unmatched.
-    output_error: likewise with the inputs of layers rounded too, as `quantized.apply` does; the same where there are none.
-    weights_unmatched, output_unmatched: how many outputs are NaN or infinite in one of the networks only.
+    float_score, score: the scores of the float network and of the quantized weights; None without `evaluate`. It takes
+        parameters or a model, so that quantized activations do not affect it.
+    weights_error: relative error of the outputs on the batches, as in `Quantized.output_error`, with quantized weights
+        alone; None if there is nothing to compare, and nan if outputs are unmatched.
+    output_error: the same with quantized activations too, as in `quantized.apply`.
+    weights_unmatched, output_unmatched: the number of outputs that are NaN or infinite in one of the networks only.
+    inputs_rounded: the number of kernels with quantized inputs.
     """
     functional = on_auto_axes(subject.functional)
     outputs = jax.jit(functools.partial(run, dataclasses.replace(functional, leaves=())))
@@ -41,12 +42,12 @@ def evaluate(subject: Subject, quantized: Quantized) -> dict[str, Any]:
         exact, made = outputs(leaves, {}, batch), outputs(new, {}, batch)
         weights.append(_compared(exact, made, counted))
         whole.append(_compared(exact, outputs(new, inputs, batch), counted) if inputs else weights[-1])
-    weights, whole = (functools.reduce(operator.add, parts).error.whole for parts in (weights, whole))
+    weights, whole = (functools.reduce(operator.add, parts).error.overall for parts in (weights, whole))
     return {
         "float_score": subject.score(),
         "score": subject.score(quantized),
-        "weights_error": _figure(weights),
-        "output_error": _figure(whole),
+        "weights_error": _error(weights),
+        "output_error": _error(whole),
         "weights_unmatched": weights.unmatched,
         "output_unmatched": whole.unmatched,
         "inputs_rounded": len(quantized.inputs),
@@ -54,7 +55,7 @@ def evaluate(subject: Subject, quantized: Quantized) -> dict[str, Any]:
 
 
 def _counted(functional, weighted):
-    """A batch as the model takes it, and weights of the entries of each output; None where all count."""
+    """The batch without its weights, and the weights of each output; None if all count."""
     (group,) = read_batches([weighted])
     if group.weights[0] is None:
         return group.example, None
@@ -67,6 +68,6 @@ def _compared(exact, made, counted) -> Comparison:
     return Comparison.of(jax.tree.leaves(exact), jax.tree.leaves(made), (), counted)
 
 
-def _figure(outputs: OutputError) -> float | None:
-    """The error of all outputs; None where there is none to tell."""
-    return outputs.figure if outputs.unmatched or outputs.error == outputs.error else None
+def _error(outputs: OutputError) -> float | None:
+    """The error of all outputs; None if there is nothing to compare."""
+    return outputs.error_or_nan if outputs.unmatched or outputs.error == outputs.error else None

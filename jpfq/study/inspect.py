@@ -1,11 +1,11 @@
-"""The contents of a saved result, kernel by kernel."""
+"""Describes a saved result, kernel by kernel."""
 
 import os
 from typing import Any
 
 import jax
 
-from ..calibrate.outputs import in_words
+from ..calibrate.output_error import in_words
 from ..model.adapters import phrase_of
 from ..network.table import table
 from ..storage.leaves import SUFFIXES
@@ -14,10 +14,10 @@ from ..storage.store import read, seal
 
 
 def inspect(folder: str | os.PathLike) -> dict[str, Any]:
-    """Figures of a saved result, in terms of JSON.
+    """The contents of a saved result as a JSON document.
 
-    Bytes are those on disk: of a kernel its codes, steps and zero points; of the folder everything. `float_bytes` are those
-    that all parameters and state would take as they were given.
+    Bytes are those of the files: for a kernel its codes, steps and zero points, for the result everything. `float_bytes` is
+    the size of all parameters and state before quantization.
     """
     document, arrays = read(folder)
     sizes = {name: x.nbytes for name, x in arrays.items()}
@@ -48,8 +48,8 @@ def inspect(folder: str | os.PathLike) -> dict[str, Any]:
     }
 
 
-def inspected(figures: dict[str, Any]) -> str:
-    """The same as text."""
+def as_text(contents: dict[str, Any]) -> str:
+    """The same as a text with tables."""
     share = lambda x: "" if x is None else f"{x:.2%}"
     rows = [
         (
@@ -60,20 +60,20 @@ def inspected(figures: dict[str, Any]) -> str:
             share(k["error"]),
             f"{k['bytes']:,}",
         )
-        for k in figures["kernels"]
+        for k in contents["kernels"]
     ]
     lines = [table(("kernel", "shape", "grid", "bits", "error", "bytes"), rows)]
-    if figures["skipped"]:
-        lines.append(table(("left as it is", "because"), list(figures["skipped"].items())))
+    if contents["skipped"]:
+        lines.append(table(("left as it is", "because"), list(contents["skipped"].items())))
     lines.append(
-        f"Made of {phrase_of(figures['model'])} by jpfq {figures['versions'].get('jpfq')}. "
-        f"{figures['bytes']:,} bytes on disk, everything included; as given {figures['float_bytes']:,}. "
-        f"Relative error of the outputs: {figures['output_error_in_words']}."
+        f"Made from {phrase_of(contents['model'])} by jpfq {contents['versions'].get('jpfq')}. "
+        f"{contents['bytes']:,} bytes in files, everything included; {contents['float_bytes']:,} before quantization. "
+        f"Relative error of the outputs: {contents['output_error_in_words']}."
     )
     return "\n\n".join(lines)
 
 
 def _number(x):
-    """As JSON has it, which knows no numbers that are not finite."""
+    """A number for JSON, which has none that are not finite; None for those."""
     value = float(x)
     return value if abs(value) < float("inf") else None

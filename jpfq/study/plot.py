@@ -1,20 +1,20 @@
-"""Pictures on matplotlib axes: of a quantized network, of a sweep, of comparisons; and files of the latter two.
+"""`jpfq.plot`: plots of a quantized network (from report/result_plots.py), of a sweep, and of comparisons.
 
-`jpfq.plot` is this file. What is drawn goes on `ax`, or on the axes of a new figure where that is left out.
+Functions draw on `ax`, or on the axes of a new figure if that is None. Those with a `path` write a file.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..report.plot import BLUE, GRAY, GREEN, NEEDED, ORANGE, Swept, given_or_new
-from ..report.plot import accumulators as accumulators
-from ..report.plot import bits as bits
-from ..report.plot import errors as errors
-from ..report.plot import front as front
-from ..report.plot import histogram as histogram
-from ..report.plot import saturation as saturation
-from ..report.plot import sizes as sizes
+from ..report.result_plots import BLUE, GRAY, GREEN, NEEDED, ORANGE, Swept, given_or_new
+from ..report.result_plots import accumulators as accumulators
+from ..report.result_plots import bits as bits
+from ..report.result_plots import errors as errors
+from ..report.result_plots import front as front
+from ..report.result_plots import histogram as histogram
+from ..report.result_plots import saturation as saturation
+from ..report.result_plots import sizes as sizes
 from ..scalar import Grid
 from .compare import Trial
 
@@ -25,7 +25,7 @@ COLORS = {"MSQ": ORANGE, "GPFQ": BLUE, "best": GREEN}
 
 
 def scores(trials: Sequence[Trial], exact: float | None = None, ax: "Axes | None" = None) -> "Axes":
-    """Scores of one model against log2 of the number of levels, a line for each method; the float score is dashed."""
+    """Plots the scores of one model against log2 of the number of levels, with a line per method and the float score."""
     ax = given_or_new(ax)
     scored = [trial for trial in trials if trial.score is not None]
     for method in dict.fromkeys(trial.method for trial in scored):
@@ -37,12 +37,12 @@ def scores(trials: Sequence[Trial], exact: float | None = None, ax: "Axes | None
     ax.set_xticks([x for x, _ in ticks], [label for _, label in ticks])
     ax.set(xlabel="bits per weight: log2(levels)", ylabel="accuracy, %")
     ax.grid(alpha=0.3)
-    ax.legend(loc="lower right", frameon=False)  # where more bits score less, which is rare
+    ax.legend(loc="lower right", frameon=False)  # a corner that is usually empty, as more bits score higher
     return ax
 
 
 def score_against_bits(trials: Sequence[Trial], floats: dict[str, float | None], path: Path) -> None:
-    """Saves one panel for each model, as `scores` draws it."""
+    """Saves a figure with one panel for each model, drawn by `scores`."""
     names = list(dict.fromkeys(trial.subject for trial in trials))
     figure = _figure(5 * len(names))
     for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
@@ -51,7 +51,7 @@ def score_against_bits(trials: Sequence[Trial], floats: dict[str, float | None],
 
 
 def loss_against_bits(sweep: Swept, path: Path) -> None:
-    """Saves the loss of every setting of a sweep against its bits per weight, as `front` draws it."""
+    """Saves a figure of losses against bits per weight, drawn by `front`."""
     figure = _figure(6)
     front(sweep, figure.subplots())
     figure.savefig(path, dpi=150)

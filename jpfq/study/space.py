@@ -1,4 +1,4 @@
-"""The space of a sweep: settings, and what rules each of them means."""
+"""The space of a sweep: its settings, and the rules that each of them stands for."""
 
 import dataclasses
 import functools
@@ -11,18 +11,17 @@ import numpy as np
 
 from ..network.rules import Rule, as_rules
 
-FIGURES = ("loss", "output_error", "bits_per_weight", "nbytes")  # what a record says besides its setting
+METRICS = ("loss", "output_error", "bits_per_weight", "nbytes")  # the entries of a record besides its setting
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Space:
-    """The settings of a sweep: all combinations of some values, and what rules each of them means.
+    """The settings of a sweep: all combinations of the given values, and the rules of each.
 
     Args:
-        rules: makes the rules of one setting from its values, by name. Left out, the values are those of one
-            `Rule(".*", ..)`.
-        **axes: a name and its values, as many as you like. An axis `seed` gives every setting a random key of its own,
-            `jax.random.key(seed)`, and is not passed to `rules`.
+        rules: a function from the values of one setting, by name, to its rules. None means `Rule(".*", **values)`.
+        **axes: names with their values. An axis `seed` gives every setting its own random key, `jax.random.key(seed)`,
+            and is not passed to `rules`.
 
     `points` lists the settings.
 
@@ -46,11 +45,11 @@ class Space:
 
     @classmethod
     def listed(cls, points: Iterable[Mapping[str, Any]], rules: Callable[..., Any] | None = None) -> "Space":
-        """The settings as they are listed, each by the values of its names.
+        """A space of the listed settings, instead of all combinations.
 
         Args:
             points: settings, each a dict of values by name.
-            rules: as for `Space`.
+            rules: the same as for `Space`.
 
         Examples:
             >>> scales = jpfq.scale.MinError(), jpfq.scale.AbsMax()
@@ -65,12 +64,12 @@ class Space:
     def _set(self, rules, points):
         if not points:
             raise ValueError("The space is empty: give names and values, such as jpfq.Space(bits=[2, 3, 4]).")
-        taken = sorted(set(FIGURES) & set(points[0]))
+        taken = sorted(set(METRICS) & set(points[0]))
         if taken or any(set(point) != set(points[0]) for point in points):
-            what = f"{taken} are names of results" if taken else "all settings need the same names"
+            what = f"{taken} are names of results; choose others" if taken else "all settings need the same names"
             raise ValueError(f"The names of a space cannot be used: {what}.")
         if rules is not None and not callable(rules):
-            raise ValueError(f"Space takes a function from values to rules before its axes; got {rules!r}.")
+            raise ValueError(f"The first argument of Space is a function from values to rules; got {rules!r}.")
         object.__setattr__(self, "rules", rules or functools.partial(Rule, ".*"))
         object.__setattr__(self, "points", tuple(points))
 
@@ -91,14 +90,14 @@ class Space:
         try:
             return as_rules(self.rules(**{name: value for name, value in point.items() if name != "seed"}))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"The setting ({words(point)}) makes no rules: {error}") from error
+            raise ValueError(f"The setting ({in_words(point)}) does not give rules: {error}") from error
 
 
 def _plain(value):
-    """A Python number in place of an array that holds one: it may be a setting that must be known beforehand."""
+    """A Python number instead of an array that holds one, because some settings must be static."""
     return value.item() if isinstance(value, (np.generic, np.ndarray, jax.Array)) and np.ndim(value) == 0 else value
 
 
-def words(point: Mapping[str, Any]) -> str:
+def in_words(point: Mapping[str, Any]) -> str:
     """A setting as text."""
     return ", ".join(f"{name}={value}" for name, value in point.items())

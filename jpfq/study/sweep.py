@@ -1,9 +1,8 @@
-"""Sweeps: many settings of one model in one walk.
+"""Sweeps: many settings of one model in one run of calibration.
 
-The float network runs once. Settings that differ in numbers alone are lanes of one program: their quantized networks,
-Grams, solves and scores have a leading axis. Settings that differ otherwise (method, order, group size) are tracks of the
-same walk, one after the other at each layer. Only what changes which kernels are quantized, or whether their inputs are,
-takes a walk of its own.
+The float network runs once. Settings that differ only in numbers are lanes of one program: their quantized networks, Grams,
+solves and scores have a leading axis. Settings that differ otherwise (method, order, group size) are tracks of the same run,
+which take turns at each layer. A separate run is needed only for settings that quantize other kernels or other inputs.
 """
 
 import collections
@@ -19,27 +18,29 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ..calibrate.batches import Shaped, naming, shapes_of
-from ..calibrate.places import stops
-from ..calibrate.progress import Report, Step, progress_of
-from ..calibrate.walk import TrackSettings, walk
+from ..calibrate.loop import TrackSettings, calibrate
+from ..calibrate.progress import Reporter, Step, progress_of
+from ..calibrate.stops import group_by_input
+from ..calibrate.stream import StreamOptions
 from ..matrix.explicit_mesh import automatic, context, no_mesh
 from ..matrix.lanes import lane, over_lanes, stack
 from ..model.adapters import adapt
 from ..model.functional import Functional
-from ..model.keys import typed
 from ..model.mesh import LanesMesh
-from ..network.analysis import Analysis, activations_of, check_key, couple, find_all_kernels, rule_all
+from ..model.random_keys import typed
+from ..network.analysis import Analysis, activations_of, analyse_all, check_key, couple, find_all_kernels
 from ..network.plan import plan_of, steps_of
 from ..network.quantize import assemble, place, streams_of, uses_of
 from ..network.quantized import Quantized
-from .space import FIGURES, Space, words
-from .swept import Chunk, Sweep
+from ..scalar.predicates import is_count
+from .space import METRICS, Space, in_words
+from .sweep_result import Chunk, Sweep
 
-KEPT = 16  # compiled functions that score
+CACHE = 16  # compiled functions of losses; the least recently used is evicted
 
 
 class _Setting(NamedTuple):
-    """One point of a space, and what it means for the model."""
+    """One point of a space, applied to the model."""
 
     point: dict[str, Any]
     analyses: list[Analysis]  # by shape of batch
@@ -69,23 +70,23 @@ def sweep(
 ) -> Sweep:
     """Quantizes a model under many settings at once.
 
-    Each result is what `quantize` makes of that setting by itself.
+    Each result is the same as that of `quantize` with this setting.
 
     Args:
-        model, batches, variables, params, kwargs, offload, strict, progress: as for `jpfq.quantize`.
+        model, batches, variables, params, kwargs, offload, strict, progress: the same as for `jpfq.quantize`.
         space: the settings.
-        evaluate: takes a `Quantized`, of which it may use `params`, `variables`, `model` and `apply`, and returns a loss:
-            a scalar array, the smaller the better. It is compiled, so it is made of JAX operations; and once for one model,
-            as `jax.jit` does, so what it reads besides must not change.
-        lanes: how many settings are computed as one program at most; None for as many as can be. Fewer take less memory.
-        sharding: how the settings are split over devices, such as `NamedSharding(mesh, PartitionSpec("sweep"))`. Model and
-            batches lie on other axes of that mesh, or on no mesh, and neurons are not split then; `lanes` is rounded up to
-            a multiple of the devices of that axis. Left out, all settings are computed where the model is.
-        key: for roundings and patches that draw, the same for all settings; an axis `seed` of the space gives each its own.
-        memory: bytes to stay within; None for what the device has.
+        evaluate: a function from a `Quantized` to a loss, a scalar array; smaller is better. It may use `params`,
+            `variables`, `model` and `apply`. Like any function under `jax.jit`, it must consist of JAX operations, and is
+            compiled once per model, so other values that it reads must not change.
+        lanes: the largest number of settings in one program; None for no limit. Fewer take less memory.
+        sharding: splits the settings over devices: `NamedSharding(mesh, PartitionSpec("sweep"))`, for example. Model and
+            batches are then on other axes of that mesh, or on no mesh; neurons are not split, and `lanes` is rounded up to
+            a multiple of the devices along that axis. None computes all settings where the model is.
+        key: for random roundings and patches, the same for all settings. An axis `seed` of the space gives each its own.
+        memory: the limit in bytes; None for the memory of the device.
 
     Raises:
-        ValueError: for settings that `quantize` would refuse, and where the memory does not suffice for so many at once.
+        ValueError: `quantize` would refuse a setting, or there is not enough memory for so many at once.
 
     Examples:
         >>> sweep = jpfq.sweep(model, batches, jpfq.Space(bits=[2, 3, 4]), variables=variables)
@@ -95,10 +96,10 @@ def sweep(
     """
     if not isinstance(space, Space):
         raise ValueError(f"space is a jpfq.Space, such as jpfq.Space(bits=[2, 3, 4]); got {space!r}.")
-    if lanes is not None and (not isinstance(lanes, int) or isinstance(lanes, bool) or lanes < 1):
+    if lanes is not None and not is_count(lanes):
         raise ValueError(f"lanes is a positive number of settings, or None; got {lanes!r}.")
     if callable(batches) and not isinstance(batches, Iterable):
-        raise ValueError("A sweep takes batches, and no function that makes fresh ones for each layer.")
+        raise ValueError("A sweep does not support fresh batches for each layer: pass batches instead of a function.")
     functional = adapt(model, variables, params, kwargs)
     with context(functional.leaves):
         compared = {"space": [tuple(map(str, point.items())) for point in space.points], "key": key, "lanes": lanes}
@@ -109,41 +110,41 @@ def sweep(
             devices, key = None, mesh.place(key)
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh.mesh):
             settings = _settings(placed, shaped, space, automatic(typed(key)), strict)
-            walks = _partition(settings, range(len(settings)), _walk_key)
-            _check_memory(settings, walks, shaped, lanes, offload, memory)
+            runs = _partition(settings, range(len(settings)), _run_key)
+            _check_memory(settings, runs, shaped, lanes, offload, memory)
             chunks, size = [], _Size(lanes, 1 if mesh is None else mesh.size)
             finite = [group.finite for group in shaped]
             counts = [len(group.leaves) for group in shaped]
-            steps = lambda: [step for numbers in walks for step in _steps(settings, numbers, size, counts)]
-            with progress_of(steps, progress) as report, naming(finite):
-                for numbers in walks:
-                    chunks += _walk(placed, shaped, settings, numbers, size, offload, report, devices)
+            steps = lambda: [step for indices in runs for step in _steps(settings, indices, size, counts)]
+            with progress_of(steps, progress) as reporter, naming(finite):
+                for indices in runs:
+                    chunks += _calibrate(placed, shaped, settings, indices, size, offload, reporter, devices)
             example = shapes_of(shaped[0].example)
             losses = {} if evaluate is None else _losses(functional, placed.leaves, settings, chunks, evaluate, example)
     records: list = [None] * len(settings)
     for chunk in chunks:
         with no_mesh():
-            shaped_tensors = jax.eval_shape(lambda tensors: lane(tensors, 0), chunk.walked.tensors)
-        for where, number in enumerate(chunk.numbers):
-            records[number] = _record(settings[number], chunk, where, shaped_tensors, losses.get(number))
+            shaped_tensors = jax.eval_shape(lambda tensors: lane(tensors, 0), chunk.result.tensors)
+        for where, index in enumerate(chunk.indices):
+            records[index] = _record(settings[index], chunk, where, shaped_tensors, losses.get(index))
     assignments = [setting.first.assignment for setting in settings]
     uses = [uses_of(setting.first.sites) for setting in settings]
     return Sweep(records, assignments, uses, chunks, functional, example, mesh)
 
 
 class _Size(NamedTuple):
-    """The number of settings that go as lanes of one program."""
+    """The number of settings that are lanes of one program."""
 
-    most: int | None  # as asked for
-    multiple: int  # shares of devices, each of which has as many
+    most: int | None  # the limit
+    multiple: int  # devices along the axis of settings, which have equal shares
 
     def of(self, count: int) -> int:
-        """The lanes of one program, for so many settings."""
+        """The lanes of one program for `count` settings."""
         return -(-min(self.most or count, count) // self.multiple) * self.multiple
 
 
 def _on(mesh: LanesMesh, functional: Functional, shaped: Sequence[Shaped]) -> tuple[Functional, list[Shaped]]:
-    """Model and batches on the mesh of a sweep."""
+    """The model and the batches on the mesh of a sweep."""
     place = lambda tree: jax.tree.map(mesh.place, tree)
     functional = dataclasses.replace(functional, leaves=place(functional.leaves))
     placed = lambda g: g._replace(example=place(g.example), leaves=place(g.leaves), weights=place(g.weights))
@@ -151,25 +152,25 @@ def _on(mesh: LanesMesh, functional: Functional, shaped: Sequence[Shaped]) -> tu
 
 
 def _settings(functional, shaped, space, key, strict) -> list[_Setting]:
-    """Turns each point of a space into a setting for the model."""
+    """Applies each point of a space to the model."""
     traced = find_all_kernels(functional, shaped)
     settings = []
     for point in space.points:
         rules = space.rules_of(point)
         own = jax.random.key(point["seed"]) if "seed" in point else key
         try:
-            setting = _Setting(point, rule_all(functional, traced, rules, strict), own)
+            setting = _Setting(point, analyse_all(functional, traced, rules, strict), own)
             check_key(setting.first.assignment, own)
         except ValueError as error:
-            raise ValueError(f"The setting ({words(point)}): {error}") from error
+            raise ValueError(f"The setting ({in_words(point)}): {error}") from error
         settings.append(setting)
     return settings
 
 
-def _parts(settings, numbers, lanes: _Size) -> list[list[int]]:
-    """The settings of a walk by track, the last of each repeated to fill it up."""
+def _parts(settings, indices, lanes: _Size) -> list[list[int]]:
+    """The settings of a run by track; the last of each is repeated to fill it up."""
     parts = []
-    for alike in _partition(settings, numbers, _track_key):
+    for alike in _partition(settings, indices, _track_key):
         size = lanes.of(len(alike))
         for start in range(0, len(alike), size):
             part = alike[start : start + size]
@@ -177,10 +178,10 @@ def _parts(settings, numbers, lanes: _Size) -> list[list[int]]:
     return parts
 
 
-def _steps(settings, numbers, lanes: _Size, counts: Sequence[int]) -> list[Step]:
-    """The layers of a walk as they will be done: at each stop those of one track after the other."""
+def _steps(settings, indices, lanes: _Size, counts: Sequence[int]) -> list[Step]:
+    """The layers of a run in order: at each stop those of one track after the other."""
     found = []
-    for part in _parts(settings, numbers, lanes):
+    for part in _parts(settings, indices, lanes):
         size = len(set(part))
         of = f", {size} of {len(settings)} settings" if size < len(settings) else ""
         stops = steps_of(settings[part[0]].analyses, counts)
@@ -188,28 +189,28 @@ def _steps(settings, numbers, lanes: _Size, counts: Sequence[int]) -> list[Step]
     return [step for tracks in zip(*found, strict=True) for stop in tracks for step in stop]
 
 
-def _walk(
-    functional, shaped: Sequence[Shaped], settings, numbers, lanes: _Size, offload, report: Report, devices
+def _calibrate(
+    functional, shaped: Sequence[Shaped], settings, indices, lanes: _Size, offload, reporter: Reporter, devices
 ) -> list[Chunk]:
-    """One walk of the model for settings that stop at the same places."""
-    first = settings[numbers[0]]
-    groups = stops(first.first.sites)
-    parts = _parts(settings, numbers, lanes)
-    makings = [_making(functional, shaped, settings, part, groups) for part in parts]
-    streams = streams_of(functional, first.analyses, shaped, groups, offload=offload, laned=[True] * len(parts))
-    walked, peak = walk(streams, makings, report, devices=devices)
-    return [Chunk(part, found, peak) for part, found in zip(parts, walked, strict=True)]
+    """One run of calibration, for settings with the same stops."""
+    first = settings[indices[0]]
+    groups = group_by_input(first.first.sites)
+    parts = _parts(settings, indices, lanes)
+    track_settings = [_track_settings(functional, shaped, settings, part, groups) for part in parts]
+    streams = streams_of(functional, first.analyses, shaped, groups, [True] * len(parts), StreamOptions(offload))
+    results, peak = calibrate(streams, track_settings, reporter, devices=devices)
+    return [Chunk(part, found, peak) for part, found in zip(parts, results, strict=True)]
 
 
-def _making(functional, shaped, settings, part, groups) -> TrackSettings:
-    """The `TrackSettings` of the settings of a chunk, as lanes."""
-    mine = [settings[i] for i in part]
-    assignments = [setting.first.assignment for setting in mine]
+def _track_settings(functional, shaped, settings, part, groups) -> TrackSettings:
+    """The `TrackSettings` of some settings as lanes."""
+    own = [settings[i] for i in part]
+    assignments = [setting.first.assignment for setting in own]
     recipes = stack([assignment.recipes for assignment in assignments])
     activations = stack([activations_of(assignment) for assignment in assignments])
-    keys = None if mine[0].key is None else jnp.stack([setting.key for setting in mine])
-    seen: dict = {}  # the curvature depends on the key, and on nothing else that differs
-    for setting in mine:
+    keys = None if own[0].key is None else jnp.stack([setting.key for setting in own])
+    seen: dict = {}  # seed -> curvatures, as they depend on nothing else that differs
+    for setting in own:
         seed = setting.point.get("seed")
         if seed not in seen:
             seen[seed] = couple(functional, setting.analyses, shaped, groups, setting.key)
@@ -218,26 +219,26 @@ def _making(functional, shaped, settings, part, groups) -> TrackSettings:
             at: (setting.first.assignment.rules[setting.first.sites[groups[at[0]][at[1]]].path].coupling, F)
             for at, (_, F) in seen[setting.point.get("seed")].items()
         }
-        for setting in mine
+        for setting in own
     ]
-    return TrackSettings(recipes, activations, keys, stack(couplings), tuple(words(s.point) for s in mine))
+    return TrackSettings(recipes, activations, keys, stack(couplings), tuple(in_words(s.point) for s in own))
 
 
 def _losses(functional, leaves, settings, chunks, evaluate, example) -> dict[int, float]:
-    """By number of the setting, what `evaluate` says."""
+    """The losses that `evaluate` returns, by index of the setting."""
     scores, losses = _scores(functional, evaluate), {}
     shapes, structure = jax.tree.flatten(example)
     static = structure, tuple((x.shape, x.dtype) for x in shapes)
     for chunk in chunks:
-        skipped = tuple(settings[chunk.numbers[0]].first.assignment.skipped.items())
+        skipped = tuple(settings[chunk.indices[0]].first.assignment.skipped.items())
         try:
-            found = scores(chunk.walked, leaves, skipped, chunk.peak, static)
+            found = scores(chunk.result, leaves, skipped, chunk.peak, static)
         except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
             raise ValueError(
-                "evaluate is compiled, but it turns arrays into Python numbers or NumPy arrays, with float() or np.asarray "
-                f"for example. Make it of jax.numpy, and return an array of shape (). JAX says: {error}"
+                "evaluate is compiled, but it converts arrays to Python numbers or NumPy arrays, with float() or np.asarray "
+                f"for example. Use jax.numpy, and return an array of shape (). JAX says: {error}"
             ) from error
-        losses |= dict(zip(chunk.numbers, np.asarray(found).tolist(), strict=True))
+        losses |= dict(zip(chunk.indices, np.asarray(found).tolist(), strict=True))
     return losses
 
 
@@ -245,87 +246,87 @@ _compiled: collections.OrderedDict[Any, Callable] = collections.OrderedDict()  #
 
 
 def _scores(functional, evaluate) -> Callable:
-    """The compiled losses of all lanes; those of one model and one `evaluate` are compiled once."""
+    """A compiled function for the losses of all lanes, cached by model and `evaluate`."""
     key = functional.identity, evaluate
     if functional.identity is None or key not in _compiled:
         bare = dataclasses.replace(functional, leaves=())
 
-        def scores(walked, leaves, skipped, peak, static):
+        def scores(result, leaves, skipped, peak, static):
             structure, shapes = static
             example = structure.unflatten([jax.ShapeDtypeStruct(*x) for x in shapes])
 
-            def one(walked, leaves):
+            def one(result, leaves):
                 own = dataclasses.replace(bare, leaves=leaves)
-                loss = jnp.asarray(evaluate(assemble(own, walked, dict(skipped), peak, example)))
+                loss = jnp.asarray(evaluate(assemble(own, result, dict(skipped), peak, example)))
                 if loss.ndim or not jnp.issubdtype(loss.dtype, jnp.number):
                     raise ValueError(
-                        f"evaluate returns one number for a network; got shape {loss.shape}, {loss.dtype}."
+                        f"evaluate must return one number for a network; got shape {loss.shape}, {loss.dtype}."
                     )
                 return loss.astype(float)
 
-            return over_lanes(one, (walked, leaves), (True, False))
+            return over_lanes(one, (result, leaves), (True, False))
 
         compiled = jax.jit(scores, static_argnames=("skipped", "peak", "static"))
         if functional.identity is None:
             return compiled
         _compiled[key] = compiled
-        while len(_compiled) > KEPT:
+        while len(_compiled) > CACHE:
             _compiled.popitem(last=False)
     _compiled.move_to_end(key)
     return _compiled[key]
 
 
 def _record(setting: _Setting, chunk: Chunk, where: int, shaped: dict, loss: float | None) -> dict[str, Any]:
-    """The record of one setting; sizes follow from the shapes of its tensors."""
+    """The record of one setting. Sizes follow from the shapes of its tensors."""
     recipes = setting.first.assignment.recipes
     tensors = [dataclasses.replace(tensor, grid=recipes[path].grid) for path, tensor in shaped.items()]
     nbytes = sum(tensor.nbytes for tensor in tensors)
-    output_error = lane(chunk.walked.output_error, where).whole.figure
-    figures = (
+    output_error = lane(chunk.result.output_error, where).overall.error_or_nan
+    metrics = (
         output_error if loss is None else loss,
         output_error,
         8 * nbytes / sum(t.codes.size for t in tensors),
         nbytes,
     )
-    return setting.point | dict(zip(FIGURES, figures, strict=True))
+    return setting.point | dict(zip(METRICS, metrics, strict=True))
 
 
-def _partition(settings, numbers: Iterable[int], key: Callable) -> list[list[int]]:
-    """The numbers by the key of their setting, in order of first appearance."""
+def _partition(settings, indices: Iterable[int], key: Callable) -> list[list[int]]:
+    """The indices grouped by the key of their setting, in order of first appearance."""
     parts: dict = {}
-    for i in numbers:
+    for i in indices:
         parts.setdefault(key(settings[i]), []).append(i)
     return list(parts.values())
 
 
-def _walk_key(setting: _Setting):
-    """The key that settings of one walk have in common: where it stops, and what is looked at there."""
+def _run_key(setting: _Setting):
+    """A key, equal for settings of one run: the stops, and the data that are gathered there."""
     return tuple(
         (
             tuple((s.path, s.index, s.patches, s.bias is not None, s.activations is not None) for s in analysis.sites),
-            tuple(map(tuple, stops(analysis.sites))),
+            tuple(map(tuple, group_by_input(analysis.sites))),
         )
         for analysis in setting.analyses
     )
 
 
 def _track_key(setting: _Setting):
-    """The key that settings of one program have in common: all but their numbers."""
+    """A key, equal for settings of one program: everything but their numbers."""
     assignment = setting.first.assignment
     couplings = {path: rule.coupling for path, rule in assignment.rules.items()}
     leaves, structure = jax.tree.flatten((assignment.recipes, activations_of(assignment), couplings))
     return structure, tuple(jnp.shape(x) for x in leaves), setting.key is None
 
 
-def _check_memory(settings, walks, shaped, lanes, offload, memory):
-    """Refuses what would not fit, by the plan of one setting times their number."""
+def _check_memory(settings, runs, shaped, lanes, offload, memory):
+    """Raises if the settings would not fit into memory, by the plan of one times their number."""
     limit = _device_memory() if memory is None else memory
     if limit is None:
         return
-    for numbers in walks:
-        plan = plan_of(settings[numbers[0]].first, sum(len(group.leaves) for group in shaped))
+    for indices in runs:
+        plan = plan_of(settings[indices[0]].first, sum(len(group.leaves) for group in shaped))
         solving = max(line.workspace for line in plan.lines)
-        count = len(numbers)
+        count = len(indices)
         held = (plan.stages["calibration"].total - solving) * (1 if offload else count)
         total = held + solving * min(lanes or count, count)
         if total <= limit:
@@ -333,14 +334,14 @@ def _check_memory(settings, walks, shaped, lanes, offload, memory):
         fit = (limit - held) // solving
         remedy = f"pass lanes={fit}" if fit >= 1 else "sweep over fewer settings at a time"
         if not offload and fit < 1:
-            remedy = "pass offload=True, which leaves waiting batches in host memory, with lanes=1; or " + remedy
+            remedy = "pass offload=True, which moves waiting batches to host memory, with lanes=1; or " + remedy
         raise ValueError(
-            f"{count} settings at once take about {total / 2**30:.2f} GiB, and there are {limit / 2**30:.2f} GiB: {remedy}."
+            f"{count} settings at once take about {total / 2**30:.2f} GiB, but there are {limit / 2**30:.2f} GiB: {remedy}."
         )
 
 
 def _device_memory() -> int | None:
-    """Bytes of the device, or of the host where that is the device; None where nobody says."""
+    """The memory of the device in bytes, or of the host if that is the device; None if unknown."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]

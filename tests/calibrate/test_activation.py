@@ -142,7 +142,7 @@ def test_steps_per_channel_fold_into_a_depthwise_convolution_only():
     together = jpfq.quantize(model, [batch], settle("tensor"), variables=variables)
     assert by_channel(quantized)[0] < 0.1 * by_channel(together)[0]
     dense, batches, given = two()
-    with pytest.raises(ValueError, match="Dense_0/kernel takes the inputs of all channels together"):
+    with pytest.raises(ValueError, match="Dense_0/kernel sums over all channels of its input"):
         jpfq.quantize(dense, batches, settle("channel"), variables=given)
 
 
@@ -174,18 +174,18 @@ def test_rules_choose_activations_layer_by_layer():
     assert key is value
     assert f"{attention}/out/kernel" not in quantized.inputs
     assert quantized.output_error == pytest.approx(relative(*outputs(case, quantized)), rel=2e-2)
-    assert "Inputs of 6 kernels are rounded" in quantized.summary()
+    assert "Inputs of 6 kernels are quantized" in quantized.summary()
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: jpfq.Rule(".*", bits=4, activation_bits=8, activations=jpfq.Activations()), "one of them"),
+        (lambda: jpfq.Rule(".*", bits=4, activation_bits=8, activations=jpfq.Activations()), "not both"),
         (lambda: jpfq.Rule(".*", bits=4, activation_bits=0), "from 1 to 16"),
         (lambda: jpfq.Rule(".*", skip=True, activation_bits=8), r"\['activation_bits'\] mean nothing"),
-        (lambda: jpfq.Rule(".*", bits=4, activations=8), r"activations is such as jpfq.Activations\(\)"),
+        (lambda: jpfq.Rule(".*", bits=4, activations=8), r"activations takes a setting such as jpfq.Activations\(\)"),
         (lambda: jpfq.Activations(per="column"), "'tensor', 'channel' or 'row'"),
-        (lambda: jpfq.Activations(range=ranges.KL(), per="row"), r"Max\(\), not KL"),
+        (lambda: jpfq.Activations(range=ranges.KL(), per="row"), r"its own Max\(\); got KL"),
         (lambda: jpfq.Activations(8), "takes a Grid"),
     ],
 )

@@ -119,9 +119,9 @@ def test_kernels_of_other_rules_stay_as_they_were():
     ("settings", "message"),
     [
         ({"of": "loss"}, "'logits' or 'outputs'; got 'loss'"),
-        ({"block": 0}, "positive number for block; got 0"),
-        ({"samples": 1.5}, "positive number for samples; got 1.5"),
-        ({"damping": 0}, "positive damping; got 0"),
+        ({"block": 0}, "block is an integer of at least 1; got 0"),
+        ({"samples": 1.5}, "samples is an integer of at least 1; got 1.5"),
+        ({"damping": 0}, "damping is a positive number; got 0"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
@@ -134,10 +134,10 @@ def test_settings_that_cannot_be(settings, message):
     [{"form": "data", "finish": None, "shrinkage": None}, {"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerTensor())}],
 )
 def test_what_does_not_go_with_it(settings):
-    with pytest.raises(ValueError, match="coupling takes one neuron after the other"):
+    with pytest.raises(ValueError, match="coupling quantizes neurons one after the other"):
         jpfq.Rule(".*", bits=4, coupling=jpfq.Coupling(), **settings)
     assert jpfq.Rule(".*", bits=4, coupling=jpfq.Coupling(), form="auto").recipe().form == "gram"
-    with pytest.raises(ValueError, match=r"coupling is such as jpfq\.Coupling\(\)"):
+    with pytest.raises(ValueError, match=r"coupling takes a setting such as jpfq\.Coupling\(\)"):
         jpfq.Rule(".*", bits=4, coupling="logits")
 
 
@@ -160,7 +160,7 @@ def test_the_plan_knows_of_the_curvature():
 def test_outputs_without_derivatives_are_refused(last):
     fn = lambda params, x: last(x @ params["head"])
     rule = zoo.plain(bits=4, coupling=jpfq.Coupling())
-    with pytest.raises(ValueError, match="its outputs do not depend on head"):
+    with pytest.raises(ValueError, match="by the output of head"):
         jpfq.quantize(fn, zoo.batches(9, 6), rule, params={"head": zoo.normal(7, 6, 3)})
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jpfq
-from jpfq.calibrate import gather, row_grams
+from jpfq.calibrate import batch_gram, gather
 from jpfq.model.program import trace
 from jpfq.model.sites import find_sites
 from tests.network import zoo
@@ -32,7 +32,8 @@ def test_in_parts_as_in_whole(groups, drawn, weighted):
     weights = jnp.broadcast_to((jnp.arange(7) % 3 * 1.0)[:, None, None], rows)[None] if weighted else None
     picked = jpfq.patches.Random(0.4).pick(layout, rows, jax.random.key(0)) if drawn else None
     whole, parts = (
-        row_grams.gram_of(x, xq, weights, picked, row_grams.How(layout, True, size)) for size in (2**30, 2000)
+        batch_gram.batch_gram(x, xq, weights, picked, batch_gram.GramOptions(layout, True, size))
+        for size in (2**30, 2000)
     )
     take = lambda x: layout.rows(x) if picked is None else layout.picked(x, picked)
     X, Xq = (np.asarray(take(x), np.float64).reshape(groups, -1, 72 // groups) for x in (x, xq))
@@ -52,7 +53,7 @@ def test_few_patches_exist_at_a_time():
     kernel = jax.ShapeDtypeStruct((3, 3, 16, 16), jnp.float32)
     program = trace(lambda leaves, x: zoo.convolve(x, *leaves), ["kernel"], [kernel], x)
     (site,), _ = find_sites(program)
-    compiled = row_grams.gram_of.lower(x, x, None, None, row_grams.How(site.layout, True, 2**21)).compile()
+    compiled = batch_gram.batch_gram.lower(x, x, None, None, batch_gram.GramOptions(site.layout, True, 2**21)).compile()
     patches = 256 * 64 * 64 * 9 * 16 * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 0.2 * patches  # whole, for both networks: more than 2
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jpfq
-from jpfq.calibrate.schedule import needs
+from jpfq.calibrate.liveness import needs
 from jpfq.calibrate.stream import Stream
 from jpfq.model.program import trace
 from jpfq.network.plan import Memory

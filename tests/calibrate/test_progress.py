@@ -227,7 +227,7 @@ def test_being_told_compiles_nothing(often, caplog, compilations):
     assert compilations == []
 
 
-class Recorder(module.Report):
+class Recorder(module.Reporter):
     """The layers as they were announced, and how many were done."""
 
     def __init__(self, steps):

@@ -12,7 +12,7 @@ from flax import nnx
 
 import jpfq
 from jpfq.model.program import trace
-from jpfq.model.sites import find_sites, joined
+from jpfq.model.sites import find_sites, with_shared_together
 from tests.network import zoo
 from tests.reference import gpfq as reference
 
@@ -223,7 +223,7 @@ def test_towers_in_opposite_orders_leave_one_kernel_out():
 
     found = jpfq.plan(crossed, BATCHES[0], 4, params={name: PARAMS[name] for name in "ab"})
     assert [line.path for line in found.lines] == ["a"]
-    assert "of which one depends on what another makes" in found.skipped["b"]
+    assert "of which one depends on the output of another" in found.skipped["b"]
 
 
 def test_the_order_of_equations_is_kept_where_nothing_is_shared():
@@ -231,11 +231,11 @@ def test_the_order_of_equations_is_kept_where_nothing_is_shared():
     program = trace(
         lambda p, x: tower({"a": p[0], "bias": p[1], "b": p[2]}, x), "abc", list(PARAMS.values()), STACKED[0]
     )
-    assert joined(program, find_sites(program)[0])[0] is program
+    assert with_shared_together(program, find_sites(program)[0])[0] is program
     program = trace(
         lambda p, x: towers({"a": p[0], "bias": p[1], "b": p[2]}, *x), "abc", list(PARAMS.values()), BATCHES[0]
     )
-    new, sites = joined(program, find_sites(program)[0])
+    new, sites = with_shared_together(program, find_sites(program)[0])
     assert sorted(map(id, new.equations)) == sorted(map(id, program.equations))
     known = {*new.params, *new.inputs, *new.constants}
     for eqn in new.equations:

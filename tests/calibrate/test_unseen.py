@@ -54,7 +54,7 @@ def test_experts_are_counted_by_rows():
     assert (
         np.abs(np.asarray(quantized.params["w"])[2] - params["w"][2]) < 0.6 * np.asarray(tensor.step)[2]
     ).mean() > 0.95
-    assert "Rows of the 4 matrices of w: 0 to 40. Rounded to nearest for want of any: 2." in quantized.summary()
+    assert "Rows of the 4 matrices of w: 0 to 40. Rounded to nearest, as they have none: 2." in quantized.summary()
 
 
 @pytest.mark.slow
@@ -79,5 +79,5 @@ def test_small_and_large_inputs_give_the_same_codes(correct_bias):
     ids=["zeros", "no rows", "no weights"],
 )
 def test_batches_that_show_nothing_are_refused(batch):
-    with pytest.raises(ValueError, match=r"The calibration data of a (show nothing|hold no rows)"):
+    with pytest.raises(ValueError, match=r"The calibration data of a (show nothing|have no rows)"):
         jpfq.quantize(lambda params, x: x @ params["a"], [batch], 4, params={"a": normal(0, 16, 8)})

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jpfq
 from jpfq.embed import FJLT, Memoryless, SigmaDelta, SparseGaussian, hadamard
-from jpfq.embed.rows import LEAST, at_once, by_rows
+from jpfq.embed.row_blocks import LEAST, at_once, by_rows
 from tests.helpers import assert_close
 from tests.reference import noise_shaping as reference
 

@@ -203,7 +203,7 @@ def test_what_has_no_values_is_refused_in_a_sentence():
         (lambda: run(jax.eval_shape(lambda: PARAMS), x), "got a as a shape"),
         (
             lambda: jpfq.quantize(whole, [X], rule),
-            "Whole, a pytree that has its parameters within itself.*eqx.partition",
+            "Whole, a pytree that contains its own parameters.*eqx.partition",
         ),
         (lambda: jpfq.quantize(lambda m, x: m(x), [X], rule, params=whole), "a function, relu, at 'activation'"),
         (lambda: jpfq.plan(lambda m, x: m(x), X, rule, params=whole), "a function, relu, at 'activation'"),

@@ -52,7 +52,7 @@ def test_reasons_say_what_is_in_the_way():
     assert "computed from it" in reasons["standardised"]
     assert "cond with products" in reasons["branch"]
     assert "shared: used by 2 products" in reasons["shared"]
-    assert "picked by data" in reasons["picked"]
+    assert "that depends on data" in reasons["picked"]
     assert "tied" in find_sites(program_of(zoo.lm())[1])[1]["Embed_0/embedding"]
     assert "scan loop" in find_sites(program_of(zoo.recurrent())[1])[1]["SimpleCell_0/h/kernel"]
 

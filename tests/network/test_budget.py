@@ -83,7 +83,7 @@ def test_a_budget_beats_one_width_for_all():
 @pytest.mark.parametrize(("average", "candidates"), [(1.5, (2, 4)), (9, (2, 4)), (2, (2,))])
 def test_an_average_that_no_widths_give(average, candidates):
     params = {"first": zoo.normal(0, 6, 8), "second": zoo.normal(1, 8, 5)}
-    with pytest.raises(ValueError, match="average_bits lies between"):
+    with pytest.raises(ValueError, match="average_bits must lie between"):
         jpfq.budget(network, [zoo.normal(2, 9, 6)], average, candidates=candidates, params=params)
 
 

@@ -127,7 +127,7 @@ def test_refused():
             jpfq.certify(quantized, tile=tile)
     with pytest.raises(ValueError, match="activation_bits=8"):
         jpfq.certify(small(activation_bits=None, accumulator=None))
-    with pytest.raises(ValueError, match="of which shapes a batch is"):
+    with pytest.raises(ValueError, match="does not have the shapes of a batch"):
         jpfq.certify(dataclasses.replace(quantized, _shapes=None))
     with pytest.raises(ValueError, match="zero point"):
         jpfq.certify(small(bits=None, grid=jpfq.Asymmetric(3), accumulator=None))

@@ -140,7 +140,7 @@ def test_groups_are_scaled_tile_by_tile():
     for tile in (4, 2):
         found = quantized.apply_integer(x, accumulator=jpfq.Accumulator(32, tile))
         np.testing.assert_allclose(found, quantized.apply(x), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="several steps"):
+    with pytest.raises(ValueError, match="different steps"):
         quantized.apply_integer(x)
 
 
@@ -184,5 +184,5 @@ def test_refused():
     free = jpfq.quantize(layer, [x], zoo.plain(bits=4), params=PARAMS)
     with pytest.raises(ValueError, match="activation_bits=8"):
         free.apply_integer(x)
-    with pytest.raises(ValueError, match="0 is no level"):
+    with pytest.raises(ValueError, match="0 is not a level"):
         one(activation_bits=None, activations=jpfq.Activations(jpfq.Equispaced(16)))[0].apply_integer(x)

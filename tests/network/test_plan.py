@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jpfq
-from jpfq.calibrate import gather, row_grams
+from jpfq.calibrate import batch_gram, gather
 from jpfq.matrix.layout import ConvLayout, DotLayout
 from jpfq.model.compat import inner_jaxprs, opened
 from tests.network import zoo
@@ -80,8 +80,8 @@ def test_a_plan_counts_the_products_of_a_gram_as_they_are_made(networks):
     for name, (layout, shape, drawn) in GRAMS.items():
         x = jax.ShapeDtypeStruct(shape, jnp.float32)
         picked = None if drawn is None else jax.ShapeDtypeStruct((drawn,), jnp.int32)
-        made = lambda x, xq, picked, layout=layout: row_grams.gram_of(
-            x, xq, None, picked, row_grams.How(layout, True, row_grams.at_once())
+        made = lambda x, xq, picked, layout=layout: batch_gram.batch_gram(
+            x, xq, None, picked, batch_gram.GramOptions(layout, True, batch_gram.at_once())
         )
         done = multiplied(jax.make_jaxpr(made)(x, x if networks == 2 else None, picked))
         rows = drawn or math.prod(gather.rows_shape(layout, shape))

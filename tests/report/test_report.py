@@ -250,7 +250,7 @@ def test_a_loaded_result_makes_the_same_page_and_one_without_kernels_a_page(quan
 def test_after_training_the_error_is_unknown(quantized, tmp_path):
     tuned = dataclasses.replace(quantized, output_error=float("nan"))
     page = Page(tuned.report(tmp_path / "t.html").read_text(encoding="utf-8"))
-    assert "trained since" in page.text
+    assert "trained afterwards" in page.text
     assert "unknown" in page.text
     assert "nan" not in page.text
 
@@ -318,10 +318,10 @@ def test_bad_input_is_refused_before_any_work(quantized, tmp_path, monkeypatch):
         ({"path": tmp_path / "r.pdf"}, "an .html file; got 'r.pdf'"),
         ({"path": tmp_path / "absent" / "r.html"}, "no folder .*absent"),
         ({"path": tmp_path / "there.html"}, "overwrite=True"),
-        ({"title": 3}, "title is a text; got 3"),
-        ({"sweep": [1]}, "sweep is what jpfq.sweep returned"),
+        ({"title": 3}, "title is a string; got 3"),
+        ({"sweep": [1]}, "sweep is the result of jpfq.sweep"),
         ({"params": {"params": params}}, r"no leaf 'first'.*got params/"),
-        ({"params": params | {"wide": jnp.ones(3)}}, r"wide is of shape \(12, 6\); got \(3,\)"),
+        ({"params": params | {"wide": jnp.ones(3)}}, r"wide must have shape \(12, 6\); got \(3,\)"),
     ]
     for given, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -433,7 +433,7 @@ def test_the_front_and_scores():
 
 def test_axes_are_made_where_none_are_given(quantized, monkeypatch):
     assert jpfq.plot.errors(quantized).figure in map(plt.figure, plt.get_fignums())
-    with pytest.raises(ValueError, match=r"ax is the axes.*got 'no'"):
+    with pytest.raises(ValueError, match=r"ax must be matplotlib axes.*got 'no'"):
         jpfq.plot.bits(quantized, "no")
     own = quantized.tensors["first"]
     with pytest.raises(ValueError, match=r"shape \(12, 4\); got \(3,\)"):

@@ -22,7 +22,7 @@ import safetensors.numpy
 
 import jpfq
 from jpfq.calibrate import fingerprint
-from jpfq.calibrate import walk as walk_module
+from jpfq.calibrate import loop as walk_module
 from jpfq.calibrate.batches import read_batches
 from jpfq.storage import checkpoint as resume
 from jpfq.storage import files as disk
@@ -132,8 +132,8 @@ def test_a_run_goes_on_and_solves_only_what_is_missing(count, expected, tmp_path
     with pytest.raises(KeyboardInterrupt):
         stopped_after(count, interrupt, monkeypatch, tmp_path / "run")
     (tmp_path / "run" / "jpfq-half.tmp").write_bytes(b"of a killed process")
-    solved, solve = [], walk_module._solved
-    monkeypatch.setattr(walk_module, "_solved", lambda *args: solved.append(1) or solve(*args))
+    solved, solve = [], walk_module._solve_site
+    monkeypatch.setattr(walk_module, "_solve_site", lambda *args: solved.append(1) or solve(*args))
     assert_same(run(tmp_path / "run"), expected)
     assert len(solved) == SITES - count
     assert len(list((tmp_path / "run").iterdir())) == SITES + 1
@@ -182,7 +182,7 @@ def test_fresh_batches_are_asked_for_what_is_missing_only(tmp_path, monkeypatch)
 
 
 def test_fresh_batches_that_are_read_again_must_be_the_same(tmp_path, monkeypatch):
-    folder, solve = tmp_path / "run", walk_module._solved
+    folder, solve = tmp_path / "run", walk_module._solve_site
 
     def fresh(number, other=()):
         return given(number + 5 + 100 * (number in other))[1]
@@ -193,7 +193,7 @@ def test_fresh_batches_that_are_read_again_must_be_the_same(tmp_path, monkeypatc
         return solve(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(walk_module, "_solved", killed)
+        patched.setattr(walk_module, "_solve_site", killed)
         with pytest.raises(KeyboardInterrupt):
             run(folder, batches=fresh)
     with pytest.raises(ValueError, match="the batches for stop 2 are not those that the run in"):

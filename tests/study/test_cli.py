@@ -339,12 +339,12 @@ def test_a_sweep_by_error_and_one_that_finds_nothing(own, capsys):
         ("quantize own:pair", "got 2 values"),
         ("quantize own:unread", "such as a list of arrays"),
         ("quantize own:empty", "no batches"),
-        ("quantize own:untold", "a function; got 3"),
+        ("quantize own:untold", "must return a function, evaluate, as its fourth value; got 3"),
         ("quantize own:bare", "A function needs its parameters"),
         ("quantize own:uncalled --bits 17", "from 1 to 16"),
         ("quantize own:uncalled --bits four", "'four'"),
         ("quantize own:uncalled --bits 4 own:scored", "MODULE:FACTORY goes before the options"),
-        ("quantize own:uncalled --method GPTQ", "--method OPTQ here"),
+        ("quantize own:uncalled --method GPTQ", "--method OPTQ."),
         ("quantize own:uncalled --method qronoss", "Did you mean Qronos?"),
         ("quantize own:uncalled --scale absmx", "Did you mean absmax?"),
         ("quantize own:uncalled --rounding up", "nearest, stochastic"),
@@ -359,14 +359,14 @@ def test_a_sweep_by_error_and_one_that_finds_nothing(own, capsys):
         ("quantize own:uncalled --activation-bits 8 --accumulator-bits 8", "holds no product"),
         ("quantize own:uncalled --rule b four", "--rule takes numbers from 1 to 16"),
         ("quantize own:uncalled --skip (", "a regular expression"),
-        ("quantize own:uncalled --save new", "--save takes one result, and 3 are asked for"),
+        ("quantize own:uncalled --save new", "--save takes one result, but there are 3"),
         ("quantize own:uncalled --bits 2 3 --method MSQ --checkpoint new", "--checkpoint takes one result"),
         ("quantize own:uncalled --method MSQ --save absent/new", "There is no folder absent"),
         ("quantize own:uncalled --method MSQ --save full", "something else: save elsewhere"),
         ("quantize own:uncalled --method MSQ --save full --overwrite", "something else"),
         ("quantize own:uncalled --method MSQ --save own.py", "something else"),
-        ("quantize own:uncalled --method MSQ --entropy-coded", "needs --save DIR"),
-        ("quantize own:uncalled --method MSQ --overwrite", "needs --save DIR or --report"),
+        ("quantize own:uncalled --method MSQ --entropy-coded", "an option of --save DIR"),
+        ("quantize own:uncalled --method MSQ --overwrite", "an option of --save DIR and --report"),
         ("quantize own:uncalled --method MSQ --report new.htm", "The report is a .html file; got 'new.htm'"),
         ("quantize own:uncalled --method MSQ --report page.html", "--overwrite"),
         ("quantize own:uncalled --picture absent/x.png", "There is no folder absent"),
@@ -378,11 +378,11 @@ def test_a_sweep_by_error_and_one_that_finds_nothing(own, capsys):
         ("sweep own:uncalled --c 0.7 --scale minmse", "--c is the factor of --scale absmax"),
         ("sweep own:uncalled --c -1", "the factor c must be a positive number"),
         ("sweep own:uncalled --c x", "invalid float value: 'x'"),
-        ("sweep own:uncalled --bits 2 99", "The setting (bits=99) makes no rules"),
+        ("sweep own:uncalled --bits 2 99", "The setting (bits=99) does not give rules"),
         ("sweep own:uncalled --lanes 0", "--lanes takes a positive number"),
-        ("sweep own:uncalled --bits-per-weight 4", "needs --save DIR or --report"),
-        ("sweep own:number", "evaluate of own:number turns arrays into Python numbers"),
-        ("quantize own:several", "evaluate of own:several returns one number; got an array of shape (64, 3)"),
+        ("sweep own:uncalled --bits-per-weight 4", "add --save DIR or --report"),
+        ("sweep own:number", "evaluate of own:number converts arrays to Python numbers"),
+        ("quantize own:several", "evaluate of own:several must return one number; got an array of shape (64, 3)"),
         ("sweep own:several", "got an array of shape (64, 3)"),
         ("evaluate w3a8 own:uncalled", "There is no saved result in w3a8"),
         ("evaluate full own:uncalled", "it has no quantized.json"),
@@ -451,9 +451,9 @@ def test_debug_shows_the_traceback(own, capsys, arguments):
 @pytest.mark.parametrize(
     ("raised", "status", "message"),
     [
-        (KeyboardInterrupt(), 130, "jpfq: interrupted. The same command goes on from what is in kept.\n"),
+        (KeyboardInterrupt(), 130, "jpfq: interrupted. The same command resumes from kept.\n"),
         (OSError(28, "No space left on device"), 2, "jpfq: [Errno 28] No space left on device\n"),
-        (RuntimeError("odd"), 70, "jpfq: this error is one in the code of the model, or in jpfq: RuntimeError: odd\n"),
+        (RuntimeError("odd"), 70, "jpfq: this is an error in the code of the model, or in jpfq: RuntimeError: odd\n"),
     ],
 )
 def test_statuses_of_runs_that_do_not_end_well(own, monkeypatch, capsys, raised, status, message):
@@ -554,8 +554,8 @@ def test_inspect_prints_what_a_saved_result_holds(kept, capsys):
     packed = 10 + 4 * 4  # 48 ternary codes, five to a byte, and four steps
     assert re.search(rf"a/kernel +12x4 +Ternary\(\) +{8 * packed / 48:.2f} +\S+% +{packed}\n", out)
     assert "rule 1 skips it" in out
-    assert f"{size:,} bytes on disk" in out
-    assert f"as given {4 * (48 + 4)}." in out
+    assert f"{size:,} bytes in files" in out
+    assert f"{4 * (48 + 4)} before quantization." in out
     assert main(["inspect", str(kept), "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["bytes"] == size

@@ -1,3 +1,3 @@
-"""The command `jpfq`. A module for each group of subcommands adds their options to the parser and says how they run."""
+"""The command `jpfq`. Each group of subcommands has a module that adds their options to the parser and runs them."""
 
 from .command import main as main

@@ -1,4 +1,4 @@
-"""The answer of a command: text for people, a document for programs, and the exit status."""
+"""The answer of a command: text for people, and JSON for programs."""
 
 import contextlib
 import json
@@ -12,11 +12,11 @@ import numpy as np
 
 from ...calibrate.progress import LOG
 
-YES, NO, UNUSABLE = 0, 1, 2  # exit statuses, of which the help of the command tells
+YES, NO, UNUSABLE = 0, 1, 2  # exit statuses, explained in the help of the command
 
 
 class Answer(NamedTuple):
-    """text goes to the standard output, or `document` in its place where the user asks for JSON."""
+    """`text` goes to standard output, or `document` if the user asks for JSON."""
 
     text: str
     document: Any
@@ -24,30 +24,30 @@ class Answer(NamedTuple):
 
 
 def as_json(document: Any) -> str:
-    """The document as JSON, which knows no numbers that are not finite: these become null."""
+    """The document as JSON, where numbers that are not finite become null."""
     return json.dumps(_plain(document), indent=2, allow_nan=False)
 
 
 def note(text: str) -> None:
-    """A word on the way, to the standard error: the standard output holds the answer only."""
+    """Prints a message to standard error, because standard output has the answer only."""
     print(text, file=sys.stderr, flush=True)
 
 
 def begun(what: str) -> None:
-    """Likewise, of something that takes a while: where somebody watches."""
+    """Announces something that takes a while, on a terminal."""
     if sys.stderr.isatty():
         note(what)
 
 
 def ended(what: str, seconds: float) -> None:
-    """The log has it once it is done."""
+    """Logs it once it is done, where there is no terminal."""
     if not sys.stderr.isatty():
         LOG.info(f"{what}: {seconds:.1f} s")
 
 
 @contextlib.contextmanager
 def log_to_stderr() -> Iterator[None]:
-    """Lets the log through to the standard error; the library itself leaves logging to its users."""
+    """A context in which the log goes to standard error. The library itself leaves logging to its users."""
     handler, level, propagate = logging.StreamHandler(), LOG.level, LOG.propagate
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
@@ -61,7 +61,7 @@ def log_to_stderr() -> Iterator[None]:
 
 
 def _plain(x):
-    """In terms of JSON; whatever it does not know by its name."""
+    """A value for JSON; other objects become their text."""
     if isinstance(x, Mapping):
         return {str(key): _plain(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):

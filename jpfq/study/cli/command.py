@@ -1,4 +1,4 @@
-"""The command itself: its parser, its exit status, and errors of one line."""
+"""The command itself: its parser, its exit status, and one-line errors."""
 
 import argparse
 import contextlib
@@ -25,12 +25,12 @@ STATUSES = """exit status:
   2    input that cannot be used, or an error in the code of the factory, its model or its score
   70   any other error
   130  interrupted (Ctrl-C)
-  141  nobody reads the output
+  141  the output was closed
   143  stopped by SIGTERM"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status, of which its help tells."""
+    """Runs the command and returns its exit status, which its help explains."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = None
     closed = _open_outputs()
@@ -47,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         return BROKEN_PIPE
     except KeyboardInterrupt:
-        kept = getattr(options, "checkpoint", None)
-        note("jpfq: interrupted." + (f" The same command goes on from what is in {kept}." if kept else ""))
+        folder = getattr(options, "checkpoint", None)
+        note("jpfq: interrupted." + (f" The same command resumes from {folder}." if folder else ""))
         return INTERRUPTED
     except ForeignError as error:
-        _explain(error.__cause__, f"{error} raised this error; the traceback is that of its code")
+        _explain(error.__cause__, f"{error} raised this error; the traceback shows its code")
         return UNUSABLE
     except (ValueError, OSError) as error:
         if "--debug" in arguments:
@@ -59,12 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         note(f"jpfq: {error}")
         return UNUSABLE
     except Exception as error:
-        _explain(error, "this error is one in the code of the model, or in jpfq")
+        _explain(error, "this is an error in the code of the model, or in jpfq")
         return BROKEN
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are of one line, and name what may have been meant."""
+    """A parser with one-line errors that suggest the intended argument."""
 
     def error(self, message):
         wrong = re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message)
@@ -77,14 +77,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(arguments):
-    # each subcommand knows these too, so that they may stand on either side of its name
+    # each subcommand has these too, so that they may come before or after its name
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of every error")
     common.add_argument(
         "--no-cache",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="keep no compiled programs; else they are in the user's folder for caches, or where JAX is told",
+        help="do not store compiled programs; the default is the user's cache folder, or the one JAX is set to",
     )
     settings = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "parents": [common]}
     parser = _Parser(
@@ -100,7 +100,7 @@ def _parse(arguments):
     def command(
         name: str, run: Callable[..., Answer | None], help: str, *examples: str, about: str = "", statuses: str = ""
     ) -> argparse.ArgumentParser:
-        """The parser of a subcommand that prints what `run` answers."""
+        """The parser of a subcommand that prints the answer of `run`."""
         lines = ["example:" if len(examples) == 1 else "examples:", *(f"  {line}" for line in examples)]
         own = commands.add_parser(
             name,
@@ -125,12 +125,12 @@ def _parse(arguments):
 
 
 def _run(options) -> Answer | None:
-    """The answer. Where it is JSON, what the user's code prints goes to the standard error."""
+    """The answer. If it is JSON, prints of the user's code go to standard error."""
     if not getattr(options, "no_cache", False) and is_enabled():
         try:
             cache_compilations()
         except (OSError, ValueError) as error:
-            note(f"jpfq: compiled programs are not kept for later: {error}")
+            note(f"jpfq: compiled programs are not stored: {error}")
     aside = contextlib.redirect_stdout(sys.stderr) if _json(options) else contextlib.nullcontext()
     with aside, log_to_stderr():
         return options.run(options)
@@ -150,7 +150,7 @@ def _wrapped(text):
 
 
 def _explain(error, what):
-    """A traceback without the calls of this command, and a line that says whose it is."""
+    """Prints the traceback without the calls of this command, and a line that names its origin."""
     at = error.__traceback__
     while at is not None and _ours(at.tb_frame.f_code.co_filename):
         at = at.tb_next
@@ -163,7 +163,7 @@ def _ours(file):
 
 
 def _open_outputs() -> bool:
-    """Lets everything be written, whatever the encoding of the terminal; returns whether nobody reads the answer."""
+    """Makes all text printable, whatever the encoding of the terminal. Returns whether standard output is closed."""
     closed = sys.stdout is None
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -180,10 +180,10 @@ def _flush():
         raise
     except OSError as error:
         _drop_output()
-        raise OSError(f"The answer cannot be written to the standard output: {error}.") from error
+        raise OSError(f"The answer cannot be written to standard output: {error}.") from error
 
 
 def _drop_output():
-    """Lets the interpreter end in peace where nobody reads the output any more."""
+    """Redirects standard output, so that the interpreter exits without an error after the output was closed."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""MODULE:FACTORY, the user's own model: imported, called, and told apart from our code when it fails."""
+"""MODULE:FACTORY, the user's model: imports and calls it, and separates its errors from those of jpfq."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ HELP = (
     "evaluate). variables: of a Linen module; the parameters of a plain function; None for NNX. evaluate(variables), or "
     "evaluate(model) for NNX, returns a number, larger is better."
 )
-TRACING = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)  # what says that code cannot be compiled
+TRACING = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)  # errors of code that cannot be compiled
 
 
 class ForeignError(Exception):
@@ -31,7 +31,7 @@ class ForeignError(Exception):
 
 @contextlib.contextmanager
 def code_of(name: str) -> Iterator[None]:
-    """Marks what is raised inside as an error of the user's code."""
+    """A context that marks exceptions as errors of the user's code."""
     try:
         yield
     except (*TRACING, BrokenPipeError):
@@ -42,16 +42,18 @@ def code_of(name: str) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """The user's score, one number; its errors are theirs."""
+    """The user's score, checked to be one number; its errors are marked as errors of the user's code."""
 
-    given: Callable[[Any], Any]
+    function: Callable[[Any], Any]
     name: str
 
     def __call__(self, state: Any) -> Any:
         with code_of(f"evaluate, which {self.name} returns,"):
-            found = self.given(state)
+            found = self.function(state)
         if np.shape(found) != ():
-            raise ValueError(f"evaluate of {self.name} returns one number; got an array of shape {np.shape(found)}.")
+            raise ValueError(
+                f"evaluate of {self.name} must return one number; got an array of shape {np.shape(found)}."
+            )
         return found
 
 
@@ -61,7 +63,7 @@ def add_factory(parser) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raises where a name cannot be that of a factory. Before all else, as it takes no time."""
+    """Raises if a name cannot be that of a factory. Checked first, as it takes no time."""
     module, _, function = name.partition(":")
     if module.endswith(".py") and function:
         raise ValueError(f"{name} names a file; name the module: {module[:-3].replace(os.sep, '.')}:{function}.")
@@ -70,7 +72,7 @@ def check_name(name: str) -> None:
 
 
 def subject_of(name: str) -> Subject:
-    """The model that a factory makes."""
+    """The model that a factory returns."""
     check_name(name)
     module, _, function = name.partition(":")
     found = _module(name, module)
@@ -85,9 +87,9 @@ def subject_of(name: str) -> Subject:
         raise ValueError(f"{name} must return (model, variables, batches) or those and evaluate; got {kind}.")
     model, variables, batches, evaluate = made if len(made) == 4 else (*made, None)
     if evaluate is not None and not callable(evaluate):
-        raise ValueError(f"{name} returns evaluate as its fourth value, a function; got {evaluate!r}.")
+        raise ValueError(f"{name} must return a function, evaluate, as its fourth value; got {evaluate!r}.")
     if not isinstance(batches, Iterable) or isinstance(batches, (dict, str)):
-        raise ValueError(f"{name} returns batches as its third value, such as a list of arrays; got {batches!r}.")
+        raise ValueError(f"{name} must return batches, such as a list of arrays, as its third value; got {batches!r}.")
     with code_of(f"batches, which {name} returns,"):
         batches = list(batches)
     score = None if evaluate is None else Evaluate(evaluate, name)
@@ -97,15 +99,15 @@ def subject_of(name: str) -> Subject:
 
 
 def _check_runs(subject, name):
-    """Raises where the model does not take the first batch, which is found without computing anything."""
+    """Raises if the model does not accept the first batch; by shapes alone, without computing."""
     if not subject.batches:
-        raise ValueError(f"{name} returns no batches, and quantization needs data.")
+        raise ValueError(f"{name} returns no batches, but quantization needs data.")
     functional = subject.functional
     with context(functional.leaves):
         leaves, batch = tuple(map(automatic, functional.leaves)), shapes_of(subject.batches[0])
         try:
             jax.eval_shape(functional.fn, leaves, batch)
-        except ValueError:  # of ours, as of a model that is in training
+        except ValueError:  # raised by jpfq, such as for a model in training mode
             raise
         except Exception as error:
             raise ForeignError(f"the model, which {name} returns,") from error
@@ -122,6 +124,6 @@ def _module(name, module):
         missing = error.__cause__
         if isinstance(missing, ModuleNotFoundError) and missing.name and f"{module}.".startswith(f"{missing.name}."):
             near = difflib.get_close_matches(module, [path.stem for path in Path.cwd().glob("*.py")], n=1)
-            hint = f" Did you mean {near[0]}?" if near else f" Looked in {Path.cwd()} and in what is installed."
+            hint = f" Did you mean {near[0]}?" if near else f" Searched {Path.cwd()} and the installed packages."
             raise ValueError(f"Cannot import {name}: there is no module {missing.name}.{hint}") from missing
         raise

@@ -1,4 +1,4 @@
-"""`jpfq demo` and `jpfq quantize`: every grid with every method, side by side."""
+"""`jpfq demo` and `jpfq quantize`: compare grids and methods on a model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,17 +9,17 @@ import jax
 from ..compare import METHODS, SHOWN, Subject, Trial, attempt, trial_table
 from ..plot import score_against_bits
 from .answer import Answer, begun, ended, note
+from .destinations import add_saving, check_model, check_picture, check_saving, write, written_lines
 from .factory import HELP, add_factory
-from .keep import add_saving, check_model, check_picture, check_saving, keep, kept_lines
 from .language import add_text, check_named, is_language, named_subject, with_perplexity
 from .settings import add_settings, check_settings, choose, grid_of, method_of, rules_of
 
 
 def add(command) -> None:
-    """The subcommands; `command` makes the parser of one."""
+    """Adds the subcommands; `command` creates the parser of one."""
     demo = command("demo", run_demo, "train two small models on handwritten digits and quantize them", "jpfq demo")
     demo.add_argument("--picture", type=Path, default=Path("jpfq-demo.png"), help="where to save the picture")
-    demo.add_argument("--json", action="store_true", help="print the figures as JSON")
+    demo.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
     own = command(
         "quantize",
@@ -42,13 +42,13 @@ def add(command) -> None:
     add_settings(own)
     own.add_argument("--seed", type=int, metavar="N", help="of random numbers")
     run = own.add_argument_group("how it runs")
-    run.add_argument("--reference", metavar="WHAT", help="what layers stay near to: float, the default, or block")
-    run.add_argument("--offload", action="store_true", help="leave waiting batches in the memory of the host")
+    run.add_argument("--reference", metavar="WHAT", help="the target of each layer: float, the default, or block")
+    run.add_argument("--offload", action="store_true", help="move waiting batches to host memory")
     run.add_argument("--strict", action="store_true", help="refuse a model with kernels that cannot be quantized")
-    run.add_argument("--checkpoint", type=Path, metavar="DIR", help="keep finished layers; the same command goes on")
+    run.add_argument("--checkpoint", type=Path, metavar="DIR", help="save finished layers; the same command resumes")
     add_saving(own, "the result, where one setting is asked for")
-    own.add_argument("--summary", action="store_true", help="tell of every kernel of each result")
-    own.add_argument("--json", action="store_true", help="print the figures as JSON")
+    own.add_argument("--summary", action="store_true", help="print a table of all kernels for each result")
+    own.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
 
 def run_demo(options) -> Answer:
@@ -62,7 +62,7 @@ def run_demo(options) -> Answer:
 
 
 def run_quantize(options) -> Answer:
-    """One model under all settings that the options name."""
+    """One model under all settings of the options."""
     check_named(options)
     usual = ("best",) if is_language(options) else SHOWN
     grids, methods = [grid_of(bits) for bits in options.bits], [method_of(name) for name in options.method or usual]
@@ -72,49 +72,49 @@ def run_quantize(options) -> Answer:
     settings = [(grid, method, rules_of(options, grid, method)) for grid in grids for method in methods]
     _check_single(options, len(settings))
     check_saving(options)
-    how: dict[str, Any] = {"offload": options.offload, "strict": options.strict}
+    arguments: dict[str, Any] = {"offload": options.offload, "strict": options.strict}
     if options.seed is not None:
-        how["key"] = jax.random.key(options.seed)
+        arguments["key"] = jax.random.key(options.seed)
     if options.reference is not None:
-        how["reference"] = options.reference
+        arguments["reference"] = options.reference
     if options.checkpoint is not None:
-        how["checkpoint"] = options.checkpoint
+        arguments["checkpoint"] = options.checkpoint
     subject = named_subject(options)
     check_model(options, subject)
     if options.picture and subject.evaluate is None:
-        raise ValueError("A picture needs scores: let the factory return evaluate as its fourth value.")
-    answer = _study([(subject, *setting) for setting in settings], how, options, options.summary)
+        raise ValueError("A plot needs scores: let the factory return evaluate as its fourth value.")
+    answer = _study([(subject, *setting) for setting in settings], arguments, options, options.summary)
     return with_perplexity(options, subject, answer)
 
 
 def _check_single(options, count):
-    """Raises where many settings would go into one place."""
+    """Raises if several results would be written to one place."""
     for name in ("save", "report", "checkpoint"):
         if getattr(options, name) is not None and count > 1:
             raise ValueError(
-                f"--{name} takes one result, and {count} are asked for: name one of --bits and one --method, such as "
+                f"--{name} takes one result, but there are {count}: give one value of --bits and one of --method, such as "
                 "--bits 4 --method best."
             )
 
 
-def _study(jobs: Sequence, how: dict[str, Any], options, summary: bool) -> Answer:
-    """The table of all trials, and what is kept of them. A job is a subject, a grid, a method and its rules."""
+def _study(jobs: Sequence, settings: dict[str, Any], options, summary: bool) -> Answer:
+    """Runs all trials and tabulates them. A job is a subject, a grid, a method and its rules."""
     subjects: list[Subject] = list({id(subject): subject for subject, *_ in jobs}.values())
     floats = {subject.name: subject.score() for subject in subjects}
     trials: list[Trial] = []
-    kept: dict[str, Any] = {}
+    written: dict[str, Any] = {}
     for number, (subject, grid, method, rules) in enumerate(jobs, 1):
         what = f"[{number}/{len(jobs)}] {subject.name}: {grid}, {method}"
         begun(what)
-        trial, quantized = attempt(subject, grid, method, rules, **how)
+        trial, quantized = attempt(subject, grid, method, rules, **settings)
         ended(what, trial.seconds)
         trials.append(trial)
         if len(jobs) == 1:
-            kept |= keep(options, quantized, subject)
+            written |= write(options, quantized, subject)
     if options.picture:
         score_against_bits(trials, floats, options.picture)
-        kept["picture"] = str(options.picture.resolve())
-    document = {"float_scores": floats, "trials": [trial.figures(kernels=summary) for trial in trials], **kept}
+        written["picture"] = str(options.picture.resolve())
+    document = {"float_scores": floats, "trials": [trial.as_record(kernels=summary) for trial in trials], **written}
     tables = [f"{trial.grid} {trial.method}\n{trial.summary}" for trial in trials if summary]
-    lines = kept_lines(kept)
+    lines = written_lines(written)
     return Answer("\n\n".join([trial_table(trials, floats), *tables, *(["\n".join(lines)] if lines else [])]), document)

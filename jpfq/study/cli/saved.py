@@ -1,4 +1,4 @@
-"""`jpfq evaluate`, `inspect`, `report` and `certify`: about a result that is saved."""
+"""`jpfq evaluate`, `inspect`, `report` and `certify`, for a saved result."""
 
 from pathlib import Path
 from typing import Any
@@ -9,91 +9,91 @@ from ...network.table import table
 from ...storage.save import load
 from ..compare import Subject
 from ..evaluate import evaluate
-from ..inspect import inspect, inspected
+from ..inspect import as_text, inspect
 from .answer import NO, YES, Answer
+from .destinations import check_report, check_result
 from .factory import HELP, add_factory, check_name, subject_of
-from .keep import check_page, check_result
 
 
 def add(command) -> None:
-    """The subcommands."""
+    """Adds the subcommands."""
     own = command(
         "evaluate",
         run_evaluate,
-        "score a saved result, beside the float model it was made of",
+        "score a saved result and its float model",
         "jpfq evaluate mymodel-w4 mymodel:trained",
         about=HELP,
     )
     _add_folder(own)
     add_factory(own)
-    own.add_argument("--json", action="store_true", help="print the figures as JSON")
+    own.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
-    own = command("inspect", run_inspect, "print what a saved result holds", "jpfq inspect mymodel-w4")
+    own = command("inspect", run_inspect, "print the contents of a saved result", "jpfq inspect mymodel-w4")
     _add_folder(own)
     own.add_argument("--json", action="store_true", help="print it as JSON")
 
     own = command(
         "report",
         run_report,
-        "write a page about a saved result",
+        "write an HTML report of a saved result",
         "jpfq report mymodel-w4 mymodel.html --title 'Four bits'",
     )
     _add_folder(own)
-    own.add_argument("page", type=Path, metavar="FILE.html", help="the page: one file that needs no network")
+    own.add_argument("file", type=Path, metavar="FILE.html", help="one self-contained file")
     own.add_argument("--title", help="its heading")
-    own.add_argument("--overwrite", action="store_true", help="replace a page that is there already")
+    own.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     own = command(
         "certify",
         run_certify,
-        "find out whether sums of integers can overflow",
+        "check whether integer sums can overflow",
         "jpfq certify mymodel-w4a8 mymodel:trained --bits 16 --tile 64",
-        about="The largest and the least sum that the stored codes can have, over all inputs there can be. The model says "
+        about="Computes the largest and the least sum of the stored codes over all possible inputs. The model determines "
         "which codes are summed. The result needs quantized activations, see jpfq quantize --activation-bits. " + HELP,
-        statuses="exit status: 0 where no input overflows, 1 where some may.",
+        statuses="exit status: 0 if no input overflows, 1 if some may.",
     )
     _add_folder(own)
     add_factory(own)
-    own.add_argument("--bits", type=int, required=True, metavar="P", help="of the accumulator, its sign included")
-    own.add_argument("--tile", type=int, metavar="T", help="how many inputs are summed in it; default: all of a layer")
+    own.add_argument("--bits", type=int, required=True, metavar="P", help="of the accumulator, including its sign")
+    own.add_argument("--tile", type=int, metavar="T", help="the inputs per sum; default: all of a layer")
     own.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def run_evaluate(options) -> Answer:
     """Scores and errors."""
     subject, quantized = _loaded(options)
-    figures = evaluate(subject, quantized)
+    metrics = evaluate(subject, quantized)
     score = lambda x: "" if x is None else f"{x:.4g}"
     share = lambda x: "" if x is None else f"{x:.2%}" if x == x else "nan"
-    rows = [("float", score(figures["float_score"]), "")]
-    rows.append(("weights quantized", score(figures["score"]), share(figures["weights_error"])))
+    rows = [("float", score(metrics["float_score"]), "")]
+    rows.append(("weights quantized", score(metrics["score"]), share(metrics["weights_error"])))
     notes = []
-    if figures["inputs_rounded"]:
-        rows.append(("activations too", "", share(figures["output_error"])))
+    if metrics["inputs_rounded"]:
+        rows.append(("activations too", "", share(metrics["output_error"])))
         if subject.evaluate is not None:
             notes.append("evaluate is given weights, so that its score does not see activations rounded.")
-    if unmatched := max(figures["weights_unmatched"], figures["output_unmatched"]):
+    if unmatched := max(metrics["weights_unmatched"], metrics["output_unmatched"]):
         notes.append(f"{unmatched:,} outputs are NaN or infinite in one of the two networks only: there is no error.")
     if subject.evaluate is None:
         notes.append("The factory returns no evaluate, so that there are no scores.")
     text = table(("network", "score", "error of the outputs"), rows)
-    return Answer("\n\n".join([text, *(["\n".join(notes)] if notes else [])]), figures)
+    return Answer("\n\n".join([text, *(["\n".join(notes)] if notes else [])]), metrics)
 
 
 def run_inspect(options) -> Answer:
     """Describes the contents of the folder."""
     check_result(options.folder)
-    figures = inspect(options.folder)
-    return Answer(inspected(figures), figures)
+    contents = inspect(options.folder)
+    return Answer(as_text(contents), contents)
 
 
 def run_report(options) -> Answer:
-    """The page."""
+    """Writes the report."""
     check_result(options.folder)
-    check_page(options.page, options.overwrite)
+    check_report(options.file, options.overwrite)
     quantized: Any = load(options.folder)
-    quantized.report(options.page, title=options.title, overwrite=options.overwrite)
-    return Answer(f"Report: {options.page.resolve()}", {"report": str(options.page.resolve())})
+    quantized.report(options.file, title=options.title, overwrite=options.overwrite)
+    return Answer(f"Report: {options.file.resolve()}", {"report": str(options.file.resolve())})
 
 
 def run_certify(options) -> Answer:
@@ -105,8 +105,8 @@ def run_certify(options) -> Answer:
     _, quantized = _loaded(options)
     if not quantized.inputs:
         raise ValueError(
-            f"{options.folder} has no quantized activations, so that there are no sums of integers: make it with "
-            "jpfq quantize --activation-bits 8, for example."
+            f"{options.folder} has no quantized activations, so there are no integer sums: quantize with "
+            "--activation-bits 8, for example."
         )
     certificate = certify(quantized, bits=options.bits, tile=options.tile)
     sites = [
@@ -129,4 +129,4 @@ def _loaded(options) -> tuple[Subject, Quantized]:
     check_result(options.folder)
     check_name(options.factory)
     subject = subject_of(options.factory)
-    return subject, load(options.folder, subject.model, **subject.given)
+    return subject, load(options.folder, subject.model, **subject.arguments)

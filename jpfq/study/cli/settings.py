@@ -1,4 +1,4 @@
-"""Options that say what is quantized how: checked, and made into rules, before any work."""
+"""The options for rules: checked, and turned into rules, before any work is done."""
 
 import dataclasses
 import difflib
@@ -10,12 +10,12 @@ from ...scalar import AbsMax, Accumulator, Grid, MinError, MinMSE, PerGroup, Sca
 from ..compare import METHODS
 
 SCALES: dict[str, Scale] = {"minmse": MinMSE(), "absmax": AbsMax(), "minerror": MinError()}
-ALIASES = {"gptq": "OPTQ", "rtn": "MSQ", "recommended": "best"}  # what others call a method
+ALIASES = {"gptq": "OPTQ", "rtn": "MSQ", "recommended": "best"}  # other names of methods
 
 
 def add_settings(parser) -> None:
-    """The options of a rule."""
-    rule = parser.add_argument_group("what is quantized how")
+    """Adds the options of a rule."""
+    rule = parser.add_argument_group("quantization")
     rule.add_argument("--scale", metavar="SCALE", help=f"how steps are chosen: {', '.join(SCALES)}; default: by method")
     rule.add_argument("--group", type=int, metavar="N", help="a step for every N inputs of a neuron; default: for all")
     rule.add_argument("--rounding", metavar="ROUNDING", help="nearest, the default, or stochastic, which takes --seed")
@@ -36,7 +36,7 @@ def add_settings(parser) -> None:
 
 
 def check_settings(options) -> None:
-    """Raises for options that contradict each other."""
+    """Raises if options contradict each other."""
     for name, choices in (("scale", SCALES), ("rounding", ("nearest", "stochastic"))):
         if getattr(options, name) is not None:
             choose(f"--{name}", getattr(options, name), choices)
@@ -45,13 +45,13 @@ def check_settings(options) -> None:
             raise ValueError(f"{_option(name)} needs {_option(needed)}.")
     stochastic, seeds = options.rounding == "stochastic", options.seed is not None
     if stochastic and not seeds:
-        raise ValueError("--rounding stochastic draws random numbers: say from which --seed, such as --seed 0.")
+        raise ValueError("--rounding stochastic draws random numbers: give a --seed, such as --seed 0.")
     if seeds and not stochastic:
-        raise ValueError("--seed is for what draws random numbers, and nothing here does: add --rounding stochastic.")
+        raise ValueError("--seed has no effect, as nothing draws random numbers: add --rounding stochastic.")
 
 
 def rules_of(options, grid: Grid, method: str, scale: Scale | None = None) -> list[Rule]:
-    """The rules that the options mean for a grid and a method of `METHODS`; `scale` goes before that of the options."""
+    """The rules for a grid, a method of `METHODS`, and the options. `scale` replaces that of the options."""
     settings: dict[str, Any] = METHODS[method] | _common(options)
     scale = scale or SCALES.get(options.scale) or settings.get("scale")
     if options.group is not None:
@@ -64,7 +64,7 @@ def rules_of(options, grid: Grid, method: str, scale: Scale | None = None) -> li
 
 
 def grid_of(text: str, option: str = "--bits") -> Grid:
-    """The grid of a number of bits, or of 'ternary'."""
+    """The grid for a number of bits, or for 'ternary'."""
     if text == "ternary":
         return Ternary()
     if not text.isascii() or not text.isdigit():
@@ -74,17 +74,17 @@ def grid_of(text: str, option: str = "--bits") -> Grid:
 
 
 def method_of(text: str) -> str:
-    """The name of a method, whatever its case."""
+    """The name of a method, from a text in any case."""
     known = {name.lower(): name for name in METHODS}
     if text.lower() in known:
         return known[text.lower()]
     if text.lower() in ALIASES:
-        raise ValueError(f"What others call {text} is --method {ALIASES[text.lower()]} here.")
+        raise ValueError(f"{text} is called {ALIASES[text.lower()]} here: --method {ALIASES[text.lower()]}.")
     return choose("--method", text, METHODS)
 
 
 def choose(option: str, text: str, choices: Iterable[str]) -> str:
-    """The text if it is one of the choices, and else an error that names the nearest."""
+    """Returns the text if it is one of the choices; otherwise raises with the nearest choice."""
     choices = list(choices)
     if text not in choices:
         raise ValueError(f"{option} is {', '.join(choices)}; got {text!r}.{nearest(text, choices)}")
@@ -92,7 +92,7 @@ def choose(option: str, text: str, choices: Iterable[str]) -> str:
 
 
 def nearest(text: str, choices: Sequence[str]) -> str:
-    """A question about the name that may have been meant."""
+    """A suggestion of the name that may have been meant."""
     names = {name.lower(): name for name in choices}
     near = difflib.get_close_matches(text.lower(), list(names), n=1)
     return f" Did you mean {names[near[0]]}?" if near else ""
@@ -108,7 +108,7 @@ def _common(options):
 
 
 def _grouped(scale, size):
-    """The same scale with a step for each group."""
+    """The same scale with one step per group."""
     if isinstance(scale, MinError):
         return dataclasses.replace(scale, base=_grouped(scale.base, size))
     return dataclasses.replace(scale, per=PerGroup(size))

@@ -1,4 +1,4 @@
-"""`jpfq sweep`: many settings of one model in one walk."""
+"""`jpfq sweep`: many settings of one model at once."""
 
 import functools
 from collections.abc import Callable
@@ -10,17 +10,17 @@ import jax.numpy as jnp
 from ...matrix.explicit_mesh import context
 from ...scalar import AbsMax
 from ..compare import METHODS, Subject
-from ..space import FIGURES, Space
+from ..space import METRICS, Space
 from ..sweep import sweep
-from ..swept import Sweep
+from ..sweep_result import Sweep
 from .answer import NO, YES, Answer, note
+from .destinations import add_saving, check_model, check_saving, write, written_lines
 from .factory import HELP, TRACING, add_factory, check_name, subject_of
-from .keep import add_saving, check_model, check_saving, keep, kept_lines
 from .settings import add_settings, check_settings, grid_of, method_of, rules_of
 
 
 def add(command) -> None:
-    """The subcommand."""
+    """Adds the subcommand."""
     own = command(
         "sweep",
         run,
@@ -53,7 +53,7 @@ def add(command) -> None:
 
 
 def run(options) -> Answer:
-    """The table of all settings, and the best of them where it is to be kept."""
+    """Runs the sweep; writes its best result if requested."""
     check_name(options.factory)
     check_settings(options)
     space = _space(options)
@@ -61,7 +61,7 @@ def run(options) -> Answer:
         raise ValueError(f"--lanes takes a positive number of settings; got {options.lanes}.")
     wants = options.save is not None or options.report is not None
     if options.bits_per_weight is not None and not wants:
-        raise ValueError("--bits-per-weight says which setting is kept: it needs --save DIR or --report FILE.html.")
+        raise ValueError("--bits-per-weight selects the setting to save: add --save DIR or --report FILE.html.")
     check_saving(options)
     subject = subject_of(options.factory)
     check_model(options, subject)
@@ -69,23 +69,23 @@ def run(options) -> Answer:
     if scored:
         check_compiles(subject, options.factory)
     evaluate = functools.partial(_loss, subject) if scored else None
-    how = {"lanes": options.lanes, "offload": options.offload, "strict": options.strict}
-    swept = sweep(subject.model, subject.batches, space, evaluate=evaluate, **subject.given, **how)
-    return _answer(options, subject, swept, scored, wants)
+    limits = {"lanes": options.lanes, "offload": options.offload, "strict": options.strict}
+    result = sweep(subject.model, subject.batches, space, evaluate=evaluate, **subject.arguments, **limits)
+    return _answer(options, subject, result, scored, wants)
 
 
 def check_compiles(subject: Subject, name: str) -> None:
-    """Raises where `evaluate` cannot be compiled, which is known before the work."""
+    """Raises if `evaluate` cannot be compiled, before any work is done."""
     functional = subject.functional
-    key, score = next(iter(subject.given), "model"), cast(Callable, subject.evaluate)
+    key, score = next(iter(subject.arguments), "model"), cast(Callable, subject.evaluate)
     try:
         with context(functional.leaves):
             jax.eval_shape(lambda leaves: score(functional.rebuild(leaves)[key]), functional.leaves)
     except TRACING as error:
         raise ValueError(
-            f"A sweep compiles the score, and evaluate of {name} turns arrays into Python numbers or NumPy arrays, with "
-            "float() or np.asarray() for example. Return the array itself, made by jax.numpy, which serves the other "
-            "commands too; or pass --by-error, which takes the error of the outputs as the loss."
+            f"A sweep compiles the score, but evaluate of {name} converts arrays to Python numbers or NumPy arrays, with "
+            "float() or np.asarray() for example. Compute with jax.numpy and return the array, which the other commands "
+            "accept too; or pass --by-error, to take the error of the outputs as the loss."
         ) from error
 
 
@@ -95,7 +95,7 @@ def _loss(subject, quantized):
 
 
 def _space(options):
-    """All settings, with the rules of each made once, so that what makes none is refused before the work."""
+    """All settings. The rules of each are created once, so that errors come before any work is done."""
     if options.c is not None and options.scale not in (None, "absmax"):
         raise ValueError(f"--c is the factor of --scale absmax; it does not go with --scale {options.scale}.")
     axes = {
@@ -114,21 +114,21 @@ def _space(options):
     return space
 
 
-def _answer(options, subject: Subject, swept: Sweep, scored: bool, wants: bool) -> Answer:
-    loss = "minus what evaluate returns" if scored else "the relative error of the outputs on the batches"
-    records, front, limit = swept.records, swept.front, options.bits_per_weight
+def _answer(options, subject: Subject, result: Sweep, scored: bool, wants: bool) -> Answer:
+    loss = "minus the score of evaluate" if scored else "the relative error of the outputs on the batches"
+    records, front, limit = result.records, result.front, options.bits_per_weight
     within = [i for i in front if limit is None or records[i]["bits_per_weight"] <= limit]
-    kept: dict[str, Any] = {}
+    written: dict[str, Any] = {}
     lines = [f"The loss is {loss}."]
     if wants and within:
-        setting = {name: value for name, value in records[within[-1]].items() if name not in FIGURES}
-        kept = {"best": within[-1], **keep(options, swept.best(limit), subject, swept)}
+        setting = {name: value for name, value in records[within[-1]].items() if name not in METRICS}
+        written = {"best": within[-1], **write(options, result.best(limit), subject, result)}
         lines.append("Least loss: " + ", ".join(f"{name}={value}" for name, value in setting.items()) + ".")
     elif wants:
-        note(f"jpfq: nothing is kept: no setting of finite loss takes {limit} bits per weight or fewer.")
+        note(f"jpfq: nothing is saved: no setting of finite loss takes {limit} bits per weight or fewer.")
     if options.picture:
-        swept.picture(options.picture)
-        kept["picture"] = str(options.picture.resolve())
-    document = {"loss": "-score" if scored else "output_error", "records": records, "front": front, **kept}
-    text = "\n\n".join([str(swept), "\n".join([*lines, *kept_lines(kept)])])
+        result.picture(options.picture)
+        written["picture"] = str(options.picture.resolve())
+    document = {"loss": "-score" if scored else "output_error", "records": records, "front": front, **written}
+    text = "\n\n".join([str(result), "\n".join([*lines, *written_lines(written)])])
     return Answer(text, document, NO if wants and not within else YES)

@@ -1,4 +1,4 @@
-"""Claim: on an accelerator one launch per block beats the plain scan. Run: python bench/kernel.py
+"""Claim: on an accelerator one launch per block beats the plain scan. Run: python bench/pallas.py
 
 The recursion q = Q(A - L q) in blocks, by the kernel of jpfq/matrix/pallas.py and by the scan, next to the plain scan over
 all coordinates and one float32 product of the same size; ratios are medians over rounds, each with the others beside it.
@@ -74,7 +74,7 @@ def main():
     if device.platform == "cpu" and not args.interpret:
         none = "No accelerator here: JAX sees CPUs only, where the kernel does not run. Nothing was timed."
         report(
-            "kernel",
+            "pallas",
             parser,
             args,
             f"{none}\nThe scan stays what runs on every platform (jpfq.matrix.pallas.WINS is empty).",
@@ -86,7 +86,7 @@ def main():
         rows, says = rows + more_rows, says + more
     head = ("n", "what", "milliseconds", "products", "codes unlike the plain scan's")
     note = f"{device.device_kind}; O = {args.out}; medians of {args.rounds} rounds; tiles of {args.tile} neurons"
-    report("kernel", parser, args, note, table(head, rows), "\n".join(says))
+    report("pallas", parser, args, note, table(head, rows), "\n".join(says))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Claim: quantizing a network costs little more than its parts do by themselves. Run: python bench/walk.py
+"""Claim: quantizing a network takes little more time than its parts alone. Run: python bench/calibration.py
 
 A pre-norm transformer of 32 equal blocks, quantized to 4 bits by GPFQ. Measured in one process, each alone and compiled
 beforehand: the whole call; one forward pass of all batches through the float model and one through the quantized, each
@@ -33,7 +33,7 @@ def seconds(f: Callable) -> float:
 
 
 def parts(args: argparse.Namespace) -> dict[str, Callable]:
-    """What is measured: functions by name, the whole call first."""
+    """The functions to measure, by name, the whole call first."""
     model, variables, batches = model_and_batches(args.blocks, args.width, args.batches, args.rows)
     whole = lambda: jpfq.quantize(model, batches, PLAIN, variables=variables, progress=False)
     quantized = whole().variables
@@ -94,7 +94,7 @@ def main():
         f"{args.repeats} runs in turn"
     )
     claim = f"the whole takes at most {TARGET} times the sum of its parts: {ratio:.2f}"
-    report("walk", parser, args, note, table(("alone", "seconds"), rows), verdict(ratio <= TARGET, claim))
+    report("calibration", parser, args, note, table(("alone", "seconds"), rows), verdict(ratio <= TARGET, claim))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A check that what stands in rows of weight 0 does not reach rows that count: the float network, run on other padding.
+"""A check that padding does not change rows that count: the float network runs again with other padding.
 
-Weights say which rows are padding, not that a model keeps them apart: attention without a mask, a mean over positions or
-a normalization over them mixes all rows. So one batch runs a second time with other data in its rows of weight 0 (copies
-of rows that count; of tokens, the embeddings of other tokens), and what counts must stay the same.
+Weights say which rows are padding, not that the model separates them from the others: attention without a mask, or a mean
+or a normalization over positions, mixes all rows. So one batch runs a second time with other data in its rows of weight 0
+(copies of rows that count; for tokens, the embeddings of other tokens), and the rows that count must stay the same.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ LOOKUPS = ("gather", "dot_general")
 
 
 class OtherPadding:
-    """The values that the float network has for one batch with other padding."""
+    """The values of the float network for one batch with other padding."""
 
     def __init__(self, batch: int, values: dict, lookups: dict[int, Any], weights: Followed):
         """
         Args:
-            batch: the number of the batch.
+            batch: the index of the batch.
             values: its inputs, by variable.
             lookups: the variables of embeddings, by index of their equation.
             weights: of the batch.
@@ -34,8 +34,8 @@ class OtherPadding:
 
     @classmethod
     def of(cls, program: Program, batches: Sequence, weights: Sequence, followed: Sequence) -> Self | None:
-        """The values of the first batch that has padding; None where there is none, or nothing to change in it."""
-        for number, (leaves, given) in enumerate(zip(batches, weights, strict=True)):
+        """The first batch that has padding, with other values there; None if no batch has any that can be changed."""
+        for index, (leaves, given) in enumerate(zip(batches, weights, strict=True)):
             if given is None or not any(bool((w == 0).any()) for w in given if w is not None):
                 continue
             values = dict(zip(program.inputs, leaves, strict=True))
@@ -44,24 +44,24 @@ class OtherPadding:
             }
             values |= {v: _swapped(jnp.asarray(x), over_rows(w, x.ndim)) for v, (x, w) in data.items()}
             found = lookups(program)
-            return cls(number, values, found, followed[number]) if data or found else None
+            return cls(index, values, found, followed[index]) if data or found else None
         return None
 
     def swap(self, index: int) -> None:
-        """Gives padding other embeddings, where the equation of this index has looked them up."""
+        """Replaces the embeddings of padding, after the equation of this index has looked them up."""
         v = self.lookups[index]
         if v in self.values and (w := self.weights.weights.get(v)) is not None:
             self.values[v] = _swapped(self.values[v], w)
 
     def reaches(self, value: jax.Array, other: jax.Array, weights: jax.Array | None) -> bool:
-        """True if a value of the float network differs with other padding, in entries that count."""
+        """True if a value of the float network differs with other padding in entries that count."""
         if not jnp.issubdtype(value.dtype, jnp.floating):
             return False
         return not bool(_agree(value, other, jnp.ones((1,) * value.ndim) if weights is None else weights))
 
 
 def lookups(program: Program) -> dict[int, Any]:
-    """Where data that are no floating numbers first become such, by a table of parameters."""
+    """The embedding lookups: equations that turn integers or flags into floating numbers by a table of parameters."""
     floats = {v for v in program.inputs if jnp.issubdtype(v.aval.dtype, jnp.inexact)}
     found = {}
     for index, eqn in enumerate(program.equations):
@@ -78,14 +78,14 @@ def lookups(program: Program) -> dict[int, Any]:
 
 @jax.jit
 def _swapped(x, weights):
-    """A value with copies of rows that count in place of the others."""
+    """A value in which rows of weight 0 are replaced by copies of rows that count."""
     axes = max((a + 1 for a, n in enumerate(weights.shape) if n > 1), default=0)
     weights = jnp.broadcast_to(weights.max(tuple(range(axes, x.ndim))), x.shape[:axes]).ravel()
     rows = x.reshape(weights.size, *x.shape[axes:])
     counted = jnp.argsort(weights <= 0)  # those that count come first
-    number = jnp.maximum((weights > 0).sum(), 1)
+    count = jnp.maximum((weights > 0).sum(), 1)
     place = jnp.arange(weights.size)
-    other = counted[(place * 7 + 3) % number]
+    other = counted[(place * 7 + 3) % count]
     return rows[jnp.where(weights > 0, place, other)].reshape(x.shape)
 
 

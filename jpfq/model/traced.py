@@ -1,4 +1,4 @@
-"""The kernels of a model, and why others cannot be quantized."""
+"""`Traced`: a model traced for one shape of batch, with the sites that sites.py finds in it."""
 
 from typing import Any, NamedTuple
 
@@ -8,11 +8,11 @@ from .sites import Site, find_sites
 
 
 class Traced(NamedTuple):
-    """A model traced on one shape of batch."""
+    """A model traced for one shape of batch."""
 
     program: Program
     sites: list[Site]
-    reasons: dict[str, str]  # by path of every other kernel, why it cannot be quantized
+    reasons: dict[str, str]  # by path of every other kernel, the reason why it cannot be quantized
 
 
 def find_kernels(functional: Functional, example: Any) -> Traced:

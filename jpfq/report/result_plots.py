@@ -1,8 +1,8 @@
-"""Pictures of a quantized network on matplotlib axes, for notebooks and the report.
+"""Plots of a quantized network on matplotlib axes, for notebooks and the report.
 
-Every function draws on `ax`, or on the axes of a new figure where that is left out, and returns the axes. Kernels stand in
-the order of the network, numbered from 1. Text and frames take the colours of matplotlib's style in force; the series have
-colours that the colour-blind tell apart, and that can be seen on white and on black.
+Every function draws on `ax`, or on the axes of a new figure if that is None, and returns the axes. Kernels are in the order
+of the network, numbered from 1. Text and frames have the colours of the current matplotlib style. The colours of series are
+safe for colour-blind readers, and visible on white and on black.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREEN, GRAY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"
-NEEDED = "Pictures need matplotlib: pip install 'jpfq[demo]'."
-BARS = 64  # at most, in a histogram of codes
-FEW = 33  # levels, or fewer: each is marked, and its bar stands by itself
-DENSE = 60  # kernels; of more, lines and dots are finer
+NEEDED = "Plots need matplotlib: pip install 'jpfq[demo]'."
+BARS = 64  # in a histogram of codes, at most
+FEW = 33  # with at most so many levels, each has a tick and a separate bar
+DENSE = 60  # with more kernels, lines and dots are finer
 FINE = 64  # bins of float weights
 PART = 2**24  # weights counted at a time
 
 
 class Swept(Protocol):
-    """The parts of a sweep in a picture: its settings with their figures, and the numbers of those that none beats."""
+    """The parts of a sweep that are plotted: the records of its settings, and the indices of those on the front."""
 
     @property
     def records(self) -> Sequence[dict[str, Any]]: ...
@@ -41,14 +41,14 @@ class Swept(Protocol):
 
 @anywhere
 def errors(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
-    """Relative errors of the kernels' outputs on the calibration data, in per cent.
+    """Plots the relative errors of the kernels' outputs on the calibration data, in per cent.
 
-    Beside them their floors: what would be left on an infinitely fine grid, because the inputs come from kernels that are
-    quantized themselves.
+    Also plots their floors: the errors that would remain on an infinitely fine grid, because the inputs come from kernels
+    that are quantized themselves.
 
     Args:
         quantized: the result.
-        ax: what to draw on; the axes of a new figure where it is left out.
+        ax: the axes to draw on; None for a new figure.
 
     Examples:
         >>> ax = jpfq.plot.errors(quantized)
@@ -57,17 +57,17 @@ def errors(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     found, floors = (100 * _of(quantized, f) for f in (lambda i: i.relative_error, lambda i: i.relative_floor))
     width = 1.4 if len(found) <= DENSE else 0.7
     ax.plot(_numbers(found), found, "o-", color=BLUE, label="error", markersize=_dot(found), linewidth=width)
-    ax.plot(_numbers(floors), floors, color=GRAY, label="floor: what comes with the inputs", linewidth=width)
+    ax.plot(_numbers(floors), floors, color=GRAY, label="floor: error of the inputs", linewidth=width)
     return _finish(ax, "relative error, %", len(found))
 
 
 @anywhere
 def bits(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
-    """Bits per weight of the kernels as they are stored, steps included, and the entropy of their codes.
+    """Plots the stored bits per weight of the kernels, steps included, and the entropy of their codes.
 
     Args:
         quantized: the result.
-        ax: what to draw on; the axes of a new figure where it is left out.
+        ax: the axes to draw on; None for a new figure.
 
     Examples:
         >>> ax = jpfq.plot.bits(quantized)
@@ -81,11 +81,11 @@ def bits(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
 
 @anywhere
 def sizes(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
-    """Sizes of the kernels, packed, beside those before; in kB, or in MB where one has more.
+    """Plots the sizes of the packed kernels beside their original sizes, in kB or MB.
 
     Args:
         quantized: the result.
-        ax: what to draw on; the axes of a new figure where it is left out.
+        ax: the axes to draw on; None for a new figure.
 
     Examples:
         >>> ax = jpfq.plot.sizes(quantized)
@@ -101,11 +101,11 @@ def sizes(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
 
 @anywhere
 def saturation(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
-    """Shares of each kernel's weights that wanted to go more than half a step beyond the grid, in per cent.
+    """Plots the share of each kernel's weights that lie more than half a step beyond the grid, in per cent.
 
     Args:
         quantized: the result.
-        ax: what to draw on; the axes of a new figure where it is left out.
+        ax: the axes to draw on; None for a new figure.
 
     Examples:
         >>> ax = jpfq.plot.saturation(quantized)
@@ -118,14 +118,14 @@ def saturation(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
 
 @anywhere
 def accumulators(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
-    """Bits of the accumulators of the kernels whose sums are bounded: asked for, needed, and what any codes might need.
+    """Plots the accumulator bits of kernels with bounded sums: requested, needed, and needed for any codes.
 
     Args:
         quantized: the result.
-        ax: what to draw on; the axes of a new figure where it is left out.
+        ax: the axes to draw on; None for a new figure.
 
     Raises:
-        ValueError: for a result without bounded sums.
+        ValueError: no kernel has bounded sums.
 
     Examples:
         >>> rule = jpfq.Rule(".*", bits=4, activation_bits=8, accumulator=jpfq.Accumulator(16, tile=64))
@@ -135,8 +135,8 @@ def accumulators(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
     found = [(i, tensor, reach) for i, (tensor, reach) in enumerate(reaches, 1) if reach is not None]
     if not found:
         raise ValueError(
-            "No kernel has bounded sums: quantize with jpfq.Rule(.., accumulator=jpfq.Accumulator(16)). How far the sums of "
-            "any other go, jpfq.certify says."
+            "No kernel has bounded sums: quantize with jpfq.Rule(.., accumulator=jpfq.Accumulator(16)). jpfq.certify "
+            "computes the worst-case sums of any kernel with quantized inputs."
         )
     ax = given_or_new(ax)
     numbers = [i for i, *_ in found]
@@ -155,15 +155,15 @@ def accumulators(quantized: Quantized, ax: "Axes | None" = None) -> "Axes":
 
 @anywhere
 def histogram(tensor: QTensor, weights: Any = None, ax: "Axes | None" = None) -> "Axes":
-    """Plots how the codes of a kernel spread over its levels, and how the float weights lay between them.
+    """Plots histograms of the codes of a kernel and of its float weights.
 
-    The axis is in steps, so that levels are at integers whatever step each weight has; heights are shares of the weights for
-    one step, in per cent. Of many levels several share a bar. Float weights far beyond the grid count at the rim.
+    The axis is in steps, so that all levels are at integers. Heights are the share of the weights per step, in per cent. If
+    there are many levels, several share a bar. Float weights far beyond the grid are counted at its ends.
 
     Args:
-        tensor: such as `quantized.tensors["head/kernel"]`, or from `jpfq.solve`.
-        weights: the kernel before it was quantized.
-        ax: what to draw on; the axes of a new figure where it is left out.
+        tensor: `quantized.tensors["head/kernel"]`, for example, or the result of `jpfq.solve`.
+        weights: the kernel before quantization.
+        ax: the axes to draw on; None for a new figure.
 
     Examples:
         >>> ax = jpfq.plot.histogram(quantized.tensors["head/kernel"], variables["params"]["head"]["kernel"])
@@ -198,11 +198,11 @@ def histogram(tensor: QTensor, weights: Any = None, ax: "Axes | None" = None) ->
 
 
 def front(sweep: Swept, ax: "Axes | None" = None) -> "Axes":
-    """Losses of the settings of a sweep against bits per weight, and the front of those that none beats in both.
+    """Plots the losses of the settings of a sweep against bits per weight, and the front that no setting beats in both.
 
     Args:
-        sweep: what `jpfq.sweep` returned.
-        ax: what to draw on; the axes of a new figure where it is left out.
+        sweep: the result of `jpfq.sweep`.
+        ax: the axes to draw on; None for a new figure.
 
     Examples:
         >>> ax = jpfq.plot.front(sweep)
@@ -219,7 +219,7 @@ def front(sweep: Swept, ax: "Axes | None" = None) -> "Axes":
 
 
 def float_bytes(tensor: QTensor) -> int:
-    """Bytes of the kernel that a tensor stands for, in its own type."""
+    """Bytes of the kernel in its original dtype."""
     return tensor.codes.size * np.dtype(tensor.dtype).itemsize
 
 
@@ -235,10 +235,10 @@ ABOVE: dict[str, Any] = {
 
 
 def given_or_new(ax):
-    """The axes given, or those of a new figure."""
+    """The given axes, or those of a new figure."""
     if ax is not None:
         if not hasattr(ax, "stairs"):
-            raise ValueError(f"ax is the axes of matplotlib to draw on, such as plt.subplots()[1]; got {ax!r}.")
+            raise ValueError(f"ax must be matplotlib axes, such as plt.subplots()[1]; got {ax!r}.")
         return ax
     try:
         import matplotlib.pyplot as plt
@@ -248,7 +248,7 @@ def given_or_new(ax):
 
 
 def _finish(ax, label, count):
-    """An axis of kernels, and what is measured on the other."""
+    """Labels the axis of kernels and the axis of values."""
     ax.set(xlabel="kernel, in the order of the network", ylabel=label, xlim=(0.4, max(count, 1) + 0.6), ylim=(0, None))
     ax.locator_params("x", integer=True)
     ax.grid(axis="y", alpha=0.3)
@@ -258,7 +258,7 @@ def _finish(ax, label, count):
 
 
 def _bars(ax, heights: Sequence[float] | np.ndarray, centers=None, width=0.8, **style):
-    """Bars as one shape, which keeps a picture of hundreds small."""
+    """Bars as one shape, which keeps the SVG small."""
     centers = _numbers(heights) if centers is None else centers
     edges = np.stack([centers - width / 2, centers + width / 2], 1).ravel() if len(heights) else np.zeros(1)
     values = np.stack([heights, np.zeros(len(heights))], 1).ravel()[: max(0, len(edges) - 1)]
@@ -266,12 +266,12 @@ def _bars(ax, heights: Sequence[float] | np.ndarray, centers=None, width=0.8, **
 
 
 def _dot(values) -> float:
-    """The size of a dot, smaller where there are many."""
+    """The size of a dot, smaller if there are many."""
     return 4 if len(values) <= DENSE else 1.6
 
 
-def _of(quantized, figure: Callable[[Info], Any]) -> np.ndarray:
-    return np.array([float(figure(quantized.info[path])) for path in quantized.tensors])
+def _of(quantized, metric: Callable[[Info], Any]) -> np.ndarray:
+    return np.array([float(metric(quantized.info[path])) for path in quantized.tensors])
 
 
 def _numbers(values) -> np.ndarray:
@@ -283,19 +283,19 @@ def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[f
     return [x for x, _ in found], [y for _, y in found]
 
 
-def _counts(values: np.ndarray, bins: int, number: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Counts the values that have each number below `bins`; a part at a time, since kernels may be large."""
+def _counts(values: np.ndarray, bins: int, bin_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Counts the values in each bin, a part at a time, since kernels may be large."""
     parts = np.array_split(values, values.size // PART + 1)
-    return sum((np.bincount(number(part), minlength=bins) for part in parts), np.zeros(bins, np.int64))
+    return sum((np.bincount(bin_of(part), minlength=bins) for part in parts), np.zeros(bins, np.int64))
 
 
 def _positions(tensor, weights) -> np.ndarray:
     """Float weights in units of the grid."""
-    here = lambda x: jnp.asarray(np.asarray(x))  # on one device, wherever they lie
-    weights, tensor = here(weights), dataclasses.replace(tensor, step=here(tensor.step), zero=here(tensor.zero))
+    local = lambda x: jnp.asarray(np.asarray(x))  # on one device, wherever they are
+    weights, tensor = local(weights), dataclasses.replace(tensor, step=local(tensor.step), zero=local(tensor.zero))
     if weights.shape != tensor.shape:
-        raise ValueError(f"The weights are of the kernel's shape {tensor.shape}; got {weights.shape}.")
+        raise ValueError(f"The weights must have the kernel's shape {tensor.shape}; got {weights.shape}.")
     found = np.asarray(tensor.levels.position(tensor.turned(weights))).ravel()
     if not np.isfinite(found).all():
-        raise ValueError("The weights hold NaN or infinity.")
+        raise ValueError("The weights hold NaN or infinity, which have no place in a histogram: remove them.")
     return found

@@ -1,4 +1,4 @@
-"""Row weights through convolutions and pooling."""
+"""Rules that propagate row weights through convolutions and pooling."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,10 +6,11 @@ from jax import lax
 
 from ..matrix.layout import ConvLayout, pooled
 from ..model.sites import product_layout
-from .lost import Lost, note
+from .row_weight_ops import Lost, note
 
 
 def window(eqn, w, cut):
+    """The weights of a pooling."""
     p = eqn.params
     axes = [a for a, n in enumerate(w.shape) if n > 1]
     if all(p["window_dimensions"][a] == 1 for a in axes) and all(p["window_strides"][a] == 1 for a in axes):
@@ -19,6 +20,7 @@ def window(eqn, w, cut):
 
 
 def convolution(eqn, own, cut):
+    """The weights of a convolution of data with a kernel."""
     side = next(i for i, w in enumerate(own) if w is not None)
     layout = product_layout(eqn, side=1 - side)
     if not isinstance(layout, ConvLayout):
@@ -29,7 +31,7 @@ def convolution(eqn, own, cut):
 
 
 def _pooled(eqn, w, windows, cut):
-    """The least of each window. Notes where windows would fall otherwise without padding."""
+    """The smallest weight in each window. Notes windows that would lie elsewhere if the padding were removed."""
     out = pooled(w, *windows)
     _, strides, padding, _, _ = windows
     counts = w > 0
@@ -40,15 +42,13 @@ def _pooled(eqn, w, windows, cut):
         flags = []
         if strides[axis] > 1:
             flags.append(starts_late(counts, axis))
-            if (
-                low > 0 or high > 0
-            ):  # as much padding as makes sizes round, so that windows lie by the length of the data
+            if low > 0 or high > 0:  # the amount of padding, and so the place of the windows, depends on the length
                 flags.append((~counts.all(axis) & counts.any(axis)).any())
         else:
             place = lax.broadcasted_iota(jnp.float32, w.shape, axis)
             at = lambda which, sign, place=place: pooled(jnp.where(which, sign * place, jnp.inf), *windows)
             both = jnp.isfinite(at(counts, 1)) & jnp.isfinite(at(~counts, 1))
-            if high > 0:  # beyond the last row that counts; the least of -place is the last place
+            if high > 0:  # beyond the last row that counts; the smallest -place is the last place
                 flags.append((both & (at(~counts, -1) < at(counts, -1))).any())
             if low > 0:
                 flags.append((both & (at(~counts, 1) < at(counts, 1))).any())

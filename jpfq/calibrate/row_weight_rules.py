@@ -1,6 +1,6 @@
-"""The row weights of what an operation returns, from those of its operands, primitive by primitive.
+"""Rules that propagate row weights from the operands of an operation to its results, primitive by primitive.
 
-Three rules make them; see row_weights.py. An operation that has none here loses them, and says so.
+All follow the three principles of row_weights.py. An operation without a rule loses the weights, and is named in the error.
 """
 
 import math
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..model.compat import bind, call_body, is_literal, opened, scan_arity
-from .lost import Lost, full, least, lost_or_least, most, note, scalar
-from .window_rules import convolution, starts_late, window
+from .row_weight_ops import Lost, full, least, lost_or_least, most, note, scalar
+from .row_weight_windows import convolution, starts_late, window
 
 Weights = jax.Array | None
 
@@ -33,12 +33,12 @@ REDUCTIONS = {
 WINDOWS = {"reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window"}
 ALONG = {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "fft"}  # entries stay where they are
 SCATTERS = {"scatter", "scatter-add", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "scatter_sub"}
-# by position, the operands whose values say where weights go
+# by position, the operands whose values determine where weights go
 INDICES = {"gather": (1,), "dynamic_slice": slice(1, None), "dynamic_update_slice": slice(2, None)}
 
 
 def indices(eqn: Any) -> list:
-    """The operands of an equation by whose values weights go."""
+    """The operands of an equation whose values determine where weights go."""
     name = eqn.primitive.name
     if name in ("sort", "top_k", "approx_top_k"):
         return eqn.invars
@@ -49,10 +49,10 @@ def indices(eqn: Any) -> list:
 
 
 def propagate(equations: Any, weights: dict, values: Any, cut: dict) -> dict:
-    """The weights of every variable that has some, from those of the inputs.
+    """The weights of every variable that has any, from those of the inputs.
 
-    `values` gives the value of a variable of `indices`, and is None inside loops; `cut` takes, by the name of an operation,
-    whether it would fall otherwise without the rows of weight 0.
+    values: returns the value of a variable in `indices`; None inside loops.
+    cut: records, by the name of an operation, whether it would cover other rows if the rows of weight 0 were removed.
     """
     env = dict(weights)
     for eqn in equations:
@@ -101,7 +101,7 @@ def _rule(eqn, own, values, cut) -> list:
 
 
 def _body(body, own, cut):
-    """Weights through an inner jaxpr, of which no values are known."""
+    """Propagates weights through an inner jaxpr, whose values are not known."""
     jaxpr, _ = opened(body)
     given = {v: w for v, w in zip(jaxpr.invars, own, strict=True) if w is not None}
     env = propagate(jaxpr.eqns, given, None, cut)
@@ -109,7 +109,7 @@ def _body(body, own, cut):
 
 
 def _scan(eqn, own, cut):
-    """Each step counts as far as its inputs do; what is carried to the end, as far as the most of them."""
+    """The outputs of each step have the weights of its inputs; the final carry has the largest of them."""
     constants, carries = scan_arity(eqn)
     first = constants + carries
     length, jaxpr = eqn.params["length"], opened(eqn.params["jaxpr"])[0]
@@ -138,7 +138,7 @@ def _broadcast(eqn, own, values):
 
 
 def _reshape(eqn, own, values):
-    """Axis by axis where sizes agree, or in runs of axes that merge and split together."""
+    """Maps axes one to one where sizes agree, and else in runs of axes that are merged or split together."""
     w, old, new = own[0], eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     if 0 in old:
         return [jnp.zeros(new, w.dtype)]
@@ -263,7 +263,7 @@ def _top_k(eqn, own, values):
 
 
 def _gather(eqn, own, values):
-    """Where an index points at data, both must count; where it points into a table, the index."""
+    """An entry selected from data has the smaller weight of entry and index; one from a table has that of the index."""
     p, out = eqn.params, eqn.outvars[0].aval
     numbers, (w, index) = p["dimension_numbers"], own
     if index is not None:
@@ -292,7 +292,7 @@ def _gather(eqn, own, values):
 
 
 def _scatter(eqn, own, values):
-    """Entries written count as far as the most of what lands there; entries that nothing reaches, as before."""
+    """An entry that is written to has the largest weight of its updates; the others keep their weights."""
     if values is None:
         return Lost("scatter inside a loop")
     p, (whole, _, part) = eqn.params, (v.aval.shape for v in eqn.invars)
@@ -317,7 +317,7 @@ def _scatter(eqn, own, values):
 
 
 def _narrow(w, numbers, part):
-    """Weights without the axes that are written as a whole, along which they do not change."""
+    """Reduces to size 1 the axes that are written as a whole, along which weights do not change."""
     batching = getattr(numbers, "operand_batching_dims", ())
     windows = [a for a in range(w.ndim) if a not in (*numbers.inserted_window_dims, *batching)]
     for axis, place in zip(windows, sorted(numbers.update_window_dims), strict=True):
@@ -327,7 +327,7 @@ def _narrow(w, numbers, part):
 
 
 def _dot(eqn, own, values):
-    """Two values made of data are summed up; a kernel makes one value of several."""
+    """A product of two data arrays takes the largest weights along contracted axes; one with a kernel the smallest."""
     (contract, batch), sides = eqn.params["dimension_numbers"], (0, 1)
     combine = jnp.min if None in own else jnp.max
     parts = []

@@ -1,4 +1,4 @@
-"""The Gram of one batch, and of one more: what is compiled for each shape of input."""
+"""The Gram of one batch, and its addition to a sum: the programs that are compiled for each shape of input."""
 
 import dataclasses
 import functools
@@ -15,62 +15,63 @@ from ..matrix.arrays import at_least_float32, raised
 from ..matrix.conv_gram import Correlations, at_a_time, correlates
 from ..matrix.lanes import each, over_lanes
 from ..matrix.layout import Layout
+from ..matrix.working_set import elements_at_once
 
 
 def at_once() -> int:
-    """The number of patch entries in memory at a time: what stays in a processor's cache, or fills an accelerator."""
-    return 2**21 if jax.default_backend() == "cpu" else 2**26
+    """The number of patch entries to hold in memory at once."""
+    return elements_at_once(on_cpu=2**21)
 
 
 def may_merge(x) -> bool:
-    """True if axes of rows may become one, which multiplies faster: where they are not split over devices."""
+    """True if the axes of rows may be merged into one, which multiplies faster. Not if they are split over devices."""
     return len(x.sharding.device_set) == 1
 
 
-class How(NamedTuple):
-    """The settings that decide the program."""
+class GramOptions(NamedTuple):
+    """The static options of the program that computes a Gram."""
 
     layout: Layout
-    merges: bool  # as of `may_merge`
-    at_once: int  # as of `at_once`
+    merges: bool  # see `may_merge`
+    at_once: int  # see `at_once`
     over: Any = None  # how a large Gram is split over devices
-    laned: tuple[bool, bool] = (False, False)  # whether the inputs of the quantized networks have lanes, and `picked`
-    power: int = 0  # of 2, that inputs are multiplied by
-    correlate: bool = True  # whether correlations are taken where they can be
+    laned: tuple[bool, bool] = (False, False)  # whether the quantized inputs, and whether `picked` have lanes
+    power: int = 0  # inputs are multiplied by 2^power
+    correlate: bool = True  # whether convolutions use correlations where they can
 
 
-@functools.partial(jax.jit, static_argnames="how")
-def gram_of(x: jax.Array, xq: Any, weights: Any, picked: Any, how: How) -> Gram:
-    """The Gram of one batch, of which the rows numbered `picked` are taken, or all."""
-    if how.power:
-        larger = lambda x: raised(at_least_float32(x), how.power)
+@functools.partial(jax.jit, static_argnames="options")
+def batch_gram(x: jax.Array, xq: Any, weights: Any, picked: Any, options: GramOptions) -> Gram:
+    """The Gram of one batch, from the rows with the indices `picked`, or from all."""
+    if options.power:
+        larger = lambda x: raised(at_least_float32(x), options.power)
         x, xq = larger(x), None if xq is None else larger(xq)
-    one = lambda x, xq, weights, picked: _of_one_lane(x, xq, weights, picked, how)
-    gram = over_lanes(one, (x, xq, weights, picked), (False, how.laned[0], False, how.laned[1]))
-    return dataclasses.replace(gram, power=how.power)
+    one = lambda x, xq, weights, picked: _of_one_lane(x, xq, weights, picked, options)
+    gram = over_lanes(one, (x, xq, weights, picked), (False, options.laned[0], False, options.laned[1]))
+    return dataclasses.replace(gram, power=options.power)
 
 
-@functools.partial(jax.jit, static_argnames="how", donate_argnums=0)  # the sum goes where the sum so far was
-def added(total: Gram | None, x: jax.Array, xq: Any, weights: Any, picked: Any, how: How) -> Gram:
-    """The Gram of one batch more."""
-    gram = gram_of(x, xq, weights, picked, how)
+@functools.partial(jax.jit, static_argnames="options", donate_argnums=0)  # the sum is updated in place
+def add_batch(total: Gram | None, x: jax.Array, xq: Any, weights: Any, picked: Any, options: GramOptions) -> Gram:
+    """The sum of a Gram and that of one more batch."""
+    gram = batch_gram(x, xq, weights, picked, options)
     return gram if total is None else total.merge(gram)
 
 
-def nothing(x: jax.Array, xq: Any, picked: Any, how: How) -> Gram:
-    """The Gram of no batch, like that of one. NumPy's zeros compile nothing, but would have to be sent to an accelerator."""
-    lanes = [array.shape[0] for array, own in zip((xq, picked), how.laned, strict=True) if own][:1]
-    B, n, _ = how.layout.dims
+def zero_gram(x: jax.Array, xq: Any, picked: Any, options: GramOptions) -> Gram:
+    """Zeros in the shapes of a Gram. On a CPU they are NumPy's, which compile nothing."""
+    lanes = [array.shape[0] for array, own in zip((xq, picked), options.laned, strict=True) if own][:1]
+    B, n, _ = options.layout.dims
     dtype = np.float64 if x.dtype == np.float64 else np.float32
     make = np.zeros if jax.default_backend() == "cpu" else jnp.zeros
     zeros: Any = lambda *shape: make((*lanes, B, *shape), dtype)
     C, drift = (None, None) if xq is None else (zeros(n, n), zeros(n, n))
-    return Gram(zeros(n, n), C, drift, zeros(n), zeros(n), zeros(), how.power)
+    return Gram(zeros(n, n), C, drift, zeros(n), zeros(n), zeros(), options.power)
 
 
-def _of_one_lane(x, xq, weights, picked, how):
-    """Patches of a convolution are made and let go a few samples, or picked windows, at a time."""
-    layout, merges, at_once, over, _, _, correlate = how
+def _of_one_lane(x, xq, weights, picked, options):
+    """The Gram of one lane. Patches of a convolution are made for a few samples, or picked windows, at a time."""
+    layout, merges, at_once, over, _, _, correlate = options
 
     def whole(x, xq, weights, picked=None):
         take = layout.rows if picked is None else lambda x: layout.picked(x, picked)
@@ -111,10 +112,7 @@ def _slice(x, first, size, axis) -> Any:
 
 
 def _in_parts(part, total, size):
-    """The sum of the Grams, or correlations, of runs of at most `size`, one after the other; where it can be, of one size.
-
-    A part is compiled once then: it may be a large program.
-    """
+    """The sum of `part` over consecutive runs of at most `size`: equal sizes if possible, so that `part` compiles once."""
     if size >= total:
         return part(0, total)
     least = -(-total // size)

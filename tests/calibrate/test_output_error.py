@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import jpfq
-from jpfq.calibrate import outputs
-from jpfq.calibrate.outputs import Comparison, in_words
+from jpfq.calibrate import output_error
+from jpfq.calibrate.output_error import Comparison, in_words
 from jpfq.study.compare import Subject, attempt, trial_table
 from jpfq.study.evaluate import evaluate
-from jpfq.study.inspect import inspect, inspected
+from jpfq.study.inspect import as_text, inspect
 from tests.network import zoo
 
 inf, nan = np.inf, np.nan
@@ -57,8 +57,8 @@ def test_one_output(name):
     found = of([(exact, made)]).error
     np.testing.assert_allclose(found.error, [error], rtol=5e-3 if exact.dtype == np.float16 else 1e-5, atol=1e-7)
     assert found.unmatched == [unmatched]
-    whole = found.whole
-    assert np.isnan(whole.figure) == bool(unmatched or np.isnan(error))
+    whole = found.overall
+    assert np.isnan(whole.error_or_nan) == bool(unmatched or np.isnan(error))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("integers", "booleans", "empty")])
@@ -70,7 +70,7 @@ def test_large_outputs_are_compared_row_by_row(name, weighted, monkeypatch):
     pair = [jnp.asarray(np.stack([x, x * tiny, x])) for x in (exact, made)]
     weights = jnp.array([2.0, 1.0, 0.0])[:, None] if weighted else None
     whole = Comparison.of(pair[:1], pair[1:], weights=[weights]).error
-    monkeypatch.setattr(outputs, "LARGE", 1)
+    monkeypatch.setattr(output_error, "LARGE", 1)
     rows = Comparison.of(pair[:1], pair[1:], weights=[weights]).error
     np.testing.assert_allclose(rows.error, whole.error, rtol=1e-5)
     assert [x.tolist() for x in rows[1:]] == [x.tolist() for x in whole[1:]]
@@ -80,7 +80,7 @@ def test_lanes_of_large_outputs_are_compared_row_by_row(monkeypatch):
     exact = jnp.asarray(zoo.normal(0, 3, 4, 5))
     made = exact + 0.1 * jnp.asarray(zoo.normal(1, 2, 3, 4, 5))
     whole = Comparison.of([exact], [made], (2,)).error
-    monkeypatch.setattr(outputs, "LARGE", 1)
+    monkeypatch.setattr(output_error, "LARGE", 1)
     rows = Comparison.of([exact], [made], (2,)).error
     np.testing.assert_allclose(rows.error, whole.error, rtol=1e-5)
     assert rows.error.shape == (2, 1)
@@ -92,11 +92,11 @@ def test_batches_and_outputs():
     a, b = f32(1, 2), f32(1.1, 2)
     total = (of([(a, b), (a, a)]) + of([(a * f32(1e20), b * f32(1e20)), (a, b)])).error
     np.testing.assert_allclose(total.error, [0.1 / np.sqrt(5), 0.1 / np.sqrt(10)], rtol=1e-5)
-    assert of([(a, b), (np.arange(2), np.arange(2)), (a, a)]).error.whole.figure == pytest.approx(
+    assert of([(a, b), (np.arange(2), np.arange(2)), (a, a)]).error.overall.error_or_nan == pytest.approx(
         0.1 / np.sqrt(5), rel=1e-5
     )
     bfloat = jnp.asarray([1.0, 3e38], jnp.bfloat16)
-    assert of([(bfloat, (bfloat * 2).at[0].set(1))]).error.whole == (0, 1, 2)
+    assert of([(bfloat, (bfloat * 2).at[0].set(1))]).error.overall == (0, 1, 2)
 
 
 X = zoo.normal(0, 48, 8) * 3
@@ -143,14 +143,14 @@ def test_nan_is_said_everywhere(tmp_path):
     assert quantized.outputs[1:] == (unmatched, count)
     assert quantized.outputs.error == pytest.approx(error, rel=1e-5)
     words = f"nan, as {unmatched} of {count} outputs are NaN or infinite in one of the two networks only"
-    assert f"{words}; of the rest: {error:.2%}" in quantized.summary()
+    assert f"{words}; error of the others: {error:.2%}" in quantized.summary()
     quantized.report(tmp_path / "page.html")
     assert words.removeprefix("nan, ") in (tmp_path / "page.html").read_text()
     quantized.save(tmp_path / "saved")
     again = jpfq.load(tmp_path / "saved", rooted, params=PARAMS)
     assert again.outputs == quantized.outputs
     assert words in again.summary()
-    assert words in inspected(inspect(tmp_path / "saved"))
+    assert words in as_text(inspect(tmp_path / "saved"))
     subject = Subject("model", rooted, PARAMS, [X], None)
     figures = evaluate(subject, quantized)
     assert np.isnan(figures["output_error"])
@@ -165,7 +165,7 @@ def test_a_sweep_prefers_what_is_finite():
     swept = jpfq.sweep(rooted, [X], jpfq.Space(lambda bits: zoo.plain(bits=bits), bits=[2, 12]), params=PARAMS)
     assert np.isnan(swept.records[0]["output_error"])
     assert swept.front == [1]
-    assert "nan: there are outputs that are NaN or infinite" in str(swept)
+    assert "nan: some outputs are NaN or infinite" in str(swept)
     assert swept[0].outputs.unmatched == expected(rooted, swept[0])[0]
 
 
@@ -186,6 +186,6 @@ def test_no_more_programs(compilations):
     before = len(compilations)
     first = Comparison.of([a, a], [b, a]) + Comparison.of([a, b], [b, b])
     assert len(compilations) == before + 1
-    assert first.error.whole.figure == 1
+    assert first.error.overall.error_or_nan == 1
     assert len(compilations) == before + 1
     jax.block_until_ready(a)

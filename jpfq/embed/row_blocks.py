@@ -1,4 +1,4 @@
-"""Rows a few at a time, inside one program: what is made of them on the way stays in a processor's cache."""
+"""Computes on blocks of rows inside one program, so that intermediate values stay in a CPU's cache."""
 
 import math
 from collections.abc import Callable
@@ -8,33 +8,35 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-LEAST = 64  # rows in a block: the recursion takes its steps in all of them at once
+from ..matrix.working_set import elements_at_once
+
+LEAST = 64  # rows in a block, at least: the recursion advances all of them at once
 
 
 def at_once() -> int:
-    """The number of measurements in memory at a time: what stays in a processor's cache, or fills an accelerator."""
-    return 2**18 if jax.default_backend() == "cpu" else 2**26
+    """The number of measurements to hold in memory at once."""
+    return elements_at_once(on_cpu=2**18)
 
 
 def by_rows(f: Callable[..., Any], each: int, *args: jax.Array, most: int | None = None) -> Any:
-    """f(*args), a block of rows after the other where all rows at once would make too many numbers.
+    """f(*args), computed block by block if all rows at once would need too many elements.
 
-    `f` works on each row by itself, whatever leading axes rows have. Blocks are taken along the longest of these, equally
-    many rows of each device where rows are split over devices, so that none needs the rows of another. The last block
-    takes some rows again: all are of one size, and `f` is compiled once.
+    `f` works on each row separately, for any leading axes. Blocks are taken along the longest of these, with equally many
+    rows of each device if rows are split over devices, so that no device needs the rows of another. All blocks have one
+    size, so that `f` is compiled once; the last one overlaps the block before it.
 
     Args:
-        f: arrays with some of the rows of `args` to a tree of arrays with the same leading axes.
-        each: how many numbers it makes of one row, on the way.
-        args: arrays whose leading axes, all but the last of the first one, are rows.
-        most: how many numbers there may be at a time, but for `LEAST` rows; None for `at_once`.
+        f: a function from arrays with some of the rows of `args` to a tree of arrays with the same leading axes.
+        each: the number of intermediate elements per row.
+        args: arrays. Rows are the leading axes: all axes of the first array but its last.
+        most: the limit of elements, but at least `LEAST` rows; None for `at_once`.
     """
     lead, most = args[0].shape[:-1], at_once() if most is None else most
     rows = math.prod(lead)
     if not lead or rows * each <= most:
         return f(*args)
     axis = lead.index(max(lead))
-    parts = math.gcd(lead[axis], jax.device_count())  # how rows are split is not known in here: it divides this
+    parts = math.gcd(lead[axis], jax.device_count())  # the number of devices that rows are split over divides this
     count = lead[axis] // parts
     size = -(-max(LEAST, most // each) // (rows // count))
     if size >= count:
@@ -52,6 +54,6 @@ def by_rows(f: Callable[..., Any], each: int, *args: jax.Array, most: int | None
 
     empty = lambda x: jnp.zeros((*x.shape[:axis], parts, count, *x.shape[axis + 1 :]), x.dtype)
     start = jax.tree.map(empty, jax.eval_shape(block, 0))
-    # Where the last block would reach beyond the end, both slices move back by as much.
+    # If the last block would reach beyond the end, both slices move back accordingly.
     done, _ = lax.scan(visit, start, size * jnp.arange(-(-count // size)))
     return jax.tree.map(join, done)

@@ -1,4 +1,4 @@
-"""The outcome of a sweep: a record for each setting."""
+"""`Sweep`: the result of a sweep, with a record for each setting."""
 
 import dataclasses
 import os
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..calibrate.walk import CalibrationResult
+from ..calibrate.loop import CalibrationResult
 from ..matrix import code_dtype
 from ..matrix.explicit_mesh import anywhere
 from ..matrix.lanes import lane
@@ -22,10 +22,10 @@ from .plot import loss_against_bits
 
 
 class Chunk(NamedTuple):
-    """Settings that are lanes of one track: their numbers in the space, the last repeated to fill up."""
+    """Settings that were lanes of one track. `indices` are those in the space; the last may be repeated to fill up."""
 
-    numbers: list[int]
-    walked: CalibrationResult
+    indices: list[int]
+    result: CalibrationResult
     peak: int
 
 
@@ -34,20 +34,21 @@ class Sweep:
     """The results of a sweep.
 
     records: one for each setting, in the order of the space: its values, and
-        loss: what `evaluate` says, or the relative error of the outputs on the calibration data where nothing evaluates.
-        output_error: that error in any case; nan where outputs are NaN or infinite in one of the two networks only.
-        bits_per_weight, nbytes: as of `Quantized`.
+        loss: the value of `evaluate`, or the output error if there is no `evaluate`.
+        output_error: the relative error of the outputs on the calibration data; nan if outputs are NaN or infinite in one
+            of the two networks only.
+        bits_per_weight, nbytes: the same as in `Quantized`.
 
     Examples:
         >>> sweep = jpfq.sweep(model, batches, jpfq.Space(bits=[2, 3, 4]), variables=variables)
         >>> [(record["bits"], record["bits_per_weight"]) for record in sweep.records]
         [(2, 3.0), (3, 4.0), (4, 5.0)]
-        >>> quantized = sweep[1]  # as if it had been quantized to 3 bits alone
+        >>> quantized = sweep[1]  # the same as jpfq.quantize at 3 bits
     """
 
     records: list[dict[str, Any]]
     _assignments: list[Assignment]
-    _uses: list[dict[str, int]]  # as of `Quantized`
+    _uses: list[dict[str, int]]  # the same as in `Quantized`
     _chunks: list[Chunk]
     _functional: Functional
     _example: Any  # shapes of a batch
@@ -57,19 +58,19 @@ class Sweep:
         return len(self.records)
 
     @anywhere
-    def __getitem__(self, number: int) -> Quantized:
-        """The quantized network of a setting: what `quantize` returns for it."""
-        number = range(len(self.records))[number]
-        chunk = next(chunk for chunk in self._chunks if number in chunk.numbers)
-        own = self._assignments[number]
-        walked = lane_of(chunk.walked, chunk.numbers.index(number), own)
+    def __getitem__(self, index: int) -> Quantized:
+        """The quantized network of a setting, the same that `quantize` returns."""
+        index = range(len(self.records))[index]
+        chunk = next(chunk for chunk in self._chunks if index in chunk.indices)
+        own = self._assignments[index]
+        result = lane_of(chunk.result, chunk.indices.index(index), own)
         if self._mesh is not None:
-            walked = self._mesh.back(walked, self._functional.leaves[0])
-        return assemble(self._functional, walked, own.skipped, chunk.peak, self._example, self._uses[number])
+            result = self._mesh.restore(result, self._functional.leaves[0])
+        return assemble(self._functional, result, own.skipped, chunk.peak, self._example, self._uses[index])
 
     @property
     def front(self) -> list[int]:
-        """Numbers of the settings that no other beats in both loss and bits per weight, from few bits to many."""
+        """Indices of the settings that no other beats in both loss and bits per weight, in order of bits."""
         losses = [np.inf if record["loss"] != record["loss"] else record["loss"] for record in self.records]
         order = sorted(range(len(self)), key=lambda i: (self.records[i]["bits_per_weight"], losses[i]))
         front, least = [], np.inf
@@ -80,10 +81,10 @@ class Sweep:
         return front
 
     def best(self, bits_per_weight: float | None = None) -> Quantized:
-        """The quantized network of least loss, among those of so many bits per weight at most.
+        """The quantized network of least loss within a limit of bits per weight.
 
         Args:
-            bits_per_weight: at most, as in `records`; None for any.
+            bits_per_weight: the limit, as in `records`; None for no limit.
 
         Examples:
             >>> sweep.best(bits_per_weight=4.5).bits_per_weight
@@ -109,14 +110,14 @@ class Sweep:
         try:
             import pandas  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ValueError("frame() needs pandas: pip install pandas. `records` is a plain list.") from error
+            raise ValueError("frame() needs pandas: pip install pandas. Or use `records`, a plain list.") from error
         return pandas.DataFrame(self.records)
 
     def picture(self, path: str | os.PathLike) -> None:
-        """Saves loss against bits per weight, with the front, as .png, .pdf or .svg. Needs matplotlib.
+        """Saves a plot of loss against bits per weight, with the front. Needs matplotlib.
 
         Args:
-            path: of a file, its ending says of which kind.
+            path: a .png, .pdf or .svg file.
 
         Examples:
             >>> sweep.picture("sweep.png")
@@ -126,25 +127,25 @@ class Sweep:
     def __str__(self) -> str:
         front = set(self.front)
         head = [*self.records[0], "front"]
-        number = lambda x: f"{x:.5g}" if isinstance(x, float) else str(x)
-        rows = [[*map(number, record.values()), "*" if i in front else ""] for i, record in enumerate(self.records)]
+        shown = lambda x: f"{x:.5g}" if isinstance(x, float) else str(x)
+        rows = [[*map(shown, record.values()), "*" if i in front else ""] for i, record in enumerate(self.records)]
         lines = [table(head, rows)]
         if any(record["output_error"] != record["output_error"] for record in self.records):
             lines.append(
-                "nan: there are outputs that are NaN or infinite in one of the two networks only, or none to compare."
+                "nan: some outputs are NaN or infinite in one of the two networks only, or there are none to compare."
             )
         return "\n\n".join(lines)
 
 
-def lane_of(walked: CalibrationResult, i: int, assignment) -> CalibrationResult:
-    """One lane, with the settings as they were given."""
-    own = lane(walked, i)
+def lane_of(result: CalibrationResult, i: int, assignment) -> CalibrationResult:
+    """The result of one lane, with its own settings."""
+    own = lane(result, i)
     grids = {path: recipe.grid for path, recipe in assignment.recipes.items()}
     tensors = {
         path: dataclasses.replace(
             own.tensors[path], grid=grids[path], codes=own.tensors[path].codes.astype(code_dtype(grids[path]))
         )
-        for path in walked.tensors  # in the order of the walk, where a pytree is in that of the names
+        for path in result.tensors  # in the order of the network; a pytree would sort them by name
     }
     info = {path: own.info[path] for path in tensors}
     activations = activations_of(assignment)

@@ -1,4 +1,4 @@
-"""When fixed values are needed, and where the two networks differ."""
+"""Liveness: between which equations fixed values are needed, and from where on the two networks differ."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +9,11 @@ from ..model.sites import Site, Tap
 
 
 def needs(program: Program) -> tuple[dict[int, int], dict[Any, int]]:
-    """When fixed values are needed, as a program may compute all of them before it touches data.
+    """The equations on data that need each fixed value, so that it can be computed late and freed early.
 
     Returns:
-        By index of each fixed equation that is evaluated, in order, the first equation on data that needs it; and by fixed
-        variable the last one that does. Outputs count as read by the last equation.
+        By index of each fixed equation that is evaluated, in order: the first equation on data that needs its value. By
+        fixed variable: the last equation that needs it. Outputs count as read by the last equation.
     """
     first: dict[int, int] = {}
     span: dict = {v: (len(program.equations) - 1,) * 2 for v in program.outputs if not is_literal(v)}
@@ -33,7 +33,7 @@ def needs(program: Program) -> tuple[dict[int, int], dict[Any, int]]:
 
 
 def forks(program: Program, sites: Sequence[Site]) -> tuple[set, set[int]]:
-    """The variables on which the two networks differ, downstream of a quantized site, and the equations that make them."""
+    """The variables downstream of a quantized site, in which the networks differ, and the equations that compute them."""
     quantized, variables, equations = {site.index for site in sites}, set(), set()
     variables.update(site.data for site in sites if isinstance(site.data, Tap))
     for index, eqn in enumerate(program.equations):

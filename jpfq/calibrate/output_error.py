@@ -1,8 +1,8 @@
 """The error of the outputs of a quantized network against those of the float network.
 
-Outputs that are the same infinity in both networks agree, as where logits are masked, and so do those that are NaN in both.
-Any other that is NaN or infinite in one of them has no error that could be told: it is counted, the error of all outputs is
-then NaN, and that of the rest is told beside the count. Outputs that are not floating or complex numbers are not compared.
+Outputs that are the same infinity in both networks agree (masked logits, for example), and so do outputs that are NaN in
+both. For any other output that is NaN or infinite in one network there is no error: such outputs are counted as unmatched,
+the reported error is then NaN, and the error of the others is available beside the count. Integers are not compared.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ LARGE = 2**24  # entries from which on an output is compared one row after the o
 
 
 class OutputError(NamedTuple):
-    """Figures of a network's outputs: numbers, or arrays (.., outputs) with one of each for every output array.
+    """Error metrics of a network's outputs: numbers, or arrays (.., outputs) with one entry for every output array.
 
-    error: relative error of the outputs that are finite in both networks; nan where there are none.
-    unmatched: how many are NaN or infinite in one network, and not the same in the other.
-    compared: how many outputs of floating or complex numbers there are.
+    error: relative error of the outputs that are finite in both networks; nan if there are none.
+    unmatched: the number of outputs that are NaN or infinite in one network and differ in the other.
+    compared: the number of outputs of floating or complex type.
     """
 
     error: Any
@@ -36,8 +36,8 @@ class OutputError(NamedTuple):
     compared: Any
 
     @property
-    def whole(self) -> "OutputError":
-        """That of all output arrays together: the largest error, and how many in all."""
+    def overall(self) -> "OutputError":
+        """The metrics over all output arrays: the largest error, and the sums of the counts."""
         library = jnp if is_traced(self.error) else np
         known = ~library.isnan(self.error)
         error = library.where(known, self.error, 0).max(-1, initial=0)
@@ -48,8 +48,8 @@ class OutputError(NamedTuple):
         return OutputError(float(error), int(found.unmatched), int(found.compared))
 
     @property
-    def figure(self) -> Any:
-        """The error, and nan where outputs are unmatched."""
+    def error_or_nan(self) -> Any:
+        """The error; nan if any output is unmatched."""
         if isinstance(self.unmatched, int):
             return float("nan") if self.unmatched else self.error
         return jnp.where(self.unmatched > 0, jnp.nan, self.error)
@@ -57,33 +57,36 @@ class OutputError(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Sums over outputs of two networks, one entry for every output array; those of several batches add."""
+    """Sums over the outputs of two networks, with one entry for every output array. Comparisons of several batches add."""
 
-    squares: np.ndarray  # (.., outputs, 2) of the errors, and of the float outputs, in float64
-    exponents: np.ndarray  # (.., outputs, 2) k of each, which is in units of 4^k
+    squares: np.ndarray  # (.., outputs, 2) square errors and square float outputs, in float64
+    exponents: np.ndarray  # (.., outputs, 2) the k of each, whose unit is 4^k
     counts: np.ndarray  # (.., outputs, 3) unmatched, compared, and finite in both networks
 
     @classmethod
     def of(
         cls,
         exact: Sequence[jax.Array],
-        made: Sequence[jax.Array],
+        quantized: Sequence[jax.Array],
         lanes: tuple[int, ...] = (),
         weights: Sequence[jax.Array | None] | None = None,
     ) -> Self:
-        """The sums over one batch. With `lanes`, their number, those of `made` that have an axis more have one of them.
+        """The sums over one batch.
 
-        weights: of the entries of each output; those of weight 0 are not compared.
+        Args:
+            exact, quantized: outputs of the float and of the quantized network.
+            lanes: their number, as a shape; an array in `quantized` of one more axis than in `exact` then has lanes.
+            weights: of the entries of each output; those of weight 0 are not compared.
         """
         given = [None] * len(exact) if weights is None else weights
-        laned = [bool(lanes) and b.ndim > a.ndim for a, b in zip(exact, made, strict=True)]
+        laned = [bool(lanes) and b.ndim > a.ndim for a, b in zip(exact, quantized, strict=True)]
         rows = [_has_rows(a, w) for a, w in zip(exact, given, strict=True)]
-        sums = jax.device_get([_sums(*each) for each in zip(exact, made, given, laned, rows, strict=True)])
+        sums = jax.device_get([_sums(*each) for each in zip(exact, quantized, given, laned, rows, strict=True)])
         sums = [_joined(*pair) if cut else pair for pair, cut in zip(sums, rows, strict=True)]
         found = [[np.broadcast_to(x, (*lanes, x.shape[-1])) for x in pair] for pair in sums]
         squares = np.stack([x for x, _ in found], -2).astype(np.float64) if found else np.zeros((*lanes, 0, 2))
-        numbers = np.stack([x for _, x in found], -2).astype(np.int64) if found else np.zeros((*lanes, 0, 5), np.int64)
-        return cls(squares, numbers[..., :2], numbers[..., 2:])
+        integers = np.stack([x for _, x in found], -2).astype(np.int64) if found else np.zeros((*lanes, 0, 5), np.int64)
+        return cls(squares, integers[..., :2], integers[..., 2:])
 
     def __add__(self, other: "Comparison") -> "Comparison":
         squares, exponents = aligned(
@@ -93,7 +96,7 @@ class Comparison:
 
     @property
     def error(self) -> OutputError:
-        """The error and the counts of every output array."""
+        """The metrics of every output array."""
         (error, energy), (k, of) = (np.moveaxis(x, -1, 0) for x in (self.squares, self.exponents))
         unmatched, compared, finite = np.moveaxis(self.counts, -1, 0)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -145,18 +148,18 @@ def _compare(a, b, weights):
 
 
 def in_words(error: float, outputs: OutputError | None) -> str:
-    """An error of outputs as text, and why it is no number where it is none. Nobody knows of `outputs` after training."""
+    """An output error as text, with the reason if it is nan. `outputs` is None after training."""
     if error == error:
         return f"{error:.2%}"
     if outputs is None:
         return "unknown since training"
     if not outputs.unmatched:
         return "unknown, as there is no finite floating output to compare"
-    rest = f"; of the rest: {outputs.error:.2%}" if outputs.error == outputs.error else ""
+    rest = f"; error of the others: {outputs.error:.2%}" if outputs.error == outputs.error else ""
     return f"nan, as {unmatched_in_words(outputs)}{rest}"
 
 
 def unmatched_in_words(outputs: OutputError) -> str:
-    """The number of outputs that are not finite in one network only, in words."""
+    """The number of unmatched outputs, in words."""
     count = f"{outputs.unmatched:,} of {outputs.compared:,}"
     return f"{count} outputs are NaN or infinite in one of the two networks only"

@@ -1,7 +1,7 @@
-"""Random numbers in a model: they must be the same in the float and the quantized network, and meant.
+"""Random numbers in a model: a check that their keys come from the batch, so that both networks see the same noise.
 
-They are where their key comes from the batch, as in a VAE or a diffusion model. A key that is a constant or part of the
-model's state is that of dropout left on, or of noise in training. What each key depends on is followed through the program.
+That is so in a VAE or a diffusion model. A key that is a constant or part of the model's state means that dropout, or
+another kind of training noise, was left on. The check follows every key through the program.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,22 +9,22 @@ from typing import Any
 
 from .compat import PRODUCTS, inner_jaxprs, is_literal, opened, scan_arity
 
-DRAWS = {  # primitives, and which of their operands make up the key
+DRAWS = {  # primitives, and the operands that make up the key
     "random_bits": slice(1),
     "random_gamma": slice(1),
     "rng_bit_generator": slice(1),
     "threefry2x32": slice(None),
-    "rng_uniform": slice(0),  # it has a hidden state
+    "rng_uniform": slice(0),  # has a hidden state
 }
-BATCH, LAYER = "batch", "layer"  # what a variable may depend on, besides the paths of state
+BATCH, LAYER = "batch", "layer"  # a variable may depend on these, and on paths of the model's state
 Sources = frozenset
 
 
-def refuse_random(equations: Iterable, keys: dict[Any, str], inputs: Iterable) -> None:
-    """Raises where random numbers are drawn by a key that is none of the batch's.
+def check_random_keys(equations: Iterable, keys: dict[Any, str], inputs: Iterable) -> None:
+    """Raises if random numbers are drawn with a key that does not come from the batch.
 
     Args:
-        keys: by variable, the paths of those leaves of the model that may seed random numbers.
+        keys: by variable, the paths of the model's leaves that may be random keys.
         inputs: variables of the batch.
     """
     sources = {v: Sources({BATCH}) for v in inputs} | {v: Sources({("state", path)}) for v, path in keys.items()}
@@ -32,12 +32,12 @@ def refuse_random(equations: Iterable, keys: dict[Any, str], inputs: Iterable) -
 
 
 def _follow(equations, sources: dict):
-    """Adds what every variable depends on."""
+    """Adds the sources of every variable that the equations define."""
     for eqn in equations:
-        given = [Sources() if is_literal(v) else sources.get(v, Sources()) for v in eqn.invars]
+        operands = [Sources() if is_literal(v) else sources.get(v, Sources()) for v in eqn.invars]
         if eqn.primitive.name in DRAWS:
-            _check(eqn.primitive.name, Sources().union(*given[DRAWS[eqn.primitive.name]]))
-        sources.update(zip(eqn.outvars, _through(eqn, given), strict=True))
+            _check(eqn.primitive.name, Sources().union(*operands[DRAWS[eqn.primitive.name]]))
+        sources.update(zip(eqn.outvars, _through(eqn, operands), strict=True))
 
 
 def _through(eqn, given: list) -> list:
@@ -89,13 +89,13 @@ def _check(name, sources):
     paths = sorted(source[1] for source in sources if isinstance(source, tuple))
     if LAYER in sources:
         raise ValueError(
-            f"The model draws random numbers ({name}) by a key that depends on what its layers make, so the float and the "
-            "quantized network would see different noise. Take the key from the batch: model(x, key), with batches (x, key)."
+            f"The model draws random numbers ({name}) with a key that depends on the output of a layer, so the float and "
+            "the quantized network would see different noise. Take it from the batch: model(x, key), with batches (x, key)."
         )
     if paths or BATCH not in sources:
         origin = f" from '{paths[0]}'" if paths else ""
         raise ValueError(
             f"The model draws random numbers{origin} ({name}), as dropout does in training. Switch it off: pass "
-            "deterministic=True or train=False (Linen), call model.eval() (NNX), or leave the noise out of the function. "
-            "Noise that belongs to the model takes its key from the batch: model(x, key), with batches (x, key)."
+            "deterministic=True or train=False (Linen), call model.eval() (NNX), or remove the noise from the function. If "
+            "the noise is part of the model, take its key from the batch: model(x, key), with batches (x, key)."
         )
