@@ -214,6 +214,6 @@ def _checked(values) -> tuple[float, ...]:
             raise ValueError(
                 f"Levels takes ascending, distinct numbers; entry {i} ({x!r}) is {how} entry {i - 1} ({entries[i - 1]!r})."
             )
-    if np.unique(np.float32(entries)).size < len(entries):
+    if np.unique(np.asarray(entries, np.float32)).size < len(entries):
         raise ValueError("Levels takes numbers that are distinct in float32; two of these are too close.")
     return entries
