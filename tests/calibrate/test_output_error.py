@@ -129,7 +129,7 @@ def test_nan_is_said_everywhere(tmp_path):
     assert np.isnan(figures["output_error"])
     assert figures["output_unmatched"] == figures["weights_unmatched"] == unmatched
     trial, _ = attempt(subject, jpfq.Integer(2), "MSQ", [rules] if isinstance(rules, jpfq.Rule) else rules)
-    assert trial.figures()["unmatched"] == unmatched
+    assert trial.as_record()["unmatched"] == unmatched
     assert f"{unmatched} outputs are NaN or infinite" in trial_table([trial], {"model": None})
 
 
