@@ -311,7 +311,7 @@ def cost(rounds: int):
     return f"processor time, least of {rounds} rounds, then as multiples of the first\n{table(head, rows)}", worst
 
 
-# Pictures
+# Plots
 
 
 def save_plot(name: str, panels: list[Callable]) -> None:

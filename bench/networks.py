@@ -185,7 +185,7 @@ class Sorter(nn.Module):
 
 
 def pixels(images: np.ndarray) -> jax.Array:
-    """Pictures of bytes as numbers in [0, 1]."""
+    """Images of bytes as numbers in [0, 1]."""
     return jnp.asarray(images, jnp.float32) / 255
 
 

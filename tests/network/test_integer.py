@@ -24,10 +24,10 @@ def at_sites(quantized, batch, tile, overflow):
             return bind(eqn, values)
         at = known[index]
         (x,) = (x for v, x in zip(eqn.invars, values, strict=True) if v is at.site.data)
-        rounded = [at.rounded(x) if v is at.site.data else x for v, x in zip(eqn.invars, values, strict=True)]
+        rounded = [at.quantizer(x) if v is at.site.data else x for v, x in zip(eqn.invars, values, strict=True)]
         (exact,) = bind(eqn, rounded)
         x = x.astype(jnp.float32)
-        pairs.append((exact, _product(at.site, at.rounded, at.weights, x, jnp.int32(32), tile, overflow)))
+        pairs.append((exact, _product(at.site, at.quantizer, at.weights, x, jnp.int32(32), tile, overflow)))
         return [exact]
 
     def run(leaves, batch):

@@ -105,7 +105,7 @@ def check_rows(points):
 def test_each_row_is_the_single_run(x64, compilations):
     """Scales, activations, corrected biases, draws and patches in lanes; another method on a track of its own."""
     run = check_rows([{"kind": kind, "number": number, "seed": seed} for kind, number, seed in (*ALL, ONE)])
-    assert [chunk.numbers for chunk in run._chunks] == [[0, 1], [2]]
+    assert [chunk.indices for chunk in run._chunks] == [[0, 1], [2]]
     members, x = (run[0], run[1]), data()[0]
     members[0].apply_integer(x)
     compilations.clear()
@@ -185,7 +185,7 @@ def test_what_a_sweep_reports(tmp_path):
 @pytest.mark.slow
 def test_fewer_lanes_at_a_time_change_nothing():
     few = jpfq.sweep(simple, X, SPACE, params=SIMPLE, lanes=4, evaluate=loss)
-    assert [chunk.numbers for chunk in few._chunks] == [[0, 1, 2, 3], [4, 5, 5, 5]]
+    assert [chunk.indices for chunk in few._chunks] == [[0, 1, 2, 3], [4, 5, 5, 5]]
     for i, record in enumerate(swept().records):
         np.testing.assert_array_equal(few[i].tensors["b"].codes, swept()[i].tensors["b"].codes)
         assert few.records[i] == pytest.approx(record, rel=1e-4)
