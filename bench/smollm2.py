@@ -175,7 +175,12 @@ def timing(method: str, found: dict) -> list[str]:
     warm = found[[name for name in names if CONFIGURATIONS[name][1:] == shared][-1]]
     row = [NAMES.get(method, method), f"{took['cpu']:.0f}", f"{took['wall']:.0f}", str(took["programs"])]
     row += [f"{took['compiling']:.0f}", *(["", "", ""] if warm is took else _warm(warm))]
-    return [*row, f"{took['plan'] / 2**20:.0f}", f"{took['peak'] / 2**20:.0f}", f"{took['plan'] / took['peak']:.2f}"]
+    memory = [f"{took['plan'] / 2**20:.0f}", *(["", ""] if "peak" not in took else _peak(took))]
+    return [*row, *memory]
+
+
+def _peak(took):
+    return [f"{took['peak'] / 2**20:.0f}", f"{took['plan'] / took['peak']:.2f}"]
 
 
 def _warm(took):
@@ -199,8 +204,9 @@ def parts(exact: float, found: dict, programs: list[int], configurations: list[s
         says.append(verdict(half == whole, f"15 and 30 blocks compile equally many programs: {half}, {whole}"))
     for method in methods:
         took = next(iter(found[method].values()))
-        ratio = took["plan"] / took["peak"]
-        says.append(verdict(abs(ratio - 1) <= 0.25, f"{names(method)}: plan / peak {ratio:.2f}, within 25 %"))
+        if "peak" in took:
+            ratio = took["plan"] / took["peak"]
+            says.append(verdict(abs(ratio - 1) <= 0.25, f"{names(method)}: plan / peak {ratio:.2f}, within 25 %"))
     if first in found.get("best", ()) and len(methods) > 1:
         least = min(methods, key=lambda m: found[m].get(first, {"perplexity": float("inf")})["perplexity"])
         says.append(verdict(least == "best", f"{first}: the least perplexity is that of {names(least)}"))
