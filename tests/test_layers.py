@@ -26,7 +26,7 @@ ONLY_IN = {
     "safetensors": {"storage/store.py", "export/compressed_tensors.py", "storage/checkpoint.py", "hub/folder.py"},
     "constriction": {"storage/entropy.py"},
     "qwix": {"export/qwix.py"},
-    "gguf": {"hub/gguf_file.py"},
+    "gguf": {"hub/gguf_file.py", "export/gguf.py"},
     "tokenizers": {"hub/tokens.py"},
 }
 

@@ -5,8 +5,12 @@ from typing import Any
 
 from ..scalar.checks import check_choice
 from .compressed_tensors import compressed_tensors
+from .gguf import gguf
 
-FORMATS: dict[str, Callable[..., dict[str, str]]] = {"compressed-tensors": compressed_tensors}
+FORMATS: dict[str, Callable[..., dict[str, str]]] = {
+    "compressed-tensors": compressed_tensors,
+    "gguf": gguf,
+}
 
 
 def writer_of(kind: Any) -> Callable[..., dict[str, str]]:

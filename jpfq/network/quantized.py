@@ -314,13 +314,16 @@ class Quantized:
         return to_qwix(self, batch, model, kwargs)
 
     @anywhere
-    def export(self, kind: Literal["compressed-tensors"], folder: str | os.PathLike, **options: Any) -> dict[str, str]:
-        """Writes the result in the format of another library. vLLM loads "compressed-tensors".
+    def export(
+        self, kind: Literal["compressed-tensors", "gguf"], folder: str | os.PathLike, **options: Any
+    ) -> dict[str, str]:
+        """Writes the result in the format of another library. vLLM loads "compressed-tensors", llama.cpp "gguf".
 
         Args:
-            kind: "compressed-tensors".
-            folder: a new folder.
-            **options: of that format.
+            kind: "compressed-tensors", integers of 4 and 8 bits, FP8, MX and NVFP4; or "gguf", Q4_0 and Q8_0.
+            folder: a new folder; for "gguf" a file.
+            **options: of that format. "compressed-tensors" takes `names`, `config`, `dynamic_inputs` and `batch`, and "gguf"
+                `like`, the file of the float model, `batch` and `overwrite`.
 
         Returns:
             The kernels that the format does not support, which are written dequantized: by path, the reason.
