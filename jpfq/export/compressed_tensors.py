@@ -83,6 +83,8 @@ def compressed_tensors(
     if not schemes:
         listing = "\n".join(f"  {path}: {reason}" for path, reason in left.items())
         raise ValueError(f"compressed-tensors holds none of the quantized kernels:\n{listing or '  there are none'}")
+    if (config or {}).get("tie_word_embeddings"):
+        plain.append("lm_head")  # which is the embedding, as it is
     text = {**(config or {}), "quantization_config": _config(schemes, plain)}
     with writing(folder, safetensors.SafetensorError):
         folder.mkdir(parents=True, exist_ok=True)

@@ -152,14 +152,15 @@ def _is_half(step):
     return np.array_equal(step.astype(np.float16).astype(step.dtype), step)
 
 
-def _value(reader, key, default=None):
-    return reader.fields[key].contents() if key in reader.fields else default
+def _value(reader, key) -> Any:
+    return reader.fields[key].contents() if key in reader.fields else None
 
 
 def _matched(reader, package, known: list[_Matrix], tensors) -> dict[str, tuple[_Matrix, Any]]:
     """By name of a tensor of the file, the parameter and the order of its rows."""
     kind = _value(reader, "general.architecture")
-    heads = {_value(reader, f"{kind}.attention.head_count"), _value(reader, f"{kind}.attention.head_count_kv")} - {None}
+    counts = (_value(reader, f"{kind}.attention.{name}") for name in ("head_count", "head_count_kv"))
+    heads = {int(count) for count in counts if count is not None}
     marks = [(match, _mark(match.value)) for match in known]
     found, taken = {}, {}
     for tensor in reader.tensors:

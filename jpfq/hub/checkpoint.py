@@ -4,15 +4,15 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from . import folder, tokens
-from .config import Config
-from .decoder import Decoder, filled, logits, tensors_of
+from .config import Config, as_json
+from .decoder import Decoder, filled, logits, name_of, tensors_of
 from .gguf_file import GGUFFile
 
 
@@ -123,6 +123,40 @@ def save(model: Decoder, path: str | os.PathLike) -> None:
         True
     """
     folder.write(Path(path), model.config, tensors_of(model))
+
+
+def export(
+    quantized: Any, path: str | os.PathLike, *, dynamic_inputs: Literal["int8", "fp8"] | None = None
+) -> dict[str, str]:
+    """Writes a quantized decoder as a folder that vLLM, SGLang and transformers load: compressed-tensors.
+
+    The tokenizer is not written: copy tokenizer.json.
+
+    Args:
+        quantized: what `jpfq.quantize` made of a `Decoder`.
+        path: a new folder.
+        dynamic_inputs: as for `Quantized.export`: vLLM on TPU loads integer weights of 4 bits with "fp8" only.
+
+    Returns:
+        By path, the reason for each quantized kernel that is written dequantized.
+
+    Raises:
+        ValueError: where the model is no `Decoder`, or the folder is in use.
+
+    Examples:
+        >>> from flax import nnx
+        >>> config = jpfq.hub.Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        ...                          num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+        >>> windows = jpfq.hub.windows(jax.random.randint(key, (1024,), 0, 64), length=32)
+        >>> small = jpfq.quantize(jpfq.hub.Decoder(config, nnx.Rngs(0)), windows, jpfq.formats.int4(16))
+        >>> jpfq.hub.export(small, "decoder-vllm")
+        {}
+    """
+    model = getattr(quantized, "model", None)
+    if not isinstance(model, Decoder):
+        raise ValueError(f"export takes what jpfq.quantize made of a jpfq.hub.Decoder; got {type(quantized).__name__}.")
+    names, config = lambda path: name_of(tuple(path.split("/"))), as_json(model.config)
+    return quantized.export("compressed-tensors", path, names=names, config=config, dynamic_inputs=dynamic_inputs)
 
 
 def perplexity(model: Decoder | Callable[[jax.Array], jax.Array], windows: Iterable[jax.Array]) -> float:

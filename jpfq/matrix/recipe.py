@@ -24,7 +24,7 @@ from ..scalar import (
 from ..scalar.accumulator import AXE, scales_with_radius
 from ..scalar.integer_sums import no_integers
 from ..scalar.pytree import register_dataclass
-from ..scalar.step_types import kernel_bits, step_type
+from ..scalar.step_types import is_coarse, kernel_bits, step_type
 from .finish import CosineDescend, Descend, Finish
 from .methods import GPFQ, MSQ, Method
 from .nullspace import MalySaab
@@ -213,11 +213,13 @@ def _plain() -> dict:
 def _defaults(settings) -> dict:
     """The recommended settings for all that is left out, next to what is given.
 
-    The finish rounds to nearest, so a rounding that draws or prunes gets none; a step given as `Fixed` stays as it is.
+    The finish rounds to nearest, so a rounding that draws or prunes gets none. A step given as `Fixed` stays as it is, and
+    so does one that is stored in 8 bits.
     """
     on_data = settings.get("form") == "data"
     scale = settings.get("scale", MinMSE() if on_data else MinError())
-    finish = Descend() if isinstance(scale, Fixed) else CosineDescend()
+    held = isinstance(scale, Fixed) or is_coarse(step_type(settings.get("step_dtype")))
+    finish = Descend() if held else CosineDescend()
     plain = type(settings.get("rounding", Nearest())) is Nearest and not on_data
     refits = isinstance(scale.per, PerGroup) and scale.per.refit
     needs_rows = any(p.needs_rows for p in settings.get("prepare", ()))
@@ -261,6 +263,10 @@ def _refuse_contradictions(recipe):
         raise ValueError(f"{finish} would bring back weights that {rounding} sends to 0: take finish=Refit() or None.")
     if finish is not None and finish.frees_step and isinstance(scale, Fixed):
         raise ValueError(f"{finish} changes the step that Fixed gives: take finish=Descend() or None.")
+    if finish is not None and finish.frees_step and is_coarse(recipe.step_dtype):
+        raise ValueError(
+            f"{finish} moves steps a little, which {recipe.step_dtype} has no numbers for: take finish=Descend() or None."
+        )
     if recipe.refits:
         if isinstance(scale, MinError):
             raise ValueError(f"{scale} searches for steps beforehand, which PerGroup(refit=True) chooses on the way.")

@@ -40,6 +40,11 @@ def step_bits(dtype: np.dtype | None) -> int:
     return 8 * (4 if dtype is None else dtype.itemsize)
 
 
+def is_coarse(dtype: np.dtype | None) -> bool:
+    """True for types of so few digits that a step of them is not to be changed once codes are chosen for it."""
+    return dtype in (E8M0, E4M3)
+
+
 def kernel_bits(dtype: np.dtype | None) -> int:
     """Bits of what all steps of a kernel share."""
     return 32 if dtype == E4M3 else 0
