@@ -188,7 +188,7 @@ def test_fresh_batches_that_are_read_again_must_be_the_same(tmp_path, monkeypatc
         return given(number + 5 + 100 * (number in other))[1]
 
     def killed(*args):
-        if args[0].number == 2:  # when the batches for the third stop are read
+        if args[0].index == 2:  # when the batches for the third stop are read
             raise KeyboardInterrupt
         return solve(*args)
 

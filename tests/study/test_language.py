@@ -104,7 +104,7 @@ def test_perplexity_says_that_it_does_not_see_activations(own, capsys):
         ("tiny --calibrate text.txt --length 16", "32 windows of 16 tokens are asked for, and there are 320 tokens"),
         ("tiny --calibrate short.txt --length 16 --windows 8", "has 0 tokens to score on"),
         ("tiny --calibrate broken.txt", "no text in UTF-8"),
-        ("tiny --calibrate text.txt --bits 3 4 --save x", "--save takes one result, and 2 are asked for"),
+        ("tiny --calibrate text.txt --bits 3 4 --save x", "--save takes one result, but there are 2"),
     ],
 )
 def test_errors_say_what_to_do(own, capsys, arguments, message):
