@@ -39,10 +39,17 @@ SETTINGS = {
         "finish": jpfq.finish.CosineDescend(1),
     },
 }
+DEFAULT = {("bfloat16", "recommended"), ("float8_e8m0fnu", "one step"), ("float8_e4m3fn", "recommended")}
 
 
-@pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        pytest.param(name, case, marks=() if (name, case) in DEFAULT else pytest.mark.slow)
+        for name in TYPES
+        for case in SETTINGS
+    ],
+)
 def test_every_step_is_one_that_is_stored(name, case):
     """And those of 8 bits stay where a search has put them: codes that were chosen for one would not suit another."""
     W, gram = problem32(32, n=N, out=OUT)
@@ -63,7 +70,11 @@ def test_every_step_is_one_that_is_stored(name, case):
     assert info.relative_error < free * (1.35 if name == "float8_e8m0fnu" else 1.1)
 
 
-@pytest.mark.parametrize("grid", [jpfq.E2M1(), jpfq.E4M3(), jpfq.Integer(8)], ids=str)
+@pytest.mark.parametrize(
+    "grid",
+    [jpfq.E2M1(), *(pytest.param(grid, marks=pytest.mark.slow) for grid in (jpfq.E4M3(), jpfq.Integer(8)))],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["float8_e8m0fnu", "float8_e4m3fn"])
 def test_the_recommended_recipe_is_better_than_gpfq_alone(name, grid):
     W, gram = problem32(34, n=N, out=OUT)

@@ -37,7 +37,7 @@ METHODS = {
 # Every table with one method, every method and scale with one table: a program is compiled for each.
 CASES = [(name, "GPFQ", "channel") for name in TABLES]
 CASES += [("E2M1", method, scale) for method in METHODS for scale in SCALES if (method, scale) != ("GPFQ", "channel")]
-FEW = pytest.mark.parametrize("name", ["Levels", "E2M1"])
+FEW = pytest.mark.parametrize("name", [pytest.param("Levels", marks=pytest.mark.slow), "E2M1"])
 
 
 @pytest.mark.parametrize(("name", "method", "scale"), CASES)
