@@ -27,6 +27,8 @@ from ..model.compat import bind
 from ..model.functional import Functional
 from ..model.program import Program, evaluate, form, trace
 from ..model.sites import Site, find_sites
+from ..scalar import input_codes
+from ..scalar.integer_sums import no_integers
 
 Overflow = Literal["wrap", "saturate"]
 CACHE = 16  # compiled networks; the least recently used is evicted
@@ -60,12 +62,17 @@ def integer_sites(
     """The program for a shape of batch, and its sites with quantized inputs in the order of execution."""
     program = trace(functional.fn, functional.paths, functional.leaves, shapes)
     sites = [site for site in find_sites(program)[0] if site.path in inputs]
+    for site in sites:
+        input_codes(inputs[site.path][site.use].settings.grid)  # raises for a table, whose codes are no integers to sum
     of = lambda site: IntegerSite(site, site.path, inputs[site.path][site.use], _weights(site, tensors[site.path]))
     return program, list(map(of, sites))
 
 
 def _weights(site: Site, tensor: QTensor) -> Weights:
-    zero = np.asarray(tensor.zero)
+    zero, table = np.asarray(tensor.zero), tensor.grid.table
+    unit = 1 if table is None else tensor.grid.unit
+    if unit is None:
+        raise ValueError(f"{site.path}: {no_integers(tensor.grid)}")
     if tensor.grid.alphabet().zero is None or (zero != np.round(zero)).any() or tensor.rotated is not None:
         why = "are rotated" if tensor.rotated else f"on {tensor.grid} have a zero point"
         raise ValueError(
@@ -74,8 +81,9 @@ def _weights(site: Site, tensor: QTensor) -> Weights:
         )
     spread = lambda x: np.kron(x, np.ones([a // b for a, b in zip(tensor.shape, x.shape, strict=True)], x.dtype))
     codes = np.asarray(tensor.codes, np.int32) - spread(zero.astype(np.int32))
+    codes = codes if table is None else np.rint(np.asarray(table) / unit).astype(np.int32)[codes]
     matrices = lambda x: site.layout.matrices(site.chain.arrange(jnp.asarray(x)))
-    step = matrices(spread(np.asarray(tensor.step, np.float32)) * np.float32(site.chain.factor))
+    step = matrices(spread(np.asarray(tensor.step, np.float32)) * np.float32(unit * site.chain.factor))
     return Weights(matrices(codes), step[:, :1] if bool(jnp.all(step == step[:, :1])) else step)
 
 

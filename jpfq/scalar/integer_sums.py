@@ -141,7 +141,7 @@ def datatype_bits(n: int, grid: Grid, inputs: Any) -> int:
     (lo, hi, zero, reach), (mu, nu) = grid.alphabet(), input_codes(inputs)
     if zero is None:
         raise ValueError(f"{grid} fits a zero point to the weights, which no bound on their codes knows.")
-    if grid.unit is None:
+    if grid.table is not None and grid.unit is None:
         raise ValueError(no_integers(grid))
     largest = max(hi - zero, zero - lo) if grid.table is None or reach is None else round(reach / grid.unit)
     return width_of(n * int(largest) * int(max(nu, -mu)))

@@ -74,3 +74,25 @@ def test_a_group_that_does_not_divide_is_refused():
     params = {"kernel": jnp.ones((40, 4))}
     with pytest.raises(ValueError, match=r"PerGroup\(32\) does not divide the 40 input coordinates"):
         quantized((params, [jax.random.normal(jax.random.key(0), (64, 40))]), jpfq.formats.mxfp4())
+
+
+def test_tables_of_integers_run_in_integers(layer):
+    """E2M1 in halves: the network of integer products is the quantized one, and no sum is wider than certified."""
+    (batch,) = layer[1]
+    settings = {"plain": True, "activation_bits": 8, "scale": jpfq.scale.AbsMax()}
+    found = quantized(layer, jpfq.Rule(".*", grid=jpfq.E2M1(), **settings))
+    np.testing.assert_allclose(found.apply_integer(batch), found.apply(batch), rtol=1e-4, atol=1e-3)
+    needed = jpfq.certify(found).needed
+    integers = np.abs(2 * np.array(found.tensors["kernel"].grid.values))[np.asarray(found.tensors["kernel"].codes)]
+    assert needed <= int(255 * integers.sum(0).max()).bit_length() + 1
+    wide = found.apply_integer(batch, accumulator=jpfq.Accumulator(needed))
+    np.testing.assert_array_equal(wide, found.apply_integer(batch))
+    without = quantized(layer, jpfq.Rule(".*", grid=jpfq.NF4(), **settings))
+    for run in (lambda: without.apply_integer(batch), lambda: jpfq.certify(without)):
+        with pytest.raises(ValueError, match=r"kernel: The levels of NF4\(\) are no whole multiples of one number"):
+            run()
+    inputs = jpfq.Activations(jpfq.E4M3(), per="row")
+    floats = quantized(layer, jpfq.Rule(".*", bits=4, plain=True, activations=inputs))
+    assert 0 < floats.output_error < 0.5
+    with pytest.raises(ValueError, match="inputs that are summed are runs of integers"):
+        floats.apply_integer(batch)
