@@ -319,7 +319,7 @@ def test_a_sweep_by_error_and_one_that_finds_nothing(own, capsys):
     assert main(few) == 1
     out, error = capsys.readouterr()
     assert "The loss is the relative error of the outputs" in out
-    assert "nothing is kept" in error
+    assert "nothing is saved" in error
 
 
 @pytest.mark.parametrize(
