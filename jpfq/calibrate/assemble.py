@@ -9,6 +9,7 @@ import numpy as np
 
 from ..matrix import QTensor, code_dtype
 from ..matrix.host import namespace, numpy_or_jit
+from ..scalar.step_types import is_storable
 
 
 def tensor_of(done, shape, dtype, recipe, laned) -> QTensor:
@@ -18,8 +19,11 @@ def tensor_of(done, shape, dtype, recipe, laned) -> QTensor:
     runs = _runs(places, tuple(step.shape[laned:] for _, step, _ in solutions), shape)
     codes, step, zero = _whole(solutions, places, shape, runs, code_dtype(recipe.grid), laned)
     rotated = None if recipe.rotation is None else (recipe.rotation, done[0][0].layout)
-    exact = all(math.frexp(abs(site.chain.factor))[0] == 0.5 for site, _ in done)  # steps of a part keep their digits
-    step_dtype = recipe.step_dtype if exact else None
+    step_dtype = recipe.step_dtype
+    if step_dtype is not None:  # parts whose steps are multiplied, or lie too far apart for one unit, keep float32
+        exact = all(math.frexp(abs(site.chain.factor))[0] == 0.5 for site, _ in done)
+        lanes = np.asarray(step) if laned else np.asarray(step)[None]
+        step_dtype = step_dtype if exact and all(is_storable(one, step_dtype) for one in lanes) else None
     return QTensor(codes, step, zero, recipe.grid, np.dtype(dtype), rotated, step_dtype)
 
 

@@ -105,7 +105,7 @@ class Comparison:
 
 
 def _has_rows(a, weights):
-    """Whether an output is large and can be cut along its leading axis: no mesh splits it; weights have the axis too."""
+    """True if an output is large and can be cut along its leading axis: no mesh splits it; weights have the axis too."""
     whole = a.ndim > 1 and a.size >= LARGE and len(a.sharding.device_set) == 1
     return whole and (weights is None or weights.shape[:1] == a.shape[:1])
 

@@ -10,16 +10,17 @@ rotary positions have.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..matrix.signed import signed
-from ..storage.files import writing
-from .matrix import linear, products
+from ..storage.files import hidden, writing
+from .matrix import integers, products, values
 
-ALIKE = 0.75  # correlation of a quantized kernel with the float one; that of two layers is near 0
+ALIKE = 0.5  # correlation of a quantized kernel with the float one, .8 at one bit; that of two layers is near 0
+SKETCH = 16  # random combinations of the inputs that a matrix is told by
 BLOCK = 32
 MISSING = "GGUF files take the package gguf: pip install 'jpfq[hub]'."
 
@@ -68,7 +69,7 @@ def gguf(
     sites = {} if batch is None else products(quantized._functional, batch)
     left: dict[str, str] = {}
     known = [_matrix(quantized, path, leaf, sites, left) for path, leaf in _leaves(quantized)]
-    found = _matched(reader, package, known, quantized.tensors)
+    found = _matched(reader, package, known, (*quantized.tensors, *quantized.biases))
     kinds = package.GGMLQuantizationType
     content = package.GGUFWriter(None, _value(reader, "general.architecture"))
     for key, field in reader.fields.items():
@@ -88,17 +89,14 @@ def gguf(
         else:
             kind, codes, steps = match.packed
             content.add_tensor(tensor.name, blocks(kind, codes[rows], steps[rows]), raw_dtype=kinds[kind])
-    with writing(file, OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_name(f".{file.name}.new")
-        try:
-            content.write_header_to_file(new)
+    with writing(file):
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with hidden(file.absolute().parent) as beside:
+            content.write_header_to_file(beside / file.name)
             content.write_kv_data_to_file()
             content.write_tensors_to_file()
             content.close()
-            new.replace(file)
-        finally:
-            new.unlink(missing_ok=True)
+            (beside / file.name).replace(file)
     return left
 
 
@@ -126,26 +124,27 @@ def _matrix(quantized, path, leaf, sites, left) -> _Matrix:
     if tensor is None:
         value = np.asarray(leaf, np.float32)
         return _Matrix(path, value.T if value.ndim == 2 and path.rpartition("/")[2] == "kernel" else value, None)
+    site = sites.get(path)
     try:
-        whole = signed(tensor)
-        found = linear(tensor, path, sites.get(path))
-        zero = found.zero.flat[0]
-        if (found.zero != zero).any():
-            raise ValueError("its zero points differ: blocks of 32 are symmetric")
-        codes, grouped = found.codes.astype(np.int32) - int(zero), found.in_groups(BLOCK)
-        value = np.repeat(found.step, codes.shape[1] // found.step.shape[1], 1) * codes
-        packed = None
-        if whole.bits > 8 or tensor.grid.table is not None or zero != int(zero):
-            left[path] = f"{tensor.grid} is no run of integers of 8 bits about 0"
-        elif grouped is None or not _is_half(grouped.step):
-            left[path] = "its steps are not of float16, one for every 32 inputs: see jpfq.formats.q4_0 and q8_0"
-        else:
-            packed = ("Q4_0" if whole.bits <= 4 else "Q8_0", codes, grouped.step)
-        return _Matrix(path, value.astype(np.float32), packed)
+        value = values(tensor, path, site)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    try:
+        return _Matrix(path, value, _packed(tensor, path, site))
     except ValueError as error:
         left[path] = str(error)
-        value = np.asarray(tensor.dequantize(), np.float32)
-        return _Matrix(path, value.T if value.ndim == 2 else value, None)
+        return _Matrix(path, value, None)
+
+
+def _packed(tensor, path, site) -> tuple[str, np.ndarray, np.ndarray]:
+    """Kind, codes and steps of a kernel; ValueError says why the format has none."""
+    found, bits, symmetric = integers(tensor, path, site)
+    if bits > 8 or not symmetric:
+        raise ValueError(f"{tensor.grid} is no run of integers of 8 bits about 0")
+    grouped = found.in_groups(BLOCK)
+    if grouped is None or not _is_half(grouped.step):
+        raise ValueError("its steps are not of float16, one for every 32 inputs: see jpfq.formats.q4_0 and q8_0")
+    return "Q4_0" if bits <= 4 else "Q8_0", found.codes, grouped.step
 
 
 def _is_half(step):
@@ -156,8 +155,8 @@ def _value(reader, key) -> Any:
     return reader.fields[key].contents() if key in reader.fields else None
 
 
-def _matched(reader, package, known: list[_Matrix], tensors) -> dict[str, tuple[_Matrix, Any]]:
-    """By name of a tensor of the file, the parameter and the order of its rows."""
+def _matched(reader, package, known: list[_Matrix], changed: Sequence[str]) -> dict[str, tuple[_Matrix, Any]]:
+    """By name of a tensor of the file, the parameter and the order of its rows; `changed` must be among them."""
     kind = _value(reader, "general.architecture")
     counts = (_value(reader, f"{kind}.attention.{name}") for name in ("head_count", "head_count_kv"))
     heads = {int(count) for count in counts if count is not None}
@@ -169,16 +168,16 @@ def _matched(reader, package, known: list[_Matrix], tensors) -> dict[str, tuple[
         for match, own in marks:
             if match.value.shape == value.shape:
                 orders = [slice(None), *_orders(len(value), heads)] if value.ndim == 2 else [slice(None)]
-                best += [(float(own[rows] @ mark), match, rows) for rows in orders]
+                best += [(float(np.vdot(own[rows], mark)), match, rows) for rows in orders]
         best = sorted((x for x in best if x[0] > ALIKE), key=lambda x: -x[0])
         if not best:
             continue
         score, match, rows = best[0]
         rivals = sorted({other.path for near, other, _ in best if near > score - 1e-4} - {match.path})
-        if rivals and match.path in tensors:
+        if rivals and match.path in changed:
             raise ValueError(f"{tensor.name} of the file may be {match.path} or {rivals[0]}, which are alike.")
         found[tensor.name], taken[match.path] = (match, rows), tensor.name
-    lost = [path for path in tensors if path not in taken]
+    lost = [path for path in changed if path not in taken]
     if lost:
         raise ValueError(
             f"{lost[0]} is none of the tensors of the file: like= is to be the file of the very model that was quantized."
@@ -187,8 +186,11 @@ def _matched(reader, package, known: list[_Matrix], tensors) -> dict[str, tuple[
 
 
 def _mark(value):
-    """A vector of unit length, one number for each row, that tells matrices apart."""
-    mark = value.reshape(len(value), -1) @ np.random.default_rng(0).standard_normal(value[0].size).astype(np.float32)
+    """A few numbers for each row, of sum of squares 1, that tell matrices apart; a vector is its own mark."""
+    mark = value.astype(np.float32)
+    if value.ndim > 1:
+        flat = mark.reshape(len(value), -1)
+        mark = flat @ np.random.default_rng(0).standard_normal((flat.shape[1], SKETCH)).astype(np.float32)
     return mark / max(float(np.linalg.norm(mark)), 1e-30)
 
 

@@ -20,14 +20,13 @@ import numpy as np
 
 from ..calibrate.activation import ActivationQuantizer
 from ..matrix import QTensor
-from ..matrix.signed import signed
 from ..model.sites import Site
 from ..scalar import E2M1, E2M3, E4M3, Asymmetric, Grid, Integer
 from ..scalar.bits import pack_bits
 from ..scalar.step_types import E4M3 as E4M3_STEP
 from ..scalar.step_types import E8M0 as E8M0_STEP
 from ..scalar.step_types import packed_steps
-from .matrix import Linear, linear
+from .matrix import Linear, integers, linear
 
 Arrays = dict[str, np.ndarray]
 MX = {E2M1: ("mxfp4-pack-quantized", 4), E2M3: ("mxfp6-pack-quantized", 6), E4M3: ("mxfp8-quantized", 8)}
@@ -129,6 +128,8 @@ def inputs_of(quantizers: list[ActivationQuantizer] | None) -> tuple[Inputs | No
         raise ValueError(f"its inputs are rounded to {grid} per {settings.per}{more}, which the format does not have")
     if dynamic and isinstance(grid, Asymmetric):
         raise ValueError(f"its inputs are rounded to {grid} per row: servers take Integer(8) or E4M3() there")
+    if isinstance(grid, Integer) and grid.narrow and not dynamic:
+        raise ValueError(f"its inputs are rounded to {grid}, without the lowest integer, which servers have")
     inputs = Inputs(8, kind, not isinstance(grid, Asymmetric), dynamic)
     levels = quantizers[0].levels
     if levels is None:
@@ -154,16 +155,11 @@ def _kind(grid: Grid) -> str | None:
 
 
 def _integers(tensor, path, site, inputs):
-    whole = signed(tensor)
-    if whole.bits > 8:
-        raise ValueError(f"{tensor.grid} takes {whole.bits} bits with a sign, and there are 4 or 8")
-    bits = 4 if whole.bits <= 4 else 8
-    zero = jnp.zeros_like(whole.step, jnp.int32) if whole.zero is None else whole.zero
-    found = linear(dataclasses.replace(tensor, codes=whole.codes, step=whole.step, zero=zero), path, site)
+    found, needed, symmetric = integers(tensor, path, site)
+    if needed > 8:
+        raise ValueError(f"{tensor.grid} takes {needed} bits with a sign, and there are 4 or 8")
+    bits = 4 if needed <= 4 else 8
     codes, step, group = found.codes, found.step, found.group
-    if group == 1:
-        raise ValueError("each input has a step of its own")
-    symmetric = whole.zero is None
     if bits == 8 and inputs is not None and symmetric:
         arrays = {"weight": codes.astype(np.int8), "weight_scale": step}
         return Scheme("int-quantized", 8, "int", group, True, inputs), arrays

@@ -1,5 +1,6 @@
 """A quantized kernel as the matrix of a linear layer: outputs first, which is how files of other systems hold them."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 
 from ..matrix import QTensor
 from ..matrix.layout import DotLayout
+from ..matrix.signed import signed
 from ..model.functional import Functional
 from ..model.program import trace
 from ..model.sites import Site, find_sites
@@ -66,8 +68,28 @@ def linear(tensor: QTensor, path: str, site: Site | None) -> Linear:
     runs = arrange(spread(np.arange(step.size, dtype=np.int32).reshape(step.shape)))
     run = _run(runs)
     part = lambda x: np.ascontiguousarray(arrange(spread(x))[:, ::run])
+    if run == 1 and runs.shape[1] > 1 and len(tensor.shape) == 2:
+        raise ValueError("each input has a step of its own")
     found = Linear(np.ascontiguousarray(arrange(np.asarray(tensor.codes))), part(step), part(zero))
     return found if len(tensor.shape) == 2 else found.coarsest()  # a group along several axes is in parts
+
+
+def integers(tensor: QTensor, path: str, site: Site | None) -> tuple[Linear, int, bool]:
+    """A kernel whose levels are integers: its matrix, with codes about 0, their bits, and whether all zero points are 0.
+
+    Raises:
+        ValueError: it is no such matrix, and why.
+    """
+    whole = signed(tensor)
+    zero = jnp.zeros_like(whole.step, jnp.int32) if whole.zero is None else whole.zero
+    found = linear(dataclasses.replace(tensor, codes=whole.codes, step=whole.step, zero=zero), path, site)
+    return found, whole.bits, whole.zero is None
+
+
+def values(tensor: QTensor, path: str, site: Site | None) -> np.ndarray:
+    """The values of a kernel, as a matrix (out, in)."""
+    arrange = _by_steps(tensor, path) if site is None else _by_product(site)
+    return np.asarray(arrange(np.asarray(tensor.dequantize(), np.float32)))
 
 
 def _run(x) -> int:

@@ -12,13 +12,12 @@ Groups run along the inputs of a kernel, as it is multiplied, and divide them.
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from ..scalar import E2M1, E2M3, E3M2, E4M3, E5M2, NF4, AbsMax, Grid, Integer, MinError, Per, PerChannel, PerGroup
+from ..scalar.step_types import E4M3 as E4M3_STEP
+from ..scalar.step_types import E8M0 as E8M0_STEP
 from .rules import Rule
-
-E8M0_STEP, E4M3_STEP = np.dtype(jnp.float8_e8m0fnu), np.dtype(jnp.float8_e4m3fn)
 
 
 def int4(group: int | None = None, *, pattern: str = ".*", **settings: Any) -> list[Rule]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from ..calibrate.activation import ActivationQuantizer
 from ..calibrate.output_error import OutputError, in_words
@@ -21,6 +20,7 @@ from .apply import run
 from .certify import any_codes_bits
 from .finetune import fake_quant, on_grid, tunable
 from .integer import IntegerNetworks, Overflow
+from .notes import notes
 from .serve import Served
 from .table import table
 
@@ -367,7 +367,7 @@ class Quantized:
         lines = [table(head, rows)]
         if any(info.reach is not None for info in self.info.values()):
             lines.append(self._accumulators())
-        lines += [_experts(path, info) for path, info in self.info.items() if info.rows is not None]
+        lines += [note for path, info in self.info.items() for note in notes(path, info)]
         if self.skipped:
             lines.append(table(("left as it is", "because"), list(self.skipped.items())))
         if self.uses:
@@ -395,12 +395,3 @@ class Quantized:
                 widths = (int(reach.sums.bits), tile, reach.bits, most, reach.outer_bits)
                 rows.append((path, *map(str, widths), f"{int(reach.ends.max()):,}"))
         return table(("sums of", "bits", "tile", "needed", "of any codes", "outer bits", "largest sum"), rows)
-
-
-def _experts(path, info):
-    """A sentence about the number of calibration rows of each expert of a kernel."""
-    rows = np.atleast_1d(info.rows)
-    line = f"Rows of the {rows.size} matrices of {path}: {rows.min():,.6g} to {rows.max():,.6g}."
-    if (rows > 0).all():
-        return line
-    return f"{line} Rounded to nearest, as they have none: {', '.join(map(str, np.flatnonzero(rows == 0)))}."

@@ -290,12 +290,14 @@ def _counts(values: np.ndarray, bins: int, bin_of: Callable[[np.ndarray], np.nda
 
 
 def _positions(tensor, weights) -> np.ndarray:
-    """Float weights in units of the grid."""
+    """Float weights in units of the codes."""
     local = lambda x: jnp.asarray(np.asarray(x))  # on one device, wherever they are
     weights, tensor = local(weights), dataclasses.replace(tensor, step=local(tensor.step), zero=local(tensor.zero))
     if weights.shape != tensor.shape:
         raise ValueError(f"The weights must have the kernel's shape {tensor.shape}; got {weights.shape}.")
     found = np.asarray(tensor.levels.position(tensor.turned(weights))).ravel()
+    if (levels := tensor.grid.table) is not None:  # codes are its indices: between two of them by the share of the way
+        found = np.interp(found, levels, np.arange(len(levels)))
     if not np.isfinite(found).all():
         raise ValueError("The weights hold NaN or infinity, which have no place in a histogram: remove them.")
     return found

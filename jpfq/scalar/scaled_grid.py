@@ -71,7 +71,7 @@ class ScaledGrid:
         return jnp.clip(code, self.lo, self.hi)
 
     def straight(self, v: jax.Array) -> jax.Array:
-        """`round_to_level` in which derivatives pass straight through the rounding; beyond the grid they are 0."""
+        """Values at the nearest levels; derivatives pass straight through the rounding, and are 0 beyond the grid."""
         least, most = self._ends
         x = jnp.clip(self.position(v), least, most)  # within the outer gaps: the sum is exactly the level
         return self.at(x + lax.stop_gradient(self.level(self.encode(v)) - x))

@@ -115,6 +115,17 @@ def unit_of_stored(step: np.ndarray) -> float:
     raise ValueError("The steps are no numbers of float8_e4m3fn under one power of two.")
 
 
+def is_storable(step: np.ndarray, dtype: np.dtype | None) -> bool:
+    """True if steps of all parts of a kernel are numbers of that type under one unit."""
+    if dtype != E4M3:
+        return True
+    try:
+        unit_of_stored(step)
+    except ValueError:
+        return False
+    return True
+
+
 def packed_steps(step: np.ndarray, dtype: np.dtype | None) -> tuple[np.ndarray, float]:
     """Steps as numbers of the type they are stored in, and the unit they are multiplied by."""
     if dtype is None:

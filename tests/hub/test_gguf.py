@@ -93,6 +93,20 @@ def test_other_architectures_and_other_files_are_refused(tmp_path):
         hub.load(tmp_path / "y")
 
 
+def test_a_tensor_that_cannot_be_dequantized_is_named(tmp_path):
+    """One of integers, whose type the package has and does not turn into floats."""
+    file = tmp_path / "model.gguf"
+    gguf_files.write(file, tiny.decoder(tiny.LLAMA))
+    raw = bytearray(file.read_bytes())
+    name = b"blk.0.attn_k.weight"
+    at = raw.index(name) + len(name) + 4 + 2 * 8  # after its name: the number of axes, and two sizes
+    assert raw[at : at + 4] == bytes(4)  # float32
+    raw[at] = gguf_files.gguf.GGMLQuantizationType.I32
+    file.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"the tensor blk\.0\.attn_k\.weight cannot be dequantized by gguf"):
+        hub.load(file)
+
+
 def test_the_package_is_asked_for(tmp_path, monkeypatch):
     path = gguf_files.write(tmp_path / "x", tiny.decoder(tiny.LLAMA))
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)

@@ -100,7 +100,25 @@ def test_steps_beyond_a_type_are_counted():
     W, gram = problem32(33, n=N, out=OUT)
     tensor, info = jpfq.solve(W * 1e-8, gram, bits=4, plain=True, step_dtype="float16")
     assert info.saturated_steps == OUT
+    params = {"w": W * 1e-8}
+    rule = jpfq.Rule(".*", bits=4, plain=True, step_dtype="float16")
+    found = jpfq.quantize(lambda params, x: x @ params["w"], [jnp.eye(N)], rule, params=params)
+    assert f"w: {OUT} steps were beyond what their type stores" in found.summary()
     assert (np.asarray(tensor.step) == np.float32(2.0**-24)).all()
+
+
+def test_parts_too_far_apart_for_one_unit_keep_float32(tmp_path):
+    """A stack of two kernels, one 2^30 times the other: no E4M3 under one power of two holds the steps of both."""
+    W, x = problem(35, n=N, out=OUT)[2], jnp.asarray(problem(35, n=N, out=OUT)[0], jnp.float32)
+    both = lambda params, x: (x @ params["w"][0], x @ params["w"][1])
+    rule = jpfq.Rule(".*", bits=4, plain=True, scale=jpfq.scale.AbsMax(per=GROUPS), step_dtype="float8_e4m3fn")
+    for factor, held in ((4.0, True), (2.0**30, False)):
+        params = {"w": jnp.asarray(np.stack([W, W * factor]), jnp.float32)}
+        found = jpfq.quantize(both, [x], rule, params=params)
+        assert (found.tensors["w"].step_dtype is not None) == held
+        found.save(tmp_path / str(held))
+        again = jpfq.load(tmp_path / str(held))
+        np.testing.assert_array_equal(again.tensors["w"].step, found.tensors["w"].step)
 
 
 def test_a_type_that_no_format_has_is_refused():

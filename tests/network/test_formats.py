@@ -46,8 +46,6 @@ def test_bits_per_weight_are_those_of_the_format(layer, name):
     error = float(found.info["kernel"].relative_error)
     assert error < (0.25 if BITS[name] < 5 else 0.07)
     assert found.info["kernel"].saturated_steps == 0
-    groups = N * 8 * OUT * (BITS[name] - tensor.grid.storage_bits)
-    assert groups > 0
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])

@@ -416,6 +416,18 @@ def test_a_histogram_of_a_rotated_kernel_turns_the_weights(quantized):
     np.testing.assert_allclose(found, held)
 
 
+def test_a_histogram_of_a_table_puts_weights_at_their_codes():
+    """Levels are at distances of their own, and codes are not: weights that lie on levels lie under the bars."""
+    own = tensor((16, 5), (1, 5), jpfq.E2M1(), seed=9)
+    ax = jpfq.plot.histogram(own, own.dequantize(), axes())
+    bars, line = ax.patches
+    values, edges, _ = line.get_data()
+    held = [100 * (np.asarray(own.codes) == k).mean() for k in range(15)]
+    np.testing.assert_allclose(heights(bars)[0], held)
+    found = [values[(k - 0.25 < edges[:-1]) & (edges[1:] < k + 0.25)].sum() * np.diff(edges)[0] for k in range(15)]
+    np.testing.assert_allclose(found, held)
+
+
 def test_the_front_and_scores():
     ax = jpfq.plot.front(SWEPT, axes())
     points = [(r["bits_per_weight"], r["loss"]) for r in RECORDS]
