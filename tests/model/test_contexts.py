@@ -220,7 +220,7 @@ def test_a_model_on_two_devices_is_refused():
     here, there = jax.device_put(PARAMS["a"], first), jax.device_put(PARAMS["b"], second)
     rule = zoo.plain(bits=4)
     for params, x in (({"a": here, "b": there}, X), ({"a": here, "b": PARAMS["b"]}, jax.device_put(X, second))):
-        with pytest.raises(ValueError, match=r"a lies on .*0 while .* lies on .*1: put all of them on one device"):
+        with pytest.raises(ValueError, match=r"a is on .*0 and .* on .*1: put all of them on one device"):
             jpfq.quantize(layers, [x], rule, params=params)
     with pytest.raises(ValueError, match="W and the data lie apart"):
         jpfq.solve(here, jax.device_put(jpfq.Gram.from_data(X), second), bits=4)
