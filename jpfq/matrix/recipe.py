@@ -112,14 +112,12 @@ class Recipe:
         faster = 6 * rows * n * (out + (self.block or n)) < 6 * rows * n * n + 4 * n * n * out
         return faster and rows * (2 * n + 3 * out) <= 3 * n * n
 
+    def misfit(self, n: int, out: int) -> str | None:
+        """The reason why a matrix of n inputs and `out` neurons cannot have these steps; None if it can."""
+        return self.scale.per.misfit(n, out)
+
     def refuse(self, rows: int, n: int, name: str) -> None:
         """Raises where this recipe cannot be used for n inputs and that many calibration rows."""
-        per = self.scale.per
-        if isinstance(per, PerGroup) and n % per.size:
-            raise ValueError(
-                f"PerGroup({per.size}) does not divide the {n} input coordinates of {name}; choose a divisor, or "
-                "PerChannel() for that kernel by a rule of its own."
-            )
         if isinstance(self.rounding, Bounded):
             _refuse_straddling(self, n, name)
         if any(isinstance(p, MalySaab) for p in self.prepare):

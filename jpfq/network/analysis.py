@@ -80,10 +80,9 @@ def apply_rules(functional: Functional, traced: Traced, rules: Sequence[Rule], s
     """Assigns a rule to each kernel and its settings to each site."""
     program, sites, reasons = traced
     trainable = [path for path, ok in zip(functional.paths, functional.trainable, strict=True) if ok]
-    assignment = assign(rules, list(dict.fromkeys(site.path for site in sites)), reasons, trainable)
-    refused = {path: reason for path, reason in reasons.items() if assignment.skipped.get(path) == reason}
-    if strict and refused:
-        listing = "\n".join(f"  {path}: {reason}" for path, reason in refused.items())
+    assignment = assign(rules, {site.path: site.layout.dims[1:] for site in sites}, reasons, trainable)
+    if strict and assignment.refused:
+        listing = "\n".join(f"  {path}: {reason}" for path, reason in assignment.refused.items())
         raise ValueError(
             f"strict=True, and these kernels cannot be quantized:\n{listing}\nSkip them by a rule with skip=True."
         )

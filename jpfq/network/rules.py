@@ -153,6 +153,7 @@ class Assignment(NamedTuple):
     recipes: dict[str, Recipe]  # of the kernels to quantize
     rules: dict[str, Rule]  # of the same kernels
     skipped: dict[str, str]  # the reason, for every other kernel
+    refused: dict[str, str]  # those of them that a rule asks for, but that cannot be quantized
 
 
 def as_rules(rules) -> tuple[Rule, ...]:
@@ -167,13 +168,13 @@ def as_rules(rules) -> tuple[Rule, ...]:
 
 
 def assign(
-    rules: Sequence[Rule], quantizable: Sequence[str], reasons: dict[str, str], paths: Sequence[str]
+    rules: Sequence[Rule], matrices: dict[str, tuple[int, int]], reasons: dict[str, str], paths: Sequence[str]
 ) -> Assignment:
     """Assigns a rule to every kernel.
 
     Args:
         rules: in order of precedence.
-        quantizable: paths of the kernels that can be quantized.
+        matrices: by path of each kernel that can be quantized, the inputs and neurons of its matrices.
         reasons: the reason for every other kernel.
         paths: of all parameters.
 
@@ -181,8 +182,9 @@ def assign(
         ValueError: a rule matches nothing, or nothing beyond earlier rules, or only kernels that cannot be quantized
             (unless `Rule.unsupported` is "skip"); or there is nothing to quantize.
     """
-    kernels = dict.fromkeys([*quantizable, *reasons])
+    kernels = dict.fromkeys([*matrices, *reasons])
     taken = {path: next((i for i, rule in enumerate(rules) if rule.matches(path)), None) for path in paths}
+    reasons = {**reasons, **_misfits(rules, matrices, taken)}
     for index, rule in enumerate(rules):
         _check_used(index, rule, rules, taken, kernels)
         own = [path for path in kernels if taken[path] == index]
@@ -208,7 +210,15 @@ def assign(
     if not recipes:
         listing = "\n".join(f"  {path}: {reason}" for path, reason in skipped.items()) or "  it has no matrix products"
         raise ValueError(f"There is nothing to quantize in this model:\n{listing}")
-    return Assignment(recipes, applied, skipped)
+    refused = {path: reason for path, reason in reasons.items() if skipped.get(path) == reason}
+    return Assignment(recipes, applied, skipped, refused)
+
+
+def _misfits(rules, matrices, taken) -> dict[str, str]:
+    """The reasons of kernels whose rule lays groups over them that they cannot have."""
+    ruled = {path: rules[taken[path]] for path in matrices if taken[path] is not None}
+    found = {path: rule.recipe().misfit(*matrices[path]) for path, rule in ruled.items() if not rule.skip}
+    return {path: reason for path, reason in found.items() if reason is not None}
 
 
 def _check_used(index, rule, rules, taken, kernels):

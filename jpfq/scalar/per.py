@@ -19,6 +19,11 @@ class Per(abc.ABC):
     def split(self, W: jax.Array) -> jax.Array:
         """W as (groups, members, channels): a step is chosen over each row of members."""
 
+    def misfit(self, n: int, out: int) -> str | None:
+        """The reason why a kernel of n inputs and `out` neurons cannot have these groups; None if it can."""
+        del n, out
+        return None
+
 
 @dataclasses.dataclass(frozen=True)
 class PerTensor(Per):
@@ -66,10 +71,12 @@ class PerGroup(Per):
         if not isinstance(self.size, int) or self.size < 1:
             raise ValueError(f"PerGroup takes a positive number of input coordinates; got {self.size!r}.")
 
+    def misfit(self, n, out):
+        if n % self.size == 0:
+            return None
+        return f"PerGroup({self.size}) does not divide its {n} inputs; take a divisor, or PerChannel() by a rule of its own"
+
     def split(self, W):
-        if W.shape[0] % self.size:
-            raise ValueError(
-                f"PerGroup({self.size}) does not divide the {W.shape[0]} input coordinates of a kernel; "
-                f"choose a divisor, or PerChannel() for that kernel by a rule of its own."
-            )
+        if reason := self.misfit(*W.shape):
+            raise ValueError(f"A kernel cannot have these steps: {reason}.")
         return W.reshape(-1, self.size, W.shape[1])

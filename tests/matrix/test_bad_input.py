@@ -60,7 +60,7 @@ def problem32(seed, **kwargs):
         (lambda c: c | {"block": 2.5}, "block is a positive number of coordinates, or None.*got 2.5"),
         (
             lambda c: c | {"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(7))},
-            r"PerGroup\(7\) does not divide the 40",
+            r"PerGroup\(7\) does not divide its 40",
         ),
         (
             lambda c: c | {"bits": None, "grid": jpfq.Asymmetric(4), "scale": jpfq.scale.Median()},

@@ -70,8 +70,28 @@ def test_a_format_takes_what_a_rule_takes():
 
 def test_a_group_that_does_not_divide_is_refused():
     params = {"kernel": jnp.ones((40, 4))}
-    with pytest.raises(ValueError, match=r"PerGroup\(32\) does not divide the 40 input coordinates"):
-        quantized((params, [jax.random.normal(jax.random.key(0), (64, 40))]), jpfq.formats.mxfp4())
+    layer = params, [jax.random.normal(jax.random.key(0), (64, 40))]
+    with pytest.raises(ValueError, match=r"kernel: PerGroup\(32\) does not divide its 40 inputs"):
+        quantized(layer, jpfq.formats.mxfp4())
+
+
+def test_kernels_that_groups_do_not_divide_are_listed():
+    """Beside kernels that they do divide; with strict they are refused, and the plan says the same."""
+    key = jax.random.key(0)
+    params = {"first": jax.random.normal(key, (40, 32)), "second": jax.random.normal(key, (32, 4))}
+    X = jax.random.normal(key, (64, 40))
+    model = lambda params, x: jax.nn.relu(x @ params["first"]) @ params["second"]
+    call = lambda **options: jpfq.quantize(model, [X], jpfq.formats.mxfp4(), params=params, **options)
+    found = call()
+    assert list(found.tensors) == ["second"]
+    assert list(found.skipped) == ["first"]
+    assert found.skipped["first"].startswith("PerGroup(32) does not divide its 40 inputs")
+    assert jpfq.plan(model, X, jpfq.formats.mxfp4(), params=params).skipped == found.skipped
+    with pytest.raises(ValueError, match=r"strict=True.*\n *first: PerGroup\(32\) does not divide"):
+        call(strict=True)
+    (rule,) = jpfq.formats.mxfp4(unsupported="error")
+    with pytest.raises(ValueError, match=r"Rule 0 .*\n *first: PerGroup\(32\) does not divide"):
+        jpfq.quantize(model, [X], rule, params=params)
 
 
 def test_tables_of_integers_run_in_integers(layer):

@@ -241,7 +241,7 @@ def test_bad_settings(make, message):
         (
             jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(5)),
             jpfq.Integer(4),
-            r"PerGroup\(5\) does not divide the 12 input.*PerChannel",
+            r"PerGroup\(5\) does not divide its 12 inputs.*PerChannel",
         ),
         (jpfq.scale.Median(), jpfq.Asymmetric(4), "Asymmetric needs two ends: use AbsMax, Quantile or MinMSE"),
         (jpfq.scale.AbsMax(), jpfq.Infinite(), r"Infinite has no largest level.*Fixed\(step\)"),
