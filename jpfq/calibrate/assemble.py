@@ -15,7 +15,7 @@ from ..scalar.step_types import is_storable
 def tensor_of(done, shape, dtype, recipe, laned) -> QTensor:
     """The tensor of a parameter; `done` has its sites with their solutions."""
     places = tuple((site.chain, site.layout) for site, _ in done)
-    solutions = [(s.codes, s.step, s.zero) for _, s in done]
+    solutions = [(s.codes, recipe.stored_steps(s.step), recipe.stored_steps(s.zero)) for _, s in done]
     runs = _runs(places, tuple(step.shape[laned:] for _, step, _ in solutions), shape)
     codes, step, zero = _whole(solutions, places, shape, runs, code_dtype(recipe.grid), laned)
     rotated = None if recipe.rotation is None else (recipe.rotation, done[0][0].layout)
@@ -60,7 +60,7 @@ def _full(places, arrays, shape, scaled=False):
 def _to_matrices(x, dims):
     B, n, out = dims
     xp = namespace(x)
-    return xp.broadcast_to(xp.repeat(x, n // x.shape[1], 1), (B, n, out))
+    return xp.broadcast_to(xp.repeat(xp.repeat(x, n // x.shape[1], 1), out // x.shape[2], 2), (B, n, out))
 
 
 @functools.lru_cache(maxsize=4096)

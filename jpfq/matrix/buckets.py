@@ -97,7 +97,7 @@ def fills(recipe: Recipe) -> bool:
     finish = recipe.finish is None or recipe.finish.fills
     parts = recipe.scale.fills(recipe.grid), recipe.order.fills, recipe.method.fills, recipe.rounding.fills, finish
     plain = recipe.rotation is None and recipe.prepare == () and recipe.refits is None and not recipe.needs_rows
-    return plain and all(parts)
+    return plain and not recipe.scale.in_blocks and all(parts)
 
 
 def fills_inputs(recipe: Recipe) -> bool:

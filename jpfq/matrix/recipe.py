@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+import jax
 import numpy as np
 
 from ..scalar import (
@@ -80,6 +81,10 @@ class Recipe:
     def local_steps(self) -> bool:
         """True if the steps of a neuron follow from its own weights."""
         return self.scale.local and not kernel_bits(self.step_dtype)
+
+    def stored_steps(self, x: jax.Array) -> jax.Array:
+        """Steps or zero points (.., groups, out) without those that blocks of neurons have in common."""
+        return x[..., :: self.scale.per.neurons or 1]
 
     @property
     def moves_step(self) -> bool:
@@ -212,11 +217,11 @@ def _defaults(settings) -> dict:
     """The recommended settings for all that is left out, next to what is given.
 
     The finish rounds to nearest, so a rounding that draws or prunes gets none. A step given as `Fixed` stays as it is, and
-    so does one that is stored in 8 bits.
+    so does one that is stored in 8 bits, or that a block of neurons shares.
     """
     on_data = settings.get("form") == "data"
     scale = settings.get("scale", MinMSE() if on_data else MinError())
-    held = isinstance(scale, Fixed) or is_coarse(step_type(settings.get("step_dtype")))
+    held = isinstance(scale, Fixed) or is_coarse(step_type(settings.get("step_dtype"))) or scale.in_blocks
     finish = Descend() if held else CosineDescend()
     plain = type(settings.get("rounding", Nearest())) is Nearest and not on_data
     refits = isinstance(scale.per, PerGroup) and scale.per.refit
@@ -265,6 +270,13 @@ def _refuse_contradictions(recipe):
         raise ValueError(
             f"{finish} moves steps a little, which {recipe.step_dtype} has no numbers for: take finish=Descend() or None."
         )
+    if scale.in_blocks and recipe.moves_step:
+        mover, remedy = (
+            (scale, "scale=jpfq.scale.AbsMax") if isinstance(scale, MinError) else (finish, "finish=Descend()")
+        )
+        raise ValueError(
+            f"{mover} moves the step of each neuron, and {scale.per} has one for a block of them: take {remedy}."
+        )
     if recipe.refits:
         if isinstance(scale, MinError):
             raise ValueError(f"{scale} searches for steps beforehand, which PerGroup(refit=True) chooses on the way.")
@@ -291,6 +303,10 @@ def _refuse_unbounded(recipe):
         )
     if grid.unit is None and grid.table is not None:
         raise ValueError(no_integers(grid))
+    if recipe.scale.in_blocks:
+        raise ValueError(
+            f"An accumulator fits the steps of each neuron, and {recipe.scale.per} shares them: PerChannel()."
+        )
     if recipe.rotation is not None:
         raise ValueError(
             f"{recipe.rotation} rotates inputs, which are integer codes no longer: no accumulator with it."

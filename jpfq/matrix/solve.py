@@ -114,7 +114,8 @@ def solve(
     raise_on(result.info, recipe, "the matrix", data)
     codes = result.codes[0].astype(code_dtype(recipe.grid))
     rotated = None if recipe.rotation is None else (recipe.rotation, DotLayout(W.shape, (0,), (), (-1,), (), False))
-    return QTensor(codes, result.step[0], result.zero[0], recipe.grid, W.dtype, rotated, recipe.step_dtype), result.info
+    step, zero = recipe.stored_steps(result.step)[0], recipe.stored_steps(result.zero)[0]
+    return QTensor(codes, step, zero, recipe.grid, W.dtype, rotated, recipe.step_dtype), result.info
 
 
 def raise_on(info: Info, recipe: Recipe, name: str, data: Gram | Rows) -> None:

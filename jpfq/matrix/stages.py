@@ -121,7 +121,8 @@ def _lay(W, importance, recipe, neurons) -> ScaledGrid:
     levels = recipe.scale(flat(W), recipe.grid, flat(jnp.broadcast_to(importance[..., None], W.shape)))
     if recipe.scale.local or recipe.scale.shared:
         return levels
-    own = lambda x: neurons.own(x.reshape(-1, B, out)).reshape(x.shape[0], -1)
+    each_own = lambda x: jnp.repeat(x, B * out // x.shape[1], axis=1)  # blocks of neurons share what is alike here
+    own = lambda x: neurons.own(each_own(x).reshape(-1, B, out)).reshape(x.shape[0], -1)
     return dataclasses.replace(levels, step=own(levels.step), zero=own(levels.zero))
 
 

@@ -14,7 +14,22 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ..scalar import E2M1, E2M3, E3M2, E4M3, E5M2, NF4, AbsMax, Grid, Integer, MinError, Per, PerChannel, PerGroup
+from ..scalar import (
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    NF4,
+    AbsMax,
+    Grid,
+    Integer,
+    MinError,
+    Per,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+)
 from ..scalar.step_types import E4M3 as E4M3_STEP
 from ..scalar.step_types import E8M0 as E8M0_STEP
 from .rules import Rule
@@ -121,18 +136,28 @@ def nvfp4(*, pattern: str = ".*", **settings: Any) -> list[Rule]:
     return _rule(pattern, E2M1(), 16, E4M3_STEP, settings)
 
 
-def fp8(group: int | None = None, *, pattern: str = ".*", **settings: Any) -> list[Rule]:
+def fp8(
+    group: int | None = None, *, block: tuple[int, int] | None = None, pattern: str = ".*", **settings: Any
+) -> list[Rule]:
     """FP8 weights: E4M3, float32 steps.
 
     Args:
         group: inputs that share a step; None for all of a neuron.
+        block: inputs and neurons that share a step, such as (128, 128) in the checkpoints of DeepSeek; in place of `group`.
         pattern: of the kernels that are meant.
         **settings: of the rule.
 
     Examples:
         >>> rules = jpfq.formats.fp8()
+        >>> blocks = jpfq.quantize(model, batches, jpfq.formats.fp8(block=(16, 8)), variables=variables)
+        >>> blocks.tensors["hidden/kernel"].step.shape
+        (2, 4)
     """
-    return _rule(pattern, E4M3(), group, jnp.float32, settings)
+    if block is None:
+        return _rule(pattern, E4M3(), group, jnp.float32, settings)
+    if group is not None:
+        raise ValueError(f"Give group=.. or block=.., not both; got {group!r} and {block!r}.")
+    return [Rule(pattern, **{"grid": E4M3(), "scale": AbsMax(per=PerBlock(*block))} | settings)]
 
 
 def nf4(group: int = 64, *, pattern: str = ".*", **settings: Any) -> list[Rule]:

@@ -12,7 +12,7 @@ from ..calibrate.activation import Activations
 from ..calibrate.curvature import Coupling
 from ..matrix import Finish, Form, Hadamard, Method, Order, Prepare, Recipe, Shrinkage, recipe_of
 from ..matrix.patches import Patches
-from ..scalar import Asymmetric, Constraint, Grid, PerTensor, Rounding, Scale, register_dataclass
+from ..scalar import Asymmetric, Constraint, Grid, Rounding, Scale, register_dataclass
 from ..scalar.grid import Number
 
 _static = {"static": True}
@@ -116,10 +116,8 @@ class Rule:
         if self.accumulator is not None and activations is not None:
             settings["inputs"] = activations.grid
         recipe = recipe_of(settings.pop("bits", None), settings.pop("grid", None), self.plain, **settings)
-        if self.coupling is not None and (recipe.needs_rows or isinstance(recipe.scale.per, PerTensor)):
-            conflict = (
-                recipe.scale if isinstance(recipe.scale.per, PerTensor) else "settings that need calibration rows"
-            )
+        if self.coupling is not None and (recipe.needs_rows or recipe.scale.per.neurons != 1):
+            conflict = "settings that need calibration rows" if recipe.scale.per.neurons == 1 else recipe.scale
             raise ValueError(
                 f"coupling quantizes neurons one after the other, from a Gram, so it cannot be combined with {conflict}."
             )

@@ -23,6 +23,7 @@ from .integer_sums import datatype_bits as datatype_bits
 from .integer_sums import input_codes as input_codes
 from .integer_sums import width_of as width_of
 from .per import Per as Per
+from .per import PerBlock as PerBlock
 from .per import PerChannel as PerChannel
 from .per import PerGroup as PerGroup
 from .per import PerTensor as PerTensor

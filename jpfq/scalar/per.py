@@ -4,6 +4,7 @@ import abc
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from .pytree import refuse_traced
 
@@ -14,6 +15,8 @@ def static(default):
 
 class Per(abc.ABC):
     """The groups of weights of a matrix W (in, out) that share one step."""
+
+    neurons: int | None = 1  # how many share a step; None for all
 
     @abc.abstractmethod
     def split(self, W: jax.Array) -> jax.Array:
@@ -33,6 +36,8 @@ class PerTensor(Per):
         >>> jpfq.scale.AbsMax(per=jpfq.scale.PerTensor())(W, jpfq.Integer(4)).step.shape
         (1, 1)
     """
+
+    neurons = None
 
     def split(self, W):
         return W.reshape(1, -1, 1)
@@ -80,3 +85,37 @@ class PerGroup(Per):
         if reason := self.misfit(*W.shape):
             raise ValueError(f"A kernel cannot have these steps: {reason}.")
         return W.reshape(-1, self.size, W.shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class PerBlock(Per):
+    """One step per block of `size` input coordinates and `neurons` neurons: 128 by 128 in FP8 checkpoints.
+
+    A search or a finisher moves the step of each neuron by itself, so there is none with it.
+
+    Examples:
+        >>> jpfq.scale.AbsMax(per=jpfq.scale.PerBlock(16, 4))(W, jpfq.E4M3()).step.shape
+        (2, 2)
+    """
+
+    size: int
+    neurons: int  # type: ignore[assignment]
+
+    def __post_init__(self):
+        for name in ("size", "neurons"):
+            value = getattr(self, name)
+            refuse_traced("PerBlock", name, value)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"PerBlock takes positive numbers of inputs and of neurons; got {name}={value!r}.")
+
+    def misfit(self, n, out):
+        if n % self.size == 0 and out % self.neurons == 0:
+            return None
+        block, kernel = f"PerBlock({self.size}, {self.neurons})", f"{n} inputs by {out} neurons"
+        return f"{block} does not divide its {kernel}; take divisors, or PerChannel() by a rule of its own"
+
+    def split(self, W):
+        if reason := self.misfit(*W.shape):
+            raise ValueError(f"A kernel cannot have these steps: {reason}.")
+        blocks = W.reshape(-1, self.size, W.shape[1] // self.neurons, self.neurons)
+        return jnp.swapaxes(blocks, 2, 3).reshape(blocks.shape[0], -1, blocks.shape[2])

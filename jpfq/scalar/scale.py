@@ -2,8 +2,9 @@
 
 A scale is two choices. How an interval is read off a set of weights: `AbsMax`, `Quantile`, `Median`, `MinMSE`, `MinError`
 (which asks the recursion), or the step itself given by `Fixed`. And which weights share it: `PerTensor`, `PerChannel`,
-`PerGroup(size)`. On a symmetric grid the interval is [-radius, radius] and step = radius / reach; on `Asymmetric` it is
-[low, high], widened to contain 0, with step = (high - low) / (levels - 1) and zero = round(-low / step).
+`PerGroup(size)`, `PerBlock(size, neurons)`. On a symmetric grid the interval is [-radius, radius] and step = radius / reach;
+on `Asymmetric` it is [low, high], widened to contain 0, with step = (high - low) / (levels - 1) and
+zero = round(-low / step).
 """
 
 import abc
@@ -35,18 +36,25 @@ class Scale(abc.ABC):
     def __call__(self, W: jax.Array, grid: Grid, importance: jax.Array | None = None) -> ScaledGrid:
         """Levels for W (in, out); `step` is (groups, out), with 1 in place of an axis that shares one step.
 
+        Where blocks of neurons share steps, it is (groups, blocks).
+
         `importance` (in, out) is what a square error of each weight costs in the output, as far as known: diag(H).
         """
 
     @property
     def shared(self) -> bool:
         """True if one step serves all neurons."""
-        return isinstance(self.per, PerTensor)
+        return self.per.neurons is None
 
     @property
     def local(self) -> bool:
         """True if the steps of a neuron follow from its own weights."""
-        return not self.shared
+        return self.per.neurons == 1
+
+    @property
+    def in_blocks(self) -> bool:
+        """True if several neurons share a step, but not all."""
+        return not (self.shared or self.per.neurons == 1)
 
     def fills(self, grid: Grid) -> bool:
         """True if weights of 0 beside the others change no step of theirs on this grid."""
@@ -132,7 +140,7 @@ class Quantile(Scale):
             raise ValueError(f"Quantile takes a share p in (0, 1]; got {self.p!r}.")
 
     def __call__(self, W, grid, importance=None):
-        shared = isinstance(self.per, PerTensor)
+        shared = self.shared
         groups = (PerChannel() if shared else self.per).split(W)
         p = jnp.asarray(self.p, W.dtype)
         if grid.alphabet().zero is None:

@@ -114,3 +114,64 @@ def test_tables_of_integers_run_in_integers(layer):
     assert 0 < floats.output_error < 0.5
     with pytest.raises(ValueError, match="inputs that are summed are runs of integers"):
         floats.apply_integer(batch)
+
+
+@pytest.mark.parametrize("method", [jpfq.MSQ(), jpfq.GPFQ(), jpfq.Qronos()])
+def test_steps_of_blocks_are_one_number(layer, method):
+    """Codes are those of the same steps, given one for each group and neuron."""
+    params, (X,) = layer
+    W, gram = params["kernel"], jpfq.Gram.from_data(X)
+    settings = {"plain": True, "method": method}
+    blocks = jpfq.scale.AbsMax(per=jpfq.scale.PerBlock(32, 4))
+    tensor, _ = jpfq.solve(W, gram, grid=jpfq.E4M3(), scale=blocks, **settings)
+    assert tensor.step.shape == (4, 2)
+    given = jpfq.scale.Fixed(np.repeat(np.asarray(tensor.step), 4, axis=1))
+    each, _ = jpfq.solve(W, gram, grid=jpfq.E4M3(), scale=given, **settings)
+    np.testing.assert_array_equal(tensor.codes, each.codes)
+    np.testing.assert_array_equal(tensor.dequantize(), each.dequantize())
+
+
+def test_blocks_of_steps_in_a_network(layer, tmp_path):
+    rules = jpfq.formats.fp8(block=(32, 4))
+    found = quantized(layer, rules)
+    tensor = found.tensors["kernel"]
+    assert tensor.bits_per_weight == 8 + 32 / (32 * 4)
+    assert float(found.info["kernel"].relative_error) < 0.03
+    found.save(tmp_path / "saved")
+    loaded = jpfq.load(tmp_path / "saved")
+    np.testing.assert_array_equal(loaded.tensors["kernel"].dequantize(), tensor.dequantize())
+    assert loaded.tensors["kernel"].step.shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: jpfq.formats.fp8(32, block=(32, 4)), r"group=.. or block=.., not both; got 32 and \(32, 4\)"),
+        (
+            lambda: jpfq.formats.fp8(block=(32, 4), finish=jpfq.finish.CosineDescend()),
+            r"PerBlock.* for a block of them",
+        ),
+        (
+            lambda: jpfq.Rule(
+                ".*", bits=4, scale=jpfq.scale.MinError(jpfq.scale.AbsMax(per=jpfq.scale.PerBlock(4, 4)))
+            ),
+            r"MinError.* moves the step of each neuron.*take scale=jpfq.scale.AbsMax",
+        ),
+    ],
+)
+def test_blocks_are_refused_where_steps_move(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_blocks_of_steps_follow_the_axes_of_a_kernel():
+    """A kernel of heads (in, heads, dim): blocks of 8 neurons are pairs of heads of 4."""
+    key = jax.random.key(0)
+    params = {"kernel": jax.random.normal(key, (16, 6, 4))}
+    X = jax.random.normal(key, (64, 16))
+    rule = jpfq.Rule(".*", grid=jpfq.E4M3(), scale=jpfq.scale.AbsMax(per=jpfq.scale.PerBlock(8, 8)))
+    found = jpfq.quantize(lambda params, x: jnp.einsum("bi,ihd->bhd", x, params["kernel"]), [X], rule, params=params)
+    tensor = found.tensors["kernel"]
+    assert tensor.step.shape == (2, 3, 1)
+    largest = jnp.abs(params["kernel"]).reshape(2, 8, 3, 8).max((1, 3))
+    np.testing.assert_allclose(tensor.step[..., 0], largest / 448, rtol=1e-6)

@@ -226,6 +226,7 @@ def test_factors_are_positive(make, value):
         (lambda: jpfq.scale.MinError(least=0), "a multiple must be a positive number; got 0"),
         (lambda: jpfq.scale.MinError(least=1.0, most=0.5), "from least to most; got 1.0 to 0.5"),
         (lambda: jpfq.scale.MinError(jpfq.scale.MinError()), "multiples of a plain scale, not of another search"),
+        (lambda: jpfq.scale.PerBlock(4, 0), "positive numbers of inputs and of neurons; got neurons=0"),
         (lambda: jpfq.scale.PerGroup(0), "positive number of input coordinates; got 0"),
         (lambda: jpfq.scale.PerGroup(2.5), "positive number of input coordinates; got 2.5"),
     ],
@@ -242,6 +243,11 @@ def test_bad_settings(make, message):
             jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(5)),
             jpfq.Integer(4),
             r"PerGroup\(5\) does not divide its 12 inputs.*PerChannel",
+        ),
+        (
+            jpfq.scale.AbsMax(per=jpfq.scale.PerBlock(4, 3)),
+            jpfq.Integer(4),
+            r"PerBlock\(4, 3\) does not divide its 12 inputs by 4 neurons.*PerChannel",
         ),
         (jpfq.scale.Median(), jpfq.Asymmetric(4), "Asymmetric needs two ends: use AbsMax, Quantile or MinMSE"),
         (jpfq.scale.AbsMax(), jpfq.Infinite(), r"Infinite has no largest level.*Fixed\(step\)"),
@@ -303,3 +309,15 @@ def test_vmap_over_numbers_is_the_loop(make, numbers):
         assert_close(mapped.step[i], alone.step)
         np.testing.assert_array_equal(mapped.zero[i], alone.zero)
         assert (mapped.lo[i], mapped.hi[i]) == (alone.lo, alone.hi)
+
+
+@pytest.mark.parametrize("scale", [jpfq.scale.AbsMax, jpfq.scale.MinMSE, jpfq.scale.Quantile, jpfq.scale.Median])
+def test_a_block_has_the_step_of_its_weights_alone(scale):
+    """PerBlock(size, neurons): that of one tensor of size by neurons weights."""
+    W = jnp.asarray(np.random.default_rng(0).standard_normal((12, 6)), jnp.float32)
+    steps = scale(per=jpfq.scale.PerBlock(4, 3))(W, jpfq.Integer(4)).step
+    one = scale(per=jpfq.scale.PerBlock(4, 3)) if scale is jpfq.scale.Quantile else scale(per=jpfq.scale.PerTensor())
+    assert steps.shape == (3, 2)
+    for i, j in np.ndindex(3, 2):
+        block = W[4 * i : 4 * i + 4, 3 * j : 3 * j + 3]
+        np.testing.assert_allclose(steps[i, j], one(block, jpfq.Integer(4)).step[0, 0], rtol=3e-7)
