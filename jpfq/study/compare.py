@@ -70,6 +70,12 @@ class Trial:
     skipped: dict[str, str]
     summary: str  # of all its kernels
     unmatched: int = 0  # outputs that are NaN or infinite in one of the two networks only; the error is then nan
+    format: str | None = None  # of `jpfq.formats`, where its rules are used
+
+    @property
+    def label(self) -> str:
+        """The format, or else the grid."""
+        return self.format or str(self.grid)
 
     def as_record(self, kernels: bool = False) -> dict[str, Any]:
         """The fields for a JSON document, with or without the kernels."""
@@ -89,9 +95,14 @@ SHOWN = ("MSQ", "GPFQ", "best")
 
 
 def attempt(
-    subject: Subject, grid: Grid, method: str, rules: Sequence[Rule] | None = None, **options: Any
+    subject: Subject,
+    grid: Grid,
+    method: str,
+    rules: Sequence[Rule] | None = None,
+    format: str | None = None,
+    **options: Any,
 ) -> tuple[Trial, Quantized]:
-    """Quantizes a model with a grid and a method of `METHODS`, or with the given rules in their place."""
+    """Quantizes a model with a grid and a method of `METHODS`, or with the given rules, of a format, in their place."""
     start = time.perf_counter()
     quantized = subject.quantize(rules or [Rule(".*", grid=grid, **METHODS[method])], **options)
     seconds = time.perf_counter() - start
@@ -103,6 +114,7 @@ def attempt(
         quantized.skipped,
         quantized.summary(),
         unmatched,
+        format,
     )
     return Trial(subject.name, grid, method, subject.score(quantized), *metrics, *about), quantized
 
@@ -131,16 +143,16 @@ def trial_table(trials: Sequence[Trial], floats: dict[str, float | None]) -> str
     head += [f"{method} error" for method in methods] + ["seconds"]
     lines: dict[tuple, list[Trial]] = {}
     for trial in trials:
-        lines.setdefault((trial.subject, trial.grid), []).append(trial)
+        lines.setdefault((trial.subject, trial.label), []).append(trial)
     rows = []
-    for (subject, grid), group in lines.items():
+    for (subject, label), group in lines.items():
         first = group[0]
-        row = [subject, str(grid), f"{first.bits_per_weight:.2f}", f"1/{first.float_nbytes / first.nbytes:.1f}"]
+        row = [subject, label, f"{first.bits_per_weight:.2f}", f"1/{first.float_nbytes / first.nbytes:.1f}"]
         row += [_score(floats[subject]), *(_score(trial.score) for trial in group)] if scored else []
         row += [_error(trial.output_error) for trial in group] + [f"{sum(trial.seconds for trial in group):.1f}"]
         rows.append(row)
     reasons = [
-        f"{trial.subject}, {trial.grid}, {trial.method}: {trial.unmatched:,} outputs are NaN or infinite in one of the "
+        f"{trial.subject}, {trial.label}, {trial.method}: {trial.unmatched:,} outputs are NaN or infinite in one of the "
         "two networks only, so there is no error."
         for trial in trials
         if trial.unmatched

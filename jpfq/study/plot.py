@@ -33,7 +33,7 @@ def scores(trials: Sequence[Trial], exact: float | None = None, ax: "Axes | None
         ax.plot(*zip(*points, strict=True), "o-", label=method, color=COLORS.get(method))
     if exact is not None:
         ax.axhline(exact, linestyle="--", color=GRAY, linewidth=1, label=f"float ({exact:.1f})")
-    ticks = sorted({(t.grid.log2_levels, _label(t.grid)) for t in scored})
+    ticks = sorted({(t.grid.log2_levels, t.format or _label(t.grid)) for t in scored})
     ax.set_xticks([x for x, _ in ticks], [label for _, label in ticks])
     ax.set(xlabel="bits per weight: log2(levels)", ylabel="accuracy, %")
     ax.grid(alpha=0.3)

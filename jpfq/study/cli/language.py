@@ -101,7 +101,7 @@ def with_perplexity(options, subject: Subject, answer: Answer) -> Answer:
     document: dict[str, Any] = answer.document
     value = lambda score: math.exp(-score) if score == score else score
     named = [("float", document["float_scores"][subject.name])]
-    named += [(f"{trial['grid']} {trial['method']}", trial["score"]) for trial in document["trials"]]
+    named += [(f"{trial['format'] or trial['grid']} {trial['method']}", trial["score"]) for trial in document["trials"]]
     found = {name: value(score) for name, score in named}
     lines = [f"Perplexity on {subject.evaluate}; the scores above are minus nats per token:"]
     lines += [f"  {name}: {number:.2f}" for name, number in found.items()]

@@ -1,5 +1,6 @@
 """`jpfq demo` and `jpfq quantize`: compare grids and methods on a model."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from .answer import Answer, begun, ended, note
 from .destinations import add_saving, check_model, check_picture, check_saving, write, written_lines
 from .factory import HELP, add_factory
 from .language import add_text, check_named, is_language, named_subject, with_perplexity
-from .settings import add_settings, check_settings, choose, grid_of, method_of, rules_of
+from .settings import FORMATS, add_settings, check_settings, choose, grid_of, method_of, rules_of, rules_of_format
 
 
 def add(command) -> None:
@@ -27,12 +28,14 @@ def add(command) -> None:
         "quantize a model of your own, and compare bits and methods",
         "jpfq quantize mymodel:trained --bits ternary 2 3 4",
         "jpfq quantize mymodel:trained --bits 4 --method best --save mymodel-w4",
+        "jpfq quantize mymodel:trained --format nvfp4 mxfp4 int4 --group 32 --method best",
         "jpfq quantize SmolLM2-135M.gguf --bits 4 --group 64 --calibrate text.txt --save smollm2-w4",
         about=f"{HELP} In its place a GGUF file or a Hugging Face folder of a language model, with --calibrate.",
     )
     own.usage = "jpfq quantize MODULE:FACTORY [options]\n       jpfq quantize PATH --calibrate FILE [options]"
     add_factory(own)
-    own.add_argument("--bits", nargs="+", default=["4"], help="numbers of bits from 1 to 16, or 'ternary'; default 4")
+    own.add_argument("--bits", nargs="+", help="numbers of bits from 1 to 16, or 'ternary'; default 4")
+    own.add_argument("--format", nargs="+", default=[], metavar="NAME", help=f"number formats: {', '.join(FORMATS)}")
     own.add_argument(
         "--method",
         nargs="+",
@@ -57,7 +60,7 @@ def run_demo(options) -> Answer:
 
     check_picture(options.picture)
     note("Training a CNN and an MLP on handwritten digits ..")
-    jobs: list = [(subject, grid, method, None) for subject in subjects() for grid in GRIDS for method in SHOWN]
+    jobs: list = [(subject, grid, method, None, None) for subject in subjects() for grid in GRIDS for method in SHOWN]
     return _study(jobs, {}, options, summary=False)
 
 
@@ -65,11 +68,18 @@ def run_quantize(options) -> Answer:
     """One model under all settings of the options."""
     check_named(options)
     usual = ("best",) if is_language(options) else SHOWN
-    grids, methods = [grid_of(bits) for bits in options.bits], [method_of(name) for name in options.method or usual]
+    formats = [choose("--format", name, FORMATS) for name in options.format]
+    grids = [grid_of(bits) for bits in options.bits or ([] if formats else ["4"])]
+    methods = [method_of(name) for name in options.method or usual]
     check_settings(options)
     if options.reference is not None:
         choose("--reference", options.reference, ("float", "block"))
-    settings = [(grid, method, rules_of(options, grid, method)) for grid in grids for method in methods]
+    settings: list[tuple] = [
+        (grid, method, rules_of(options, grid, method), None) for grid in grids for method in methods
+    ]
+    for name, method in itertools.product(formats, methods):
+        rules = rules_of_format(options, name, method)
+        settings.append((rules[-1].recipe().grid, method, rules, name))
     _check_single(options, len(settings))
     check_saving(options)
     arguments: dict[str, Any] = {"offload": options.offload, "strict": options.strict}
@@ -98,15 +108,15 @@ def _check_single(options, count):
 
 
 def _study(jobs: Sequence, settings: dict[str, Any], options, summary: bool) -> Answer:
-    """Runs all trials and tabulates them. A job is a subject, a grid, a method and its rules."""
+    """Runs all trials and tabulates them. A job is a subject, a grid, a method, its rules, and the format they are of."""
     subjects: list[Subject] = list({id(subject): subject for subject, *_ in jobs}.values())
     floats = {subject.name: subject.score() for subject in subjects}
     trials: list[Trial] = []
     written: dict[str, Any] = {}
-    for number, (subject, grid, method, rules) in enumerate(jobs, 1):
-        what = f"[{number}/{len(jobs)}] {subject.name}: {grid}, {method}"
+    for number, (subject, grid, method, rules, format) in enumerate(jobs, 1):
+        what = f"[{number}/{len(jobs)}] {subject.name}: {format or grid}, {method}"
         begun(what)
-        trial, quantized = attempt(subject, grid, method, rules, **settings)
+        trial, quantized = attempt(subject, grid, method, rules, format, **settings)
         ended(what, trial.seconds)
         trials.append(trial)
         if len(jobs) == 1:
@@ -115,6 +125,6 @@ def _study(jobs: Sequence, settings: dict[str, Any], options, summary: bool) -> 
         score_against_bits(trials, floats, options.picture)
         written["picture"] = str(options.picture.resolve())
     document = {"float_scores": floats, "trials": [trial.as_record(kernels=summary) for trial in trials], **written}
-    tables = [f"{trial.grid} {trial.method}\n{trial.summary}" for trial in trials if summary]
+    tables = [f"{trial.label} {trial.method}\n{trial.summary}" for trial in trials if summary]
     lines = written_lines(written)
     return Answer("\n\n".join([trial_table(trials, floats), *tables, *(["\n".join(lines)] if lines else [])]), document)

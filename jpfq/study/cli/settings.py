@@ -2,14 +2,19 @@
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ...network import formats
 from ...network.rules import Rule
 from ...scalar import AbsMax, Accumulator, Grid, MinError, MinMSE, PerGroup, Scale, Stochastic, Ternary, grid_of_bits
 from ..compare import METHODS
 
 SCALES: dict[str, Scale] = {"minmse": MinMSE(), "absmax": AbsMax(), "minerror": MinError()}
+FORMATS = [name for name, x in vars(formats).items() if inspect.isfunction(x) and x.__module__ == formats.__name__]
+FORMATS = [name for name in FORMATS if not name.startswith("_")]
+GROUPED = [name for name in FORMATS if "group" in inspect.signature(getattr(formats, name)).parameters]
 ALIASES = {"gptq": "OPTQ", "rtn": "MSQ", "recommended": "best"}  # other names of methods
 
 
@@ -37,6 +42,11 @@ def add_settings(parser) -> None:
 
 def check_settings(options) -> None:
     """Raises if options contradict each other."""
+    for name in getattr(options, "format", []):
+        if options.scale is not None:
+            raise ValueError(f"--format {name} has steps of its own: leave out --scale.")
+        if options.group is not None and name not in GROUPED and not options.bits:
+            raise ValueError(f"--format {name} has groups of its own: --group is for {', '.join(GROUPED)}.")
     for name, choices in (("scale", SCALES), ("rounding", ("nearest", "stochastic"))):
         if getattr(options, name) is not None:
             choose(f"--{name}", getattr(options, name), choices)
@@ -58,9 +68,22 @@ def rules_of(options, grid: Grid, method: str, scale: Scale | None = None) -> li
         scale = _grouped(scale or MinError(), options.group)
     if scale is not None:
         settings["scale"] = scale
+    return [*_before(options, settings), Rule(".*", grid=grid, **settings)]
+
+
+def rules_of_format(options, name: str, method: str) -> list[Rule]:
+    """The rules for a function of `jpfq.formats`, a method of `METHODS`, and the options."""
+    own = {} if method == "best" else {"plain": True, "method": METHODS[method]["method"]}
+    group = {"group": options.group} if options.group is not None and name in GROUPED else {}
+    rules = getattr(formats, name)(**group, **own, **_common(options))
+    return [*_before(options, METHODS[method] | _common(options)), *rules]
+
+
+def _before(options, settings) -> list[Rule]:
+    """The rules of --skip and --rule, which come before the rule for the rest."""
     skips = [Rule(pattern, skip=True) for pattern in options.skip]
     others = [Rule(pattern, grid=grid_of(bits, "--rule"), **settings) for pattern, bits in options.rule]
-    return [*skips, *others, Rule(".*", grid=grid, **settings)]
+    return [*skips, *others]
 
 
 def grid_of(text: str, option: str = "--bits") -> Grid:
