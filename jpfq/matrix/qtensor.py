@@ -57,10 +57,13 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes when codes are packed at their storage bits, steps kept in their type and fitted zero points as codes."""
+        """Bytes when codes are packed at their storage bits, steps kept in their type and fitted zero points as codes.
+
+        A table of `jpfq.Levels` is counted in float32.
+        """
         zeros = self.zero.size if self.grid.alphabet().zero is None else 0
         bits = (self.codes.size + zeros) * self.grid.storage_bits
-        bits += step_bits(self.step_dtype) * self.step.size + kernel_bits(self.step_dtype)
+        bits += step_bits(self.step_dtype) * self.step.size + kernel_bits(self.step_dtype) + self.grid.table_bits
         return -(-bits // 8)
 
     @property

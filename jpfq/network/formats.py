@@ -9,11 +9,18 @@ Each function returns a list of one rule, recommended settings around the format
 Groups run along the inputs of a kernel, as it is multiplied, and divide them.
 """
 
+import re
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
+from ..calibrate.batches import shapes_of
+from ..matrix.explicit_mesh import context
+from ..model.adapters import adapt
+from ..model.mesh import on_auto_axes
+from ..model.traced import find_kernels
 from ..scalar import (
     E2M1,
     E2M3,
@@ -24,6 +31,7 @@ from ..scalar import (
     AbsMax,
     Grid,
     Integer,
+    Levels,
     MinError,
     Per,
     PerBlock,
@@ -198,6 +206,59 @@ def q8_0(*, pattern: str = ".*", **settings: Any) -> list[Rule]:
         >>> rules = jpfq.formats.q8_0()
     """
     return _rule(pattern, Integer(8), 32, jnp.float16, settings)
+
+
+def codebook(
+    levels: int,
+    model: Any,
+    batch: Any,
+    *,
+    variables: Any = None,
+    params: Any = None,
+    kwargs: dict | None = None,
+    group: int | None = None,
+    pattern: str = ".*",
+    **settings: Any,
+) -> list[Rule]:
+    """Codebooks: a rule for each kernel, with levels fitted to its weights by `jpfq.Levels.fit`, and float32 steps.
+
+    Args:
+        levels: their number, 16 for 4 bits.
+        model, variables, params, kwargs: as in `jpfq.quantize`.
+        batch: an input of the model, or its shapes.
+        group: inputs that share a step; None for all of a neuron.
+        pattern: of the kernels that are meant.
+        **settings: of the rules.
+
+    Examples:
+        >>> rules = jpfq.formats.codebook(8, model, batches[0], variables=variables)
+        >>> small = jpfq.quantize(model, batches, rules, variables=variables)
+        >>> small.tensors["hidden/kernel"].grid.levels
+        8
+    """
+    functional = on_auto_axes(adapt(model, variables, params, kwargs))
+    per: Per = PerChannel() if group is None else PerGroup(group)
+    numbers: dict[str, list[np.ndarray]] = {}
+    with context(functional.leaves):
+        for site in find_kernels(functional, shapes_of(batch)).sites:
+            if re.fullmatch(pattern, site.path):
+                numbers.setdefault(site.path, []).extend(_over_radius(site.matrices(functional.leaves[site.leaf]), per))
+    if not numbers:
+        raise ValueError(f"{pattern!r} matches none of the kernels that can be quantized.")
+    fitted = {path: Levels.fit(np.concatenate(found), levels) for path, found in numbers.items()}
+    settings = {"unsupported": "skip"} | settings
+    rules = [_rule(re.escape(path), grid, group, jnp.float32, settings) for path, grid in fitted.items()]
+    return [rule for (rule,) in rules]
+
+
+def _over_radius(matrices, per) -> list[np.ndarray]:
+    """The weights of matrices (B, in, out) over the largest magnitudes among those that share a step."""
+    found = []
+    for W in np.asarray(matrices):
+        groups = np.asarray((PerChannel() if per.misfit(*W.shape) else per).split(W))
+        radius = np.abs(groups).max(1, keepdims=True)
+        found.append((groups / np.where(radius > 0, radius, 1)).ravel())
+    return found
 
 
 def _rule(pattern: str, grid: Grid, group: int | None, step_dtype: DTypeLike, settings: dict[str, Any]) -> list[Rule]:

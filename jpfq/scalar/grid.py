@@ -86,6 +86,11 @@ class Grid(abc.ABC):
         """Whole bits that hold any one code."""
         return math.ceil(self.log2_levels)
 
+    @property
+    def table_bits(self) -> int:
+        """Bits of a table that is stored beside the codes of a kernel; 0 where the name of the grid says its levels."""
+        return 0
+
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -13,14 +13,16 @@ import dataclasses
 import functools
 import math
 from fractions import Fraction
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from .grid import Alphabet, Grid
+from .grid import Alphabet, Grid, is_number
 from .pytree import refuse_traced, register_dataclass
 
 MAX_ENTRIES = 256
+LLOYD_ROUNDS = 500
 LARGEST_INTEGER = 2**24  # a level in units of `Alphabet.unit`: float32 holds every integer up to here
 
 
@@ -46,6 +48,8 @@ class Table(Grid):
 class Levels(Table):
     """The levels that are named: `values` are from 2 to 256 finite numbers, ascending, in units of the step.
 
+    `reach` is the number that a scale puts its radius on; left out, the largest magnitude among the levels.
+
     Examples:
         >>> tensor, info = jpfq.solve(W, gram, grid=jpfq.Levels([-4, -1, 0, 1, 4]))
         >>> tensor.levels.table.tolist()
@@ -53,10 +57,44 @@ class Levels(Table):
     """
 
     values: tuple[float, ...] = dataclasses.field(metadata={"static": True})
+    reach: float | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self):
-        refuse_traced("Levels", "values", self.values)
+        for name in ("values", "reach"):
+            refuse_traced("Levels", name, getattr(self, name))
         object.__setattr__(self, "values", _checked(self.values))
+        if self.reach is not None and not (is_number(self.reach) and 0 < self.reach < math.inf):
+            raise ValueError(f"Levels: reach is a positive number of steps; got {self.reach!r}.")
+
+    def alphabet(self):
+        return super().alphabet() if self.reach is None else super().alphabet()._replace(reach=self.reach)
+
+    @property
+    def table_bits(self):
+        return 32 * len(self.values)
+
+    @classmethod
+    def fit(cls, weights: Any, count: int, importance: Any = None) -> "Levels":
+        """A codebook: the levels of least weighted square error for numbers, by Lloyd's algorithm (Lloyd 1982, Max 1960).
+
+        A scale puts its radius on 1, of which the largest level falls short.
+
+        Args:
+            weights: numbers of any shape, each divided by the radius that a scale finds for it.
+            count: of levels, from 2 to 256.
+            importance: what a square error of each costs, of a shape that broadcasts to theirs, such as diag(H)[:, None];
+                left out, all count alike.
+
+        Raises:
+            ValueError: the numbers are not finite, or there are fewer different ones than levels.
+
+        Examples:
+            >>> grid = jpfq.Levels.fit(W / abs(W).max(0), 16, importance=gram.diagonal[:, None])
+            >>> tensor, info = jpfq.solve(W, gram, grid=grid)
+            >>> grid.levels, tensor.bits_per_weight  # 4, 32 / 32 for a step, and 32 * 16 / 256 for the table
+            (16, 7.0)
+        """
+        return cls(_lloyd(weights, count, importance), 1.0)
 
 
 class _Float(Table):
@@ -196,6 +234,34 @@ def _unit(values: tuple[float, ...]) -> float | None:
     divisor = math.gcd(*(x.numerator * (denominator // x.denominator) for x in parts))
     unit = Fraction(divisor, denominator)
     return float(unit) if max(abs(x) / unit for x in parts) <= LARGEST_INTEGER else None
+
+
+def _lloyd(weights, count, importance) -> tuple[float, ...]:
+    """Levels that are the weighted means of the numbers nearest to them."""
+    if not isinstance(count, int) or isinstance(count, bool) or not 2 <= count <= MAX_ENTRIES:
+        raise ValueError(f"Levels.fit takes from 2 to {MAX_ENTRIES} levels; got {count!r}.")
+    x = np.asarray(weights, np.float64)
+    w = np.broadcast_to(1.0 if importance is None else np.asarray(importance, np.float64), x.shape).ravel()
+    if not (np.isfinite(x).all() and np.isfinite(w).all() and (w >= 0).all() and w.any()):
+        raise ValueError(
+            "Levels.fit takes finite numbers, and importance that is positive somewhere and nowhere below 0."
+        )
+    order = np.argsort(x, axis=None)
+    x, w = x.ravel()[order], w[order]
+    x, w = x[w > 0], w[w > 0]
+    if np.unique(x.astype(np.float32)).size < count:
+        raise ValueError(f"Levels.fit was asked for {count} levels, but there are fewer different numbers.")
+    mass, moment = (np.concatenate([[0.0], np.cumsum(sums)]) for sums in (w, w * x))
+    ends, levels = np.searchsorted(mass, mass[-1] * np.arange(1, count) / count), np.zeros(count)
+    for _ in range(LLOYD_ROUNDS):
+        ends = np.concatenate([[0], ends, [x.size]])
+        parts = np.diff(mass[ends]) > 0  # a level that no number is nearest to goes halfway to its neighbours
+        means = np.diff(moment[ends])[parts] / np.diff(mass[ends])[parts]
+        levels = np.interp(np.arange(count), np.flatnonzero(parts), means)
+        before, ends = ends[1:-1], np.searchsorted(x, (levels[1:] + levels[:-1]) / 2)
+        if np.array_equal(before, ends):
+            break
+    return tuple(levels)
 
 
 def _checked(values) -> tuple[float, ...]:

@@ -175,3 +175,25 @@ def test_blocks_of_steps_follow_the_axes_of_a_kernel():
     assert tensor.step.shape == (2, 3, 1)
     largest = jnp.abs(params["kernel"]).reshape(2, 8, 3, 8).max((1, 3))
     np.testing.assert_allclose(tensor.step[..., 0], largest / 448, rtol=1e-6)
+
+
+@pytest.mark.parametrize("group", [None, 32])
+def test_codebooks_are_fitted_to_each_kernel(layer, group):
+    """They err less than as many uniform levels, and each kernel has its own."""
+    params, (X,) = layer
+    heavy = {"first": params["kernel"] ** 3 / 4, "second": jax.random.normal(jax.random.key(0), (OUT, 5))}
+    model = lambda params, x: jnp.tanh(x @ params["first"]) @ params["second"]
+    rules = jpfq.formats.codebook(8, model, X, params=heavy, group=group)
+    assert [rule.pattern for rule in rules] == ["first", "second"]
+    found = jpfq.quantize(model, [X], rules, params=heavy)
+    uniform = jpfq.quantize(
+        model, [X], jpfq.formats.int4(group, grid=jpfq.Integer(3), unsupported="skip"), params=heavy
+    )
+    assert found.tensors["first"].grid.levels == 8
+    assert float(found.info["first"].relative_error) < 0.9 * float(uniform.info["first"].relative_error)
+    if group is None:
+        assert found.tensors["second"].grid != found.tensors["first"].grid
+    else:
+        assert "does not divide its 8 inputs" in found.skipped["second"]
+    with pytest.raises(ValueError, match="'third' matches none of the kernels"):
+        jpfq.formats.codebook(8, model, X, params=heavy, pattern="third")

@@ -206,3 +206,51 @@ def test_a_table_is_a_setting_that_programs_are_made_for():
     assert jax.tree.structure(jpfq.E2M1()) != jax.tree.structure(jpfq.E4M3())
     with pytest.raises(ValueError, match="vmap cannot sweep over it"):
         jax.jit(lambda x: jpfq.Levels(x))(jnp.arange(3.0))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 12), st.booleans())
+def test_fitted_levels_are_the_means_of_their_numbers(seed, count, weighted):
+    """Lloyd's conditions: each level is the weighted mean of the numbers that are nearest to it."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((30, 10)) ** 3
+    w = rng.exponential(size=(30, 1)) if weighted else np.ones((30, 1))
+    grid = jpfq.Levels.fit(x, count, w if weighted else None)
+    levels, w = np.array(grid.values), np.broadcast_to(w, x.shape)
+    assert (grid.levels, grid.alphabet().reach) == (count, 1)
+    nearest = np.abs(x[..., None] - levels).argmin(-1)
+    for k in set(nearest.flat):
+        own = nearest == k
+        np.testing.assert_allclose(levels[k], np.average(x[own], weights=w[own]), rtol=1e-9, atol=1e-12)
+
+
+def test_fitted_levels_err_less_than_others_of_their_number():
+    x = np.random.default_rng(0).standard_normal(20_000)
+    error = lambda levels: np.min((x[:, None] - np.asarray(levels)) ** 2, 1).mean()
+    found = error(jpfq.Levels.fit(x, 16).values)
+    assert found == pytest.approx(0.009497, rel=0.03)  # of a normal distribution, Max 1960, table I: N = 16
+    uniform = min(error(r * np.linspace(-1, 1, 16)) for r in np.linspace(1.5, 4, 40))
+    assert found < 0.85 * uniform
+
+
+def test_a_scale_puts_its_radius_on_the_reach_of_levels():
+    grid = jpfq.Levels([-1.0, 0.0, 2.0], reach=4.0)
+    W = np.array([[3.0], [-8.0]], np.float32)
+    levels = jpfq.scale.AbsMax()(W, grid)
+    assert levels.step == 2
+    np.testing.assert_array_equal(levels.decode(levels.encode(W)), [[4.0], [-2.0]])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: jpfq.Levels([0, 1], reach=0), "reach is a positive number of steps; got 0"),
+        (lambda: jpfq.Levels.fit(np.ones(9), 3), "3 levels, but there are fewer different numbers"),
+        (lambda: jpfq.Levels.fit(np.arange(9.0), 1), "from 2 to 256 levels; got 1"),
+        (lambda: jpfq.Levels.fit([1.0, np.nan], 2), "takes finite numbers"),
+        (lambda: jpfq.Levels.fit([1.0, 2.0], 2, [-1, 1]), "nowhere below 0"),
+    ],
+)
+def test_what_no_levels_are_fitted_to(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

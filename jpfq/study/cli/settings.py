@@ -13,7 +13,7 @@ from ..compare import METHODS
 
 SCALES: dict[str, Scale] = {"minmse": MinMSE(), "absmax": AbsMax(), "minerror": MinError()}
 FORMATS = [name for name, x in vars(formats).items() if inspect.isfunction(x) and x.__module__ == formats.__name__]
-FORMATS = [name for name in FORMATS if not name.startswith("_")]
+FORMATS = [name for name in FORMATS if not name.startswith("_") and name != "codebook"]  # which takes the model
 GROUPED = [name for name in FORMATS if "group" in inspect.signature(getattr(formats, name)).parameters]
 ALIASES = {"gptq": "OPTQ", "rtn": "MSQ", "recommended": "best"}  # other names of methods
 
