@@ -33,6 +33,8 @@ FORMATS = {
     "MXFP8": jpfq.formats.mxfp8(),
     "FP8 per channel": jpfq.formats.fp8(),
 }
+CODEBOOKS = {"codebook of 16": 16, "codebook of 8": 8}  # levels, fitted to each kernel
+ALL = [*FORMATS, *CODEBOOKS]
 METHODS = {
     "RTN": {"plain": True, "method": jpfq.MSQ()},
     "GPFQ": {"plain": True, "method": jpfq.GPFQ()},
@@ -42,10 +44,13 @@ METHODS = {
 }
 
 
-def rules_of(name: str, method: str, inputs: dict[str, int]) -> list[jpfq.Rule]:
+def rules_of(name: str, method: str, inputs: dict[str, int], model, batch, **state) -> list[jpfq.Rule]:
     """The rules of a format: groups where they divide the inputs of a kernel, by path, and else a step per neuron."""
+    own = METHODS[method]
+    if name in CODEBOOKS:
+        return jpfq.formats.codebook(CODEBOOKS[name], model, batch, **state, **own)
     (rule,) = FORMATS[name]
-    searched, own = rule.scale, METHODS[method]
+    searched = rule.scale
     base = searched.base
     per = base.per
     size = per.size if isinstance(per, jpfq.scale.PerGroup) else 1
@@ -78,7 +83,7 @@ def bits(result: jpfq.Quantized) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--formats", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--images", type=int, default=250)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--no-models", action="store_true", help="the synthetic layer alone")
@@ -90,9 +95,8 @@ def main():
     rows, errors = [], {}
     for name in args.formats:
         for method in METHODS:
-            found = jpfq.quantize(
-                product, batches, rules_of(name, method, {"kernel": 512}), params=params, progress=False
-            )
+            rules = rules_of(name, method, {"kernel": 512}, product, batches[0], params=params)
+            found = jpfq.quantize(product, batches, rules, params=params, progress=False)
             errors[name, method] = 100 * float(found.info["kernel"].relative_error)
         rows.append([name, f"{bits(found):.3f}", *(f"{errors[name, m]:.2f}" for m in METHODS)])
         print(*rows[-1], flush=True)
@@ -106,7 +110,7 @@ def main():
         rows, lost = [], {}
         for name in args.formats:
             for method in ("RTN", "best"):
-                rules = rules_of(name, method, widths)
+                rules = rules_of(name, method, widths, subject.model, subject.batches[0], variables=subject.variables)
                 lost[name, method] = subject.sign * (
                     subject.exact - subject.quantized(f"{which}: {name}, {method}", rules)
                 )
