@@ -14,14 +14,29 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ..scalar import E2M1, E2M3, E3M2, E4M3, E5M2, NF4, AbsMax, Grid, Integer, MinError, Per, PerChannel, PerGroup
+from ..scalar import (
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    NF4,
+    AbsMax,
+    Asymmetric,
+    Grid,
+    Integer,
+    MinError,
+    Per,
+    PerChannel,
+    PerGroup,
+)
 from ..scalar.step_types import E4M3 as E4M3_STEP
 from ..scalar.step_types import E8M0 as E8M0_STEP
 from .rules import Rule
 
 
 def int4(group: int | None = None, *, pattern: str = ".*", **settings: Any) -> list[Rule]:
-    """Integers of 4 bits, bfloat16 steps: W4A16, as compressed-tensors, AWQ and GPTQ files have it.
+    """Integers of 4 bits, bfloat16 steps: W4A16, as compressed-tensors files have it.
 
     Args:
         group: inputs that share a step; None for all of a neuron.
@@ -34,6 +49,22 @@ def int4(group: int | None = None, *, pattern: str = ".*", **settings: Any) -> l
         5.0
     """
     return _rule(pattern, Integer(4), group, jnp.bfloat16, settings)
+
+
+def awq(group: int | None = 128, *, pattern: str = ".*", **settings: Any) -> list[Rule]:
+    """AWQ files: unsigned integers of 4 bits with zero points, float16 steps.
+
+    Args:
+        group: inputs that share a step and a zero point, the same in all rules; None for all of a neuron.
+        pattern: of the kernels that are meant.
+        **settings: of the rule.
+
+    Examples:
+        >>> small = jpfq.quantize(model, batches, jpfq.formats.awq(group=16), variables=variables)
+        >>> small.tensors["hidden/kernel"].bits_per_weight  # 4, and 16 + 4 for every 16 weights
+        5.25
+    """
+    return _rule(pattern, Asymmetric(4), group, jnp.float16, settings)
 
 
 def int8(group: int | None = None, *, pattern: str = ".*", **settings: Any) -> list[Rule]:
