@@ -286,10 +286,11 @@ class Quantized:
 
     @runs_anywhere
     def to_qwix(self, batch: Any, model: Any = None, kwargs: dict | None = None) -> Any:
-        """The network for the qwix runtime, with integer kernels.
+        """The network for the qwix runtime, with kernels of 4 and 8 bits.
 
-        Requires the package qwix. It supports signed kernels of up to 8 bits, and convolutions whose inputs are quantized
-        to 4 or 8 bits like their weights. Outputs are those of `apply` up to the rounding of sums.
+        Requires the package qwix. It supports signed integers of up to 8 bits, its types mxfp4, mxfp8, nvfp4, nf4 and FP8,
+        and convolutions whose inputs are quantized to 4 or 8 bits like their weights. Outputs are those of `apply` up to the
+        rounding of sums.
 
         Args:
             batch: one batch in the structure of the calibration batches.
