@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 from ..scalar.checks import check_choice
+from .awq import awq
 from .compressed_tensors import compressed_tensors
 from .gguf import gguf
 
 FORMATS: dict[str, Callable[..., dict[str, str]]] = {
     "compressed-tensors": compressed_tensors,
+    "awq": awq,
     "gguf": gguf,
 }
 

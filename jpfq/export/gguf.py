@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..storage.files import hidden, writing
-from .matrix import integers, products, values
+from .matrix import integers, is_half, products, values
 
 ALIKE = 0.5  # correlation of a quantized kernel with the float one, .8 at one bit; that of two layers is near 0
 SKETCH = 16  # random combinations of the inputs that a matrix is told by
@@ -142,13 +142,9 @@ def _packed(tensor, path, site) -> tuple[str, np.ndarray, np.ndarray]:
     if bits > 8 or not symmetric:
         raise ValueError(f"{tensor.grid} is no run of integers of 8 bits about 0")
     grouped = found.in_groups(BLOCK)
-    if grouped is None or not _is_half(grouped.step):
+    if grouped is None or not is_half(grouped.step):
         raise ValueError("its steps are not of float16, one for every 32 inputs: see jpfq.formats.q4_0 and q8_0")
     return "Q4_0" if bits <= 4 else "Q8_0", found.codes, grouped.step
-
-
-def _is_half(step):
-    return np.array_equal(step.astype(np.float16).astype(step.dtype), step)
 
 
 def _value(reader, key) -> Any:

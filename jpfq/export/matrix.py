@@ -92,6 +92,12 @@ def values(tensor: QTensor, path: str, site: Site | None) -> np.ndarray:
     return np.asarray(arrange(np.asarray(tensor.dequantize(), np.float32)))
 
 
+def is_half(step: np.ndarray) -> bool:
+    """True if steps are numbers of float16."""
+    with np.errstate(over="ignore"):
+        return np.array_equal(step.astype(np.float16).astype(step.dtype), step)
+
+
 def _run(x) -> int:
     """The length of the equal runs along the last axis whose entries are alike."""
     changes = np.flatnonzero((np.diff(x, axis=1) != 0).any(0)) + 1

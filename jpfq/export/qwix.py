@@ -1,4 +1,10 @@
-"""A result for the runtime of qwix (google/qwix), whose quantized models hold integer kernels and multiply by them.
+"""A result for the runtime of qwix (google/qwix), whose quantized models hold kernels of few bits and multiply by them.
+
+    int4, int8                     integers, and tables whose levels are whole multiples of one number
+    float8_e4m3fn, float8_e5m2     E4M3 and E5M2
+    mxfp4, mxfp8, nvfp4            E2M1 and E4M3 in groups of 32 (MX) and 16 (NVFP4), with steps of those formats. What NVFP4
+                                   multiplies all steps of a kernel by is in the steps here
+    nf4                            NF4
 
 qwix is an optional package: pip install qwix. What its runtime computes is what we do, but for the order of sums: it
 multiplies integers and steps apart where we multiply by dequantized kernels.
@@ -6,23 +12,47 @@ multiplies integers and steps apart where we multiply by dequantized kernels.
 
 import importlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..calibrate.activation import ActivationQuantizer
 from ..matrix.layout import ConvLayout
-from ..matrix.signed import Signed, signed
+from ..matrix.signed import signed
 from ..model.compat import key_name
 from ..model.functional import call
 from ..model.linen import is_linen, unboxed
 from ..model.nnx import as_param
 from ..model.program import trace
 from ..model.sites import CASTS, find_sites
-from ..scalar import Asymmetric, Integer
+from ..scalar import E2M1, E4M3, E5M2, NF4, Asymmetric, Integer
+from ..scalar.step_types import E4M3 as E4M3_STEP
+from ..scalar.step_types import E8M0 as E8M0_STEP
 
+BLOCKS = {  # grid and the type of steps -> qwix's name, and the inputs that share a step
+    (E2M1, E8M0_STEP): ("mxfp4", 32),
+    (E2M1, E4M3_STEP): ("nvfp4", 16),
+    (E4M3, E8M0_STEP): ("mxfp8", 32),
+}
+STORED = {"mxfp4": jnp.float4_e2m1fn, "nvfp4": jnp.float4_e2m1fn, "mxfp8": jnp.float8_e4m3fn, "nf4": jnp.uint4}
 SLICES = {"slice", "dynamic_slice", "squeeze"}  # of a stack of layers
+
+
+class _Kernel(NamedTuple):
+    """step * (numbers - zero), the numbers in the type that qwix calls `kind`; `zero` is None where it is 0."""
+
+    numbers: jax.Array
+    step: jax.Array
+    zero: jax.Array | None
+    kind: Any
+    run: int | None = None  # inputs that share a step, where its kind says how many
+
+    @property
+    def whole(self) -> bool:
+        """True for integers."""
+        return self.kind in (jnp.int4, jnp.int8)
 
 
 def to_qwix(quantized: Any, batch: Any, model: Any = None, kwargs: dict | None = None) -> Any:
@@ -39,7 +69,7 @@ def to_qwix(quantized: Any, batch: Any, model: Any = None, kwargs: dict | None =
     uses: dict[str, list] = {}
     for site in find_sites(program)[0]:
         uses.setdefault(site.path, []).append(site)
-    kernels: dict[str, Signed] = {}
+    kernels: dict[str, _Kernel] = {}
     rules: dict[str, dict] = {}
     refused = []
     for path, tensor in quantized.tensors.items():
@@ -80,7 +110,7 @@ class _Leaves:
     """The leaf at each place of a qwix model."""
 
     def __init__(
-        self, array, kernels: dict[str, Signed], kinds: dict[str, Any], inputs: dict[str, list[ActivationQuantizer]]
+        self, array, kernels: dict[str, _Kernel], kinds: dict[str, Any], inputs: dict[str, list[ActivationQuantizer]]
     ):
         self.array, self.kernels, self.kinds, self.inputs = array, kernels, kinds, inputs
 
@@ -98,10 +128,12 @@ class _Leaves:
         return self.zero(rounded, old)
 
     def kernel(self, name, wrap):
-        codes, step, zero, _ = self.kernels[name]
+        numbers, step, zero, *_ = self.kernels[name]
         kind = self.kinds[name]
-        zero = None if zero is None else wrap(zero.astype(kind))
-        return self.array(wrap(codes.astype(kind)), wrap(step), zero, qtype=jnp.dtype(kind))
+        stored = STORED[kind] if isinstance(kind, str) else kind
+        zero = None if zero is None else wrap(zero.astype(stored))
+        kind = kind if isinstance(kind, str) else jnp.dtype(kind)
+        return self.array(wrap(numbers.astype(stored)), wrap(step), zero, qtype=kind)
 
     def of(self, path):
         """The rounding of the inputs of a module's kernel."""
@@ -119,8 +151,8 @@ class _Leaves:
         return jnp.broadcast_to((rounded.levels.zero - top).astype(old.dtype).reshape((1,) * len(old.shape)), old.shape)
 
 
-def _kernel(tensor, sites) -> Signed:
-    """The kernel in signed integers; ValueError says why qwix cannot have it."""
+def _kernel(tensor, sites) -> _Kernel:
+    """The kernel in numbers that qwix has; ValueError says why it cannot have it."""
     if tensor.rotated is not None:
         raise ValueError("its inputs are rotated")
     if not sites:
@@ -128,29 +160,56 @@ def _kernel(tensor, sites) -> Signed:
     steps = {eqn.primitive.name for site in sites for eqn, _ in site.chain.steps}
     if not steps <= CASTS | SLICES:
         raise ValueError(f"the model changes it before it multiplies ({', '.join(sorted(steps - CASTS - SLICES))})")
-    found = signed(tensor)
-    if found.bits > 8:
-        raise ValueError(f"{tensor.grid} takes {found.bits} bits with a sign, and there are 4 or 8")
     layout = sites[0].layout
     if not isinstance(layout, ConvLayout):
         if layout.first:
             raise ValueError("it comes first in its product")
-        return found
+        return _floating(tensor, None if steps & SLICES else layout.contract[-1]) or _integers(tensor)
+    found = _integers(tensor)
     if found.zero is not None or any(n > 1 for axis, n in enumerate(found.step.shape) if axis != layout.spec[0]):
         raise ValueError("a convolution has one step per channel and no zero point")
     return found
 
 
-def _rule(kernel: Signed, layout, rounded) -> dict:
+def _integers(tensor) -> _Kernel:
+    found = signed(tensor)
+    if found.bits > 8:
+        raise ValueError(f"{tensor.grid} takes {found.bits} bits with a sign, and there are 4 or 8")
+    return _Kernel(found.codes, found.step, found.zero, _kind(found.bits))
+
+
+def _floating(tensor, axis: int | None) -> _Kernel | None:
+    """A kernel whose levels are a table that qwix has too; its blocks run along an axis, and None stands for no blocks."""
+    grid, step = tensor.grid, tensor.step
+    if isinstance(grid, NF4):
+        return _Kernel(tensor.codes, step, None, "nf4")
+    if not isinstance(grid, (E2M1, E4M3, E5M2)):
+        return None
+    values = jnp.asarray(np.array(grid.values, np.float32))[tensor.codes]
+    kind, run = BLOCKS.get((type(grid), tensor.step_dtype), (None, 0))
+    runs = [full // here for here, full in zip(step.shape, tensor.shape, strict=True)]
+    if kind is not None and axis is not None and runs == [run if i == axis else 1 for i in range(len(runs))]:
+        return _Kernel(values, step, None, kind, run)
+    return None if isinstance(grid, E2M1) else _Kernel(values, step, None, getattr(jnp, grid.type))
+
+
+def _rule(kernel: _Kernel, layout, rounded) -> dict:
     """The settings of a rule of qwix, which say how it rounds the inputs; those of weights are in the kernel itself."""
-    rule: dict = {"weight_qtype": _kind(kernel.bits)}
-    runs = {full // here for here, full in zip(kernel.step.shape, kernel.codes.shape, strict=True) if 1 < here < full}
+    rule: dict = {"weight_qtype": kernel.kind}
+    steps = zip(kernel.step.shape, kernel.numbers.shape, strict=True)
+    runs = {kernel.run} if kernel.run else {full // here for here, full in steps if 1 < here < full}
     if runs:
         rule["tile_size"] = min(runs)
     if rounded:
         rule |= _inputs(rounded)
+        if runs and not rule["act_static_scale"]:
+            raise ValueError("its inputs are rounded by row, which qwix does by the groups of the weights")
+        if not kernel.whole and kernel.run is None:
+            raise ValueError(
+                "its inputs are rounded to integers, which qwix does not multiply by floating-point weights"
+            )
     if isinstance(layout, ConvLayout):  # qwix has one type for both sides, so 4-bit weights lie in 8 beside inputs of 8
-        if "act_qtype" not in rule or (rule["act_qtype"] == jnp.int4 and kernel.bits > 4):
+        if "act_qtype" not in rule or (rule["act_qtype"] == jnp.int4 and kernel.kind == jnp.int8):
             raise ValueError("a convolution has inputs quantized to as many bits as its weights or more, 4 or 8")
         rule["weight_qtype"] = rule["act_qtype"]
     return rule

@@ -126,16 +126,21 @@ def save(model: Decoder, path: str | os.PathLike) -> None:
 
 
 def export(
-    quantized: Any, path: str | os.PathLike, *, dynamic_inputs: Literal["int8", "fp8"] | None = None
+    quantized: Any,
+    path: str | os.PathLike,
+    kind: Literal["compressed-tensors", "awq"] = "compressed-tensors",
+    **options: Any,
 ) -> dict[str, str]:
-    """Writes a quantized decoder as a folder that vLLM, SGLang and transformers load: compressed-tensors.
+    """Writes a quantized decoder as a folder that vLLM, SGLang and transformers load.
 
     The tokenizer is not written: copy tokenizer.json.
 
     Args:
         quantized: what `jpfq.quantize` made of a `Decoder`.
         path: a new folder.
-        dynamic_inputs: as for `Quantized.export`: vLLM on TPU loads integer weights of 4 bits with "fp8" only.
+        kind: the format.
+        **options: as for `Quantized.export`, such as `overwrite`, and `dynamic_inputs`: vLLM on TPU loads integer weights of
+            4 bits in compressed-tensors with "fp8" only. `names` and `config` are known here.
 
     Returns:
         By path, the reason for each quantized kernel that is written dequantized.
@@ -155,8 +160,8 @@ def export(
     model = getattr(quantized, "model", None)
     if not isinstance(model, Decoder):
         raise ValueError(f"export takes what jpfq.quantize made of a jpfq.hub.Decoder; got {type(quantized).__name__}.")
-    names, config = lambda path: name_of(tuple(path.split("/"))), as_json(model.config)
-    return quantized.export("compressed-tensors", path, names=names, config=config, dynamic_inputs=dynamic_inputs)
+    given = {"names": lambda path: name_of(tuple(path.split("/"))), "config": as_json(model.config)}
+    return quantized.export(kind, path, **{**given, **options})
 
 
 def perplexity(model: Decoder | Callable[[jax.Array], jax.Array], windows: Iterable[jax.Array]) -> float:

@@ -29,6 +29,7 @@ from ..scalar import (
     E5M2,
     NF4,
     AbsMax,
+    Asymmetric,
     Grid,
     Integer,
     Levels,
@@ -44,7 +45,7 @@ from .rules import Rule
 
 
 def int4(group: int | None = None, *, pattern: str = ".*", **settings: Any) -> list[Rule]:
-    """Integers of 4 bits, bfloat16 steps: W4A16, as compressed-tensors, AWQ and GPTQ files have it.
+    """Integers of 4 bits, bfloat16 steps: W4A16, as compressed-tensors files have it.
 
     Args:
         group: inputs that share a step; None for all of a neuron.
@@ -57,6 +58,22 @@ def int4(group: int | None = None, *, pattern: str = ".*", **settings: Any) -> l
         5.0
     """
     return _rule(pattern, Integer(4), group, jnp.bfloat16, settings)
+
+
+def awq(group: int | None = 128, *, pattern: str = ".*", **settings: Any) -> list[Rule]:
+    """AWQ files: unsigned integers of 4 bits with zero points, float16 steps.
+
+    Args:
+        group: inputs that share a step and a zero point, the same in all rules; None for all of a neuron.
+        pattern: of the kernels that are meant.
+        **settings: of the rule.
+
+    Examples:
+        >>> small = jpfq.quantize(model, batches, jpfq.formats.awq(group=16), variables=variables)
+        >>> small.tensors["hidden/kernel"].bits_per_weight  # 4, and 16 + 4 for every 16 weights
+        5.25
+    """
+    return _rule(pattern, Asymmetric(4), group, jnp.float16, settings)
 
 
 def int8(group: int | None = None, *, pattern: str = ".*", **settings: Any) -> list[Rule]:

@@ -10,19 +10,17 @@ from typing import Any, Literal
 import jax
 
 from ..calibrate.activation import ActivationQuantizer
-from ..calibrate.output_error import OutputError, in_words
+from ..calibrate.output_error import OutputError
 from ..matrix import Info, QTensor
 from ..matrix.explicit_mesh import anywhere, automatic, moved, runs_anywhere
 from ..model.functional import Functional, flatten
 from ..model.mesh import like
 from ..scalar import Constraint
 from .apply import run
-from .certify import any_codes_bits
 from .finetune import fake_quant, on_grid, tunable
 from .integer import IntegerNetworks, Overflow
-from .notes import notes
 from .serve import Served
-from .table import table
+from .summary import summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,10 +286,11 @@ class Quantized:
 
     @runs_anywhere
     def to_qwix(self, batch: Any, model: Any = None, kwargs: dict | None = None) -> Any:
-        """The network for the qwix runtime, with integer kernels.
+        """The network for the qwix runtime, with kernels of 4 and 8 bits.
 
-        Requires the package qwix. It supports signed kernels of up to 8 bits, and convolutions whose inputs are quantized
-        to 4 or 8 bits like their weights. Outputs are those of `apply` up to the rounding of sums.
+        Requires the package qwix. It supports signed integers of up to 8 bits, its types mxfp4, mxfp8, nvfp4, nf4 and FP8,
+        and convolutions whose inputs are quantized to 4 or 8 bits like their weights. Outputs are those of `apply` up to the
+        rounding of sums.
 
         Args:
             batch: one batch in the structure of the calibration batches.
@@ -315,18 +314,23 @@ class Quantized:
 
     @anywhere
     def export(
-        self, kind: Literal["compressed-tensors", "gguf"], folder: str | os.PathLike, **options: Any
+        self, kind: Literal["compressed-tensors", "awq", "gguf"], folder: str | os.PathLike, **options: Any
     ) -> dict[str, str]:
-        """Writes the result in the format of another library. vLLM loads "compressed-tensors", llama.cpp "gguf".
+        """Writes the result in the format of another library. vLLM loads the first two, llama.cpp "gguf".
 
         Args:
-            kind: "compressed-tensors", integers of 4 and 8 bits, FP8, MX and NVFP4; or "gguf", Q4_0 and Q8_0.
-            folder: a new folder; for "gguf" a file.
-            **options: of that format. "compressed-tensors" takes `names`, `config`, `dynamic_inputs` and `batch`, and "gguf"
-                `like`, the file of the float model, `batch` and `overwrite`.
+            kind: "compressed-tensors", integers of 4 and 8 bits, FP8, MX and NVFP4; "awq", integers of 4 bits with zero
+                points; or "gguf", Q4_0 and Q8_0.
+            folder: a new folder; for "gguf" a file. It appears complete or not at all.
+            **options: of that format. The folders take `names`, `config`, `batch`, `overwrite` and `max_shard_size`: see
+                `jpfq.export.folder.Folder`; "compressed-tensors" also `dynamic_inputs`. "gguf" takes `like`, the file of
+                the float model, `batch` and `overwrite`.
 
         Returns:
             The kernels that the format does not support, which are written dequantized: by path, the reason.
+
+        Raises:
+            ValueError: an option is wrong, there is something already, or the format supports no kernel.
 
         Examples:
             >>> quantized.export("compressed-tensors", "model-vllm")  # all kernels are supported
@@ -356,42 +360,4 @@ class Quantized:
             hidden/kernel ...
             2 kernels quantized to 5.00 bits per weight ...
         """
-        rows = []
-        for path, tensor in self.tensors.items():
-            info = self.info[path]
-            shares = [f"{float(x):.2%}" for x in (info.relative_error, info.saturation, info.sparsity)]
-            shape = "x".join(map(str, tensor.shape))
-            bits = (f"{tensor.bits_per_weight:.2f}", f"{float(info.entropy):.2f}")
-            rows.append((path, shape, str(tensor.grid), *bits, *shares, str(int(info.dead))))
-        head = ("kernel", "shape", "grid", "bits", "entropy", "error", "saturated", "zeros", "dead inputs")
-        lines = [table(head, rows)]
-        if any(info.reach is not None for info in self.info.values()):
-            lines.append(self._accumulators())
-        lines += [note for path, info in self.info.items() for note in notes(path, info)]
-        if self.skipped:
-            lines.append(table(("left as it is", "because"), list(self.skipped.items())))
-        if self.uses:
-            shared = ", ".join(f"{path} ({count})" for path, count in self.uses.items())
-            lines.append(f"Kernels used by several products, quantized on the inputs of all of them: {shared}.")
-        if self.inputs or self.biases:
-            lines.append(
-                f"Inputs of {len(self.inputs)} kernels are quantized while the network runs; {len(self.biases)} biases are "
-                "corrected for the mean error of their layer."
-            )
-        lines.append(
-            f"{len(self.tensors)} kernels quantized to {self.bits_per_weight:.2f} bits per weight ({self.nbytes:,} bytes); "
-            f"{len(self.skipped)} left as they are. Relative error of the outputs: "
-            f"{in_words(self.output_error, self.outputs)}. "
-            f"Peak of live activations: {self.peak_bytes:,} bytes."
-        )
-        return "\n\n".join(lines)
-
-    def _accumulators(self):
-        """A table of the kernels with bounded sums: the accumulator bits requested, needed, and needed for any codes."""
-        rows = []
-        for path, info in self.info.items():
-            if (reach := info.reach) is not None:
-                tile, most = any_codes_bits(self.tensors[path], reach)
-                widths = (int(reach.sums.bits), tile, reach.bits, most, reach.outer_bits)
-                rows.append((path, *map(str, widths), f"{int(reach.ends.max()):,}"))
-        return table(("sums of", "bits", "tile", "needed", "of any codes", "outer bits", "largest sum"), rows)
+        return summary(self)

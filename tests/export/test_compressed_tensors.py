@@ -121,5 +121,5 @@ def test_a_result_without_a_matrix_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"none of the quantized kernels:\n  a: it is of rank 4"):
         quantized.export("compressed-tensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="kind is 'compressed-tensors' or 'gguf'; got 'awq'"):
-        quantized.export("awq", tmp_path / "out")
+    with pytest.raises(ValueError, match="kind is 'compressed-tensors' or 'awq' or 'gguf'; got 'gptq'"):
+        quantized.export("gptq", tmp_path / "out")

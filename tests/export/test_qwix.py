@@ -1,5 +1,6 @@
 """qwix runs our results: its outputs are those of `apply`, for kernels it quantizes itself otherwise."""
 
+import dataclasses
 from importlib.util import find_spec
 
 import flax.linen as nn
@@ -126,6 +127,100 @@ def test_convolutions_with_quantized_inputs(bits):
     variables = module.init(jax.random.key(0), x)
     assert_qwix_agrees(result(module, tensors, variables=variables, inputs=rounded), x, module)
     assert_qwix_agrees(result(NNXConv(nnx.Rngs(0)), tensors, inputs=rounded), x)
+
+
+GROUPS_OF_64 = jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(64))
+FLOATS = {  # rules -> qwix's name of the type, its storage, the runs of a step
+    "mxfp4": (jpfq.formats.mxfp4(), "mxfp4", jnp.float4_e2m1fn, 32),
+    "mxfp8": (jpfq.formats.mxfp8(), "mxfp8", jnp.float8_e4m3fn, 32),
+    "nvfp4": (jpfq.formats.nvfp4(), "nvfp4", jnp.float4_e2m1fn, 16),
+    "nf4": (jpfq.formats.nf4(group=32), "nf4", jnp.uint4, 32),
+    "fp8": (jpfq.formats.fp8(), jnp.dtype(jnp.float8_e4m3fn), jnp.float8_e4m3fn, 256),
+    "mxfp8, E5M2": (jpfq.formats.mxfp8(jpfq.E5M2()), jnp.dtype(jnp.float8_e5m2), jnp.float8_e5m2, 32),
+    "groups of 64": (jpfq.Rule(".*", grid=jpfq.E2M1(), scale=GROUPS_OF_64), jnp.dtype(jnp.int8), jnp.int8, 64),
+}
+
+
+def held_by(path, quantized, x, model):
+    """The kernel that qwix holds."""
+    if model is None:
+        found = quantized.to_qwix(x)
+        for name in path.split("/"):
+            found = found[int(name)] if name.isdigit() else getattr(found, name)
+        return jax.tree.map(lambda v: v[...], found.array, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    found = quantized.to_qwix(x, model)[1]["params"]
+    for name in path.split("/"):
+        found = found[name]
+    return found.array
+
+
+@needs_qwix
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+@pytest.mark.parametrize("name", FLOATS)
+def test_floating_point_formats_are_dequantized_to_our_values(name, framework):
+    """qwix' own `dequantize`, to the bit, and its own products."""
+    import qwix
+
+    rules, kind, storage, run = FLOATS[name]
+    rules = rules if isinstance(rules, list) else [rules]
+    rules = [dataclasses.replace(r, pattern="wide.*", plain=True, method=jpfq.MSQ()) for r in rules]
+    rules = [
+        dataclasses.replace(r, scale=r.scale.base) if isinstance(r.scale, jpfq.scale.MinError) else r for r in rules
+    ]
+    rules += [jpfq.Rule(".*", skip=True)]
+    x, module = normal(0, 5, 256), LinenDense()
+    if framework == "linen":
+        quantized = jpfq.quantize(module, [x], rules, variables=module.init(jax.random.key(0), x))
+    else:
+        module, quantized = None, jpfq.quantize(NNXDense(nnx.Rngs(0)), [x], rules)
+    held = held_by("wide/kernel", quantized, x, module)
+    assert (held.qtype, held.qvalue.dtype) == (kind, storage)
+    assert held.scale.shape == (256 // run, 16)
+    ours = quantized.tensors["wide/kernel"].dequantize()
+    assert len(np.unique(np.asarray(ours))) > 10
+    np.testing.assert_array_equal(qwix.dequantize(held), ours)
+    found = quantized.to_qwix(x, module) if module else quantized.to_qwix(x)
+    found = found(x) if module is None else found[0].apply(found[1], x)
+    expected = quantized.apply(x)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(abs(expected).max()))
+
+
+@needs_qwix
+def test_blocks_of_heads_run_along_one_axis():
+    """Two axes are contracted: groups of 32 inputs are a qwix format where they lie along the last of them."""
+    for heads, size, kind in ((4, 64, "mxfp4"), (16, 16, jnp.dtype(jnp.int8))):
+
+        class Join(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                return nn.DenseGeneral(8, axis=(-2, -1), name="join")(x)
+
+        x = normal(0, 5, heads, size)
+        variables = Join().init(jax.random.key(0), x)
+        rules = jpfq.formats.mxfp4(plain=True, method=jpfq.MSQ(), scale=jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(32)))
+        quantized = jpfq.quantize(Join(), [x], rules, variables=variables)
+        if kind == "mxfp4":
+            held = held_by("join/kernel", quantized, x, Join())
+            assert held.qtype == kind
+        module, held = quantized.to_qwix(x, Join())
+        np.testing.assert_allclose(module.apply(held, x), quantized.apply(x), rtol=0, atol=1e-4)
+
+
+@needs_qwix
+def test_inputs_rounded_by_row_do_not_go_with_groups():
+    """qwix would round them by the groups of the weights: other outputs than those of `apply`."""
+    x, module = normal(0, 5, 256), LinenDense()
+    variables = module.init(jax.random.key(0), x)
+    rows = jpfq.Activations(jpfq.Integer(8), per="row")
+    uses = [ActivationQuantizer(rows, DotLayout((256, 16), (0,), (), (1,), (), False), None)]
+    quantized = result(
+        module,
+        {"wide/kernel": tensor((256, 16), (2, 16), jpfq.Integer(8))},
+        variables=variables,
+        inputs={"wide/kernel": uses},
+    )
+    with pytest.raises(ValueError, match="its inputs are rounded by row, which qwix does by the groups of the weights"):
+        quantized.to_qwix(x, module)
 
 
 @needs_qwix

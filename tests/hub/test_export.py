@@ -1,6 +1,7 @@
 """A quantized decoder served by another runtime: transformers, which reads compressed-tensors."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,17 @@ def test_a_folder_has_the_names_and_config_of_the_hub(tmp_path):
     other = jpfq.quantize(lambda p, x: x @ p["w"], [jnp.ones((8, 32))], FORMATS["int4"], params=params)
     with pytest.raises(ValueError, match=r"takes what jpfq\.quantize made of a jpfq\.hub\.Decoder"):
         jpfq.hub.export(other, tmp_path / "p")
+
+
+def test_awq_folders_have_them_too(tmp_path):
+    found, _ = quantized(jpfq.formats.awq(32, plain=True, method=jpfq.MSQ()))
+    assert jpfq.hub.export(found, tmp_path / "o", "awq", max_shard_size=10_000) == {}
+    config = json.loads((tmp_path / "o" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
+    index = json.loads((tmp_path / "o" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {"model.layers.1.self_attn.q_proj.qzeros", "model.norm.weight", "model.embed_tokens.weight"} <= index.keys()
+    assert len(set(index.values())) > 1
 
 
 @pytest.mark.slow
