@@ -7,13 +7,21 @@ Each function returns a list of one rule, recommended settings around the format
     jpfq.quantize(model, batches, jpfq.formats.nvfp4(plain=True, method=jpfq.MSQ()), variables=variables)  # rounded
 
 Groups run along the inputs of a kernel, as it is multiplied, and divide them.
+
+`activations=True` rounds the inputs of layers in the same format, with steps taken while the network runs: in blocks of the
+same size, or per row where a neuron has one step. Steps have the format's type where it is of 8 bits or GGUF's, and are
+float32 otherwise. For `q4_0` the inputs are those of `q8_0`, as llama.cpp rounds them.
+
+    jpfq.quantize(model, batches, jpfq.formats.mxfp4(activations=True), variables=variables)
 """
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from ..calibrate.activation import Activations
 from ..scalar import E2M1, E2M3, E3M2, E4M3, E5M2, NF4, AbsMax, Grid, Integer, MinError, Per, PerChannel, PerGroup
 from ..scalar.step_types import E4M3 as E4M3_STEP
 from ..scalar.step_types import E8M0 as E8M0_STEP
@@ -159,7 +167,7 @@ def q4_0(*, pattern: str = ".*", **settings: Any) -> list[Rule]:
     Examples:
         >>> rules = jpfq.formats.q4_0()
     """
-    return _rule(pattern, Integer(4), 32, jnp.float16, settings)
+    return _rule(pattern, Integer(4), 32, jnp.float16, settings, Integer(8))
 
 
 def q8_0(*, pattern: str = ".*", **settings: Any) -> list[Rule]:
@@ -175,7 +183,20 @@ def q8_0(*, pattern: str = ".*", **settings: Any) -> list[Rule]:
     return _rule(pattern, Integer(8), 32, jnp.float16, settings)
 
 
-def _rule(pattern: str, grid: Grid, group: int | None, step_dtype: DTypeLike, settings: dict[str, Any]) -> list[Rule]:
+def _rule(
+    pattern: str,
+    grid: Grid,
+    group: int | None,
+    step_dtype: DTypeLike,
+    settings: dict[str, Any],
+    inputs: Grid | None = None,
+) -> list[Rule]:
+    """The rule of a format. `inputs` is the grid of its quantized inputs where that is another."""
+    if isinstance(settings.get("activations"), bool):
+        own = None if step_dtype == jnp.bfloat16 else step_dtype
+        found = Activations(grid if inputs is None else inputs, per="row" if group is None else "group", group=group)
+        found = dataclasses.replace(found, step_dtype=own) if settings["activations"] else None
+        settings = settings | {"activations": found}
     per: Per = PerChannel() if group is None else PerGroup(group)
     base = AbsMax(per=per)
     # Searches reach beyond the largest weight where a step may have been rounded down to a power of two.

@@ -20,7 +20,7 @@ from .apply import run
 from .certify import any_codes_bits
 from .finetune import fake_quant, on_grid, tunable
 from .integer import IntegerNetworks, Overflow
-from .notes import notes
+from .notes import inputs_note, notes
 from .serve import Served
 from .table import table
 
@@ -374,10 +374,7 @@ class Quantized:
             shared = ", ".join(f"{path} ({count})" for path, count in self.uses.items())
             lines.append(f"Kernels used by several products, quantized on the inputs of all of them: {shared}.")
         if self.inputs or self.biases:
-            lines.append(
-                f"Inputs of {len(self.inputs)} kernels are quantized while the network runs; {len(self.biases)} biases are "
-                "corrected for the mean error of their layer."
-            )
+            lines.append(inputs_note(self.inputs, self.biases))
         lines.append(
             f"{len(self.tensors)} kernels quantized to {self.bits_per_weight:.2f} bits per weight ({self.nbytes:,} bytes); "
             f"{len(self.skipped)} left as they are. Relative error of the outputs: "
