@@ -325,22 +325,23 @@ def _round_inputs(stop, track, stored) -> ActivationQuantizer | None:
     settings.check_layer(site.layout, site.path)
     tap = site.data
     laned = track.laned, stop.first.has_lanes(tap.source, track.index)
+    lanes = len(track.settings.lanes or ()) or None
 
     def batches():
         for stream in stop.streams:
             yield from stream.sources(stream.stops[stop.index][0].data, site.path, track.index)
 
-    quantizer = choose(settings, site.layout, batches, laned) if stored is None else stored.rounded
+    quantizer = choose(settings, site.layout, batches, laned, lanes) if stored is None else stored.rounded
     for stream in stop.streams:
         stream.round_inputs(
-            stream.stops[stop.index][0].data, track.index, functools.partial(_rounded, quantizer, laned)
+            stream.stops[stop.index][0].data, track.index, functools.partial(_rounded, quantizer, laned, lanes)
         )
     return quantizer
 
 
-@functools.partial(jax.jit, static_argnames="laned")
-def _rounded(quantizer, laned, x):
-    return round_by(quantizer, x, laned)
+@functools.partial(jax.jit, static_argnames=("laned", "lanes"))
+def _rounded(quantizer, laned, lanes, x):
+    return round_by(quantizer, x, laned, lanes)
 
 
 def _correct(stop, position, error, track):

@@ -123,9 +123,12 @@ def inputs_of(quantizers: list[ActivationQuantizer] | None) -> tuple[Inputs | No
     settings = quantizers[0].settings
     grid, dynamic = settings.grid, settings.per == "row"
     kind = _kind(grid)
-    if kind is None or settings.per == "channel" or len(quantizers) > 1:
+    if kind is None or settings.per in ("channel", "group") or settings.rotation is not None or len(quantizers) > 1:
         more = ", once for each of its uses" if len(quantizers) > 1 else ""
+        more = ", rotated" if settings.rotation is not None else more
         raise ValueError(f"its inputs are rounded to {grid} per {settings.per}{more}, which the format does not have")
+    if settings.step_dtype is not None:
+        raise ValueError(f"its inputs have steps of {settings.step_dtype}, and servers take float32 steps per row")
     if dynamic and isinstance(grid, Asymmetric):
         raise ValueError(f"its inputs are rounded to {grid} per row: servers take Integer(8) or E4M3() there")
     if isinstance(grid, Integer) and grid.narrow and not dynamic:

@@ -223,6 +223,8 @@ def _inputs(rounded):
     settings = rounded[0].settings
     if len(rounded) > 1 or settings.per == "channel":
         raise ValueError("its inputs are rounded in more ways than one")
+    if settings.per == "group" or settings.rotation is not None or settings.step_dtype is not None:
+        raise ValueError("its inputs are rotated, in blocks or have steps of another type, and qwix has none of these")
     grid, rows = settings.grid, settings.per == "row"
     if not isinstance(grid, (Integer, Asymmetric)) or grid.bits not in (4, 8):
         raise ValueError(f"its inputs are of {grid}, and there are Integer and Asymmetric of 4 or 8 bits")

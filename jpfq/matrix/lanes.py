@@ -21,10 +21,11 @@ def each(f: Callable, *args):
     return jax.tree.map(lambda x: x[None], f(*jax.tree.map(lambda x: x[0], args)))
 
 
-def over_lanes(f: Callable, args: Sequence, laned: Sequence[bool]) -> Any:
+def over_lanes(f: Callable, args: Sequence, laned: Sequence[bool], count: int | None = None) -> Any:
     """`f(*args)` for each lane: entries of the leading axis of those `args` that are `laned`; the others serve all.
 
-    Whatever arrays it needs are among `args`: it closes over none.
+    Whatever arrays it needs are among `args`: it closes over none. `count` is the number of lanes; it is needed where the
+    laned arguments may be settings without arrays.
 
     As a batch, where there is an accelerator to fill. On a CPU one lane after the other inside the program, which gives
     the very numbers that each lane gives alone: batches of convolutions take twenty times as long there, and batches of
@@ -32,6 +33,8 @@ def over_lanes(f: Callable, args: Sequence, laned: Sequence[bool]) -> Any:
     """
     if not any(laned):
         return f(*args)
+    if count is not None and not jax.tree.leaves([x for x, axis in zip(args, laned, strict=True) if axis]):
+        return jax.tree.map(lambda y: jnp.broadcast_to(y, (count, *y.shape)), f(*args))
     if LANES not in jax.sharding.get_abstract_mesh().axis_names:
         return _over_lanes(f, args, laned)
     share = jax.shard_map(

@@ -68,6 +68,14 @@ class Layout(abc.ABC):
         """The axes of the data operand that make up one row (one sample, of a convolution)."""
 
     @abc.abstractmethod
+    def inputs_last(self, x: jax.Array) -> jax.Array:
+        """The data operand as (.., inputs of a product); of a convolution, the channels that one place gives to a matrix."""
+
+    @abc.abstractmethod
+    def inputs_back(self, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The inverse of `inputs_last`, for a data operand of that shape."""
+
+    @abc.abstractmethod
     def by_matrix(self, x: jax.Array) -> jax.Array:
         """The data operand as (B, numbers): all that each matrix multiplies, in any order."""
 
@@ -150,6 +158,18 @@ class DotLayout(Layout):
 
     def row_axes(self, ndim):
         return self.data_contract
+
+    def _inputs_order(self, ndim):
+        return tuple(i for i in range(ndim) if i not in self.data_contract) + self.data_contract
+
+    def inputs_last(self, x):
+        x = x.transpose(self._inputs_order(x.ndim))
+        kept = x.ndim - len(self.data_contract)
+        return x.reshape(*x.shape[:kept], math.prod(x.shape[kept:]))
+
+    def inputs_back(self, y, shape):
+        order = self._inputs_order(len(shape))
+        return y.reshape([shape[i] for i in order]).transpose(np.argsort(order))
 
     def by_matrix(self, x):
         rest = tuple(i for i in range(x.ndim) if i not in self.data_batch)
@@ -295,6 +315,13 @@ class ConvLayout(Layout):
 
     def row_axes(self, ndim):
         return tuple(i for i in range(ndim) if i != self.data_spec[0])
+
+    def inputs_last(self, x):
+        x = jnp.moveaxis(x, self.data_spec[1], -1)
+        return x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
+
+    def inputs_back(self, y, shape):
+        return jnp.moveaxis(y.reshape(*y.shape[:-2], shape[self.data_spec[1]]), -1, self.data_spec[1])
 
     def by_matrix(self, x):
         return jnp.moveaxis(x, self.data_spec[1], 0).reshape(self.groups, -1)

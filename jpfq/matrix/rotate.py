@@ -39,11 +39,19 @@ class Hadamard:
 
     def forth(self, M: jax.Array) -> jax.Array:
         """R^T M, for M (in, ..)."""
-        return self._blocks(M * self._signs(M)[:, None])
+        return self._blocks(M * self._signs(M.shape[0], M.dtype)[:, None])
 
     def back(self, M: jax.Array) -> jax.Array:
         """R M."""
-        return self._blocks(M) * self._signs(M)[:, None]
+        return self._blocks(M) * self._signs(M.shape[0], M.dtype)[:, None]
+
+    def rows(self, X: jax.Array) -> jax.Array:
+        """X R, for X (.., in)."""
+        return self._along(X * self._signs(X.shape[-1], X.dtype))
+
+    def rows_back(self, X: jax.Array) -> jax.Array:
+        """X R^T."""
+        return self._along(X) * self._signs(X.shape[-1], X.dtype)
 
     def gram(self, gram: Gram) -> Gram:
         """The Gram of the inputs X R, Xq R."""
@@ -54,17 +62,26 @@ class Hadamard:
             gram, **dict(zip(("H", "C", "drift"), squares)), sum_X=vector(gram.sum_X), sum_Xq=vector(gram.sum_Xq)
         )
 
-    def _signs(self, M):
-        signs = np.random.default_rng(self.seed).integers(0, 2, M.shape[0]) * 2 - 1
-        return jnp.asarray(signs, M.dtype)
+    def _signs(self, n, dtype):
+        return jnp.asarray(np.random.default_rng(self.seed).integers(0, 2, n) * 2 - 1, dtype)
 
     def _blocks(self, M):
-        size = _power(M.shape[0])
-        H = jnp.ones((1, 1), M.dtype)
-        while H.shape[0] < size:
-            H = jnp.block([[H, H], [H, -H]])
-        blocks = jax.vmap(matmul, (None, 0))(H / size**0.5, M.reshape(-1, size, M.shape[1]))
+        H = _hadamard(M.shape[0], M.dtype)
+        blocks = jax.vmap(matmul, (None, 0))(H, M.reshape(-1, len(H), M.shape[1]))
         return blocks.reshape(M.shape)
+
+    def _along(self, X):
+        H = _hadamard(X.shape[-1], X.dtype)
+        return matmul(X.reshape(*X.shape[:-1], -1, len(H)), H).reshape(X.shape)
+
+
+def _hadamard(n, dtype):
+    """The symmetric orthogonal block for n inputs."""
+    size = _power(n)
+    H = jnp.ones((1, 1), dtype)
+    while H.shape[0] < size:
+        H = jnp.block([[H, H], [H, -H]])
+    return H / size**0.5
 
 
 def _power(n: int) -> int:

@@ -7,8 +7,15 @@ Each function returns a list of one rule, recommended settings around the format
     jpfq.quantize(model, batches, jpfq.formats.nvfp4(plain=True, method=jpfq.MSQ()), variables=variables)  # rounded
 
 Groups run along the inputs of a kernel, as it is multiplied, and divide them.
+
+`activations=True` rounds the inputs of layers in the same format, with steps taken while the network runs: in blocks of the
+same size, or per row where a neuron has one step. Steps have the format's type where it is of 8 bits or GGUF's, and are
+float32 otherwise. For `q4_0` the inputs are those of `q8_0`, as llama.cpp rounds them.
+
+    jpfq.quantize(model, batches, jpfq.formats.mxfp4(activations=True), variables=variables)
 """
 
+import dataclasses
 import re
 from typing import Any
 
@@ -16,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from ..calibrate.activation import Activations
 from ..calibrate.batches import shapes_of
 from ..matrix.explicit_mesh import context
 from ..model.adapters import adapt
@@ -182,7 +190,8 @@ def fp8(
         return _rule(pattern, E4M3(), group, jnp.float32, settings)
     if group is not None:
         raise ValueError(f"Give group=.. or block=.., not both; got {group!r} and {block!r}.")
-    return [Rule(pattern, **{"grid": E4M3(), "scale": AbsMax(per=PerBlock(*block))} | settings)]
+    scale = AbsMax(per=PerBlock(*block))
+    return _rule(pattern, E4M3(), block[0], jnp.float32, {"scale": scale} | settings)
 
 
 def nf4(group: int = 64, *, pattern: str = ".*", **settings: Any) -> list[Rule]:
@@ -209,7 +218,7 @@ def q4_0(*, pattern: str = ".*", **settings: Any) -> list[Rule]:
     Examples:
         >>> rules = jpfq.formats.q4_0()
     """
-    return _rule(pattern, Integer(4), 32, jnp.float16, settings)
+    return _rule(pattern, Integer(4), 32, jnp.float16, settings, Integer(8))
 
 
 def q8_0(*, pattern: str = ".*", **settings: Any) -> list[Rule]:
@@ -278,7 +287,20 @@ def _over_radius(matrices, per) -> list[np.ndarray]:
     return found
 
 
-def _rule(pattern: str, grid: Grid, group: int | None, step_dtype: DTypeLike, settings: dict[str, Any]) -> list[Rule]:
+def _rule(
+    pattern: str,
+    grid: Grid,
+    group: int | None,
+    step_dtype: DTypeLike,
+    settings: dict[str, Any],
+    inputs: Grid | None = None,
+) -> list[Rule]:
+    """The rule of a format. `inputs` is the grid of its quantized inputs where that is another."""
+    if isinstance(settings.get("activations"), bool):
+        own = None if step_dtype == jnp.bfloat16 else step_dtype
+        found = Activations(grid if inputs is None else inputs, per="row" if group is None else "group", group=group)
+        found = dataclasses.replace(found, step_dtype=own) if settings["activations"] else None
+        settings = settings | {"activations": found}
     per: Per = PerChannel() if group is None else PerGroup(group)
     base = AbsMax(per=per)
     # Searches reach beyond the largest weight where a step may have been rounded down to a power of two.

@@ -63,7 +63,12 @@ def integer_sites(
     program = trace(functional.fn, functional.paths, functional.leaves, shapes)
     sites = [site for site in find_sites(program)[0] if site.path in inputs]
     for site in sites:
-        input_codes(inputs[site.path][site.use].settings.grid)  # raises for a table, whose codes are no integers to sum
+        settings = inputs[site.path][site.use].settings
+        input_codes(settings.grid)  # raises for a table, whose codes are no integers to sum
+        try:
+            settings.check_sums()
+        except ValueError as error:
+            raise ValueError(f"{site.path}: {error}") from error
     of = lambda site: IntegerSite(site, site.path, inputs[site.path][site.use], _weights(site, tensors[site.path]))
     return program, list(map(of, sites))
 

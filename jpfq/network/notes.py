@@ -1,9 +1,11 @@
-"""Sentences of a summary about single kernels."""
+"""Sentences of a summary about single kernels, and about their inputs."""
 
-from collections.abc import Iterator
+import collections
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ..calibrate.activation import ActivationQuantizer
 from ..matrix import Info
 
 
@@ -13,6 +15,16 @@ def notes(path: str, info: Info) -> Iterator[str]:
         yield f"{path}: {int(info.saturated_steps)} steps were beyond what their type stores; they took the nearest it has."
     if info.rows is not None:
         yield _experts(path, info)
+
+
+def inputs_note(inputs: dict[str, list[ActivationQuantizer]], biases: Sequence[str]) -> str:
+    """A sentence about quantized inputs and corrected biases."""
+    kinds = collections.Counter(str(uses[0].settings) for uses in inputs.values())
+    listed = f" ({'; '.join(f'{count}: {kind}' for kind, count in kinds.items())})" if inputs else ""
+    return (
+        f"Inputs of {len(inputs)} kernels are quantized while the network runs{listed}; {len(biases)} biases are corrected "
+        "for the mean error of their layer."
+    )
 
 
 def _experts(path, info):

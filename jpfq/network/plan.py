@@ -43,6 +43,7 @@ class Line:
     workspace: int  # bytes for its data and its solve, beside live values
     flops: float  # for its Gram (or data form) and its recursion
     uses: int = 1  # number of products that share it
+    inputs: str | None = None  # the grid of its quantized inputs, and what shares a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Plan:
         for line in self.lines:
             by_path.setdefault(line.path, []).append(line)
         rows, bounded = [], any(isinstance(line.recipe.rounding, Bounded) for line in self.lines)
+        rounded = any(line.inputs is not None for line in self.lines)
         for path, lines in by_path.items():
             first = lines[0]
             B, n, out = first.dims
@@ -101,9 +103,11 @@ class Plan:
             recipe = first.recipe
             how = (str(recipe.grid), type(recipe.scale).__name__, type(recipe.method).__name__, first.form)
             how = (*how, _size(max(line.workspace for line in lines)), *((_sums(recipe.rounding),) if bounded else ()))
+            how = (*how, *((first.inputs or "float",) if rounded else ()))
             rows.append((path, shape, f"{first.rows:,}", *how))
         head = ("kernel", "inputs x neurons", "rows", "grid", "scale", "method", "form", "workspace")
-        text = [table((*head, *(("sums",) if bounded else ())), rows)]
+        head = (*head, *(("sums",) if bounded else ()), *(("its inputs",) if rounded else ()))
+        text = [table(head, rows)]
         if self.skipped:
             text.append(table(("left as it is", "because"), list(self.skipped.items())))
         weights = sum(math.prod(line.dims) for line in self.lines)
@@ -229,6 +233,7 @@ def _forward(site: Site, batches: int) -> float:
 def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -> Line:
     """Memory and arithmetic for one matrix. Numbers of temporaries are those that XLA reports for compiled functions."""
     path, dims, count = uses[0].path, uses[0].layout.dims, len(uses)
+    inputs = None if uses[0].activations is None else str(uses[0].activations)
     uses = list({site.reads: site for site in uses}.values())  # uses with the same input have one Gram
     B, n, out = dims
     layouts = [(site.patches or DEFAULT).layout(site.layout) for site in uses]
@@ -242,7 +247,7 @@ def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -
     if recipe.prefers_rows(rows, n, out):
         work = B * (2 * networks * rows * n + 3 * rows * out + 6 * n * out)
         flops = 6.0 * B * rows * n * (out + (recipe.block or n))
-        return Line(path, dims, rows, recipe, "data", 4 * work, flops, count)
+        return Line(path, dims, rows, recipe, "data", 4 * work, flops, count, inputs)
     matrices = 3 if networks == 2 else 1  # H, C, drift
     passes = 0 if recipe.finish is None else recipe.finish.passes
     bare = recipe.method.local and isinstance(recipe.order, Natural) and networks == 1
@@ -256,7 +261,7 @@ def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -
     runs = recipe.scale.runs
     products = (2 if runs > 1 else 1) * runs + 4 * passes + 4  # a search of steps measures each of its runs
     flops = 2.0 * B * (multiplied * batches + products * n * n * out)
-    return Line(path, dims, rows, recipe, "gram", 4 * B * max(gather, solve), flops, count)
+    return Line(path, dims, rows, recipe, "gram", 4 * B * max(gather, solve), flops, count, inputs)
 
 
 def _picked(site: Site, layout: Layout, batches: int) -> int | None:

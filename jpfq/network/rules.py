@@ -114,6 +114,7 @@ class Rule:
             settings["form"] = "gram" if settings.get("form", "auto") == "auto" else settings["form"]
         activations = self.inputs()
         if self.accumulator is not None and activations is not None:
+            activations.check_sums()
             settings["inputs"] = activations.grid
         recipe = recipe_of(settings.pop("bits", None), settings.pop("grid", None), self.plain, **settings)
         if self.coupling is not None and (recipe.needs_rows or recipe.scale.per.neurons != 1):

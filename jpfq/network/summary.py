@@ -4,7 +4,7 @@ from typing import Any
 
 from ..calibrate.output_error import in_words
 from .certify import any_codes_bits
-from .notes import notes
+from .notes import inputs_note, notes
 from .table import table
 
 
@@ -28,10 +28,7 @@ def summary(quantized: Any) -> str:
         shared = ", ".join(f"{path} ({count})" for path, count in quantized.uses.items())
         lines.append(f"Kernels used by several products, quantized on the inputs of all of them: {shared}.")
     if quantized.inputs or quantized.biases:
-        lines.append(
-            f"Inputs of {len(quantized.inputs)} kernels are quantized while the network runs; "
-            f"{len(quantized.biases)} biases are corrected for the mean error of their layer."
-        )
+        lines.append(inputs_note(quantized.inputs, quantized.biases))
     lines.append(
         f"{len(quantized.tensors)} kernels quantized to {quantized.bits_per_weight:.2f} bits per weight "
         f"({quantized.nbytes:,} bytes); {len(quantized.skipped)} left as they are. Relative error of the outputs: "

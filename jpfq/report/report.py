@@ -211,7 +211,7 @@ def _inputs(quantized):
             for use, quantizer in enumerate(uses, 1):
                 name = path if len(uses) == 1 else f"{path}, use {use}"
                 settings = quantizer.settings
-                rows.append([Cell(number, number), breakable(name), settings.grid, settings.per, *_levels(quantizer)])
+                rows.append([Cell(number, number), breakable(name), settings.grid, settings.where, *_levels(quantizer)])
         head = ("#", "inputs of", "grid", "step per", "step", "from", "to")
         parts.append(tag("p", "Inputs of these kernels are quantized while the network runs.", class_="lead"))
         parts.append(table(head, rows, words=4, class_="sorted"))
@@ -224,7 +224,7 @@ def _inputs(quantized):
 def _levels(quantizer: ActivationQuantizer):
     """The step and the range of a quantizer; over all channels if each has its own."""
     if quantizer.levels is None:
-        return ("taken from the row", "", "")
+        return (f"taken from the {quantizer.settings.per}", "", "")
     step, zero, lo, hi = (np.asarray(getattr(quantizer.levels, x), np.float64) for x in ("step", "zero", "lo", "hi"))
     shown = f"{step.min():.4g}" if step.min() == step.max() else f"{step.min():.4g} to {step.max():.4g}"
     ends = (step * (lo - zero)).min(), (step * (hi - zero)).max()

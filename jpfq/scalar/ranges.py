@@ -90,7 +90,7 @@ class Max(Range):
         return False
 
     def __call__(self, histogram, grid):
-        return lay(*_ends(histogram.low, histogram.high, grid), grid)
+        return lay(*ends_of(histogram.low, histogram.high, grid), grid)
 
 
 @register_dataclass
@@ -120,7 +120,7 @@ class Percentile(Range):
             high = _quantile(jnp.abs(histogram.centres)[order], histogram.counts[order], p)
             low = -high
         all_of = p >= 1
-        return lay(*_ends(jnp.where(all_of, histogram.low, low), jnp.where(all_of, histogram.high, high), grid), grid)
+        return lay(*ends_of(jnp.where(all_of, histogram.low, low), jnp.where(all_of, histogram.high, high), grid), grid)
 
 
 @register_dataclass
@@ -190,7 +190,7 @@ class KL(Range):
 
 def _best(cost, histogram, grid, candidates, both) -> ScaledGrid:
     """Among shrunk copies of the interval, the levels of least cost. The copies differ by steps of 1 / candidates."""
-    low, high = _ends(histogram.low, histogram.high, grid)
+    low, high = ends_of(histogram.low, histogram.high, grid)
     shares = jnp.linspace(1, 1 / candidates, candidates, dtype=high.dtype)
     if both and _fits_zero(grid):
         lows, highs = (x.ravel() for x in jnp.meshgrid(shares, shares))
@@ -201,7 +201,7 @@ def _best(cost, histogram, grid, candidates, both) -> ScaledGrid:
     return lay(lows[best] * low, highs[best] * high, grid)
 
 
-def _ends(low, high, grid):
+def ends_of(low: jax.Array, high: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
     """An interval the grid can be laid over: around 0 alike unless its zero point is fitted."""
     if _fits_zero(grid):
         return jnp.minimum(low, 0), jnp.maximum(high, 0)

@@ -9,6 +9,7 @@ zero = round(-low / step).
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -331,8 +332,8 @@ def _min_max(groups, c, grid):
     return -radius, radius
 
 
-def lay(low, high, grid: Grid) -> ScaledGrid:
-    """The grid over the intervals [low, high]."""
+def lay(low, high, grid: Grid, store: Callable = lambda step: step) -> ScaledGrid:
+    """The grid over the intervals [low, high]. `store` gives what becomes of the steps, to which zero points are fitted."""
     lo, hi, zero, reach = grid.alphabet()
     if reach is None:
         raise ValueError(
@@ -340,9 +341,9 @@ def lay(low, high, grid: Grid) -> ScaledGrid:
         )
     number = lambda x: jnp.asarray(x, high.dtype)  # of a traced integer
     if zero is not None:
-        return _levels(high / number(reach), zero, grid)
+        return _levels(store(high / number(reach)), zero, grid)
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    step = (high - low) / number(hi - lo)
+    step = store((high - low) / number(hi - lo))
     return _levels(step, jnp.floor(-low / jnp.where(step > 0, step, 1) + 0.5), grid)
 
 

@@ -73,7 +73,7 @@ class StepStorage:
         if dtype == E8M0 and reach is not None:
             mantissa, _ = jnp.frexp(jnp.asarray(reach, step.dtype))
             return cls(dtype, up_from=1 / mantissa)
-        return cls(dtype, _unit_under(largest(step))) if dtype == E4M3 else cls(dtype)
+        return cls(dtype, unit_under(largest(step))) if dtype == E4M3 else cls(dtype)
 
     def __call__(self, step: jax.Array) -> jax.Array:
         """The steps that will be read back. Steps of 0 stay 0, but for powers of two, which have none."""
@@ -134,7 +134,7 @@ def packed_steps(step: np.ndarray, dtype: np.dtype | None) -> tuple[np.ndarray, 
     return (step / unit).astype(dtype), unit
 
 
-def _unit_under(largest):
+def unit_under(largest: jax.Array) -> jax.Array:
     """The least power of two under which the largest step fits."""
     mantissa, exponent = jnp.frexp(jnp.where(largest > 0, largest, 1))  # largest = mantissa 2^exponent, mantissa < 1
     return jnp.ldexp(jnp.ones_like(largest), exponent - jnp.where(mantissa <= 448 / 512, 9, 8))

@@ -69,6 +69,8 @@ def encode(value: Any) -> Any:
     if kind in FIELDS:
         given = {f.name: getattr(value, f.name) for f in dataclasses.fields(kind) if not _is_default(value, f)}
         return {"": name_of(kind)} | {name: encode(x) for name, x in given.items()}
+    if isinstance(value, np.dtype):
+        return value.name
     if isinstance(value, (list, tuple)):
         return [encode(x) for x in value]
     if kind is float and not math.isfinite(value):
@@ -234,11 +236,17 @@ FIELDS: dict[type, dict[str, Callable]] = {
         ("shape", "strides", "data_dilation", "dilation", "data_spec", "spec", "out_spec"), _wholes
     )
     | {"padding": _tuple(_wholes), "groups": _whole},
-    Activations: {"grid": _a(Grid), "range": _maybe(_a(ranges.Range)), "per": _text},
+    Activations: {
+        **{"grid": _a(Grid), "range": _maybe(_a(ranges.Range)), "per": _text, "group": _maybe(_whole)},
+        **{"step_dtype": _maybe(_text), "rotation": _maybe(_a(Hadamard))},
+    },
     ScaledGrid: {
         **dict.fromkeys(("step", "zero", "lo", "hi"), _array),
         **dict.fromkeys(("table", "unit"), _maybe(_array)),
     },
     SumSpec: {"bits": _array, "lo": _array, "hi": _array, "tile": _maybe(_whole)},
-    ActivationQuantizer: {"settings": _a(Activations), "layout": _a(Layout), "levels": _maybe(_a(ScaledGrid))},
+    ActivationQuantizer: {
+        **{"settings": _a(Activations), "layout": _a(Layout)},
+        **{"levels": _maybe(_a(ScaledGrid)), "unit": _maybe(_array)},
+    },
 }

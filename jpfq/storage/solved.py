@@ -16,6 +16,7 @@ from ..calibrate.activation import ActivationQuantizer
 from ..calibrate.site_result import SiteRequest, SiteResult
 from ..matrix import Devices, Info, Solution, code_dtype
 from ..scalar import Bounded, SumSpec, WorstCase
+from ..scalar.step_types import kernel_bits
 from .codec import decode, encode
 
 FIGURES = {f"info.{f.name}": f.default is dataclasses.MISSING for f in dataclasses.fields(Info) if f.name != "reach"}
@@ -119,8 +120,13 @@ def _rounded(value, asked):
     rounded, levels = decode(value, ActivationQuantizer), value.get("levels")
     if encode(rounded.settings) != encode(asked.activations) or rounded.layout != asked.layout:
         raise ValueError("its input is rounded by other settings")
-    if (levels is None) != (asked.activations.per == "row"):
-        raise ValueError("its input has levels where they are taken per row, or none where they are not")
+    if (levels is None) != asked.activations.dynamic:
+        raise ValueError("its input has levels where they are taken as it runs, or none where they are not")
+    unit = rounded.unit
+    if (unit is None) == bool(kernel_bits(asked.activations.step_dtype)) or (
+        unit is not None and not (_is_float(unit) and unit.shape == () and 0 < float(unit) < math.inf)
+    ):
+        raise ValueError("the unit of the steps of its input is missing, or is none")
     if levels is not None:
         levels = rounded.levels
         step, zero, lo, hi = (np.asarray(x) for x in (levels.step, levels.zero, levels.lo, levels.hi))

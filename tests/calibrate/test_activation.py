@@ -184,7 +184,7 @@ def test_rules_choose_activations_layer_by_layer():
         (lambda: jpfq.Rule(".*", bits=4, activation_bits=0), "from 1 to 16"),
         (lambda: jpfq.Rule(".*", skip=True, activation_bits=8), r"\['activation_bits'\] mean nothing"),
         (lambda: jpfq.Rule(".*", bits=4, activations=8), r"activations takes a setting such as jpfq.Activations\(\)"),
-        (lambda: jpfq.Activations(per="column"), "'tensor', 'channel' or 'row'"),
+        (lambda: jpfq.Activations(per="column"), "'tensor', 'channel', 'row' or 'group'"),
         (lambda: jpfq.Activations(range=ranges.KL(), per="row"), r"its own Max\(\); got KL"),
         (lambda: jpfq.Activations(8), "takes a Grid"),
     ],
