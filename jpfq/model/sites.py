@@ -28,6 +28,7 @@ STRUCTURAL = CASTS | {
     "reshape", "transpose", "squeeze", "expand_dims", "slice", "dynamic_slice", "split", "rev", "broadcast_in_dim",
     "copy", "copy_p", "stop_gradient", "sharding_constraint", "device_put", "optimization_barrier",
 }  # fmt: skip
+NO_KERNEL = "not as the weight of a product"  # in the reason for a parameter that is added, multiplied and the like
 FACTORS = {"mul", "div"}  # by one positive constant, such as the gain of an equalized learning rate
 
 
@@ -233,7 +234,7 @@ class _Finder:
         if not sites:
             if aval.ndim < 2:
                 return None
-            return f"used by {', '.join(uses)}, not as the weight of a product" if uses else "not used by the outputs"
+            return f"used by {', '.join(uses)}, {NO_KERNEL}" if uses else "not used by the outputs"
         if uses:
             return f"tied: used by a product and by {', '.join(uses)}"
         if not jnp.issubdtype(aval.dtype, jnp.floating):

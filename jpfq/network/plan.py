@@ -8,6 +8,8 @@ from collections.abc import Container, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from ..calibrate.batch_gram import at_once
 from ..calibrate.batches import shapes_of
@@ -26,8 +28,11 @@ from ..model.compat import is_literal
 from ..model.mesh import on_auto_axes
 from ..model.sites import Site, Tap
 from ..scalar import Bounded
+from ..scalar.step_types import kernel_bits, step_bits
 from .analysis import Analysis, analyse
 from .rules import Rule, as_rules
+from .size import Size, parameters_of, sizes_in_words, total_size
+from .summary import left
 from .table import table
 
 
@@ -83,6 +88,13 @@ class Plan:
     skipped: dict[str, str]
     stages: dict[str, Memory]
     flops: float  # of forward passes at the sites, Grams and recursions
+    parameters: tuple[tuple[str, Any], ...]  # path and shape of every one
+    packed: dict[str, int]  # bytes of each quantized kernel, by path
+
+    @property
+    def size(self) -> Size:
+        """The size of all parameters afterwards: quantized ones packed, the others in their own type."""
+        return total_size(self.parameters, self.packed)
 
     @property
     def memory(self) -> int:
@@ -108,13 +120,14 @@ class Plan:
         head = ("kernel", "inputs x neurons", "rows", "grid", "scale", "method", "form", "workspace")
         head = (*head, *(("sums",) if bounded else ()), *(("its inputs",) if rounded else ()))
         text = [table(head, rows)]
-        if self.skipped:
-            text.append(table(("left as it is", "because"), list(self.skipped.items())))
+        text += left(self.skipped, [path for path, _ in self.parameters if path not in by_path])
         weights = sum(math.prod(line.dims) for line in self.lines)
+        nbytes = sum(self.packed.values())
         stage, peak = max(self.stages.items(), key=lambda item: item[1].total)
         parts = ", ".join(f"{name} {_size(size)}" for name, size in dataclasses.asdict(peak).items() if size)
+        sizes = sizes_in_words(8 * nbytes / max(1, weights), nbytes, self.size)
         text.append(
-            f"{len(by_path)} kernels with {weights:,} weights to quantize, {len(self.skipped)} left as they are. "
+            f"{len(by_path)} kernels with {weights:,} weights to quantize to {sizes}. "
             f"Peak memory about {_size(self.memory)} ({stage}: {parts}), besides the process itself and compiled programs; "
             f"arithmetic about {self.flops:.3g} operations."
         )
@@ -152,15 +165,17 @@ def plan(
     Examples:
         >>> print(jpfq.plan(model, batches[0], 4, variables=variables, batches=len(batches)))
         kernel ...
-        2 kernels with 1,280 weights to quantize, 0 left as they are. Peak memory ...
+        2 kernels with 1,280 weights to quantize to 5.00 bits per weight (800 bytes), the whole model to 5.82 ...
     """
     functional = on_auto_axes(adapt(model, variables, params, kwargs))
     with context(functional.leaves):
-        return plan_of(analyse(functional, as_rules(rules), shapes_of(batch)), batches)
+        shape_of = lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x))
+        parameters = [(path, shape_of(leaf)) for path, leaf in parameters_of(functional)]
+        return plan_of(analyse(functional, as_rules(rules), shapes_of(batch)), batches, parameters)
 
 
-def plan_of(analysis: Analysis, batches: int) -> Plan:
-    """The plan for an analysed model."""
+def plan_of(analysis: Analysis, batches: int, parameters: Sequence[tuple[str, Any]] = ()) -> Plan:
+    """The plan for an analysed model with parameters of these paths and shapes."""
     variables, equations = forks(analysis.program, analysis.sites)
     lines = _lines(analysis, variables, batches)
     for line in lines.values():
@@ -172,7 +187,22 @@ def plan_of(analysis: Analysis, batches: int) -> Plan:
         values = sum(_bytes(v) for e in program.equations if not program.is_fixed(e) for v in e.outvars)
         stages["derivatives"] = Memory(_parameters(analysis), activations=2 * values, workspace=2 * curvature)
     flops = forward + sum(line.flops for line in lines.values())
-    return Plan(list(lines.values()), analysis.assignment.skipped, stages, flops)
+    lines, skipped = list(lines.values()), analysis.assignment.skipped
+    return Plan(lines, skipped, stages, flops, tuple(parameters), _packed(lines))
+
+
+def _packed(lines: Sequence[Line]) -> dict[str, int]:
+    """Bytes of each kernel: codes at their storage bits, steps in their type and fitted zero points."""
+    bits: dict[str, int] = {}
+    for line in lines:
+        (B, n, out), recipe = line.dims, line.recipe
+        W = jax.ShapeDtypeStruct((n, out), jnp.float32)
+        steps = jax.eval_shape(lambda W, recipe=recipe: recipe.scale(W, recipe.grid, W), W).step.size
+        steps *= 1 if recipe.scale.shared and not recipe.moves_step else B
+        codes = B * n * out + (steps if recipe.grid.alphabet().zero is None else 0)
+        own = codes * recipe.grid.storage_bits + steps * step_bits(recipe.step_dtype)
+        bits[line.path] = bits.get(line.path, kernel_bits(recipe.step_dtype)) + own
+    return {path: -(-n // 8) for path, n in bits.items()}
 
 
 def steps_of(

@@ -23,6 +23,7 @@ from ..model.random_keys import typed
 from ..model.sites import Site
 from ..scalar.checks import check_choice
 from .analysis import Analysis, activations_of, analyse_all, block_of, check_key, couple, find_all_kernels
+from .held_out import held_out_error, read_held_out
 from .plan import steps_of
 from .quantized import Quantized
 from .rules import Rule, as_rules
@@ -37,6 +38,7 @@ def quantize(
     params: Any = None,
     kwargs: dict | None = None,
     key: jax.Array | None = None,
+    held_out: Iterable | None = None,
     reference: Literal["float", "block"] = "float",
     offload: bool = False,
     strict: bool = False,
@@ -61,6 +63,8 @@ def quantize(
         params: of a function, a pytree of arrays.
         kwargs: arguments of the model that are not data, such as {"train": False}.
         key: for roundings and patches that draw random numbers.
+        held_out: batches like `batches` that nothing is calibrated on. The error of the outputs on them is
+            `held_out_error` of the result; they are kept until the end and then run through both networks.
         reference: the target for the output of a layer. "float": its output in the float network, as in the papers.
             "block": the output of the float layers of its block, applied to the quantized network's values at the start of
             the block, as in Brevitas for transformers. A block is a path up to its first part with a number in it.
@@ -117,6 +121,7 @@ def quantize(
         counts, solved = [len(group.leaves) for group in shaped], store.sites if store else ()
         shapes, example = [x.shape for x in shaped[0].leaves[0]], shapes_of(shaped[0].example)
         finite = [group.finite for group in shaped]
+        held = None if held_out is None else read_held_out(placed, held_out, example, rules, first, offload)
         del shaped  # so that the streams can free inputs after their use
         with (
             progress_of(lambda: steps(analyses, counts, solved, fresh is not None), progress) as reporter,
@@ -126,7 +131,11 @@ def quantize(
             block = block_of if rebases else None
             refresh = _fresh_streams(fresh, shapes, offload, store, finite) if fresh else None
             (result,), peak = calibrate(streams, [track], reporter, block, refresh, devices, store)
-        return assemble(functional, result, first.assignment.skipped, peak, example, uses_of(first.sites))
+        quantized = assemble(functional, result, first.assignment.skipped, peak, example, uses_of(first.sites))
+        if held is None:
+            return quantized
+        error = held_out_error(placed, held, quantized._functional.leaves, result.inputs, StreamOptions(offload))
+        return dataclasses.replace(quantized, held_out=error)
 
 
 def steps(analyses: Sequence[Analysis], counts: Sequence[int], solved: Container, fresh: bool) -> list[Step]:

@@ -20,6 +20,7 @@ from .apply import run
 from .finetune import fake_quant, on_grid, tunable
 from .integer import IntegerNetworks, Overflow
 from .serve import Served
+from .size import Size, size_of
 from .summary import summary
 
 
@@ -36,9 +37,11 @@ class Quantized:
     biases: paths of the corrected biases.
     uses: the number of products that share a kernel, by path; its codes were chosen on the inputs of all of them.
     output_error: relative error of the model's outputs on the calibration data, the largest over its output arrays; nan
-        if some are NaN or infinite in one of the two networks only, or if none is a finite floating number.
+        if some are NaN or infinite in one of the two networks only, or if none is a finite floating number. The codes were
+        chosen on these data, so the error on others is larger: see `held_out_error`.
     outputs: the error of the outputs that are finite in both networks, the number that are in only one, and the number
         compared. None if that is unknown, as after training.
+    held_out: the same as `outputs` on the batches given as `held_out`; None without them.
 
     Examples:
         >>> quantized = jpfq.quantize(model, batches, 4, variables=variables)
@@ -61,6 +64,7 @@ class Quantized:
     _shapes: Any = None  # of a batch
     uses: dict[str, int] = dataclasses.field(default_factory=dict)
     outputs: OutputError | None = None
+    held_out: OutputError | None = None
 
     def __getstate__(self):
         """The fields, without compiled functions."""
@@ -203,6 +207,7 @@ class Quantized:
             tensors=tensors,
             output_error=float("nan"),
             outputs=None,
+            held_out=None,
             _functional=dataclasses.replace(functional, leaves=leaves),
             _model=rebuilt.get("model"),
             _variables=rebuilt.get("variables"),
@@ -349,6 +354,23 @@ class Quantized:
     def bits_per_weight(self) -> float:
         """Mean packed bits of the quantized weights, steps included."""
         return 8 * self.nbytes / max(1, sum(tensor.codes.size for tensor in self.tensors.values()))
+
+    @functools.cached_property
+    def size(self) -> Size:
+        """The size of all parameters: quantized ones packed, the others in their own type.
+
+        Examples:
+            >>> quantized.size.nbytes, quantized.size.float_nbytes  # 1,320 parameters: 40 biases and 40 steps in float32
+            (960, 5280)
+            >>> round(quantized.size.bits_per_weight, 2), quantized.bits_per_weight
+            (5.82, 5.0)
+        """
+        return size_of(self._functional, self.tensors)
+
+    @property
+    def held_out_error(self) -> float | None:
+        """`output_error` on the batches given as `held_out`; None without them."""
+        return None if self.held_out is None else self.held_out.error_or_nan
 
     @anywhere
     def summary(self) -> str:

@@ -1,15 +1,28 @@
-"""The text of `Quantized.summary`."""
+"""`summary`: a result as text. A table of its kernels, what was left and why, sizes and errors."""
 
-from typing import Any
+import collections
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from ..calibrate.output_error import in_words
+from ..calibrate.output_error import OutputError, in_words
+from ..model.sites import NO_KERNEL
 from .certify import any_codes_bits
 from .notes import inputs_note, notes
+from .size import parameters_of, sizes_in_words
 from .table import table
 
+if TYPE_CHECKING:
+    from .quantized import Quantized
 
-def summary(quantized: Any) -> str:
-    """See `Quantized.summary`."""
+KINDS = {  # the last part of a path -> the word for one such parameter, and for several
+    **dict.fromkeys(("bias", "b", "beta", "biases"), ("bias", "biases")),
+    **dict.fromkeys(("scale", "gamma", "g", "scales"), ("norm scale", "norm scales")),
+}
+OTHER = "other parameter that no product uses", "other parameters that no product uses"
+
+
+def summary(quantized: "Quantized") -> str:
+    """The text of `Quantized.summary`."""
     rows = []
     for path, tensor in quantized.tensors.items():
         info = quantized.info[path]
@@ -22,20 +35,54 @@ def summary(quantized: Any) -> str:
     if any(info.reach is not None for info in quantized.info.values()):
         lines.append(_accumulators(quantized))
     lines += [note for path, info in quantized.info.items() for note in notes(path, info)]
-    if quantized.skipped:
-        lines.append(table(("left as it is", "because"), list(quantized.skipped.items())))
+    rest = [path for path, _ in parameters_of(quantized._functional) if path not in quantized.tensors]
+    lines += left(quantized.skipped, rest)
     if quantized.uses:
         shared = ", ".join(f"{path} ({count})" for path, count in quantized.uses.items())
         lines.append(f"Kernels used by several products, quantized on the inputs of all of them: {shared}.")
     if quantized.inputs or quantized.biases:
         lines.append(inputs_note(quantized.inputs, quantized.biases))
-    lines.append(
-        f"{len(quantized.tensors)} kernels quantized to {quantized.bits_per_weight:.2f} bits per weight "
-        f"({quantized.nbytes:,} bytes); {len(quantized.skipped)} left as they are. Relative error of the outputs: "
-        f"{in_words(quantized.output_error, quantized.outputs)}. "
-        f"Peak of live activations: {quantized.peak_bytes:,} bytes."
-    )
+    sizes = sizes_in_words(quantized.bits_per_weight, quantized.nbytes, quantized.size)
+    errors = errors_in_words(quantized.output_error, quantized.outputs, quantized.held_out)
+    peak = f"Peak of live activations: {quantized.peak_bytes:,} bytes."
+    lines.append(f"{len(quantized.tensors)} kernels quantized to {sizes}. {errors} {peak}")
     return "\n\n".join(lines)
+
+
+def left(skipped: Mapping[str, str], rest: Iterable[str]) -> list[str]:
+    """What is not quantized: a table of kernels with the reason for each, and a line that counts biases and norms.
+
+    Args:
+        skipped: the reason, by path of each kernel.
+        rest: paths of all parameters that are not quantized.
+    """
+    small = [path for path in rest if path not in skipped or (kind_of(path) and NO_KERNEL in skipped[path])]
+    kernels = [(path, reason) for path, reason in skipped.items() if path not in small]
+    lines = [table(("left as it is", "because"), kernels)] if kernels else []
+    if small:
+        lines.append(f"Also left: {counted(small)}.")
+    return lines
+
+
+def counted(paths: Iterable[str]) -> str:
+    """How many parameters of each kind there are, such as "24 biases and 13 norm scales"."""
+    kinds = collections.Counter(kind_of(path) or OTHER for path in paths)
+    phrases = [f"{count:,} {words[count > 1]}" for words, count in sorted(kinds.items())]
+    return " and ".join([", ".join(phrases[:-1])] * (len(phrases) > 1) + phrases[-1:])
+
+
+def kind_of(path: str) -> tuple[str, str] | None:
+    """The words for a parameter that is no kernel, by the last part of its path; None for any other name."""
+    return KINDS.get(path.rpartition("/")[2])
+
+
+def errors_in_words(error: float, outputs: OutputError | None, held_out: OutputError | None) -> str:
+    """A sentence about the error of the outputs, which says on which batches it was measured."""
+    known = error == error or outputs is not None
+    calibration = f"{in_words(error, outputs)}{' on the calibration batches' if known else ''}"
+    if held_out is None:
+        return f"Relative error of the outputs: {calibration}."
+    return f"Relative error of the outputs: {calibration}, {in_words(held_out.error_or_nan, held_out)} on the batches held out."
 
 
 def _accumulators(quantized):

@@ -18,6 +18,7 @@ from ..calibrate.output_error import in_words
 from ..model.functional import flatten
 from ..network.certify import any_codes_bits
 from ..network.quantized import Quantized
+from ..network.size import in_bytes
 from ..storage.files import hidden, writing
 from . import result_plots as plots
 from .html import Cell, Markup, breakable, document, folded, section, table, tag
@@ -92,10 +93,10 @@ def _cards(quantized):
         before, after = sum(map(plots.float_bytes, tensors.values())), quantized.nbytes
         leaves = quantized._functional.leaves
         every = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray)))
-        whole = f"the whole network {(every - before + after) / every:.3f} of {_bytes(every)}"
+        whole = f"the whole network {(every - before + after) / every:.3f} of {in_bytes(every)}"
         cards += [
             ("Bits per weight", f"{quantized.bits_per_weight:.2f}", f"steps included; entropy {entropy:.2f}"),
-            ("Size of the kernels", _bytes(after), f"{after / before:.3f} of the {_bytes(before)} before; {whole}"),
+            ("Size of the kernels", in_bytes(after), f"{after / before:.3f} of the {in_bytes(before)} before; {whole}"),
         ]
     shown, words = f"{100 * error:.2f} %", "on the calibration data"
     if error != error:
@@ -252,7 +253,7 @@ def _skipped(quantized):
 
 def _footer(quantized):
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jpfq", "jax", "flax", "matplotlib"))
-    peak = f"Peak of live activations while calibrating: {_bytes(quantized.peak_bytes)}."
+    peak = f"Peak of live activations while calibrating: {in_bytes(quantized.peak_bytes)}."
     return tag("footer", f"Written with {versions}. {peak}")
 
 
@@ -293,14 +294,3 @@ def _number(value: Any, form: str = ".2f") -> Cell:
 
 def _count(value: Any) -> Cell:
     return Cell(f"{int(value):,}", int(value))
-
-
-def _bytes(count: float) -> str:
-    """A size in the unit that leaves one to three digits before the point."""
-    if count < 1000:
-        return f"{count:.0f} bytes"
-    for unit in ("kB", "MB", "GB", "TB"):
-        count /= 1000
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-    return f"{count:,.0f} TB"

@@ -135,6 +135,8 @@ def _document(quantized, entropy_coded):
     }
     if quantized.output_error != quantized.output_error and quantized.outputs is not None:
         document["outputs"] = list(map(encode, quantized.outputs))
+    if quantized.held_out is not None:
+        document["held_out"] = list(map(encode, quantized.held_out))
     return document, arrays
 
 
@@ -226,7 +228,8 @@ def made(
         _variables=rebuilt.get("variables"),
         _shapes=_batch(document["batch"]),
         uses=_uses(document.get("uses", {}), tensors),
-        outputs=_outputs(document),
+        outputs=_outputs(document, "outputs"),
+        held_out=_outputs(document, "held_out"),
     )
 
 
@@ -321,11 +324,11 @@ def _rounded(value):
     return rounded
 
 
-def _outputs(document):
-    """Why the error of the outputs is no number, where the record says so."""
-    if "outputs" not in document:
+def _outputs(document, name):
+    """The error of the outputs and why it is no number, where the record says so."""
+    if name not in document:
         return None
-    record = _list(document["outputs"])
+    record = _list(document[name])
     if len(record) != 3 or type(record[0]) not in (float, str) or any(type(x) is not int or x < 0 for x in record[1:]):
         raise ValueError(f"Expected what is known of the outputs; got {str(record)[:80]!r}.")
     return OutputError(NOT_FINITE.get(record[0], 0.0) if isinstance(record[0], str) else record[0], *record[1:])

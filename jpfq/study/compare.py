@@ -11,6 +11,7 @@ from ..model.functional import Functional
 from ..network.quantize import quantize
 from ..network.quantized import Quantized
 from ..network.rules import Rule
+from ..network.size import in_bytes
 from ..network.table import table
 from ..scalar import Grid, MinMSE
 
@@ -69,6 +70,9 @@ class Trial:
     kernels: list[dict[str, Any]]
     skipped: dict[str, str]
     summary: str  # of all its kernels
+    total_bits_per_weight: float = float("nan")  # of all parameters: those that are not quantized in their own type
+    total_nbytes: int = 0
+    total_float_nbytes: int = 0
     unmatched: int = 0  # outputs that are NaN or infinite in one of the two networks only; the error is then nan
     format: str | None = None  # of `jpfq.formats`, where its rules are used
 
@@ -107,12 +111,16 @@ def attempt(
     quantized = subject.quantize(rules or [Rule(".*", grid=grid, **METHODS[method])], **options)
     seconds = time.perf_counter() - start
     unmatched = quantized.outputs.unmatched if quantized.outputs is not None else 0
+    size = quantized.size
     full = sum(tensor.codes.size * tensor.dtype.itemsize for tensor in quantized.tensors.values())
     metrics = (quantized.bits_per_weight, quantized.nbytes, full, quantized.output_error, seconds)
     about = (
         [_kernel(quantized, path) for path in quantized.tensors],
         quantized.skipped,
         quantized.summary(),
+        size.bits_per_weight,
+        size.nbytes,
+        size.float_nbytes,
         unmatched,
         format,
     )
@@ -134,11 +142,12 @@ def _kernel(quantized, path):
 def trial_table(trials: Sequence[Trial], floats: dict[str, float | None]) -> str:
     """A table with one line per model and grid: size, the float score, each method's score and output error, and time.
 
-    Notes below it explain errors that are nan.
+    Bits are those of the quantized kernels and, "of all", of the whole model, whose size is next to them. Errors are those on
+    the calibration batches. Notes below the table explain errors that are nan.
     """
     methods = list(dict.fromkeys(trial.method for trial in trials))
     scored = any(score is not None for score in floats.values())
-    head = ["model", "grid", "bits/weight", "size"]
+    head = ["model", "grid", "bits/weight", "of all", "size"]
     head += ["float", *methods] if scored else []
     head += [f"{method} error" for method in methods] + ["seconds"]
     lines: dict[tuple, list[Trial]] = {}
@@ -147,7 +156,8 @@ def trial_table(trials: Sequence[Trial], floats: dict[str, float | None]) -> str
     rows = []
     for (subject, label), group in lines.items():
         first = group[0]
-        row = [subject, label, f"{first.bits_per_weight:.2f}", f"1/{first.float_nbytes / first.nbytes:.1f}"]
+        size = f"{in_bytes(first.total_nbytes)} of {in_bytes(first.total_float_nbytes)}"
+        row = [subject, label, f"{first.bits_per_weight:.2f}", f"{first.total_bits_per_weight:.2f}", size]
         row += [_score(floats[subject]), *(_score(trial.score) for trial in group)] if scored else []
         row += [_error(trial.output_error) for trial in group] + [f"{sum(trial.seconds for trial in group):.1f}"]
         rows.append(row)

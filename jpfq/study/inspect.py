@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 
-from ..calibrate.output_error import in_words
 from ..model.adapters import phrase_of
+from ..network.size import parameters_of
+from ..network.summary import errors_in_words, left
 from ..network.table import table
 from ..storage.leaves import SUFFIXES
 from ..storage.save import made
@@ -41,8 +42,12 @@ def inspect(folder: str | os.PathLike) -> dict[str, Any]:
         "versions": document["versions"],
         "kernels": kernels,
         "skipped": quantized.skipped,
+        "left": [path for path, _ in parameters_of(quantized._functional) if path not in quantized.tensors],
         "output_error": _number(quantized.output_error),
-        "output_error_in_words": in_words(quantized.output_error, quantized.outputs),
+        "held_out_error": None if quantized.held_out_error is None else _number(quantized.held_out_error),
+        "output_error_in_words": errors_in_words(quantized.output_error, quantized.outputs, quantized.held_out),
+        "bits_per_weight": quantized.bits_per_weight,
+        "total_bits_per_weight": quantized.size.bits_per_weight,
         "bytes": len(seal(document)) + document["arrays"]["bytes"],
         "float_bytes": sum(leaf.nbytes for leaf in leaves if isinstance(leaf, jax.Array)),
     }
@@ -63,12 +68,12 @@ def as_text(contents: dict[str, Any]) -> str:
         for k in contents["kernels"]
     ]
     lines = [table(("kernel", "shape", "grid", "bits", "error", "bytes"), rows)]
-    if contents["skipped"]:
-        lines.append(table(("left as it is", "because"), list(contents["skipped"].items())))
+    lines += left(contents["skipped"], contents["left"])
     lines.append(
         f"Made from {phrase_of(contents['model'])} by jpfq {contents['versions'].get('jpfq')}. "
         f"{contents['bytes']:,} bytes in files, everything included; {contents['float_bytes']:,} before quantization. "
-        f"Relative error of the outputs: {contents['output_error_in_words']}."
+        f"{contents['bits_per_weight']:.2f} bits per weight of the kernels, {contents['total_bits_per_weight']:.2f} of the "
+        f"whole model. {contents['output_error_in_words']}"
     )
     return "\n\n".join(lines)
 

@@ -193,8 +193,12 @@ def test_a_second_run_compiles_nothing(compilations):
 def test_the_summary_lists_every_kernel_and_what_was_left():
     case = zoo.lm()
     text = jpfq.quantize(case.model, case.batches, zoo.plain(bits=4), **case.given).summary()
+    biases = {path for path in case.left if path.endswith("/bias")}
     for path in case.kernels | case.left:
-        assert path in text
+        assert (path in text) == (path not in biases), path  # biases are counted
+    every = [path for path, *_ in jax.tree_util.tree_leaves_with_path(case.variables["params"])]
+    norms = sum(path[-1].key == "scale" for path in every)
+    assert f"Also left: {sum(path[-1].key == 'bias' for path in every)} biases and {norms} norm scales." in text
     assert "tied: used by a product and by gather" in text
 
 
