@@ -10,19 +10,18 @@ from typing import Any, Literal
 import jax
 
 from ..calibrate.activation import ActivationQuantizer
-from ..calibrate.output_error import OutputError, in_words
+from ..calibrate.output_error import OutputError
 from ..matrix import Info, QTensor
 from ..matrix.explicit_mesh import anywhere, automatic, moved, runs_anywhere
 from ..model.functional import Functional, flatten
 from ..model.mesh import like
 from ..scalar import Constraint
 from .apply import run
-from .certify import any_codes_bits
 from .finetune import fake_quant, on_grid, tunable
 from .integer import IntegerNetworks, Overflow
-from .notes import notes
+from .learned import Learned
 from .serve import Served
-from .table import table
+from .summary import summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Quantized:
         if some are NaN or infinite in one of the two networks only, or if none is a finite floating number.
     outputs: the error of the outputs that are finite in both networks, the number that are in only one, and the number
         compared. None if that is unknown, as after training.
+    learned: the losses before and after `jpfq.learn`; None of other results.
 
     Examples:
         >>> quantized = jpfq.quantize(model, batches, 4, variables=variables)
@@ -63,6 +63,7 @@ class Quantized:
     _shapes: Any = None  # of a batch
     uses: dict[str, int] = dataclasses.field(default_factory=dict)
     outputs: OutputError | None = None
+    learned: Learned | None = None
 
     def __getstate__(self):
         """The fields, without compiled functions."""
@@ -205,6 +206,7 @@ class Quantized:
             tensors=tensors,
             output_error=float("nan"),
             outputs=None,
+            learned=None,
             _functional=dataclasses.replace(functional, leaves=leaves),
             _model=rebuilt.get("model"),
             _variables=rebuilt.get("variables"),
@@ -356,42 +358,4 @@ class Quantized:
             hidden/kernel ...
             2 kernels quantized to 5.00 bits per weight ...
         """
-        rows = []
-        for path, tensor in self.tensors.items():
-            info = self.info[path]
-            shares = [f"{float(x):.2%}" for x in (info.relative_error, info.saturation, info.sparsity)]
-            shape = "x".join(map(str, tensor.shape))
-            bits = (f"{tensor.bits_per_weight:.2f}", f"{float(info.entropy):.2f}")
-            rows.append((path, shape, str(tensor.grid), *bits, *shares, str(int(info.dead))))
-        head = ("kernel", "shape", "grid", "bits", "entropy", "error", "saturated", "zeros", "dead inputs")
-        lines = [table(head, rows)]
-        if any(info.reach is not None for info in self.info.values()):
-            lines.append(self._accumulators())
-        lines += [note for path, info in self.info.items() for note in notes(path, info)]
-        if self.skipped:
-            lines.append(table(("left as it is", "because"), list(self.skipped.items())))
-        if self.uses:
-            shared = ", ".join(f"{path} ({count})" for path, count in self.uses.items())
-            lines.append(f"Kernels used by several products, quantized on the inputs of all of them: {shared}.")
-        if self.inputs or self.biases:
-            lines.append(
-                f"Inputs of {len(self.inputs)} kernels are quantized while the network runs; {len(self.biases)} biases are "
-                "corrected for the mean error of their layer."
-            )
-        lines.append(
-            f"{len(self.tensors)} kernels quantized to {self.bits_per_weight:.2f} bits per weight ({self.nbytes:,} bytes); "
-            f"{len(self.skipped)} left as they are. Relative error of the outputs: "
-            f"{in_words(self.output_error, self.outputs)}. "
-            f"Peak of live activations: {self.peak_bytes:,} bytes."
-        )
-        return "\n\n".join(lines)
-
-    def _accumulators(self):
-        """A table of the kernels with bounded sums: the accumulator bits requested, needed, and needed for any codes."""
-        rows = []
-        for path, info in self.info.items():
-            if (reach := info.reach) is not None:
-                tile, most = any_codes_bits(self.tensors[path], reach)
-                widths = (int(reach.sums.bits), tile, reach.bits, most, reach.outer_bits)
-                rows.append((path, *map(str, widths), f"{int(reach.ends.max()):,}"))
-        return table(("sums of", "bits", "tile", "needed", "of any codes", "outer bits", "largest sum"), rows)
+        return summary(self)
