@@ -77,6 +77,9 @@ from .network.certify import certify as certify
 from .network.finetune import Steps as Steps
 from .network.finetune import fake_quant as fake_quant
 from .network.fold import fold_batchnorm as fold_batchnorm
+from .network.learn import Learning as Learning
+from .network.learn import learn as learn
+from .network.learned import Learned as Learned
 from .network.plan import Plan as Plan
 from .network.plan import plan as plan
 from .network.quantize import quantize as quantize

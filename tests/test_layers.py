@@ -21,7 +21,7 @@ INSIDE = {  # rooms on its right that a file imports from, inside the functions 
 
 ONLY_IN = {
     "flax": {"model/linen.py", "model/nnx.py", "hub/decoder.py", "study/demo.py"},
-    "optax": {"study/demo.py"},
+    "optax": {"network/learn.py", "study/demo.py"},
     "matplotlib": {"report/svg.py", "report/result_plots.py", "study/plot.py"},
     "safetensors": {"storage/store.py", "export/folder.py", "storage/checkpoint.py", "hub/folder.py"},
     "constriction": {"storage/entropy.py"},

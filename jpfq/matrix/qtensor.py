@@ -121,6 +121,11 @@ class QTensor:
         return _unrotated(self.levels.straight(self.turned(kernel)), self.dtype, self.rotated)
 
     @anywhere
+    def at(self, level: jax.Array) -> jax.Array:
+        """The kernel of other levels, in units of the steps, than those of the codes. Differentiable, also by the steps."""
+        return _unrotated(self.levels.at(level), self.dtype, self.rotated)
+
+    @anywhere
     def turned(self, kernel: jax.Array) -> jax.Array:
         """A kernel in the coordinates and the type in which it is rounded."""
         kernel = kernel.astype(self.step.dtype)

@@ -14,7 +14,7 @@ from ..calibrate.loop import CalibrationResult, TrackSettings, calibrate
 from ..calibrate.progress import Step, progress_of
 from ..calibrate.stops import group_by_input
 from ..calibrate.stream import Stream, StreamOptions
-from ..matrix import Devices
+from ..matrix import Devices, QTensor
 from ..matrix.explicit_mesh import automatic, context, is_traced
 from ..model.adapters import adapt
 from ..model.functional import Functional, check_values
@@ -214,7 +214,7 @@ def assemble(
     if not any(
         map(is_traced, jax.tree.leaves(result.tensors))
     ):  # codes are placed like their kernel, the rest beside them
-        tensors = {path: _placed(tensor, home[path]) for path, tensor in tensors.items()}
+        tensors = {path: placed_like(tensor, home[path]) for path, tensor in tensors.items()}
         info = {path: on_mesh_of(home[path], x) for path, x in info.items()}
         seen: dict = {}  # kernels with the same input share one quantizer
         place = lambda path, rounded: seen.setdefault(id(rounded), on_mesh_of(home[path], rounded))
@@ -260,7 +260,7 @@ def _fresh_streams(fresh, shapes, offload, store, finite):
     return refresh
 
 
-def _placed(tensor, leaf):
+def placed_like(tensor: QTensor, leaf: Any) -> QTensor:
     """A tensor whose codes are placed like its kernel."""
     step, zero = on_mesh_of(leaf, (tensor.step, tensor.zero))
     return dataclasses.replace(tensor, codes=like(tensor.codes, leaf), step=step, zero=zero)

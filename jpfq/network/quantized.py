@@ -19,6 +19,7 @@ from ..scalar import Constraint
 from .apply import run
 from .finetune import fake_quant, on_grid, tunable
 from .integer import IntegerNetworks, Overflow
+from .learned import Learned
 from .serve import Served
 from .size import Size, size_of
 from .summary import summary
@@ -42,6 +43,7 @@ class Quantized:
     outputs: the error of the outputs that are finite in both networks, the number that are in only one, and the number
         compared. None if that is unknown, as after training.
     held_out: the same as `outputs` on the batches given as `held_out`; None without them.
+    learned: the losses before and after `jpfq.learn`; None of other results.
 
     Examples:
         >>> quantized = jpfq.quantize(model, batches, 4, variables=variables)
@@ -65,6 +67,7 @@ class Quantized:
     uses: dict[str, int] = dataclasses.field(default_factory=dict)
     outputs: OutputError | None = None
     held_out: OutputError | None = None
+    learned: Learned | None = None
 
     def __getstate__(self):
         """The fields, without compiled functions."""
@@ -208,6 +211,7 @@ class Quantized:
             output_error=float("nan"),
             outputs=None,
             held_out=None,
+            learned=None,
             _functional=dataclasses.replace(functional, leaves=leaves),
             _model=rebuilt.get("model"),
             _variables=rebuilt.get("variables"),

@@ -26,7 +26,7 @@ def summary(quantized: "Quantized") -> str:
     rows = []
     for path, tensor in quantized.tensors.items():
         info = quantized.info[path]
-        shares = [f"{float(x):.2%}" for x in (info.relative_error, info.saturation, info.sparsity)]
+        shares = [_share(float(x)) for x in (info.relative_error, info.saturation, info.sparsity)]
         shape = "x".join(map(str, tensor.shape))
         bits = (f"{tensor.bits_per_weight:.2f}", f"{float(info.entropy):.2f}")
         rows.append((path, shape, str(tensor.grid), *bits, *shares, str(int(info.dead))))
@@ -42,6 +42,8 @@ def summary(quantized: "Quantized") -> str:
         lines.append(f"Kernels used by several products, quantized on the inputs of all of them: {shared}.")
     if quantized.inputs or quantized.biases:
         lines.append(inputs_note(quantized.inputs, quantized.biases))
+    if quantized.learned is not None:
+        lines.append(str(quantized.learned))
     sizes = sizes_in_words(quantized.bits_per_weight, quantized.nbytes, quantized.size)
     errors = errors_in_words(quantized.output_error, quantized.outputs, quantized.held_out)
     peak = f"Peak of live activations: {quantized.peak_bytes:,} bytes."
@@ -83,6 +85,10 @@ def errors_in_words(error: float, outputs: OutputError | None, held_out: OutputE
     if held_out is None:
         return f"Relative error of the outputs: {calibration}."
     return f"Relative error of the outputs: {calibration}, {in_words(held_out.error_or_nan, held_out)} on the batches held out."
+
+
+def _share(x):
+    return "unknown" if x != x else f"{x:.2%}"
 
 
 def _accumulators(quantized):

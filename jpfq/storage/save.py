@@ -20,6 +20,7 @@ from ..matrix.explicit_mesh import anywhere, automatic
 from ..model.adapters import adapt, adapter_of, phrase_of
 from ..model.functional import Functional, numbered
 from ..model.mesh import like
+from ..network.learned import Learned
 from ..network.quantized import Quantized
 from . import leaves as one
 from .codec import DTYPES, NOT_FINITE, decode, encode
@@ -129,6 +130,7 @@ def _document(quantized, entropy_coded):
         "inputs": {path: encode(rounded) for path, rounded in quantized.inputs.items()},
         "biases": list(quantized.biases),
         **({"uses": quantized.uses} if quantized.uses else {}),
+        **({"learned": encode(quantized.learned)} if quantized.learned else {}),
         "output_error": encode(float(quantized.output_error)),
         "peak_bytes": int(quantized.peak_bytes),
         "batch": _batch_record(quantized._shapes),
@@ -230,6 +232,7 @@ def made(
         uses=_uses(document.get("uses", {}), tensors),
         outputs=_outputs(document, "outputs"),
         held_out=_outputs(document, "held_out"),
+        learned=_learned(document.get("learned")),
     )
 
 
@@ -239,6 +242,17 @@ def _uses(record, tensors):
     ):
         raise ValueError(f"Expected how many products share a kernel; got {str(record)[:80]!r}.")
     return record
+
+
+def _learned(record):
+    """What learning did, if the result was learned."""
+    if record is None:
+        return None
+    kinds = str, float, float, int, int, float
+    values = [NOT_FINITE.get(x, x) if isinstance(x, str) else x for x in _list(record)]
+    if [type(x) for x in values] != list(kinds):
+        raise ValueError(f"Expected what learning did; got {str(record)[:80]!r}.")
+    return Learned(*values)
 
 
 def _batch_record(example):

@@ -1,0 +1,189 @@
+"""Codes, steps and zero points of kernels as numbers that an optimizer changes, and the kernels that they give.
+
+A code is that of the level nearest to a position, which starts at the level of the code and stays within `reach` levels of it.
+Steps are changed by factors exp(x), zero points by positions as well. The forward pass has the kernel that is deployed, to the
+bit; derivatives pass straight through the rounding (Bengio et al., arXiv 1308.3432).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..matrix import Info, QTensor
+from ..matrix.explicit_mesh import anywhere
+from ..matrix.layout import Layout
+from ..matrix.qtensor import entropy
+from ..model.program import Program
+from ..model.sites import Chain, find_sites
+from ..scalar import SumSpec, WorstCase
+from ..scalar.step_types import StepStorage, is_coarse
+
+UNIT = 16.0  # levels by which a change of 1 moves a position: so one rate suits positions, factors and biases
+MARGIN = 0.49  # of a gap, that a position goes beyond the last level in its reach
+
+
+class Kernel(NamedTuple):
+    """The numbers of one kernel, all 0 at the start: of its codes, steps and zero points. None for what does not change."""
+
+    move: jax.Array | None
+    step: jax.Array | None
+    zero: jax.Array | None
+
+
+class Bound(NamedTuple):
+    """The integer sums of one product that are to fit an accumulator, and how its kernel becomes matrices."""
+
+    chain: Chain
+    layout: Layout
+    sums: SumSpec
+
+    def matrices(self, x: jax.Array) -> jax.Array:
+        """Numbers of a kernel's entries, as (B, in, out)."""
+        return self.layout.matrices(self.chain.arrange(x))
+
+    def reach(self, tensor: QTensor) -> jax.Array:
+        """The largest sum of each tile over all inputs, and less the least one (B, tiles, out, 2)."""
+        codes = self.matrices(tensor.levels.integers(tensor.codes))
+        over = lambda k: jnp.stack(self.sums.of_codes(k, jnp.arange(k.shape[0])), -1)
+        return jax.vmap(over)(codes)
+
+    def allowed(self, start: jax.Array, new: jax.Array, moved: jax.Array) -> jax.Array:
+        """True where integers may change from `start` to `new` so that every sum still fits, in the shape of the kernel.
+
+        Changes that add to no sum are always made, the others in the order of `moved`, the largest first, until the tile is
+        full. If the sums of `start` fit, those with these changes do.
+        """
+        found = jax.vmap(self._allowed)(*map(self.matrices, (start, new, moved)))
+        return self.chain.scatter(self.layout.operand(found.astype(moved.dtype)), start.shape) > 0
+
+    def _allowed(self, start, new, moved):
+        n, out = start.shape
+        tiles = lambda x: self.sums.split(x, jnp.arange(n))  # (tiles, T, out)
+        before, after = self.sums.spent(tiles(start)), self.sums.spent(tiles(new))
+        more = [jnp.maximum(b - a, 0) for a, b in zip(before, after, strict=True)]
+        free = (more[0] == 0) & (more[1] == 0)
+        order = jnp.argsort(-tiles(moved), axis=1)
+        fits = jnp.ones(order.shape, bool)
+        for a, b, added in zip(before, after, more, strict=True):
+            room = self.sums.capacity - jnp.where(free, b, a).sum(1, keepdims=True)
+            fits &= jnp.cumsum(jnp.take_along_axis(added, order, 1), 1) <= room
+        fits = jnp.take_along_axis(fits, jnp.argsort(order, axis=1), 1)
+        return (free | fits).reshape(-1, out)[:n]
+
+
+@dataclasses.dataclass(frozen=True)
+class Moves:
+    """What may change in the kernels of a result, and how far.
+
+    parts: "codes", "steps", "zeros". reach: levels by which a code may differ from its start. keep_zeros: whether weights that
+    are quantized to 0 stay 0. bounds: of the kernels whose integer sums are to fit an accumulator, by path.
+    """
+
+    parts: tuple[str, ...]
+    reach: int
+    keep_zeros: bool
+    bounds: Mapping[str, Sequence[Bound]]
+
+    @anywhere
+    def start(self, tensors: Mapping[str, QTensor]) -> dict[str, Kernel]:
+        """The numbers to be trained, by path. All are 0, which changes nothing."""
+        zeros = lambda wanted, x, tensor: jnp.zeros_like(x, tensor.step.dtype) if wanted else None
+        return {
+            path: Kernel(
+                zeros("codes" in self.parts, tensor.codes, tensor),
+                zeros("steps" in self.parts and not is_coarse(tensor.step_dtype), tensor.step, tensor),
+                zeros("zeros" in self.parts and tensor.grid.alphabet().zero is None, tensor.zero, tensor),
+            )
+            for path, tensor in tensors.items()
+        }
+
+    def within(self, kernels: Mapping[str, Kernel], tensors: Mapping[str, QTensor]) -> dict[str, Kernel]:
+        """The same numbers with every position in its reach."""
+        return {path: self._within(kernel, tensors[path]) for path, kernel in kernels.items()}
+
+    def __call__(
+        self, kernels: Mapping[str, Kernel], tensors: Mapping[str, QTensor]
+    ) -> dict[str, tuple[QTensor, jax.Array]]:
+        """Codes and steps of each kernel, and its values, which are differentiable by the numbers."""
+        return {path: self._made(path, kernel, tensors[path]) for path, kernel in kernels.items()}
+
+    def _within(self, kernel, tensor):
+        if kernel.move is None:
+            return kernel
+        at = _Positions(tensor, self.reach)
+        least, most = ((at.level(end) - at.level(at.start)) / at.gap for end in (at.least, at.most))
+        move = jnp.clip(kernel.move, (least - MARGIN) / UNIT, (most + MARGIN) / UNIT)
+        return kernel._replace(move=move)
+
+    def _made(self, path, kernel, tensor):
+        step, zero, levels = tensor.step, tensor.zero, tensor.levels
+        if kernel.step is not None:
+            step = step * jnp.exp(kernel.step)
+            step = _through(StepStorage(tensor.step_dtype)(step), step)
+        if kernel.zero is not None:
+            moved = zero + UNIT * kernel.zero
+            zero = _through(jnp.clip(jnp.round(moved), levels.lo, levels.hi), moved)
+        level, codes = levels.level(tensor.codes.astype(step.dtype)), tensor.codes
+        if kernel.move is not None:
+            at = _Positions(tensor, self.reach)
+            position = at.level(at.start) + at.gap * UNIT * kernel.move
+            code = jnp.clip(at.grid.encode(position), at.least, at.most)
+            if self.keep_zeros:
+                code = jnp.where(level == levels.zero, at.start, code)
+            for bound in self.bounds.get(path, ()):
+                moved = lax.stop_gradient(jnp.abs(kernel.move))
+                ok = bound.allowed(levels.integers(at.start), levels.integers(lax.stop_gradient(code)), moved)
+                code = jnp.where(ok, code, at.start)
+            level, codes = _through(at.level(code), position), code.astype(codes.dtype)
+        made = dataclasses.replace(tensor, codes=codes, step=step, zero=zero)
+        return lax.stop_gradient(made), made.at(level)
+
+
+class _Positions:
+    """The levels of a kernel in units of its step, and the codes in reach of each of its own."""
+
+    def __init__(self, tensor: QTensor, reach: int):
+        levels = tensor.levels
+        self.grid = levels.with_steps(jnp.ones_like(levels.step), jnp.zeros_like(levels.zero))
+        self.level, self.start = self.grid.level, tensor.codes.astype(levels.step.dtype)
+        self.least, self.most = (jnp.clip(self.start + k, levels.lo, levels.hi) for k in (-reach, reach))
+        table = levels.table
+        self.gap = jnp.ones((), levels.step.dtype) if table is None else (table[-1] - table[0]) / (table.shape[0] - 1)
+
+
+def _through(rounded, x):
+    """`rounded`, to the bit, with the derivatives of x."""
+    return lax.stop_gradient(rounded) + (x - lax.stop_gradient(x))
+
+
+def bounds_of(program: Program, info: Mapping[str, Info]) -> dict[str, list[Bound]]:
+    """The bounded sums of each kernel that has an accumulator, one entry for each of its matrices."""
+    found: dict[str, dict] = {path: {} for path, one in info.items() if one.reach is not None}
+    for site in find_sites(program)[0]:
+        if site.path in found:
+            reach = info[site.path].reach
+            assert reach is not None
+            found[site.path].setdefault(site.matrix, Bound(site.chain, site.layout, reach.sums))
+    return {path: list(bounds.values()) for path, bounds in found.items()}
+
+
+@anywhere
+def info_of(info: Info, tensor: QTensor, bounds: Sequence[Bound] = ()) -> Info:
+    """The figures of a kernel whose codes and steps have changed: what was measured on calibration data is unknown, nan."""
+    nan = jnp.full((), jnp.nan)
+    unknown = ("square_error", "square_floor", "square_bound", "saturation")
+    reach = info.reach
+    if reach is not None:
+        reach = WorstCase(reach.sums, jnp.concatenate([bound.reach(tensor) for bound in bounds]))
+    return dataclasses.replace(
+        info,
+        **dict.fromkeys(unknown, nan),
+        square_rounding=nan,
+        sparsity=jnp.mean(tensor.levels.decode(tensor.codes.astype(tensor.step.dtype)) == 0),
+        entropy=entropy(tensor.codes.reshape(-1, 1)),
+        reach=reach,
+    )
