@@ -61,6 +61,7 @@ def compressed_tensors(
     if folder.is_file() or (folder.is_dir() and not all(HIDDEN.fullmatch(path.name) for path in folder.iterdir())):
         raise ValueError(f"{folder} is already in use: export into a new folder.")
     functional, arrays, schemes, left, plain = quantized._functional, {}, {}, {}, []
+    operands = [name for name in quantized.inputs if name not in quantized.tensors]
     sites = {} if batch is None else products(functional, batch)
     for path, leaf, ours in zip(functional.paths, functional.leaves, functional.trainable, strict=True):
         name = (names or _name)(path)
@@ -85,6 +86,7 @@ def compressed_tensors(
         raise ValueError(f"compressed-tensors holds none of the quantized kernels:\n{listing or '  there are none'}")
     if (config or {}).get("tie_word_embeddings"):
         plain.append("lm_head")  # which is the embedding, as it is
+    left |= dict.fromkeys(operands, "a product without weights, which servers round in their own way")
     text = {**(config or {}), "quantization_config": _config(schemes, plain)}
     with writing(folder, safetensors.SafetensorError):
         folder.mkdir(parents=True, exist_ok=True)

@@ -24,9 +24,11 @@ from ..matrix.patches import DEFAULT
 from ..model.adapters import adapt
 from ..model.compat import is_literal
 from ..model.mesh import on_auto_axes
+from ..model.operands import Operand, find_operands
 from ..model.sites import Site, Tap
+from ..model.traced import find_kernels
 from ..scalar import Bounded
-from .analysis import Analysis, analyse
+from .analysis import Analysis, apply_rules
 from .rules import Rule, as_rules
 from .table import table
 
@@ -72,6 +74,8 @@ class Plan:
     stages: memory by stage: "calibration", "result", and "derivatives" if neurons are coupled. It does not include the
         process itself and compiled programs.
     flops: the arithmetic.
+    operands: the grid and the steps, or "float", by name of the operands of products without weights, such as queries
+        and keys.
 
     Examples:
         >>> plan = jpfq.plan(model, batches[0], 4, variables=variables, batches=2)
@@ -83,6 +87,7 @@ class Plan:
     skipped: dict[str, str]
     stages: dict[str, Memory]
     flops: float  # of forward passes at the sites, Grams and recursions
+    operands: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def memory(self) -> int:
@@ -102,14 +107,16 @@ class Plan:
             shape += f", shared by {first.uses} products" if first.uses > 1 else ""
             recipe = first.recipe
             how = (str(recipe.grid), type(recipe.scale).__name__, type(recipe.method).__name__, first.form)
-            how = (*how, _size(max(line.workspace for line in lines)), *((_sums(recipe.rounding),) if bounded else ()))
-            how = (*how, *((first.inputs or "float",) if rounded else ()))
+            how = (*how, _size(max(line.workspace for line in lines)), *((first.inputs or "float",) if rounded else ()))
+            how = (*how, *((_sums(recipe.rounding),) if bounded else ()))
             rows.append((path, shape, f"{first.rows:,}", *how))
         head = ("kernel", "inputs x neurons", "rows", "grid", "scale", "method", "form", "workspace")
-        head = (*head, *(("sums",) if bounded else ()), *(("its inputs",) if rounded else ()))
-        text = [table(head, rows)]
+        head = (*head, *(("its inputs",) if rounded else ()), *(("sums",) if bounded else ()))
+        text = [table(head, rows)] if rows else []
         if self.skipped:
             text.append(table(("left as it is", "because"), list(self.skipped.items())))
+        if self.operands:
+            text.append(table(("operand of a product without weights", "rounded to"), list(self.operands.items())))
         weights = sum(math.prod(line.dims) for line in self.lines)
         stage, peak = max(self.stages.items(), key=lambda item: item[1].total)
         parts = ", ".join(f"{name} {_size(size)}" for name, size in dataclasses.asdict(peak).items() if size)
@@ -156,12 +163,15 @@ def plan(
     """
     functional = on_auto_axes(adapt(model, variables, params, kwargs))
     with context(functional.leaves):
-        return plan_of(analyse(functional, as_rules(rules), shapes_of(batch)), batches)
+        traced = find_kernels(functional, shapes_of(batch))
+        found = plan_of(apply_rules(functional, traced, as_rules(rules)), batches)
+        names = {operand.path: "float" for operand in find_operands(traced.program, traced.sites)}
+        return dataclasses.replace(found, operands=names | found.operands)
 
 
 def plan_of(analysis: Analysis, batches: int) -> Plan:
-    """The plan for an analysed model."""
-    variables, equations = forks(analysis.program, analysis.sites)
+    """The plan for an analysed model, without operands that stay in float."""
+    variables, equations = forks(analysis.program, analysis.points)
     lines = _lines(analysis, variables, batches)
     for line in lines.values():
         line.recipe.refuse(line.rows, line.dims[1], line.path)
@@ -172,7 +182,8 @@ def plan_of(analysis: Analysis, batches: int) -> Plan:
         values = sum(_bytes(v) for e in program.equations if not program.is_fixed(e) for v in e.outvars)
         stages["derivatives"] = Memory(_parameters(analysis), activations=2 * values, workspace=2 * curvature)
     flops = forward + sum(line.flops for line in lines.values())
-    return Plan(list(lines.values()), analysis.assignment.skipped, stages, flops)
+    operands = {operand.path: str(operand.activations) for operand in analysis.operands}
+    return Plan(list(lines.values()), analysis.assignment.skipped, stages, flops, operands)
 
 
 def steps_of(
@@ -190,12 +201,12 @@ def steps_of(
         solved: sites that need not be solved again.
         fresh: whether fresh batches run through all layers before each stop.
     """
-    forked = [forks(a.program, a.sites)[0] for a in analyses]
+    forked = [forks(a.program, a.points)[0] for a in analyses]
     lines = [_lines(a, variables, n) for a, variables, n in zip(analyses, forked, batches, strict=True)]
-    sites, assignment = analyses[0].sites, analyses[0].assignment
+    sites, assignment = analyses[0].points, analyses[0].assignment
     groups = group_by_input(sites)
     uses = matrix_uses([[sites[i] for i in group] for group in groups])
-    through = lambda i: sum(_forward(a.sites[i], n) for a, n in zip(analyses, batches, strict=True))
+    through = lambda i: sum(_forward(a.points[i], n) for a, n in zip(analyses, batches, strict=True))
     forward = [sum(map(through, group)) for group in groups]
     forward = list(itertools.accumulate(forward)) if fresh else forward
     count, found, waiting = itertools.count(1), [], 0.0  # work before the last use of a shared matrix
@@ -225,8 +236,10 @@ def _lines(analysis: Analysis, forked: set, batches: int) -> dict[int, Line]:
     return {first: _line(sites, forked, analysis, batches) for first, sites in uses.items()}
 
 
-def _forward(site: Site, batches: int) -> float:
-    """The arithmetic of a product in both networks."""
+def _forward(site: Site | Operand, batches: int) -> float:
+    """The arithmetic of a product in both networks; 0 for one without a weight, which calibration does not repeat."""
+    if isinstance(site, Operand):
+        return 0.0
     return 4.0 * batches * math.prod(rows_shape(site.layout, site.data.aval.shape)) * math.prod(site.layout.dims)
 
 
@@ -295,9 +308,9 @@ def _gram(layout: Layout, shape: tuple[int, ...], rows: int, whole: bool, networ
 
 def _calibration(analysis: Analysis, forked_equations: set[int], lines: dict[int, Line], batches: int) -> Memory:
     """Memory of calibration: the loop over stops with sizes in place of arrays."""
-    program, groups = analysis.program, group_by_input(analysis.sites)
-    ends = [min(analysis.sites[i].first for i in group) for group in groups]
-    solved = matrix_uses([[analysis.sites[i] for i in group] for group in groups])
+    program, points, groups = analysis.program, analysis.points, group_by_input(analysis.points)
+    ends = [min(points[i].first for i in group) for group in groups]
+    solved = matrix_uses([[points[i] for i in group] for group in groups])
     first_need, last_need = needs(program)
     live = {v: _bytes(v) for v in program.inputs}  # of one batch
     kernels: dict = {}  # variable or (path, product) -> bytes and the last equation that needs it
@@ -314,7 +327,7 @@ def _calibration(analysis: Analysis, forked_equations: set[int], lines: dict[int
                 networks = 2 if index in forked_equations else 1
                 live.update((v, networks * _bytes(v)) for v in eqn.outvars if program.last_use.get(v, -1) >= end)
         if index_of_stop < len(groups):
-            data = analysis.sites[groups[index_of_stop][0]].data
+            data = points[groups[index_of_stop][0]].data
             live.update({data: _bytes(data)} if isinstance(data, Tap) else {})  # rounded inputs
         moving = sum(live.values()) + 2 * inside  # the batch at work holds its old and its new values
         live = {v: size for v, size in live.items() if program.last_use.get(v, -1) >= end}

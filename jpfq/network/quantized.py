@@ -20,7 +20,7 @@ from .apply import run
 from .certify import any_codes_bits
 from .finetune import fake_quant, on_grid, tunable
 from .integer import IntegerNetworks, Overflow
-from .notes import inputs_note, notes
+from .notes import inputs_notes, notes
 from .serve import Served
 from .table import table
 
@@ -34,7 +34,8 @@ class Quantized:
     model: a new NNX model, likewise.
     tensors, info: codes and error metrics, by path of the quantized kernel.
     skipped: the reason why a kernel is not quantized, by path of every other kernel.
-    inputs: the quantizers of a kernel's inputs by path, one for each use of the kernel.
+    inputs: the quantizers of a kernel's inputs by path, one for each use of the kernel; and of operands of products without
+        weights, by name, one each.
     biases: paths of the corrected biases.
     uses: the number of products that share a kernel, by path; its codes were chosen on the inputs of all of them.
     output_error: relative error of the model's outputs on the calibration data, the largest over its output arrays; nan
@@ -364,7 +365,7 @@ class Quantized:
             bits = (f"{tensor.bits_per_weight:.2f}", f"{float(info.entropy):.2f}")
             rows.append((path, shape, str(tensor.grid), *bits, *shares, str(int(info.dead))))
         head = ("kernel", "shape", "grid", "bits", "entropy", "error", "saturated", "zeros", "dead inputs")
-        lines = [table(head, rows)]
+        lines = [table(head, rows)] if rows else []
         if any(info.reach is not None for info in self.info.values()):
             lines.append(self._accumulators())
         lines += [note for path, info in self.info.items() for note in notes(path, info)]
@@ -373,8 +374,7 @@ class Quantized:
         if self.uses:
             shared = ", ".join(f"{path} ({count})" for path, count in self.uses.items())
             lines.append(f"Kernels used by several products, quantized on the inputs of all of them: {shared}.")
-        if self.inputs or self.biases:
-            lines.append(inputs_note(self.inputs, self.biases))
+        lines += inputs_notes(self.inputs, self.tensors, self.biases)
         lines.append(
             f"{len(self.tensors)} kernels quantized to {self.bits_per_weight:.2f} bits per weight ({self.nbytes:,} bytes); "
             f"{len(self.skipped)} left as they are. Relative error of the outputs: "
