@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -73,7 +74,7 @@ class Activations:
     def __post_init__(self):
         if self.group is not None and self.per == "tensor":
             object.__setattr__(self, "per", "group")
-        object.__setattr__(self, "step_dtype", step_type(self.step_dtype))
+        object.__setattr__(self, "step_dtype", self.steps_as)
         if self.per not in ("tensor", "channel", "row", "group"):
             raise ValueError(f"Activations: per is 'tensor', 'channel', 'row' or 'group'; got {self.per!r}.")
         if (self.per == "group") != (self.group is not None) or not (self.group is None or is_count(self.group)):
@@ -98,9 +99,19 @@ class Activations:
                 )
 
     @property
+    def steps_as(self) -> np.dtype | None:
+        """The type that steps are stored in; None for float32."""
+        return step_type(self.step_dtype)
+
+    @property
     def dynamic(self) -> bool:
         """True if steps are taken from the input while the network runs."""
         return self.per in ("row", "group")
+
+    @property
+    def needs_data(self) -> bool:
+        """True if something about the steps is fixed by calibration."""
+        return not self.dynamic or kernel_bits(self.steps_as) > 0
 
     def __str__(self):
         rotated = "" if self.rotation is None else ", rotated"
@@ -199,7 +210,7 @@ class ActivationQuantizer:
         return lay(*ends, grid, self._stored) if stored and self.settings.step_dtype is not None else lay(*ends, grid)
 
     def _stored(self, step):
-        dtype, reach = self.settings.step_dtype, self.settings.grid.alphabet().reach
+        dtype, reach = self.settings.steps_as, self.settings.grid.alphabet().reach
         if self.unit is None:
             store = StepStorage.over(step, dtype, reach, jnp.max)
         else:
@@ -223,7 +234,7 @@ def choose(
     """
     if settings.dynamic:
         quantizer = ActivationQuantizer(settings, layout, None)
-        if not kernel_bits(settings.step_dtype):
+        if not settings.needs_data:
             return quantizer
         largest = [_largest_step(quantizer, x, weights, laned, lanes) for x, weights in batches()]
         return dataclasses.replace(quantizer, unit=_unit(jnp.stack(largest)))

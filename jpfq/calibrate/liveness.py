@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..model.compat import is_literal
+from ..model.operands import Operand
 from ..model.program import Program
 from ..model.sites import Site, Tap
 
@@ -32,8 +33,11 @@ def needs(program: Program) -> tuple[dict[int, int], dict[Any, int]]:
     return dict(reversed(first.items())), {v: high for v, (_, high) in span.items()}
 
 
-def forks(program: Program, sites: Sequence[Site]) -> tuple[set, set[int]]:
-    """The variables downstream of a quantized site, in which the networks differ, and the equations that compute them."""
+def forks(program: Program, sites: Sequence[Site | Operand]) -> tuple[set, set[int]]:
+    """The variables in which the networks differ, and the equations that compute them.
+
+    These are downstream of a quantized site or of a rounded operand.
+    """
     quantized, variables, equations = {site.index for site in sites}, set(), set()
     variables.update(site.data for site in sites if isinstance(site.data, Tap))
     for index, eqn in enumerate(program.equations):

@@ -42,6 +42,7 @@ from ..matrix.arrays import at_least_float32
 from ..matrix.gram import as_gram
 from ..matrix.host import numpy_or_jit
 from ..matrix.lanes import lane, over_lanes
+from ..model.operands import Operand
 from ..model.random_keys import fold_in
 from ..model.sites import CASTS, Site
 from .activation import ActivationQuantizer, Activations, choose, round_by
@@ -160,8 +161,8 @@ def calibrate(
         track.buckets = _buckets(first, uses, track.settings)
     for index, stop in enumerate(first.stops):
         stored = [
-            store and store.read(index, position, _request(stop, position, settings[0]))
-            for position in range(len(stop))
+            None if store is None or isinstance(site, Operand) else store.read(index, i, _request(stop, i, settings[0]))
+            for i, site in enumerate(stop)
         ]
         reporter.doing("gathering")
         if refresh is not None and index and (None in stored or index == len(first.stops) - 1):
@@ -170,7 +171,7 @@ def calibrate(
                 stream.release()
         for stream in streams:
             stream.advance(index)
-        if block is not None and (current is None or block(stop[0]) != current):
+        if block is not None and isinstance(stop[0], Site) and (current is None or block(stop[0]) != current):
             current = block(stop[0])
             for stream in streams:
                 stream.rebase()

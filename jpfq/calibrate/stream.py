@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..model.compat import bind, is_literal
+from ..model.operands import Operand
 from ..model.program import Program
 from ..model.segments import Segment
 from ..model.sites import Site, Tap
@@ -121,7 +122,7 @@ class Stream:
                 self._suspend(batch)
         self._drop_fixed()
         for site in self.stops[stop]:
-            if self._padding_reaches(_source(site.data), site.path):
+            if _is_followed(site) and self._padding_reaches(_source(site.data), site.path):
                 raise ValueError(
                     f"Padding (rows of weight 0) changes rows that count at {site.path}: the model mixes them, as attention "
                     "without a mask does, or a mean over all positions. Pass the model a mask, or give batches without "
@@ -186,7 +187,7 @@ class Stream:
         """The row weights of each batch at all sites, outputs and lookups."""
         if all(weights is None for weights in self.weights):
             return [None] * len(self.weights)
-        read = [_source(site.data) for stop in self.stops for site in stop]
+        read = [_source(site.data) for stop in self.stops for site in stop if _is_followed(site)]
         follow = RowWeights(self.program, [*read, *self.program.outputs, *lookups(self.program).values()])
         return [
             None if weights is None else follow(self.params, leaves, weights)
@@ -354,6 +355,11 @@ class Stream:
                     if isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.extended):
                         values[v] = moved.setdefault(id(x), Offloaded.of(x))
         self.waiting[batch] = _on_device(networks)
+
+
+def _is_followed(site: Site | Operand) -> bool:
+    """True if the rows of a site's input have weights. Operands whose rows have steps of their own need none."""
+    return not isinstance(site, Operand) or site.activations.needs_data
 
 
 def _source(v):

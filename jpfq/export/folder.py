@@ -112,7 +112,9 @@ def write(
             ValueError says why the format has none.
         settings: `quantization_config`, from the schemes of layers by name and the names of those that are as they were.
     """
-    functional, schemes, left, plain = quantized._functional, {}, {}, []
+    functional, schemes, plain = quantized._functional, {}, []
+    operands = [name for name in quantized.inputs if name not in quantized.tensors]
+    left = dict.fromkeys(operands, "a product without weights, which servers round in their own way")
     sites = {} if to.batch is None else products(functional, to.batch)
     with writing(to.path, safetensors.SafetensorError), to.entered() as new:
         shards = Shards(new, to.max_shard_size)

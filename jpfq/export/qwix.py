@@ -71,7 +71,7 @@ def to_qwix(quantized: Any, batch: Any, model: Any = None, kwargs: dict | None =
         uses.setdefault(site.path, []).append(site)
     kernels: dict[str, _Kernel] = {}
     rules: dict[str, dict] = {}
-    refused = []
+    refused = [f"  {name}: a product without weights" for name in quantized.inputs if name not in quantized.tensors]
     for path, tensor in quantized.tensors.items():
         rounded = quantized.inputs.get(path, [])
         try:

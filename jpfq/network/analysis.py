@@ -16,6 +16,7 @@ from ..calibrate.stops import matrix_uses
 from ..matrix.arrays import are_finite
 from ..matrix.layout import ConvLayout
 from ..model.functional import Functional
+from ..model.operands import Operand, find_operands, moved, with_operand_taps
 from ..model.program import Program
 from ..model.sites import CASTS, Site, with_shared_together, with_taps
 from ..model.traced import Traced, find_kernels
@@ -28,6 +29,12 @@ class Analysis(NamedTuple):
     program: Program
     sites: list[Site]  # to be quantized
     assignment: Assignment
+    operands: Sequence[Operand] = ()  # to be rounded
+
+    @property
+    def points(self) -> list[Site | Operand]:
+        """The sites, and after them the operands."""
+        return [*self.sites, *self.operands]
 
 
 def analyse(functional: Functional, rules: Sequence[Rule], example: Any, strict: bool = False) -> Analysis:
@@ -61,7 +68,8 @@ def analyse_all(
     """Applies the rules to a model traced for each shape of batch. All shapes must use the same kernels."""
     analyses = [apply_rules(functional, one, rules, strict) for one in traced]
     for other in analyses[1:]:
-        if [_product(s) for s in other.sites] != [_product(s) for s in analyses[0].sites]:
+        names = [[operand.path for operand in analysis.operands] for analysis in (other, analyses[0])]
+        if [_product(s) for s in other.sites] != [_product(s) for s in analyses[0].sites] or names[0] != names[1]:
             raise ValueError(
                 "The model uses other kernels for batches of another size: calibrate with batches of one size."
             )
@@ -80,21 +88,27 @@ def apply_rules(functional: Functional, traced: Traced, rules: Sequence[Rule], s
     """Assigns a rule to each kernel and its settings to each site."""
     program, sites, reasons = traced
     trainable = [path for path, ok in zip(functional.paths, functional.trainable, strict=True) if ok]
-    assignment = assign(rules, {site.path: site.layout.dims[1:] for site in sites}, reasons, trainable)
+    rounds = any(rule.products is not None or rule.cache is not None for rule in rules)
+    operands = find_operands(program, sites) if rounds else []
+    matrices = {site.path: site.layout.dims[1:] for site in sites}
+    assignment = assign(rules, matrices, reasons, trainable, operands)
     if strict and assignment.refused:
         listing = "\n".join(f"  {path}: {reason}" for path, reason in assignment.refused.items())
         raise ValueError(
             f"strict=True, and these kernels cannot be quantized:\n{listing}\nSkip them by a rule with skip=True."
         )
+    whole = program
     program, sites = with_shared_together(program, [site for site in sites if site.path in assignment.recipes])
+    operands = moved(whole, program, assignment.operands)
     corrected = any(assignment.rules[site.path].correct_bias for site in sites)
     biases = find_biases(program, sites, list(functional.trainable)) if corrected else {}
     sites = [_with_rule(site, assignment.rules[site.path], biases.get(site.index)) for site in sites]
     program, sites = with_taps(program, sites)
+    program, operands = with_operand_taps(program, operands) if operands else (program, operands)
     for path, recipe in assignment.recipes.items():
         if recipe.rotation is not None:
             _check_rotation(path, [site for site in sites if site.path == path], program)
-    return Analysis(program, sites, assignment)
+    return Analysis(program, sites, assignment, operands)
 
 
 def _with_rule(site, rule, bias):
@@ -126,8 +140,9 @@ def _check_rotation(path, sites, program):
 
 
 def activations_of(assignment: Assignment) -> dict[str, Activations | None]:
-    """The settings for quantizing the inputs of each kernel, by its path."""
-    return {path: rule.inputs() for path, rule in assignment.rules.items()}
+    """The settings for quantizing the inputs of each kernel, by its path, and those of operands by their name."""
+    found = {path: rule.inputs() for path, rule in assignment.rules.items()}
+    return found | {operand.path: operand.activations for operand in assignment.operands}
 
 
 def check_finite(functional: Functional, assignment: Assignment) -> None:
@@ -161,7 +176,7 @@ def couple(
     first = analyses[0]
     couplings = {i: first.assignment.rules[site.path].coupling for i, site in enumerate(first.sites)}
     couplings = {i: coupling for i, coupling in couplings.items() if coupling is not None}
-    uses = matrix_uses([[first.sites[i] for i in group] for group in groups])  # a shared matrix has one curvature
+    uses = matrix_uses([[first.points[i] for i in group] for group in groups])  # a shared matrix has one curvature
     indices = {groups[stop][i]: index for index, shared in uses.items() for stop, i in shared}
     needed = {coupling.measured for i, coupling in couplings.items() if indices[i] not in solved}
     couplings = {i: coupling for i, coupling in couplings.items() if coupling.measured in needed}

@@ -62,7 +62,8 @@ def budget(
         key: for the random signs; None for fixed ones.
 
     Returns:
-        One rule per kernel, in the order of the model, to print, edit and pass to `jpfq.quantize`.
+        One rule per kernel, in the order of the model, to print, edit and pass to `jpfq.quantize`; and one for `products`
+        and `cache` of the given rule, if it has them.
 
     Raises:
         ValueError: no candidate fits the average, or `jpfq.quantize` would raise.
@@ -88,6 +89,9 @@ def _budget(functional, batches, average_bits, widths, rule, key, progress):
     (shaped, *others) = read_batches(batches)
     if others:
         raise ValueError("budget takes batches of one shape: drop a smaller last batch.")
+    about = {name: getattr(rule, name) for name in ("products", "cache") if getattr(rule, name) is not None}
+    operands = [Rule(rule.pattern, **about)] if about else []  # weights alone are measured
+    rule = dataclasses.replace(rule, products=None, cache=None)
     analysis = analyse(functional, [rule], shaped.example)
     check_key(analysis.assignment, key)
     program, sites = analysis.program, analysis.sites
@@ -132,7 +136,8 @@ def _budget(functional, batches, average_bits, widths, rule, key, progress):
         raise ValueError(f"The calibration data of {wrong[0]} overflow: its Gram is not finite. Scale the inputs down.")
     chosen = allocate(np.stack([costs[p] for p in paths]), [sizes[p] for p in paths], widths, average_bits)
     rule_of = functools.partial(dataclasses.replace, rule, grid=None)
-    return [rule_of(pattern=re.escape(path), bits=widths[j]) for path, j in zip(paths, chosen, strict=True)]
+    rules = [rule_of(pattern=re.escape(path), bits=widths[j]) for path, j in zip(paths, chosen, strict=True)]
+    return rules + operands
 
 
 def allocate(costs: np.ndarray, sizes: Sequence[int], widths: Sequence[int], average: float) -> list[int]:

@@ -145,7 +145,7 @@ def certify(quantized: "Quantized", *, bits: int | None = None, tile: int | None
         raise ValueError(f"bits is an integer from 2 to {MAX_BITS}, or None; got {bits!r}.")
     if tile is not None and not is_count(tile):
         raise ValueError(f"tile is a positive number of inputs, or None for all; got {tile!r}.")
-    if not quantized.inputs:
+    if not quantized.inputs.keys() & quantized.tensors.keys():
         raise ValueError(
             "No inputs are quantized, so there are no integer sums: quantize with activation_bits=8 in a rule."
         )
@@ -154,7 +154,7 @@ def certify(quantized: "Quantized", *, bits: int | None = None, tile: int | None
             "This saved result does not have the shapes of a batch, so its products are not known: certify the result that "
             "jpfq.quantize returns."
         )
-    _, sites = integer_sites(quantized._functional, quantized.tensors, quantized.inputs, quantized._shapes)
+    _, sites, _ = integer_sites(quantized._functional, quantized.tensors, quantized.inputs, quantized._shapes)
     found = [_certified(at.path, np.asarray(at.weights.codes, np.int64), at.inputs, tile) for at in sites]
     return Certificate(found, tuple(path for path in quantized.tensors if path not in quantized.inputs), bits)
 

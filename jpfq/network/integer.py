@@ -7,7 +7,8 @@ is summed in int32, and a signed accumulator of P bits is emulated exactly:
     saturate   every partial sum clipped to [-2^(P-1), 2^(P-1) - 1], with inputs in the order of the kernel's rows
 
 Tiles are added exactly: in int32, or scaled if groups have their own steps. The zero point z of the inputs is subtracted
-last, as its sum z sum_i k_i is known beforehand. Everything between sites is the same as in `Quantized.apply`.
+last, as its sum z sum_i k_i is known beforehand. Everything between sites is the same as in `Quantized.apply`, with products
+of operands without weights.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from ..matrix import QTensor
 from ..matrix.arrays import at_least_float32
 from ..model.compat import bind
 from ..model.functional import Functional
+from ..model.operands import rounded_operands
 from ..model.program import Program, evaluate, form, trace
 from ..model.sites import Site, find_sites
 from ..scalar import input_codes
@@ -58,10 +60,11 @@ class IntegerSite(NamedTuple):
 
 def integer_sites(
     functional: Functional, tensors: dict[str, QTensor], inputs: dict[str, list[ActivationQuantizer]], shapes: Any
-) -> tuple[Program, list[IntegerSite]]:
-    """The program for a shape of batch, and its sites with quantized inputs in the order of execution."""
+) -> tuple[Program, list[IntegerSite], dict[tuple[int, int], ActivationQuantizer]]:
+    """The program for a shape of batch, its sites with quantized inputs in the order of execution, and rounded operands."""
     program = trace(functional.fn, functional.paths, functional.leaves, shapes)
-    sites = [site for site in find_sites(program)[0] if site.path in inputs]
+    kernels = find_sites(program)[0]
+    sites = [site for site in kernels if site.path in inputs]
     for site in sites:
         settings = inputs[site.path][site.use].settings
         input_codes(settings.grid)  # raises for a table, whose codes are no integers to sum
@@ -70,7 +73,7 @@ def integer_sites(
         except ValueError as error:
             raise ValueError(f"{site.path}: {error}") from error
     of = lambda site: IntegerSite(site, site.path, inputs[site.path][site.use], _weights(site, tensors[site.path]))
-    return program, list(map(of, sites))
+    return program, list(map(of, sites)), rounded_operands(functional, program, kernels, inputs)
 
 
 def _weights(site: Site, tensor: QTensor) -> Weights:
@@ -93,11 +96,11 @@ def _weights(site: Site, tensor: QTensor) -> Weights:
 
 
 class Network:
-    """A program, and its sites that run in integers. Equal to any other that computes the same."""
+    """A program, its sites that run in integers, and its rounded operands. Equal to any other that computes the same."""
 
-    def __init__(self, program: Program, sites: Sequence[Site]):
-        self.program, self.sites = program, tuple(sites)
-        self._key = form(program), tuple((site.index, site.layout) for site in self.sites)
+    def __init__(self, program: Program, sites: Sequence[Site], operands: Sequence[tuple[int, int]]):
+        self.program, self.sites, self.operands = program, tuple(sites), tuple(operands)
+        self._key = form(program), tuple((site.index, site.layout) for site in self.sites), self.operands
 
     def __hash__(self):
         return hash(self._key)
@@ -108,16 +111,18 @@ class Network:
 
 @functools.lru_cache(maxsize=CACHE)
 def compiled(network: Network, tile: int | None, overflow: Overflow) -> Callable:
-    """The network as a compiled function of (parameters, quantizers, weights, P, leaves of a batch).
+    """The network as a compiled function of (parameters, quantizers, those of operands, weights, P, leaves of a batch).
 
     It returns the leaves of the outputs. Results that differ only in numbers, such as those of a sweep, share it.
     """
     program, by_index = network.program, {site.index: (i, site) for i, site in enumerate(network.sites)}
 
-    def run(leaves, quantizers, weights, bits, batch):
+    def run(leaves, quantizers, operands, weights, bits, batch):
+        rounded = dict(zip(network.operands, operands, strict=True))
+
         def visit(index, eqn, values):
             if index not in by_index:
-                return bind(eqn, values)
+                return bind(eqn, [rounded[index, i](x) if (index, i) in rounded else x for i, x in enumerate(values)])
             i, site = by_index[index]
             (x,) = (x for v, x in zip(eqn.invars, values, strict=True) if v is site.data)
             y = _product(site, quantizers[i], weights[i], at_least_float32(x), bits, tile, overflow)
@@ -221,7 +226,7 @@ class IntegerNetworks:
         """The outputs for a batch."""
         if overflow not in ("wrap", "saturate"):
             raise ValueError(f"overflow is 'wrap' or 'saturate'; got {overflow!r}.")
-        if not self.inputs:
+        if not self.inputs.keys() & self.tensors.keys():
             raise ValueError(
                 "No inputs are quantized, so nothing runs in integers: quantize with activation_bits=8 in a rule."
             )
@@ -229,10 +234,12 @@ class IntegerNetworks:
         shapes = [jax.typeof(jnp.asarray(x)) for x in leaves]
         key = structure, tuple((x.shape, x.dtype) for x in shapes), tile, overflow
         if key not in self.cached:
-            program, sites = integer_sites(self.functional, self.tensors, self.inputs, structure.unflatten(shapes))
+            found = integer_sites(self.functional, self.tensors, self.inputs, structure.unflatten(shapes))
+            program, sites, operands = found
             for at in sites:
                 _check(at, tile)
-            run = compiled(Network(program, [at.site for at in sites]), tile, overflow)
-            self.cached[key] = run, program.tree, [at.quantizer for at in sites], [at.weights for at in sites]
-        run, tree, quantizers, weights = self.cached[key]
-        return tree.unflatten(run(self.functional.leaves, quantizers, weights, jnp.asarray(bits, jnp.int32), leaves))
+            run = compiled(Network(program, [at.site for at in sites], list(operands)), tile, overflow)
+            quantizers = [at.quantizer for at in sites], list(operands.values()), [at.weights for at in sites]
+            self.cached[key] = run, program.tree, quantizers
+        run, tree, quantizers = self.cached[key]
+        return tree.unflatten(run(self.functional.leaves, *quantizers, jnp.asarray(bits, jnp.int32), leaves))

@@ -1,12 +1,13 @@
 """Sentences of a summary about single kernels, and about their inputs."""
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
 from ..calibrate.activation import ActivationQuantizer
 from ..matrix import Info
+from .table import table
 
 
 def notes(path: str, info: Info) -> Iterator[str]:
@@ -17,14 +18,21 @@ def notes(path: str, info: Info) -> Iterator[str]:
         yield _experts(path, info)
 
 
-def inputs_note(inputs: dict[str, list[ActivationQuantizer]], biases: Sequence[str]) -> str:
-    """A sentence about quantized inputs and corrected biases."""
-    kinds = collections.Counter(str(uses[0].settings) for uses in inputs.values())
-    listed = f" ({'; '.join(f'{count}: {kind}' for kind, count in kinds.items())})" if inputs else ""
-    return (
-        f"Inputs of {len(inputs)} kernels are quantized while the network runs{listed}; {len(biases)} biases are corrected "
-        "for the mean error of their layer."
-    )
+def inputs_notes(
+    inputs: dict[str, list[ActivationQuantizer]], kernels: Collection[str], biases: Collection[str]
+) -> Iterator[str]:
+    """Sentences about quantized inputs of kernels, rounded operands of products without weights, and corrected biases."""
+    of_kernels = {path: uses for path, uses in inputs.items() if path in kernels}
+    if of_kernels or biases:
+        kinds = collections.Counter(str(uses[0].settings) for uses in of_kernels.values())
+        listed = f" ({'; '.join(f'{count}: {kind}' for kind, count in kinds.items())})" if of_kernels else ""
+        yield (
+            f"Inputs of {len(of_kernels)} kernels are quantized while the network runs{listed}; {len(biases)} biases are "
+            "corrected for the mean error of their layer."
+        )
+    operands = [(path, str(uses[0].settings)) for path, uses in inputs.items() if path not in kernels]
+    if operands:
+        yield table(("operand of a product without weights", "rounded to"), operands)
 
 
 def _experts(path, info):

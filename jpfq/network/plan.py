@@ -26,10 +26,12 @@ from ..matrix.patches import DEFAULT
 from ..model.adapters import adapt
 from ..model.compat import is_literal
 from ..model.mesh import on_auto_axes
+from ..model.operands import Operand, find_operands
 from ..model.sites import Site, Tap
+from ..model.traced import find_kernels
 from ..scalar import Bounded
 from ..scalar.step_types import kernel_bits, step_bits
-from .analysis import Analysis, analyse
+from .analysis import Analysis, apply_rules
 from .rules import Rule, as_rules
 from .size import Size, parameters_of, sizes_in_words, total_size
 from .summary import left
@@ -77,6 +79,8 @@ class Plan:
     stages: memory by stage: "calibration", "result", and "derivatives" if neurons are coupled. It does not include the
         process itself and compiled programs.
     flops: the arithmetic.
+    operands: the grid and the steps, or "float", by name of the operands of products without weights, such as queries
+        and keys.
 
     Examples:
         >>> plan = jpfq.plan(model, batches[0], 4, variables=variables, batches=2)
@@ -90,6 +94,7 @@ class Plan:
     flops: float  # of forward passes at the sites, Grams and recursions
     parameters: tuple[tuple[str, Any], ...]  # path and shape of every one
     packed: dict[str, int]  # bytes of each quantized kernel, by path
+    operands: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def size(self) -> Size:
@@ -114,13 +119,15 @@ class Plan:
             shape += f", shared by {first.uses} products" if first.uses > 1 else ""
             recipe = first.recipe
             how = (str(recipe.grid), type(recipe.scale).__name__, type(recipe.method).__name__, first.form)
-            how = (*how, _size(max(line.workspace for line in lines)), *((_sums(recipe.rounding),) if bounded else ()))
-            how = (*how, *((first.inputs or "float",) if rounded else ()))
+            how = (*how, _size(max(line.workspace for line in lines)), *((first.inputs or "float",) if rounded else ()))
+            how = (*how, *((_sums(recipe.rounding),) if bounded else ()))
             rows.append((path, shape, f"{first.rows:,}", *how))
         head = ("kernel", "inputs x neurons", "rows", "grid", "scale", "method", "form", "workspace")
-        head = (*head, *(("sums",) if bounded else ()), *(("its inputs",) if rounded else ()))
-        text = [table(head, rows)]
+        head = (*head, *(("its inputs",) if rounded else ()), *(("sums",) if bounded else ()))
+        text = [table(head, rows)] if rows else []
         text += left(self.skipped, [path for path, _ in self.parameters if path not in by_path])
+        if self.operands:
+            text.append(table(("operand of a product without weights", "rounded to"), list(self.operands.items())))
         weights = sum(math.prod(line.dims) for line in self.lines)
         nbytes = sum(self.packed.values())
         stage, peak = max(self.stages.items(), key=lambda item: item[1].total)
@@ -171,12 +178,15 @@ def plan(
     with context(functional.leaves):
         shape_of = lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x))
         parameters = [(path, shape_of(leaf)) for path, leaf in parameters_of(functional)]
-        return plan_of(analyse(functional, as_rules(rules), shapes_of(batch)), batches, parameters)
+        traced = find_kernels(functional, shapes_of(batch))
+        found = plan_of(apply_rules(functional, traced, as_rules(rules)), batches, parameters)
+        names = {operand.path: "float" for operand in find_operands(traced.program, traced.sites)}
+        return dataclasses.replace(found, operands=names | found.operands)
 
 
 def plan_of(analysis: Analysis, batches: int, parameters: Sequence[tuple[str, Any]] = ()) -> Plan:
-    """The plan for an analysed model with parameters of these paths and shapes."""
-    variables, equations = forks(analysis.program, analysis.sites)
+    """The plan for an analysed model with parameters of these paths and shapes, without operands that stay in float."""
+    variables, equations = forks(analysis.program, analysis.points)
     lines = _lines(analysis, variables, batches)
     for line in lines.values():
         line.recipe.refuse(line.rows, line.dims[1], line.path)
@@ -187,8 +197,9 @@ def plan_of(analysis: Analysis, batches: int, parameters: Sequence[tuple[str, An
         values = sum(_bytes(v) for e in program.equations if not program.is_fixed(e) for v in e.outvars)
         stages["derivatives"] = Memory(_parameters(analysis), activations=2 * values, workspace=2 * curvature)
     flops = forward + sum(line.flops for line in lines.values())
+    operands = {operand.path: str(operand.activations) for operand in analysis.operands}
     lines, skipped = list(lines.values()), analysis.assignment.skipped
-    return Plan(lines, skipped, stages, flops, tuple(parameters), _packed(lines))
+    return Plan(lines, skipped, stages, flops, tuple(parameters), _packed(lines), operands)
 
 
 def _packed(lines: Sequence[Line]) -> dict[str, int]:
@@ -201,7 +212,7 @@ def _packed(lines: Sequence[Line]) -> dict[str, int]:
         steps *= 1 if recipe.scale.shared and not recipe.moves_step else B
         codes = B * n * out + (steps if recipe.grid.alphabet().zero is None else 0)
         own = codes * recipe.grid.storage_bits + steps * step_bits(recipe.step_dtype)
-        bits[line.path] = bits.get(line.path, kernel_bits(recipe.step_dtype)) + own
+        bits[line.path] = bits.get(line.path, kernel_bits(recipe.step_dtype) + recipe.grid.table_bits) + own
     return {path: -(-n // 8) for path, n in bits.items()}
 
 
@@ -220,12 +231,12 @@ def steps_of(
         solved: sites that need not be solved again.
         fresh: whether fresh batches run through all layers before each stop.
     """
-    forked = [forks(a.program, a.sites)[0] for a in analyses]
+    forked = [forks(a.program, a.points)[0] for a in analyses]
     lines = [_lines(a, variables, n) for a, variables, n in zip(analyses, forked, batches, strict=True)]
-    sites, assignment = analyses[0].sites, analyses[0].assignment
+    sites, assignment = analyses[0].points, analyses[0].assignment
     groups = group_by_input(sites)
     uses = matrix_uses([[sites[i] for i in group] for group in groups])
-    through = lambda i: sum(_forward(a.sites[i], n) for a, n in zip(analyses, batches, strict=True))
+    through = lambda i: sum(_forward(a.points[i], n) for a, n in zip(analyses, batches, strict=True))
     forward = [sum(map(through, group)) for group in groups]
     forward = list(itertools.accumulate(forward)) if fresh else forward
     count, found, waiting = itertools.count(1), [], 0.0  # work before the last use of a shared matrix
@@ -255,8 +266,10 @@ def _lines(analysis: Analysis, forked: set, batches: int) -> dict[int, Line]:
     return {first: _line(sites, forked, analysis, batches) for first, sites in uses.items()}
 
 
-def _forward(site: Site, batches: int) -> float:
-    """The arithmetic of a product in both networks."""
+def _forward(site: Site | Operand, batches: int) -> float:
+    """The arithmetic of a product in both networks; 0 for one without a weight, which calibration does not repeat."""
+    if isinstance(site, Operand):
+        return 0.0
     return 4.0 * batches * math.prod(rows_shape(site.layout, site.data.aval.shape)) * math.prod(site.layout.dims)
 
 
@@ -325,9 +338,9 @@ def _gram(layout: Layout, shape: tuple[int, ...], rows: int, whole: bool, networ
 
 def _calibration(analysis: Analysis, forked_equations: set[int], lines: dict[int, Line], batches: int) -> Memory:
     """Memory of calibration: the loop over stops with sizes in place of arrays."""
-    program, groups = analysis.program, group_by_input(analysis.sites)
-    ends = [min(analysis.sites[i].first for i in group) for group in groups]
-    solved = matrix_uses([[analysis.sites[i] for i in group] for group in groups])
+    program, points, groups = analysis.program, analysis.points, group_by_input(analysis.points)
+    ends = [min(points[i].first for i in group) for group in groups]
+    solved = matrix_uses([[points[i] for i in group] for group in groups])
     first_need, last_need = needs(program)
     live = {v: _bytes(v) for v in program.inputs}  # of one batch
     kernels: dict = {}  # variable or (path, product) -> bytes and the last equation that needs it
@@ -344,7 +357,7 @@ def _calibration(analysis: Analysis, forked_equations: set[int], lines: dict[int
                 networks = 2 if index in forked_equations else 1
                 live.update((v, networks * _bytes(v)) for v in eqn.outvars if program.last_use.get(v, -1) >= end)
         if index_of_stop < len(groups):
-            data = analysis.sites[groups[index_of_stop][0]].data
+            data = points[groups[index_of_stop][0]].data
             live.update({data: _bytes(data)} if isinstance(data, Tap) else {})  # rounded inputs
         moving = sum(live.values()) + 2 * inside  # the batch at work holds its old and its new values
         live = {v: size for v, size in live.items() if program.last_use.get(v, -1) >= end}

@@ -113,7 +113,7 @@ def quantize(
             store = Checkpoint.of(checkpoint, placed, programs, shaped, devices, rules, **own)
             stack.enter_context(contextlib.closing(store))
             stopping = stoppable(store)
-        groups, rebases = group_by_input(first.sites), reference == "block"
+        groups, rebases = group_by_input(first.points), reference == "block"
         coupled = couple(placed, analyses, shaped, groups, key, store.sites if store else ())
         track = TrackSettings(first.assignment.recipes, activations_of(first.assignment), key, coupled)
         options = StreamOptions(offload, rebases, keeps_history=fresh is not None)
@@ -180,7 +180,7 @@ def streams_of(
             functional.leaves,
             group.leaves,
             group.weights,
-            [[a.sites[i] for i in stop] for stop in groups],
+            [[a.points[i] for i in stop] for stop in groups],
             laned,
             options,
         )
@@ -216,8 +216,9 @@ def assemble(
     ):  # codes are placed like their kernel, the rest beside them
         tensors = {path: placed_like(tensor, home[path]) for path, tensor in tensors.items()}
         info = {path: on_mesh_of(home[path], x) for path, x in info.items()}
+        leaf = next((x for x in functional.leaves if isinstance(x, jax.Array)), None)  # operands have no kernel
         seen: dict = {}  # kernels with the same input share one quantizer
-        place = lambda path, rounded: seen.setdefault(id(rounded), on_mesh_of(home[path], rounded))
+        place = lambda path, rounded: seen.setdefault(id(rounded), on_mesh_of(home.get(path, leaf), rounded))
         inputs = {path: [place(path, rounded) for rounded in found] for path, found in inputs.items()}
     return Quantized(
         rebuilt["params"],

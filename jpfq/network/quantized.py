@@ -34,7 +34,8 @@ class Quantized:
     model: a new NNX model, likewise.
     tensors, info: codes and error metrics, by path of the quantized kernel.
     skipped: the reason why a kernel is not quantized, by path of every other kernel.
-    inputs: the quantizers of a kernel's inputs by path, one for each use of the kernel.
+    inputs: the quantizers of a kernel's inputs by path, one for each use of the kernel; and of operands of products without
+        weights, by name, one each.
     biases: paths of the corrected biases.
     uses: the number of products that share a kernel, by path; its codes were chosen on the inputs of all of them.
     output_error: relative error of the model's outputs on the calibration data, the largest over its output arrays; nan

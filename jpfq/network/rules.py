@@ -12,6 +12,7 @@ from ..calibrate.activation import Activations
 from ..calibrate.curvature import Coupling
 from ..matrix import Finish, Form, Hadamard, Method, Order, Prepare, Recipe, Shrinkage, recipe_of
 from ..matrix.patches import Patches
+from ..model.operands import CACHED, Operand
 from ..scalar import Asymmetric, Constraint, Grid, Rounding, Scale, register_dataclass
 from ..scalar.grid import Number
 
@@ -35,6 +36,11 @@ class Rule:
             method=jpfq.GPFQ(), plain=True)` is GPFQ as published except for its steps; `jpfq.paper` has those too.
         activation_bits: short for `activations=Activations(Asymmetric(activation_bits))`.
         activations: settings for quantizing the layer's input while the network runs; None leaves it in float.
+        products: settings for both operands of products of data with data, such as queries, keys, probabilities and values;
+            each has its steps along the axes that the product sums over. The pattern must match the operand's name, as
+            `jpfq.plan` lists it: "blocks/0/attention/query". None leaves them in float.
+        cache: settings for keys and values as a cache holds them, per head and token; a step is for what lies along the
+            head. It takes the place of `products` there. A rule of `products` and `cache` alone leaves kernels to others.
         accumulator: integer sums that must never overflow, such as `jpfq.Accumulator(16, tile=64)`. Requires quantized
             activations. None does not bound sums.
         patches: the windows of a convolution for calibration: `jpfq.patches.AtMost(128)` for each of its inputs (the
@@ -48,6 +54,7 @@ class Rule:
             lists them with their reason, "error" raises. The default raises only if all matched kernels are unsupported.
 
     Examples:
+        >>> cached = jpfq.Rule(".*", bits=4, cache=jpfq.Activations(jpfq.Asymmetric(4), per="row"))
         >>> rules = [
         ...     jpfq.Rule("head/.*", skip=True),
         ...     jpfq.Rule(".*kernel", bits=4, scale=jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(16))),
@@ -70,6 +77,8 @@ class Rule:
     block: int | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
     activation_bits: Number | None = dataclasses.field(default=None, kw_only=True)
     activations: Activations | None = dataclasses.field(default=None, kw_only=True)
+    products: Activations | None = dataclasses.field(default=None, kw_only=True)
+    cache: Activations | None = dataclasses.field(default=None, kw_only=True)
     accumulator: Constraint | None = dataclasses.field(default=None, kw_only=True)
     step_dtype: DTypeLike | None = dataclasses.field(default=None, kw_only=True, metadata=_static)
     patches: Patches | None = dataclasses.field(default=None, kw_only=True)
@@ -91,11 +100,13 @@ class Rule:
                 raise ValueError(f"Rule({self.pattern!r}) skips its kernels, so {names} mean nothing in it.")
             return
         try:
-            self.recipe()
+            if self.quantizes_kernels:
+                self.recipe()
             self.inputs()
         except ValueError as error:
             raise ValueError(f"Rule({self.pattern!r}): {error}") from error
         examples = (("activations", "Activations()"), ("patches", "patches.All()"), ("coupling", "Coupling()"))
+        examples += (("products", "Activations()"), ("cache", "Activations()"))
         for name, example in examples:
             value = getattr(self, name)
             if isinstance(value, (type, str, int, float)):
@@ -106,6 +117,17 @@ class Rule:
     def matches(self, path: str) -> bool:
         """True if the pattern covers the whole path."""
         return re.fullmatch(self.pattern, path) is not None
+
+    @property
+    def quantizes_kernels(self) -> bool:
+        """False for a rule about operands alone."""
+        about_operands = self.products is not None or self.cache is not None
+        return not about_operands or bool((self._settings() | self._around()).keys() - {"products", "cache"})
+
+    def operand(self, operand: Operand) -> Operand:
+        """An operand with the settings of this rule."""
+        cached = self.cache is not None and operand.role in CACHED
+        return dataclasses.replace(operand, activations=self.cache if cached else self.products, cached=cached)
 
     def recipe(self) -> Recipe:
         """The settings of this rule for one matrix, with the defaults filled in."""
@@ -134,7 +156,7 @@ class Rule:
 
     def _around(self):
         """The settings that concern the layer rather than its matrix."""
-        names = ("activation_bits", "activations", "patches", "coupling")
+        names = ("activation_bits", "activations", "products", "cache", "patches", "coupling")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return given | {name: True for name in ("correct_bias", "plain") if getattr(self, name)}
 
@@ -153,6 +175,7 @@ class Assignment(NamedTuple):
     rules: dict[str, Rule]  # of the same kernels
     skipped: dict[str, str]  # the reason, for every other kernel
     refused: dict[str, str]  # those of them that a rule asks for, but that cannot be quantized
+    operands: tuple[Operand, ...] = ()  # to be rounded, with their settings
 
 
 def as_rules(rules) -> tuple[Rule, ...]:
@@ -167,24 +190,31 @@ def as_rules(rules) -> tuple[Rule, ...]:
 
 
 def assign(
-    rules: Sequence[Rule], matrices: dict[str, tuple[int, int]], reasons: dict[str, str], paths: Sequence[str]
+    rules: Sequence[Rule],
+    matrices: dict[str, tuple[int, int]],
+    reasons: dict[str, str],
+    paths: Sequence[str],
+    operands: Sequence[Operand] = (),
 ) -> Assignment:
-    """Assigns a rule to every kernel.
+    """Assigns a rule to every kernel and operand.
 
     Args:
         rules: in order of precedence.
         matrices: by path of each kernel that can be quantized, the inputs and neurons of its matrices.
         reasons: the reason for every other kernel.
         paths: of all parameters.
+        operands: of products of data with data.
 
     Raises:
         ValueError: a rule matches nothing, or nothing beyond earlier rules, or only kernels that cannot be quantized
             (unless `Rule.unsupported` is "skip"); or there is nothing to quantize.
     """
     kernels = dict.fromkeys([*matrices, *reasons])
-    taken = {path: next((i for i, rule in enumerate(rules) if rule.matches(path)), None) for path in paths}
+    of_kernels = [(i, rule) for i, rule in enumerate(rules) if rule.quantizes_kernels]
+    taken = {path: next((i for i, rule in of_kernels if rule.matches(path)), None) for path in paths}
     reasons = {**reasons, **_misfits(rules, matrices, taken)}
-    for index, rule in enumerate(rules):
+    found = _rounded(rules, operands)
+    for index, rule in of_kernels:
         _check_used(index, rule, rules, taken, kernels)
         own = [path for path in kernels if taken[path] == index]
         refused = [path for path in own if path in reasons]
@@ -206,11 +236,11 @@ def assign(
             skipped[path] = reasons[path]
         else:
             applied[path], recipes[path] = rules[index], rules[index].recipe()
-    if not recipes:
+    if not recipes and not found:
         listing = "\n".join(f"  {path}: {reason}" for path, reason in skipped.items()) or "  it has no matrix products"
         raise ValueError(f"There is nothing to quantize in this model:\n{listing}")
     refused = {path: reason for path, reason in reasons.items() if skipped.get(path) == reason}
-    return Assignment(recipes, applied, skipped, refused)
+    return Assignment(recipes, applied, skipped, refused, found)
 
 
 def _misfits(rules, matrices, taken) -> dict[str, str]:
@@ -218,6 +248,28 @@ def _misfits(rules, matrices, taken) -> dict[str, str]:
     ruled = {path: rules[taken[path]] for path in matrices if taken[path] is not None}
     found = {path: rule.recipe().misfit(*matrices[path]) for path, rule in ruled.items() if not rule.skip}
     return {path: reason for path, reason in found.items() if reason is not None}
+
+
+def _rounded(rules, operands) -> tuple[Operand, ...]:
+    """The operands to be rounded, each by the first rule that matches its name."""
+    found, used = [], set()
+    for operand in operands:
+        index, rule = next(((i, rule) for i, rule in enumerate(rules) if rule.matches(operand.path)), (None, None))
+        if rule is not None and (own := rule.operand(operand)).activations is not None:
+            own.activations.check_layer(own.layout, own.path)
+            found.append(own)
+            used |= {(index, own.cached)}
+    for index, rule in enumerate(rules):
+        for name, cached in (("products", False), ("cache", True)):
+            if getattr(rule, name) is not None and (index, cached) not in used:
+                names = [operand.path for operand in operands if not cached or operand.role in CACHED]
+                listing = f"{', '.join(names[:8])}{', ..' if len(names) > 8 else ''}" if names else "there are none"
+                kind = "keys or values of an attention" if cached else "operands of products of data with data"
+                raise ValueError(
+                    f"Rule {index} ({rule.pattern!r}): {name} applies to no {kind} that earlier rules leave. Their names: "
+                    f"{listing}. A pattern must match the whole name."
+                )
+    return tuple(found)
 
 
 def _check_used(index, rule, rules, taken, kernels):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..calibrate.output_error import OutputError, in_words
 from ..model.sites import NO_KERNEL
 from .certify import any_codes_bits
-from .notes import inputs_note, notes
+from .notes import inputs_notes, notes
 from .size import parameters_of, sizes_in_words
 from .table import table
 
@@ -31,7 +31,7 @@ def summary(quantized: "Quantized") -> str:
         bits = (f"{tensor.bits_per_weight:.2f}", f"{float(info.entropy):.2f}")
         rows.append((path, shape, str(tensor.grid), *bits, *shares, str(int(info.dead))))
     head = ("kernel", "shape", "grid", "bits", "entropy", "error", "saturated", "zeros", "dead inputs")
-    lines = [table(head, rows)]
+    lines = [table(head, rows)] if rows else []
     if any(info.reach is not None for info in quantized.info.values()):
         lines.append(_accumulators(quantized))
     lines += [note for path, info in quantized.info.items() for note in notes(path, info)]
@@ -40,8 +40,7 @@ def summary(quantized: "Quantized") -> str:
     if quantized.uses:
         shared = ", ".join(f"{path} ({count})" for path, count in quantized.uses.items())
         lines.append(f"Kernels used by several products, quantized on the inputs of all of them: {shared}.")
-    if quantized.inputs or quantized.biases:
-        lines.append(inputs_note(quantized.inputs, quantized.biases))
+    lines += inputs_notes(quantized.inputs, quantized.tensors, quantized.biases)
     if quantized.learned is not None:
         lines.append(str(quantized.learned))
     sizes = sizes_in_words(quantized.bits_per_weight, quantized.nbytes, quantized.size)

@@ -213,8 +213,15 @@ def _inputs(quantized):
                 name = path if len(uses) == 1 else f"{path}, use {use}"
                 settings = quantizer.settings
                 rows.append([Cell(number, number), breakable(name), settings.grid, settings.where, *_levels(quantizer)])
+        for name in [name for name in quantized.inputs if name not in quantized.tensors]:
+            settings = quantized.inputs[name][0].settings
+            levels = _levels(quantized.inputs[name][0])
+            rows.append([Cell("", 0), breakable(name), settings.grid, settings.where, *levels])
         head = ("#", "inputs of", "grid", "step per", "step", "from", "to")
-        parts.append(tag("p", "Inputs of these kernels are quantized while the network runs.", class_="lead"))
+        words = (
+            "Inputs of these kernels, and operands of products without weights, are quantized while the network runs."
+        )
+        parts.append(tag("p", words, class_="lead"))
         parts.append(table(head, rows, words=4, class_="sorted"))
     if quantized.biases:
         title = f"{len(quantized.biases)} biases are corrected for the mean error of their layer"

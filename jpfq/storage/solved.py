@@ -123,7 +123,7 @@ def _rounded(value, asked):
     if (levels is None) != asked.activations.dynamic:
         raise ValueError("its input has levels where they are taken as it runs, or none where they are not")
     unit = rounded.unit
-    if (unit is None) == bool(kernel_bits(asked.activations.step_dtype)) or (
+    if (unit is None) == bool(kernel_bits(asked.activations.steps_as)) or (
         unit is not None and not (_is_float(unit) and unit.shape == () and 0 < float(unit) < math.inf)
     ):
         raise ValueError("the unit of the steps of its input is missing, or is none")

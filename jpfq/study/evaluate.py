@@ -50,7 +50,7 @@ def evaluate(subject: Subject, quantized: Quantized) -> dict[str, Any]:
         "output_error": _error(whole),
         "weights_unmatched": weights.unmatched,
         "output_unmatched": whole.unmatched,
-        "inputs_rounded": len(quantized.inputs),
+        "inputs_rounded": len(quantized.inputs.keys() & quantized.tensors.keys()),
     }
 
 

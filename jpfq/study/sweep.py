@@ -194,7 +194,7 @@ def _calibrate(
 ) -> list[Chunk]:
     """One run of calibration, for settings with the same stops."""
     first = settings[indices[0]]
-    groups = group_by_input(first.first.sites)
+    groups = group_by_input(first.first.points)
     parts = _parts(settings, indices, lanes)
     track_settings = [_track_settings(functional, shaped, settings, part, groups) for part in parts]
     streams = streams_of(functional, first.analyses, shaped, groups, [True] * len(parts), StreamOptions(offload))
@@ -304,7 +304,8 @@ def _run_key(setting: _Setting):
     return tuple(
         (
             tuple((s.path, s.index, s.patches, s.bias is not None, s.activations is not None) for s in analysis.sites),
-            tuple(map(tuple, group_by_input(analysis.sites))),
+            tuple(map(tuple, group_by_input(analysis.points))),
+            tuple((o.path, o.cached) for o in analysis.operands),
         )
         for analysis in setting.analyses
     )
