@@ -32,8 +32,8 @@ def summary(quantized: "Quantized") -> str:
         lines.append(f"Kernels used by several products, quantized on the inputs of all of them: {shared}.")
     if quantized.inputs or quantized.biases:
         lines.append(
-            f"Inputs of {len(quantized.inputs)} kernels are quantized while the network runs; {len(quantized.biases)} biases "
-            "are corrected for the mean error of their layer."
+            f"Inputs of {len(quantized.inputs)} kernels are quantized while the network runs; {len(quantized.biases)} "
+            "biases are corrected for the mean error of their layer."
         )
     if quantized.learned is not None:
         lines.append(str(quantized.learned))
