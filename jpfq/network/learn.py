@@ -1,8 +1,8 @@
 """`learn`: codes, steps, biases and norms of a quantized network, trained towards the float network's outputs.
 
-All layers are trained at once, as in quantization-aware training by distillation (Hinton et al., arXiv 1503.02531), but few
-codes may change and each by few levels, as in AdaRound (arXiv 2004.10568): the start is a result that path following has
-made. The forward pass of training is the deployed network, so the loss on held-out batches is that of the result.
+All layers are trained at once, as in quantization-aware training by distillation (Hinton et al., arXiv 1503.02531), but
+each code may change by few levels only, as in AdaRound (Nagel et al., arXiv 2004.10568): the start is a result of path
+following. Levels are soft at first and hard in the end (moves.py); the loss on held-out batches is that of the hard network.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ from .quantized import Quantized
 from .targets import Outputs, split
 
 LOG = logging.getLogger("jpfq")
+SOFT, HARD = 4.0, 100.0  # the sharpness of levels at the first step and at the last
 PARTS = ("codes", "steps", "zeros", "vectors", "others")
 _static: Any = {"metadata": {"static": True}}
 
@@ -62,8 +63,7 @@ class Learning:
         reach: levels by which a code may differ from its start, at most.
         keep_zeros: whether weights that are quantized to 0 stay 0, for sparse kernels.
         held_out: the share of the batches that is held out, at least one batch; or other batches, in a list.
-        checks: times that the loss on held-out batches is computed. The best result is returned.
-        patience: checks in a row without a better result after which learning stops.
+        checks: times that the loss on held-out batches is computed, evenly over the steps. The best result is returned.
         seed: of the order of the batches, and of the choice of those held out.
 
     Examples:
@@ -80,11 +80,10 @@ class Learning:
     keep_zeros: bool = dataclasses.field(default=False, kw_only=True, **_static)
     held_out: Any = dataclasses.field(default=0.125, kw_only=True)
     checks: int = dataclasses.field(default=10, kw_only=True, **_static)
-    patience: int = dataclasses.field(default=5, kw_only=True, **_static)
     seed: int = dataclasses.field(default=0, kw_only=True, **_static)
 
     def __post_init__(self):
-        for name, least in (("steps", 0), ("reach", 1), ("checks", 1), ("patience", 1), ("seed", 0)):
+        for name, least in (("steps", 0), ("reach", 1), ("checks", 1), ("seed", 0)):
             if not is_count(value := getattr(self, name), least):
                 raise ValueError(f"Learning: {name} is an integer of at least {least}; got {value!r}.")
         if not may_be(self.rate, lambda x: x > 0):
@@ -210,35 +209,34 @@ class _Learner:
         before = best = self._held_out(leaves)
         if not np.isfinite(before):
             raise ValueError(self._not_finite(before))
-        found, kept, taken, missed = (start.tensors, leaves), 0, 0, 0
+        tensors, found, kept = start.tensors, leaves, 0
         memory = self.optimizer.init(state)
         every = -(-steps // self.learning.checks)
         draw = np.random.default_rng(self.learning.seed)
         queue: list[int] = []
-        while taken < steps and missed < self.learning.patience:
+        for taken in range(1, steps + 1):
             queue = queue or draw.permutation(len(self.training)).tolist()
             batch = self.training[queue.pop()]
+            sharpness = jnp.asarray(SOFT * (HARD / SOFT) ** (taken / steps))
             data = batch.data, self.float_outputs(batch), batch.weights
-            state, memory = self.step(state, memory, start.tensors, leaves, start.inputs, *data)
-            taken += 1
+            state, memory = self.step(state, memory, sharpness, start.tensors, leaves, start.inputs, *data)
             if taken % every == 0 or taken == steps:
                 made = self.deployed(state, start.tensors, leaves)
                 loss = self._held_out(made[1])
                 _say(f"step {taken} of {steps}: held-out loss {loss:.4g}, {before:.4g} at the start", progress)
-                missed = 0 if loss < best else missed + 1
                 if loss < best:
-                    found, best, kept = made, loss, taken
-        changed = sum(int(jnp.sum(found[0][path].codes != old.codes)) for path, old in start.tensors.items())
-        share = changed / max(1, sum(tensor.codes.size for tensor in found[0].values()))
+                    (tensors, found), best, kept = made, loss, taken
+        changed = sum(int(jnp.sum(tensors[path].codes != old.codes)) for path, old in start.tensors.items())
+        share = changed / max(1, sum(tensor.codes.size for tensor in tensors.values()))
         name = self.learning.loss if isinstance(self.learning.loss, str) else "function"
-        return *found, Learned(name, before, best, taken, kept, share)
+        return tensors, found, Learned(name, before, best, steps, kept, share)
 
     def error(self, leaves: Sequence) -> OutputError:
         """The error of the outputs on all batches."""
         comparisons = []
         for batch in [*self.training, *self.held]:
-            pair = self.float_outputs(batch), self.run(leaves, self.start.inputs, batch.data)
-            comparisons.append(Comparison.of(*map(floating, pair), weights=batch.weights))
+            exact, found = self.float_outputs(batch), self.run(leaves, self.start.inputs, batch.data)
+            comparisons.append(Comparison.of(floating(exact), floating(found), weights=batch.weights))
         return functools.reduce(lambda a, b: a + b, comparisons).error.overall
 
     def _initial(self):
@@ -248,36 +246,34 @@ class _Learner:
         others = {path: leaves[i] for path, i in self.index.items() if path not in tensors and floating(leaves[i])}
         wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
         others = {path: wide(jnp.asarray(x)) for path, x in others.items() if wanted(x)}
-        return _State(self.moves.start(tensors), others)
+        kernels = {path: self.exact.leaves[self.index[path]] for path in tensors}
+        return _State(self.moves.start(tensors, kernels), others)
 
-    def _made(self, state, tensors, leaves):
-        """Tensors and parameters of the quantized network; the latter are differentiable by the state."""
-        made, new = self.moves(state.kernels, tensors), list(leaves)
-        for path, (_, kernel) in made.items():
-            new[self.index[path]] = kernel
-        for path, x in state.others.items():
+    def _parameters(self, kernels, others, leaves):
+        """All parameters, with these kernels and others."""
+        new = list(leaves)
+        for path, x in (kernels | others).items():
             new[self.index[path]] = x.astype(jnp.result_type(leaves[self.index[path]]))
-        return {path: tensor for path, (tensor, _) in made.items()}, new
+        return tuple(new)
 
     def _run(self, leaves, inputs, data):
         return run(self.exact, leaves, inputs, data) if inputs else self.exact.fn(leaves, data)
 
-    def _step(self, state, memory, tensors, leaves, inputs, data, exact, weights):
+    def _step(self, state, memory, sharpness, tensors, leaves, inputs, data, exact, weights):
         def loss(state):
-            return self.distance(exact, self._run(self._made(state, tensors, leaves)[1], inputs, data), weights)
+            soft = self._parameters(self.moves(state.kernels, tensors, sharpness), state.others, leaves)
+            return self.distance(exact, self._run(soft, inputs, data), weights)
 
         slope = jax.grad(loss)(state)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # which optax relies on
             change, memory = self.optimizer.update(slope, memory, state)
-            state = optax.apply_updates(state, change)
-        return state._replace(kernels=self.moves.within(state.kernels, tensors)), memory
+            new: Any = optax.apply_updates(state, change)
+        return new._replace(kernels=self.moves.within(new.kernels, tensors)), memory
 
     def _deployed(self, state, tensors, leaves):
         """Tensors and parameters of the network that is deployed, from its codes."""
-        made, new = self._made(state, tensors, leaves)
-        for path, tensor in made.items():
-            new[self.index[path]] = tensor.dequantize()
-        return made, tuple(new)
+        made = self.moves.deployed(state.kernels, tensors)
+        return made, self._parameters({path: x.dequantize() for path, x in made.items()}, state.others, leaves)
 
     def _held_out(self, leaves) -> float:
         found = lambda batch: self.run(leaves, self.start.inputs, batch.data)
@@ -316,7 +312,7 @@ def _check_start(quantized, given: Functional):
         lo, hi, *_ = tensor.grid.alphabet()
         if tensor.codes.size and not (lo <= int(tensor.codes.min()) and int(tensor.codes.max()) <= hi):
             raise ValueError(
-                f"The codes of {path} run from {tensor.codes.min()} to {tensor.codes.max()}, beyond {tensor.grid}, which has "
+                f"The codes of {path} run from {tensor.codes.min()} to {tensor.codes.max()}, beyond those of {tensor.grid}, "
                 f"{lo} to {hi}: learn from a result as jpfq.quantize or jpfq.load returns it."
             )
 

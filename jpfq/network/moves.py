@@ -1,8 +1,14 @@
 """Codes, steps and zero points of kernels as numbers that an optimizer changes, and the kernels that they give.
 
-A code is that of the level nearest to a position, which starts at the level of the code and stays within `reach` levels of it.
-Steps are changed by factors exp(x), zero points by positions as well. The forward pass has the kernel that is deployed, to the
-bit; derivatives pass straight through the rounding (Bengio et al., arXiv 1308.3432).
+A position is a number in units of the step, and its code that of the nearest level. It starts at the float weight, as far as
+this lies in the cell of the code, and stays within `reach` levels of it. While it trains, a kernel has soft levels: on the
+share s of the way from one level to the next,
+
+    (sigmoid(T (s - 1/2)) - sigmoid(-T / 2)) / (1 - 2 sigmoid(-T / 2))
+
+of the way. That is s itself for a sharpness T of 0, and the nearest of the two as T grows (Gong et al., arXiv 1908.05033;
+Nagel et al., arXiv 2004.10568). Steps are changed by factors exp(x). Zero points and types of steps are rounded, and
+derivatives pass straight through that rounding (Bengio et al., arXiv 1308.3432).
 """
 
 import dataclasses
@@ -23,11 +29,14 @@ from ..scalar import SumSpec, WorstCase
 from ..scalar.step_types import StepStorage, is_coarse
 
 UNIT = 16.0  # levels by which a change of 1 moves a position: so one rate suits positions, factors and biases
-MARGIN = 0.49  # of a gap, that a position goes beyond the last level in its reach
+CELL = 0.45  # of the gap to the next level, that a position may start away from the level of its code
 
 
 class Kernel(NamedTuple):
-    """The numbers of one kernel, all 0 at the start: of its codes, steps and zero points. None for what does not change."""
+    """The numbers of one kernel: of its positions, as distances from the start's levels, of its steps and zero points.
+
+    None stands for what does not change.
+    """
 
     move: jax.Array | None
     step: jax.Array | None
@@ -79,8 +88,9 @@ class Bound(NamedTuple):
 class Moves:
     """What may change in the kernels of a result, and how far.
 
-    parts: "codes", "steps", "zeros". reach: levels by which a code may differ from its start. keep_zeros: whether weights that
-    are quantized to 0 stay 0. bounds: of the kernels whose integer sums are to fit an accumulator, by path.
+    parts: "codes", "steps", "zeros". reach: levels by which a code may differ from its start.
+    keep_zeros: whether weights that are quantized to 0 stay 0.
+    bounds: of the kernels whose integer sums are to fit an accumulator, by path.
     """
 
     parts: tuple[str, ...]
@@ -89,12 +99,12 @@ class Moves:
     bounds: Mapping[str, Sequence[Bound]]
 
     @anywhere
-    def start(self, tensors: Mapping[str, QTensor]) -> dict[str, Kernel]:
-        """The numbers to be trained, by path. All are 0, which changes nothing."""
+    def start(self, tensors: Mapping[str, QTensor], kernels: Mapping[str, jax.Array]) -> dict[str, Kernel]:
+        """The numbers to be trained, by path, which give the codes of `tensors`. `kernels` are the float network's."""
         zeros = lambda wanted, x, tensor: jnp.zeros_like(x, tensor.step.dtype) if wanted else None
         return {
             path: Kernel(
-                zeros("codes" in self.parts, tensor.codes, tensor),
+                _Positions(tensor, self.reach).of(kernels[path]) if "codes" in self.parts else None,
                 zeros("steps" in self.parts and not is_coarse(tensor.step_dtype), tensor.step, tensor),
                 zeros("zeros" in self.parts and tensor.grid.alphabet().zero is None, tensor.zero, tensor),
             )
@@ -106,20 +116,23 @@ class Moves:
         return {path: self._within(kernel, tensors[path]) for path, kernel in kernels.items()}
 
     def __call__(
-        self, kernels: Mapping[str, Kernel], tensors: Mapping[str, QTensor]
-    ) -> dict[str, tuple[QTensor, jax.Array]]:
-        """Codes and steps of each kernel, and its values, which are differentiable by the numbers."""
-        return {path: self._made(path, kernel, tensors[path]) for path, kernel in kernels.items()}
+        self, kernels: Mapping[str, Kernel], tensors: Mapping[str, QTensor], sharpness: jax.Array
+    ) -> dict[str, jax.Array]:
+        """The soft kernels, which are differentiable by their numbers."""
+        return {path: self._made(path, kernel, tensors[path], sharpness)[1] for path, kernel in kernels.items()}
+
+    def deployed(self, kernels: Mapping[str, Kernel], tensors: Mapping[str, QTensor]) -> dict[str, QTensor]:
+        """The codes and the steps of the kernels."""
+        return {path: self._made(path, kernel, tensors[path], None)[0] for path, kernel in kernels.items()}
 
     def _within(self, kernel, tensor):
         if kernel.move is None:
             return kernel
         at = _Positions(tensor, self.reach)
-        least, most = ((at.level(end) - at.level(at.start)) / at.gap for end in (at.least, at.most))
-        move = jnp.clip(kernel.move, (least - MARGIN) / UNIT, (most + MARGIN) / UNIT)
-        return kernel._replace(move=move)
+        return kernel._replace(move=jnp.clip(kernel.move, at.moves(at.least), at.moves(at.most)))
 
-    def _made(self, path, kernel, tensor):
+    def _made(self, path, kernel, tensor, sharpness):
+        """The hard tensor, and the soft kernel, or the hard one without a sharpness."""
         step, zero, levels = tensor.step, tensor.zero, tensor.levels
         if kernel.step is not None:
             step = step * jnp.exp(kernel.step)
@@ -127,32 +140,54 @@ class Moves:
         if kernel.zero is not None:
             moved = zero + UNIT * kernel.zero
             zero = _through(jnp.clip(jnp.round(moved), levels.lo, levels.hi), moved)
-        level, codes = levels.level(tensor.codes.astype(step.dtype)), tensor.codes
+        at = _Positions(tensor, self.reach)
+        code, level = at.start, at.level(at.start)
         if kernel.move is not None:
-            at = _Positions(tensor, self.reach)
-            position = at.level(at.start) + at.gap * UNIT * kernel.move
-            code = jnp.clip(at.grid.encode(position), at.least, at.most)
-            if self.keep_zeros:
-                code = jnp.where(level == levels.zero, at.start, code)
+            position = level + at.gap * UNIT * kernel.move
+            code, moved = lax.stop_gradient(
+                (jnp.clip(at.grid.encode(position), at.least, at.most), jnp.abs(kernel.move))
+            )
+            free = level != levels.zero if self.keep_zeros else jnp.ones(level.shape, bool)
+            code = jnp.where(free, code, at.start)
             for bound in self.bounds.get(path, ()):
-                moved = lax.stop_gradient(jnp.abs(kernel.move))
-                ok = bound.allowed(levels.integers(at.start), levels.integers(lax.stop_gradient(code)), moved)
-                code = jnp.where(ok, code, at.start)
-            level, codes = _through(at.level(code), position), code.astype(codes.dtype)
-        made = dataclasses.replace(tensor, codes=codes, step=step, zero=zero)
-        return lax.stop_gradient(made), made.at(level)
+                free &= bound.allowed(levels.integers(at.start), levels.integers(code), moved)
+                code = jnp.where(free, code, at.start)
+            level = at.level(code) if sharpness is None else jnp.where(free, at.soft(position, sharpness), level)
+        made = dataclasses.replace(tensor, codes=code.astype(tensor.codes.dtype), step=step, zero=zero)
+        return made, made.at(level)
 
 
 class _Positions:
     """The levels of a kernel in units of its step, and the codes in reach of each of its own."""
 
     def __init__(self, tensor: QTensor, reach: int):
-        levels = tensor.levels
+        self.tensor, levels = tensor, tensor.levels
         self.grid = levels.with_steps(jnp.ones_like(levels.step), jnp.zeros_like(levels.zero))
         self.level, self.start = self.grid.level, tensor.codes.astype(levels.step.dtype)
-        self.least, self.most = (jnp.clip(self.start + k, levels.lo, levels.hi) for k in (-reach, reach))
+        self.least, self.most = self.near(-reach), self.near(reach)
         table = levels.table
         self.gap = jnp.ones((), levels.step.dtype) if table is None else (table[-1] - table[0]) / (table.shape[0] - 1)
+
+    def near(self, k: int) -> jax.Array:
+        """The codes that lie k from the start, or at the end of the grid."""
+        return jnp.clip(self.start + k, self.grid.lo, self.grid.hi)
+
+    def moves(self, code: jax.Array) -> jax.Array:
+        """The distance of the level of a code from the start's, as it is trained."""
+        return (self.level(code) - self.level(self.start)) / (self.gap * UNIT)
+
+    def of(self, kernel: jax.Array) -> jax.Array:
+        """The distance of the float weights, within the cells of their codes."""
+        away = self.tensor.levels.position(self.tensor.turned(kernel)) - self.level(self.start)
+        return jnp.clip(away / (self.gap * UNIT), CELL * self.moves(self.near(-1)), CELL * self.moves(self.near(1)))
+
+    def soft(self, position: jax.Array, sharpness: jax.Array) -> jax.Array:
+        """The soft level of a position in reach."""
+        below, share = self.grid.between(position)
+        first, T = self.level(below), sharpness.astype(share.dtype)
+        gap = self.level(jnp.minimum(below + 1, self.grid.hi)) - first
+        end = jax.nn.sigmoid(-T / 2)
+        return first + gap * (jax.nn.sigmoid(T * (share - 0.5)) - end) / (1 - 2 * end)
 
 
 def _through(rounded, x):

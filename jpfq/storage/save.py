@@ -249,7 +249,7 @@ def _learned(record):
     if record is None:
         return None
     kinds = str, float, float, int, int, float
-    values = [NOT_FINITE.get(x, x) if isinstance(x, str) else x for x in _list(record)]
+    values: list[Any] = [NOT_FINITE.get(x, x) if isinstance(x, str) else x for x in _list(record)]
     if [type(x) for x in values] != list(kinds):
         raise ValueError(f"Expected what learning did; got {str(record)[:80]!r}.")
     return Learned(*values)
