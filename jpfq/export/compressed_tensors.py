@@ -98,6 +98,8 @@ def compressed_tensors(
 
 def _layer(quantized, path, name, site, dynamic_inputs) -> tuple[Scheme, dict[str, np.ndarray]]:
     """The scheme of a kernel and its arrays by name."""
+    if path in quantized.embeddings:
+        raise ValueError("an embedding, which servers read as floating numbers")
     inputs, around = inputs_of(quantized.inputs.get(path))
     scheme, arrays = layer(quantized.tensors[path], path, site, inputs or DYNAMIC.get(dynamic_inputs))
     if not name.endswith(".weight"):

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Literal, NamedTuple
 
 from jax.typing import DTypeLike
@@ -16,6 +16,7 @@ from ..scalar import Asymmetric, Constraint, Grid, PerTensor, Rounding, Scale, r
 from ..scalar.grid import Number
 
 _static = {"static": True}
+ANY = "\0"  # matched by patterns for everything, such as ".*"
 
 
 @register_dataclass
@@ -24,7 +25,9 @@ class Rule:
     """The settings for quantizing the kernels whose path matches a regular expression.
 
     Args:
-        pattern: a regular expression that must match the whole '/'-joined path: "head/.*", ".*kernel".
+        pattern: a regular expression that must match the whole '/'-joined path: "head/.*", ".*kernel". A rule that takes
+            embeddings and no other kernel, such as "embed.*", quantizes them by rows. Other rules, and ".*", leave them in
+            float.
         bits: short for `grid=Integer(bits)`, or `Binary()` for one bit.
         grid: the alphabet; give this or `bits`.
         scale, rotation, order, prepare, method, rounding, step_dtype, form, block: the same as in `jpfq.solve`, with the
@@ -125,6 +128,26 @@ class Rule:
             )
         return recipe
 
+    def of_embedding(self, path: str) -> Recipe:
+        """The settings of this rule for an embedding, by rows.
+
+        Raises:
+            ValueError: it has settings for the inputs of a layer, which are integers here, or for calibration rows.
+        """
+        recipe = self.recipe()
+        wrong = [
+            name
+            for name in ("activation_bits", "activations", "patches", "coupling")
+            if getattr(self, name) is not None
+        ]
+        wrong += ["correct_bias"] * self.correct_bias + ["form='data' or such a preparation"] * recipe.needs_rows
+        if wrong:
+            raise ValueError(
+                f"Rule({self.pattern!r}) matches {path}, an embedding, whose inputs are integers: {', '.join(wrong)} mean "
+                "nothing for it. Give it a rule without them."
+            )
+        return recipe
+
     def inputs(self) -> Activations | None:
         """The settings for quantizing the inputs of these kernels; None if they are not quantized."""
         if self.activation_bits is None:
@@ -153,6 +176,7 @@ class Assignment(NamedTuple):
     recipes: dict[str, Recipe]  # of the kernels to quantize
     rules: dict[str, Rule]  # of the same kernels
     skipped: dict[str, str]  # the reason, for every other kernel
+    embeddings: dict[str, Recipe]  # of the embeddings to quantize
 
 
 def as_rules(rules) -> tuple[Rule, ...]:
@@ -167,7 +191,11 @@ def as_rules(rules) -> tuple[Rule, ...]:
 
 
 def assign(
-    rules: Sequence[Rule], quantizable: Sequence[str], reasons: dict[str, str], paths: Sequence[str]
+    rules: Sequence[Rule],
+    quantizable: Sequence[str],
+    reasons: dict[str, str],
+    paths: Sequence[str],
+    embeddings: Container[str] = (),
 ) -> Assignment:
     """Assigns a rule to every kernel.
 
@@ -176,6 +204,8 @@ def assign(
         quantizable: paths of the kernels that can be quantized.
         reasons: the reason for every other kernel.
         paths: of all parameters.
+        embeddings: some of the kernels with a reason. A rule that takes embeddings and no other kernel quantizes them,
+            unless its pattern matches everything.
 
     Raises:
         ValueError: a rule matches nothing, or nothing beyond earlier rules, or only kernels that cannot be quantized
@@ -183,9 +213,13 @@ def assign(
     """
     kernels = dict.fromkeys([*quantizable, *reasons])
     taken = {path: next((i for i, rule in enumerate(rules) if rule.matches(path)), None) for path in paths}
+    named: dict[str, Recipe] = {}
     for index, rule in enumerate(rules):
         _check_used(index, rule, rules, taken, kernels)
         own = [path for path in kernels if taken[path] == index]
+        if own and not rule.skip and not rule.matches(ANY) and all(path in embeddings for path in own):
+            named.update((path, rule.of_embedding(path)) for path in own)
+            continue
         refused = [path for path in own if path in reasons]
         strict = rule.unsupported == "error" or (rule.unsupported is None and len(refused) == len(own))
         if refused and strict and not rule.skip:
@@ -201,14 +235,16 @@ def assign(
             skipped[path] = "no rule matches it"
         elif rules[index].skip:
             skipped[path] = f"rule {index} ({rules[index].pattern!r}) skips it"
+        elif path in named:
+            continue
         elif path in reasons:
             skipped[path] = reasons[path]
         else:
             applied[path], recipes[path] = rules[index], rules[index].recipe()
-    if not recipes:
+    if not recipes and not named:
         listing = "\n".join(f"  {path}: {reason}" for path, reason in skipped.items()) or "  it has no matrix products"
         raise ValueError(f"There is nothing to quantize in this model:\n{listing}")
-    return Assignment(recipes, applied, skipped)
+    return Assignment(recipes, applied, skipped, named)
 
 
 def _check_used(index, rule, rules, taken, kernels):
