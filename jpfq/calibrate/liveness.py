@@ -1,6 +1,6 @@
 """Liveness: between which equations fixed values are needed, and from where on the two networks differ."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from ..model.compat import is_literal
@@ -33,15 +33,20 @@ def needs(program: Program) -> tuple[dict[int, int], dict[Any, int]]:
     return dict(reversed(first.items())), {v: high for v, (_, high) in span.items()}
 
 
-def forks(program: Program, sites: Sequence[Site | Operand]) -> tuple[set, set[int]]:
+def forks(program: Program, sites: Sequence[Site | Operand], replaced: Container = ()) -> tuple[set, set[int]]:
     """The variables in which the networks differ, and the equations that compute them.
 
-    These are downstream of a quantized site or of a rounded operand.
+    They are those downstream of a quantized site, of a rounded operand, and of an equation on data that reads one of the
+    variables `replaced`.
     """
     quantized, variables, equations = {site.index for site in sites}, set(), set()
     variables.update(site.data for site in sites if isinstance(site.data, Tap))
     for index, eqn in enumerate(program.equations):
-        if index in quantized or any(v in variables for v in eqn.invars if not is_literal(v)):
+        read = [v for v in eqn.invars if not is_literal(v)]
+        differs = any(v in variables for v in read) or (
+            replaced and not program.is_fixed(eqn) and any(v in replaced for v in read)
+        )
+        if index in quantized or differs:
             variables.update(eqn.outvars)
             equations.add(index)
     return variables, equations

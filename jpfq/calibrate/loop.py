@@ -282,6 +282,13 @@ def _install(stop, position, track, solved):
         track.info[site.path] = track.lift(Info.join)(infos)
 
 
+def solve_one(W: jax.Array, data: Any, recipe: Recipe, key: jax.Array | None, devices: Devices | None) -> Solution:
+    """The solution of one problem W (B, in, out) that is no site of a track, by a Gram."""
+    if _in_slices(W.shape, recipe, None, devices, False):
+        return _solve_slices(W, data, recipe, key)
+    return solve_sharded(W, data, recipe, key, devices)
+
+
 def _in_slices(size, recipe, coupled, devices, laned) -> bool:
     return not (coupled or devices or laned) and slice_width(size, recipe) < size[-1]
 

@@ -54,16 +54,18 @@ class Track(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StreamOptions:
-    """The options of a stream, none of which depends on the model.
+    """The options of a stream.
 
     offload: whether waiting batches are moved to host memory.
     rebases: whether `rebase` will be called.
     keeps_history: whether `replay` will be called.
+    replaced: variables of parameters that are quantized before the first stop; `replace` sets their values.
     """
 
     offload: bool = False
     rebases: bool = False
     keeps_history: bool = False
+    replaced: frozenset = frozenset()
 
 
 class Stream:
@@ -102,7 +104,8 @@ class Stream:
             start = dict(zip(program.inputs, leaves, strict=True))
             exact = {} if options.rebases else reference
             self.batches.append(Networks(start, reference, [{} for _ in laned], exact))
-        self.forks, self.forked_equations = forks(program, [site for stop in stops for site in stop])
+        sites = [site for stop in stops for site in stop]
+        self.forks, self.forked_equations = forks(program, sites, options.replaced)
         self.followed = self._follow(batches)
         self.other = OtherPadding.of(program, batches, weights, self.followed)
         self.waiting = [0] * len(self.batches)  # bytes that each batch holds on the device while another is computed

@@ -123,6 +123,8 @@ def write(
             stem, parts = name.removesuffix(".weight"), None
             if ours and path in quantized.tensors:
                 try:
+                    if path in quantized.embeddings:
+                        raise ValueError("an embedding, which servers read as floating numbers")
                     scheme, arrays = held(path, sites.get(path))
                     if stem == name:
                         raise ValueError(f"its name {name} does not end in .weight")

@@ -75,6 +75,8 @@ def to_qwix(quantized: Any, batch: Any, model: Any = None, kwargs: dict | None =
     for path, tensor in quantized.tensors.items():
         rounded = quantized.inputs.get(path, [])
         try:
+            if path in quantized.embeddings:
+                raise ValueError("an embedding, which qwix reads as floating numbers")
             kernels[path] = _kernel(tensor, uses.get(path, []))
             rule = _rule(kernels[path], uses[path][0].layout, rounded)
             parent = path.rpartition("/")[0]

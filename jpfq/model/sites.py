@@ -10,7 +10,7 @@ import functools
 import heapq
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,23 +149,33 @@ def find_sites(program: Program) -> tuple[list[Site], dict[str, str]]:
 
     These are the parameters of rank 2 or more, and those that are used by a product in any way.
     """
-    finder = _Finder(program)
-    for index, eqn in enumerate(program.equations):
-        finder.visit(index, eqn)
-    return finder.finish()
+    return Finder(program).finish()
 
 
-class _Finder:
-    """Follows every parameter in one pass over the equations."""
+class Lookup(NamedTuple):
+    """An equation that reads entries of a parameter along one axis, at integers that are data: an embedding."""
+
+    table: Any  # variable of the operand that is read from
+    chain: Chain  # from the parameter to it
+    axis: int  # of the operand
+
+
+class Finder:
+    """Follows every parameter in one pass over the equations of a program."""
 
     def __init__(self, program: Program):
         self.program = program
+        self.lookups: dict[int, list[Lookup | None]] = collections.defaultdict(
+            list
+        )  # leaf -> its gathers; None: others
         self.origin: dict = {v: (leaf, Chain()) for leaf, v in enumerate(program.params)}
         self.computed: dict = {}  # fixed variable that is not a view -> the leaves it is computed from
         self.sites: list[Site] = []
         self.refused: dict[int, str] = {}  # leaf -> reason why a product with it is not a site
         self.uses: dict[int, set[str]] = collections.defaultdict(set)  # leaf -> other primitives that use it
         self.count = collections.Counter()  # leaf -> number of products that use it
+        for index, eqn in enumerate(program.equations):
+            self.visit(index, eqn)
 
     def visit(self, index, eqn):
         name = eqn.primitive.name
@@ -180,12 +190,21 @@ class _Finder:
         else:
             for v in views:
                 self.uses[self.origin[v][0]].add(_use(eqn))
+                if name == "gather":
+                    self.lookups[self.origin[v][0]].append(self.lookup(eqn, v))
         if self.program.is_fixed(eqn):
             leaves = set().union(*(self.leaves(v) for v in eqn.invars if not is_literal(v)))
             self.computed.update((v, leaves) for v in eqn.outvars)
 
     def leaves(self, v):
         return {self.origin[v][0]} if v in self.origin else self.computed.get(v, set())
+
+    def lookup(self, eqn, v):
+        """The lookup that a gather from a view of a parameter is; None for any other gather."""
+        axis = looked_up(eqn)
+        if axis is None or self.program.is_fixed(eqn) or v is not eqn.invars[0]:
+            return None
+        return Lookup(v, self.origin[v][1], axis)
 
     def product(self, index, eqn, views):
         sides = [s for s in (0, 1) if not is_literal(eqn.invars[s]) and eqn.invars[s] in self.program.fixed]
@@ -306,6 +325,15 @@ def is_step(eqn) -> bool:
     if eqn.primitive.name not in STRUCTURAL or not all(map(is_literal, eqn.invars[1:])):
         return False
     return sum(v.aval.size for v in eqn.outvars) <= eqn.invars[0].aval.size
+
+
+def looked_up(eqn) -> int | None:
+    """The axis of the operand of a gather along which it reads whole entries, one for each integer; None if it does not."""
+    numbers, sizes, shape = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], eqn.invars[0].aval.shape
+    axes = [i for i, (size, n) in enumerate(zip(sizes, shape, strict=True)) if size != n]
+    if len(axes) != 1 or sizes[axes[0]] != 1 or axes[0] not in numbers.start_index_map or numbers.operand_batching_dims:
+        return None
+    return axes[0]
 
 
 def factor(eqn) -> float | None:

@@ -15,6 +15,7 @@ from ..calibrate.curvature import curvatures
 from ..calibrate.stops import matrix_uses
 from ..matrix.arrays import are_finite
 from ..matrix.layout import ConvLayout
+from ..model.embeddings import Embedding
 from ..model.functional import Functional
 from ..model.operands import Operand, find_operands, moved, with_operand_taps
 from ..model.program import Program
@@ -29,12 +30,19 @@ class Analysis(NamedTuple):
     program: Program
     sites: list[Site]  # to be quantized
     assignment: Assignment
+    embeddings: list[Embedding]  # to be quantized
+    source: Program  # as traced: the products of the embeddings are equations of it
     operands: Sequence[Operand] = ()  # to be rounded
 
     @property
     def points(self) -> list[Site | Operand]:
         """The sites, and after them the operands."""
         return [*self.sites, *self.operands]
+
+    @property
+    def replaced(self) -> frozenset:
+        """The variables by which the program reads these embeddings."""
+        return frozenset().union(*(embedding.operands for embedding in self.embeddings))
 
 
 def analyse(functional: Functional, rules: Sequence[Rule], example: Any, strict: bool = False) -> Analysis:
@@ -68,8 +76,15 @@ def analyse_all(
     """Applies the rules to a model traced for each shape of batch. All shapes must use the same kernels."""
     analyses = [apply_rules(functional, one, rules, strict) for one in traced]
     for other in analyses[1:]:
-        names = [[operand.path for operand in analysis.operands] for analysis in (other, analyses[0])]
-        if [_product(s) for s in other.sites] != [_product(s) for s in analyses[0].sites] or names[0] != names[1]:
+        alike = [
+            (
+                [_product(site) for site in analysis.sites],
+                [_rows(embedding) for embedding in analysis.embeddings],
+                [operand.path for operand in analysis.operands],
+            )
+            for analysis in (other, analyses[0])
+        ]
+        if alike[0] != alike[1]:
             raise ValueError(
                 "The model uses other kernels for batches of another size: calibrate with batches of one size."
             )
@@ -84,14 +99,18 @@ def _product(site):
     return site.path, layout
 
 
+def _rows(embedding):
+    return embedding.path, embedding.layout, [_product(site) for site in embedding.products]
+
+
 def apply_rules(functional: Functional, traced: Traced, rules: Sequence[Rule], strict: bool = False) -> Analysis:
     """Assigns a rule to each kernel and its settings to each site."""
-    program, sites, reasons = traced
+    program, sites, reasons, embeddings = traced
     trainable = [path for path, ok in zip(functional.paths, functional.trainable, strict=True) if ok]
     rounds = any(rule.products is not None or rule.cache is not None for rule in rules)
     operands = find_operands(program, sites) if rounds else []
     matrices = {site.path: site.layout.dims[1:] for site in sites}
-    assignment = assign(rules, matrices, reasons, trainable, operands)
+    assignment = assign(rules, matrices, reasons, trainable, operands, {e.path for e in embeddings})
     if strict and assignment.refused:
         listing = "\n".join(f"  {path}: {reason}" for path, reason in assignment.refused.items())
         raise ValueError(
@@ -108,7 +127,8 @@ def apply_rules(functional: Functional, traced: Traced, rules: Sequence[Rule], s
     for path, recipe in assignment.recipes.items():
         if recipe.rotation is not None:
             _check_rotation(path, [site for site in sites if site.path == path], program)
-    return Analysis(program, sites, assignment, operands)
+    embeddings = [embedding for embedding in embeddings if embedding.path in assignment.embeddings]
+    return Analysis(program, sites, assignment, embeddings, traced.program, operands)
 
 
 def _with_rule(site, rule, bias):
@@ -148,7 +168,8 @@ def activations_of(assignment: Assignment) -> dict[str, Activations | None]:
 def check_finite(functional: Functional, assignment: Assignment) -> None:
     """Raises if a kernel to be quantized is not finite."""
     leaves = dict(zip(functional.paths, functional.leaves, strict=True))
-    paths = [path for path in functional.paths if path in assignment.recipes]
+    named = assignment.recipes | assignment.embeddings
+    paths = [path for path in functional.paths if path in named]
     for path, finite in zip(paths, are_finite([leaves[path] for path in paths]), strict=True):
         if not finite:
             raise ValueError(
@@ -158,8 +179,8 @@ def check_finite(functional: Functional, assignment: Assignment) -> None:
 
 def check_key(assignment: Assignment, key: jax.Array | None) -> None:
     """Raises if a part draws random numbers and there is no key."""
-    for path, recipe in assignment.recipes.items():
-        patches = assignment.rules[path].patches
+    for path, recipe in (assignment.recipes | assignment.embeddings).items():
+        patches = assignment.rules[path].patches if path in assignment.rules else None
         for part in (recipe.rounding, patches):
             if part is not None and part.random and key is None:
                 raise ValueError(f"{part} of {path} draws random numbers: pass key=jax.random.key(...).")

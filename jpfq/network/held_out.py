@@ -1,5 +1,6 @@
 """The error of the outputs on batches held out: the two networks run once more, where nothing is chosen."""
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from ..calibrate.stops import group_by_input
 from ..calibrate.stream import Stream, StreamOptions
 from ..model.functional import Functional, check_values
 from .analysis import Analysis, analyse_all, find_all_kernels
+from .embeddings import put
 from .rules import Rule
 
 
@@ -61,7 +63,9 @@ def held_out_error(
     found = []
     for analysis, shaped in zip(held.analyses, held.shaped, strict=True):
         stops = [[analysis.sites[i] for i in group] for group in group_by_input(analysis.sites)]
-        stream = Stream(analysis.program, functional.leaves, shaped.leaves, shaped.weights, stops, options=options)
+        own = dataclasses.replace(options, replaced=analysis.replaced)
+        stream = Stream(analysis.program, functional.leaves, shaped.leaves, shaped.weights, stops, options=own)
+        put(stream, analysis, {embedding.path: quantized[embedding.leaf] for embedding in analysis.embeddings})
         for index, stop in enumerate(stops):
             stream.advance(index)
             if stop[0].activations is not None:

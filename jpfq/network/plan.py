@@ -1,5 +1,6 @@
 """`plan`: previews `quantize` from shapes alone. Lists the kernels, the reasons for skipping, memory and arithmetic."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -13,11 +14,12 @@ import numpy as np
 
 from ..calibrate.batch_gram import at_once
 from ..calibrate.batches import shapes_of
+from ..calibrate.embeddings import by_rows
 from ..calibrate.gather import rows_shape
 from ..calibrate.liveness import forks, needs
 from ..calibrate.progress import Step
 from ..calibrate.stops import SiteIndex, group_by_input, matrix_uses
-from ..matrix import Natural, Recipe, code_dtype, slice_width
+from ..matrix import Natural, code_dtype, slice_width
 from ..matrix.arrays import HALVES
 from ..matrix.conv_gram import at_a_time, copies, correlates, pays
 from ..matrix.explicit_mesh import context
@@ -30,44 +32,14 @@ from ..model.operands import Operand, find_operands
 from ..model.sites import Site, Tap
 from ..model.traced import find_kernels
 from ..scalar import Bounded
-from ..scalar.step_types import kernel_bits, step_bits
 from .analysis import Analysis, apply_rules
+from .embeddings import at_products
+from .plan_parts import Line as Line
+from .plan_parts import Memory as Memory
 from .rules import Rule, as_rules
-from .size import Size, parameters_of, sizes_in_words, total_size
+from .size import Size, packed_bytes, parameters_of, sizes_in_words, total_size
 from .summary import left
 from .table import table
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """The plan for the matrices of one product."""
-
-    path: str
-    dims: tuple[int, int, int]  # matrices, inputs, neurons
-    rows: int  # calibration rows of all its uses together
-    recipe: Recipe
-    form: str
-    workspace: int  # bytes for its data and its solve, beside live values
-    flops: float  # for its Gram (or data form) and its recursion
-    uses: int = 1  # number of products that share it
-    inputs: str | None = None  # the grid of its quantized inputs, and what shares a step
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes at the peak of a stage, by purpose."""
-
-    parameters: int  # the caller's own
-    activations: int = 0  # of both networks, all batches
-    kernels: int = 0  # computed from parameters, or dequantized, while a product needs them
-    workspace: int = 0  # Grams and solves, curvature, derivatives
-    codes: int = 0  # of the kernels quantized so far
-    result: int = 0  # the dequantized parameters that are returned
-
-    @property
-    def total(self) -> int:
-        """The sum over all purposes."""
-        return sum(dataclasses.astuple(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,34 +158,29 @@ def plan(
 
 def plan_of(analysis: Analysis, batches: int, parameters: Sequence[tuple[str, Any]] = ()) -> Plan:
     """The plan for an analysed model with parameters of these paths and shapes, without operands that stay in float."""
-    variables, equations = forks(analysis.program, analysis.points)
-    lines = _lines(analysis, variables, batches)
-    for line in lines.values():
+    variables, equations = forks(analysis.program, analysis.points, analysis.replaced)
+    rows, lines = embedding_lines(analysis, batches), _lines(analysis, variables, batches)
+    for line in [*rows.values(), *lines.values()]:
         line.recipe.refuse(line.rows, line.dims[1], line.path)
     forward = sum(_forward(site, batches) for site in analysis.sites)
     stages = {"calibration": _calibration(analysis, equations, lines, batches), "result": _result(analysis, lines)}
+    for embedding in analysis.embeddings:
+        if embedding.products:
+            own = at_products(analysis, embedding)
+            passed = _calibration(
+                own, set(), dict.fromkeys((s.first for s in own.sites), rows[embedding.path]), batches
+            )
+            stages[f"the embedding {embedding.path}"] = passed
     if curvature := _curvature(analysis):
         program = analysis.program
         values = sum(_bytes(v) for e in program.equations if not program.is_fixed(e) for v in e.outvars)
         stages["derivatives"] = Memory(_parameters(analysis), activations=2 * values, workspace=2 * curvature)
-    flops = forward + sum(line.flops for line in lines.values())
+    flops = forward + sum(line.flops for line in [*rows.values(), *lines.values()])
+    every, skipped, packed = [*rows.values(), *lines.values()], analysis.assignment.skipped, collections.Counter()
+    for line in every:
+        packed[line.path] += packed_bytes(line.dims, line.recipe)
     operands = {operand.path: str(operand.activations) for operand in analysis.operands}
-    lines, skipped = list(lines.values()), analysis.assignment.skipped
-    return Plan(lines, skipped, stages, flops, tuple(parameters), _packed(lines), operands)
-
-
-def _packed(lines: Sequence[Line]) -> dict[str, int]:
-    """Bytes of each kernel: codes at their storage bits, steps in their type and fitted zero points."""
-    bits: dict[str, int] = {}
-    for line in lines:
-        (B, n, out), recipe = line.dims, line.recipe
-        W = jax.ShapeDtypeStruct((n, out), jnp.float32)
-        steps = jax.eval_shape(lambda W, recipe=recipe: recipe.scale(W, recipe.grid, W), W).step.size
-        steps *= 1 if recipe.scale.shared and not recipe.moves_step else B
-        codes = B * n * out + (steps if recipe.grid.alphabet().zero is None else 0)
-        own = codes * recipe.grid.storage_bits + steps * step_bits(recipe.step_dtype)
-        bits[line.path] = bits.get(line.path, kernel_bits(recipe.step_dtype) + recipe.grid.table_bits) + own
-    return {path: -(-n // 8) for path, n in bits.items()}
+    return Plan(every, skipped, stages, flops, tuple(parameters), dict(packed), operands)
 
 
 def steps_of(
@@ -231,7 +198,7 @@ def steps_of(
         solved: sites that need not be solved again.
         fresh: whether fresh batches run through all layers before each stop.
     """
-    forked = [forks(a.program, a.points)[0] for a in analyses]
+    forked = [forks(a.program, a.points, a.replaced)[0] for a in analyses]
     lines = [_lines(a, variables, n) for a, variables, n in zip(analyses, forked, batches, strict=True)]
     sites, assignment = analyses[0].points, analyses[0].assignment
     groups = group_by_input(sites)
@@ -240,6 +207,13 @@ def steps_of(
     forward = [sum(map(through, group)) for group in groups]
     forward = list(itertools.accumulate(forward)) if fresh else forward
     count, found, waiting = itertools.count(1), [], 0.0  # work before the last use of a shared matrix
+    embedded = [embedding_lines(a, n) for a, n in zip(analyses, batches, strict=True)]
+    total = len(uses) + len(embedded[0])
+    for path, line in embedded[0].items():
+        work = sum(of[path].flops for of in embedded) + (sum(forward) / 2 if line.form == "gram" else 0)
+        found.append(
+            [Step(f"layer {next(count)} of {total}", path, work, (line.dims, str(jax.tree.structure(line.recipe))))]
+        )
     for index, group in enumerate(groups):
         own_sites = [(p, i) for p, i in enumerate(group) if (index, p) in uses]
         passed, waiting = (waiting + forward[index], 0.0) if own_sites else (0.0, waiting + forward[index])
@@ -253,7 +227,7 @@ def steps_of(
                 (a.sites[i].data.aval.shape, a.sites[i].data in v) for a, v in zip(analyses, forked, strict=True)
             )
             kind = None if known else (site.layout, str(site.data.aval.dtype), data, own[0].form, settings)
-            steps.append(Step(f"layer {next(count)} of {len(uses)}", site.path, work, kind))
+            steps.append(Step(f"layer {next(count)} of {total}", site.path, work, kind))
         found.append(steps)
     return found
 
@@ -264,6 +238,25 @@ def _lines(analysis: Analysis, forked: set, batches: int) -> dict[int, Line]:
     for site in analysis.sites:
         uses.setdefault(site.first, []).append(site)
     return {first: _line(sites, forked, analysis, batches) for first, sites in uses.items()}
+
+
+def embedding_lines(analysis: Analysis, batches: int) -> dict[str, Line]:
+    """The plan for each embedding, by path. One that no product uses has no data but its rows."""
+    found = {}
+    for embedding in analysis.embeddings:
+        if embedding.products:
+            own = at_products(analysis, embedding)
+            found[embedding.path] = _line(own.sites, set(), own, batches)
+            continue
+        recipe = by_rows(analysis.assignment.embeddings[embedding.path])
+        B, n, out = embedding.layout.dims
+        width = slice_width((B, n, out), recipe)
+        passes = 0 if recipe.finish is None else recipe.finish.passes
+        flops = 2.0 * ((2 if recipe.scale.runs > 1 else 1) * recipe.scale.runs + 4 * passes + 4) * n * n * out
+        found[embedding.path] = Line(
+            embedding.path, (B, n, out), 0, recipe, "rows", 4 * (16 * n * width + 3 * n * out), flops
+        )
+    return found
 
 
 def _forward(site: Site | Operand, batches: int) -> float:
@@ -344,7 +337,7 @@ def _calibration(analysis: Analysis, forked_equations: set[int], lines: dict[int
     first_need, last_need = needs(program)
     live = {v: _bytes(v) for v in program.inputs}  # of one batch
     kernels: dict = {}  # variable or (path, product) -> bytes and the last equation that needs it
-    codes, start, moments = 0, 0, []
+    codes, start, moments = 2 * _embedded(analysis), 0, []  # their values, and by another chain for a product
     moment = functools.partial(Memory, _parameters(analysis))
     curvature = _curvature(analysis)
     for index_of_stop, end in enumerate([*ends, len(program.equations)]):
@@ -382,7 +375,12 @@ def _result(analysis: Analysis, lines: dict[int, Line]) -> Memory:
     codes = sum(math.prod(line.dims) * code_dtype(line.recipe.grid).itemsize for line in lines.values())
     params = zip(analysis.program.paths, analysis.program.params, strict=True)
     result = sum(_bytes(v) for path, v in params if path in analysis.assignment.recipes)
-    return Memory(_parameters(analysis), codes=codes, result=result)
+    return Memory(_parameters(analysis), codes=codes + _embedded(analysis) // 4, result=result + _embedded(analysis))
+
+
+def _embedded(analysis: Analysis) -> int:
+    """Bytes of the parameters of all embeddings to quantize."""
+    return sum(_bytes(analysis.source.params[embedding.leaf]) for embedding in analysis.embeddings)
 
 
 def _parameters(analysis: Analysis) -> int:
@@ -391,7 +389,8 @@ def _parameters(analysis: Analysis) -> int:
 
 def _curvature(analysis: Analysis) -> int:
     """Bytes of the curvatures (out, out) of coupled neurons, which exist until the end."""
-    coupled = [s.layout.dims for s in analysis.sites if analysis.assignment.rules[s.path].coupling is not None]
+    rules = analysis.assignment.rules
+    coupled = [s.layout.dims for s in analysis.sites if s.path in rules and rules[s.path].coupling is not None]
     return sum(4 * B * out * out for B, _, out in coupled)
 
 

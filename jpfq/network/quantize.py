@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 
 from ..calibrate.batches import Shaped, naming, read_batches, shapes_of
+from ..calibrate.embeddings import Quantizations
 from ..calibrate.hosts import check_hosts, leaves_of, spans_hosts
 from ..calibrate.loop import CalibrationResult, TrackSettings, calibrate
 from ..calibrate.progress import Step, progress_of
@@ -23,6 +24,7 @@ from ..model.random_keys import typed
 from ..model.sites import Site
 from ..scalar.checks import check_choice
 from .analysis import Analysis, activations_of, analyse_all, block_of, check_key, couple, find_all_kernels
+from .embeddings import begin
 from .held_out import held_out_error, read_held_out
 from .plan import steps_of
 from .quantized import Quantized
@@ -122,16 +124,20 @@ def quantize(
         shapes, example = [x.shape for x in shaped[0].leaves[0]], shapes_of(shaped[0].example)
         finite = [group.finite for group in shaped]
         held = None if held_out is None else read_held_out(placed, held_out, example, rules, first, offload)
-        del shaped  # so that the streams can free inputs after their use
         with (
             progress_of(lambda: steps(analyses, counts, solved, fresh is not None), progress) as reporter,
             stopping,
             naming(finite),
         ):
+            embedded = begin(placed, analyses, shaped, streams, key, reporter, devices)
+            del shaped  # so that the streams can free inputs after their use
             block = block_of if rebases else None
             refresh = _fresh_streams(fresh, shapes, offload, store, finite) if fresh else None
             (result,), peak = calibrate(streams, [track], reporter, block, refresh, devices, store)
+        result = with_embeddings(result, embedded)
         quantized = assemble(functional, result, first.assignment.skipped, peak, example, uses_of(first.sites))
+        tied = {embedding.path: len(embedding.products) for embedding in first.embeddings}
+        quantized = dataclasses.replace(quantized, embeddings=tied)
         if held is None:
             return quantized
         error = held_out_error(placed, held, quantized._functional.leaves, result.inputs, StreamOptions(offload))
@@ -182,7 +188,7 @@ def streams_of(
             group.weights,
             [[a.points[i] for i in stop] for stop in groups],
             laned,
-            options,
+            dataclasses.replace(options, replaced=a.replaced),
         )
         for a, group in zip(analyses, shaped, strict=True)
     ]
@@ -236,6 +242,12 @@ def assemble(
         uses or {},
         outputs,
     )
+
+
+def with_embeddings(result: CalibrationResult, embedded: Quantizations) -> CalibrationResult:
+    """The result of calibration with the embeddings first."""
+    tensors, info = ({path: pair[i] for path, pair in embedded.items()} for i in (0, 1))
+    return result._replace(tensors=tensors | result.tensors, info=info | result.info)
 
 
 def uses_of(sites: Sequence[Site]) -> dict[str, int]:

@@ -43,6 +43,7 @@ class Quantized:
         chosen on these data, so the error on others is larger: see `held_out_error`.
     outputs: the error of the outputs that are finite in both networks, the number that are in only one, and the number
         compared. None if that is unknown, as after training.
+    embeddings: of each quantized embedding, by path, the number of products that use its codes, too: 0 unless it is tied.
     held_out: the same as `outputs` on the batches given as `held_out`; None without them.
     learned: the losses before and after `jpfq.learn`; None of other results.
 
@@ -69,6 +70,7 @@ class Quantized:
     outputs: OutputError | None = None
     held_out: OutputError | None = None
     learned: Learned | None = None
+    embeddings: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __getstate__(self):
         """The fields, without compiled functions."""

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Literal, NamedTuple
 
 from jax.typing import DTypeLike
@@ -17,6 +17,7 @@ from ..scalar import Asymmetric, Constraint, Grid, Rounding, Scale, register_dat
 from ..scalar.grid import Number
 
 _static = {"static": True}
+ANY = "\0"  # matched by patterns for everything, such as ".*"
 
 
 @register_dataclass
@@ -25,7 +26,9 @@ class Rule:
     """The settings for quantizing the kernels whose path matches a regular expression.
 
     Args:
-        pattern: a regular expression that must match the whole '/'-joined path: "head/.*", ".*kernel".
+        pattern: a regular expression that must match the whole '/'-joined path: "head/.*", ".*kernel". A rule that takes
+            embeddings and no other kernel, such as "embed.*", quantizes them by rows. Other rules, and ".*", leave them in
+            float.
         bits: short for `grid=Integer(bits)`, or `Binary()` for one bit.
         grid: the alphabet; give this or `bits`.
         scale, rotation, order, prepare, method, rounding, step_dtype, form, block: the same as in `jpfq.solve`, with the
@@ -146,6 +149,26 @@ class Rule:
             )
         return recipe
 
+    def of_embedding(self, path: str) -> Recipe:
+        """The settings of this rule for an embedding, by rows.
+
+        Raises:
+            ValueError: it has settings for the inputs of a layer, which are integers here, or for calibration rows.
+        """
+        recipe = self.recipe()
+        wrong = [
+            name
+            for name in ("activation_bits", "activations", "patches", "coupling")
+            if getattr(self, name) is not None
+        ]
+        wrong += ["correct_bias"] * self.correct_bias + ["form='data' or such a preparation"] * recipe.needs_rows
+        if wrong:
+            raise ValueError(
+                f"Rule({self.pattern!r}) matches {path}, an embedding, whose inputs are integers: {', '.join(wrong)} mean "
+                "nothing for it. Give it a rule without them."
+            )
+        return recipe
+
     def inputs(self) -> Activations | None:
         """The settings for quantizing the inputs of these kernels; None if they are not quantized."""
         if self.activation_bits is None:
@@ -175,6 +198,7 @@ class Assignment(NamedTuple):
     rules: dict[str, Rule]  # of the same kernels
     skipped: dict[str, str]  # the reason, for every other kernel
     refused: dict[str, str]  # those of them that a rule asks for, but that cannot be quantized
+    embeddings: dict[str, Recipe]  # of the embeddings to quantize
     operands: tuple[Operand, ...] = ()  # to be rounded, with their settings
 
 
@@ -195,6 +219,7 @@ def assign(
     reasons: dict[str, str],
     paths: Sequence[str],
     operands: Sequence[Operand] = (),
+    embeddings: Container[str] = (),
 ) -> Assignment:
     """Assigns a rule to every kernel and operand.
 
@@ -204,6 +229,8 @@ def assign(
         reasons: the reason for every other kernel.
         paths: of all parameters.
         operands: of products of data with data.
+        embeddings: some of the kernels with a reason. A rule that takes embeddings and no other kernel quantizes them,
+            unless its pattern matches everything.
 
     Raises:
         ValueError: a rule matches nothing, or nothing beyond earlier rules, or only kernels that cannot be quantized
@@ -214,9 +241,13 @@ def assign(
     taken = {path: next((i for i, rule in of_kernels if rule.matches(path)), None) for path in paths}
     reasons = {**reasons, **_misfits(rules, matrices, taken)}
     found = _rounded(rules, operands)
+    named: dict[str, Recipe] = {}
     for index, rule in of_kernels:
         _check_used(index, rule, rules, taken, kernels)
         own = [path for path in kernels if taken[path] == index]
+        if own and not rule.skip and not rule.matches(ANY) and all(path in embeddings for path in own):
+            named.update((path, rule.of_embedding(path)) for path in own)
+            continue
         refused = [path for path in own if path in reasons]
         strict = rule.unsupported == "error" or (rule.unsupported is None and len(refused) == len(own))
         if refused and strict and not rule.skip:
@@ -232,15 +263,17 @@ def assign(
             skipped[path] = "no rule matches it"
         elif rules[index].skip:
             skipped[path] = f"rule {index} ({rules[index].pattern!r}) skips it"
+        elif path in named:
+            continue
         elif path in reasons:
             skipped[path] = reasons[path]
         else:
             applied[path], recipes[path] = rules[index], rules[index].recipe()
-    if not recipes and not found:
+    if not (recipes or named or found):
         listing = "\n".join(f"  {path}: {reason}" for path, reason in skipped.items()) or "  it has no matrix products"
         raise ValueError(f"There is nothing to quantize in this model:\n{listing}")
     refused = {path: reason for path, reason in reasons.items() if skipped.get(path) == reason}
-    return Assignment(recipes, applied, skipped, refused, found)
+    return Assignment(recipes, applied, skipped, refused, named, found)
 
 
 def _misfits(rules, matrices, taken) -> dict[str, str]:

@@ -4,10 +4,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ..matrix import QTensor
+from ..matrix import QTensor, Recipe
 from ..model.functional import Functional
+from ..scalar.step_types import kernel_bits, step_bits
 
 
 class Size(NamedTuple):
@@ -43,6 +46,17 @@ def total_size(parameters: Iterable[tuple[str, Any]], packed: Mapping[str, int])
     own = [math.prod(np.shape(leaf)) * getattr(getattr(leaf, "dtype", None), "itemsize", 4) for _, leaf in parameters]
     now = [packed.get(path, size) for (path, _), size in zip(parameters, own, strict=True)]
     return Size(sum(math.prod(np.shape(leaf)) for _, leaf in parameters), sum(now), sum(own))
+
+
+def packed_bytes(dims: tuple[int, int, int], recipe: Recipe) -> int:
+    """Bytes of matrices (B, in, out): codes at their storage bits, steps in their type, and fitted zero points."""
+    (B, n, out), grid = dims, recipe.grid
+    levels = jax.eval_shape(lambda W: recipe.scale(W, grid, W), jax.ShapeDtypeStruct((n, out), jnp.float32))
+    steps = levels.step.size * (1 if recipe.scale.shared and not recipe.moves_step else B)
+    zeros = steps if grid.alphabet().zero is None else 0
+    bits = (B * n * out + zeros) * grid.storage_bits + steps * step_bits(recipe.step_dtype)
+    bits += kernel_bits(recipe.step_dtype) + grid.table_bits
+    return -(-bits // 8)
 
 
 def in_bytes(count: float) -> str:

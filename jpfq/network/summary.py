@@ -40,6 +40,10 @@ def summary(quantized: "Quantized") -> str:
     if quantized.uses:
         shared = ", ".join(f"{path} ({count})" for path, count in quantized.uses.items())
         lines.append(f"Kernels used by several products, quantized on the inputs of all of them: {shared}.")
+    if quantized.embeddings:
+        tied = lambda count: f" (tied: also the weight of {count} product{'s' * (count > 1)})" if count else ""
+        named = ", ".join(path + tied(count) for path, count in quantized.embeddings.items())
+        lines.append(f"Embeddings quantized by rows, before all layers; their error is that of all rows: {named}.")
     lines += inputs_notes(quantized.inputs, quantized.tensors, quantized.biases)
     if quantized.learned is not None:
         lines.append(str(quantized.learned))
@@ -81,9 +85,8 @@ def errors_in_words(error: float, outputs: OutputError | None, held_out: OutputE
     """A sentence about the error of the outputs, which says on which batches it was measured."""
     known = error == error or outputs is not None
     calibration = f"{in_words(error, outputs)}{' on the calibration batches' if known else ''}"
-    if held_out is None:
-        return f"Relative error of the outputs: {calibration}."
-    return f"Relative error of the outputs: {calibration}, {in_words(held_out.error_or_nan, held_out)} on the batches held out."
+    other = "" if held_out is None else f", {in_words(held_out.error_or_nan, held_out)} on the batches held out"
+    return f"Relative error of the outputs: {calibration}{other}."
 
 
 def _share(x):

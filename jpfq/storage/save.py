@@ -131,6 +131,7 @@ def _document(quantized, entropy_coded):
         "biases": list(quantized.biases),
         **({"uses": quantized.uses} if quantized.uses else {}),
         **({"learned": encode(quantized.learned)} if quantized.learned else {}),
+        **({"embeddings": quantized.embeddings} if quantized.embeddings else {}),
         "output_error": encode(float(quantized.output_error)),
         "peak_bytes": int(quantized.peak_bytes),
         "batch": _batch_record(quantized._shapes),
@@ -229,16 +230,17 @@ def made(
         _model=rebuilt.get("model"),
         _variables=rebuilt.get("variables"),
         _shapes=_batch(document["batch"]),
-        uses=_uses(document.get("uses", {}), tensors),
+        uses=_uses(document.get("uses", {}), tensors, 2),
+        embeddings=_uses(document.get("embeddings", {}), tensors, 0),
         outputs=_outputs(document, "outputs"),
         held_out=_outputs(document, "held_out"),
         learned=_learned(document.get("learned")),
     )
 
 
-def _uses(record, tensors):
+def _uses(record, tensors, least):
     if not isinstance(record, dict) or not all(
-        type(n) is int and n > 1 and path in tensors for path, n in record.items()
+        type(n) is int and n >= least and path in tensors for path, n in record.items()
     ):
         raise ValueError(f"Expected how many products share a kernel; got {str(record)[:80]!r}.")
     return record

@@ -142,8 +142,8 @@ def _kernel(quantized, path):
 def trial_table(trials: Sequence[Trial], floats: dict[str, float | None]) -> str:
     """A table with one line per model and grid: size, the float score, each method's score and output error, and time.
 
-    Bits are those of the quantized kernels and, "of all", of the whole model, whose size is next to them. Errors are those on
-    the calibration batches. Notes below the table explain errors that are nan.
+    Bits are those of the quantized kernels and, "of all", of the whole model, whose size is next to them. Errors are
+    those on the calibration batches. Notes below the table explain errors that are nan.
     """
     methods = list(dict.fromkeys(trial.method for trial in trials))
     scored = any(score is not None for score in floats.values())

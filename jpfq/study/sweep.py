@@ -161,10 +161,20 @@ def _settings(functional, shaped, space, key, strict) -> list[_Setting]:
         try:
             setting = _Setting(point, analyse_all(functional, traced, rules, strict), own)
             check_key(setting.first.assignment, own)
+            _refuse_embeddings(setting.first)
         except ValueError as error:
             raise ValueError(f"The setting ({in_words(point)}): {error}") from error
         settings.append(setting)
     return settings
+
+
+def _refuse_embeddings(analysis):
+    """Raises if rules name embeddings, which have no lanes."""
+    if analysis.embeddings:
+        raise ValueError(
+            f"a sweep leaves embeddings in float, and a rule names {analysis.embeddings[0].path}: leave that rule out here, "
+            "and give it to jpfq.quantize."
+        )
 
 
 def _parts(settings, indices, lanes: _Size) -> list[list[int]]:

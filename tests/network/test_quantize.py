@@ -199,7 +199,7 @@ def test_the_summary_lists_every_kernel_and_what_was_left():
     every = [path for path, *_ in jax.tree_util.tree_leaves_with_path(case.variables["params"])]
     norms = sum(path[-1].key == "scale" for path in every)
     assert f"Also left: {sum(path[-1].key == 'bias' for path in every)} biases and {norms} norm scales." in text
-    assert "tied: used by a product and by gather" in text
+    assert "tied: an embedding that a product uses too; add Rule('Embed_0/embedding', bits=8)" in text
 
 
 def test_per_group_scales_land_on_the_kernel():

@@ -132,7 +132,7 @@ def test_a_model_is_quantized_whole(name):
     out = helpers.check(as_case(name, model, params, batches))
     for path, reason in out.skipped.items():
         assert (name in SHARED and path.endswith("kernel")) == reason.startswith("shared"), path
-        assert not path.endswith("embedding") or "gather" in reason, path
+        assert not path.endswith("embedding") or "an embedding" in reason or "gather" in reason, path
 
 
 def test_the_module_itself_is_quantized_with_its_state():

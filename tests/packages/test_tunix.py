@@ -62,7 +62,7 @@ MODELS = {  # name: file, class, fields of its configuration, and the matrices t
     ),
 }
 REASONS = {
-    EMBED: "gather",
+    EMBED: "an embedding",
     "embedder/per_layer_input_embedding": "gather",
     "vision_encoder/siglip_encoder/pos_embedding": "add",
     "kv_einsum/w": "not used by the outputs",
