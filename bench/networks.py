@@ -76,9 +76,9 @@ class Inverted(nn.Module):
     def __call__(self, x):
         norm = lambda x: nn.BatchNorm(use_running_average=True, epsilon=1e-3)(x)
         wide = x.shape[-1] * self.expand
-        window, pad = (self.size,) * 2, [((self.size - 1) // 2,) * 2] * 2
+        window = (self.size,) * 2
         y = x if self.expand == 1 else nn.relu6(norm(nn.Conv(wide, (1, 1), use_bias=False)(x)))
-        y = nn.Conv(wide, window, (self.stride,) * 2, pad, feature_group_count=wide, use_bias=False)(y)
+        y = nn.Conv(wide, window, (self.stride,) * 2, "SAME", feature_group_count=wide, use_bias=False)(y)
         y = norm(nn.Conv(self.width, (1, 1), use_bias=False)(nn.relu6(norm(y))))
         return x + y if x.shape == y.shape else y
 
@@ -89,7 +89,7 @@ class EfficientNetLite0(nn.Module):
     @nn.compact
     def __call__(self, x):
         norm = lambda x: nn.BatchNorm(use_running_average=True, epsilon=1e-3)(x)
-        x = nn.relu6(norm(nn.Conv(32, (3, 3), (2, 2), [(1, 1)] * 2, use_bias=False)(x)))
+        x = nn.relu6(norm(nn.Conv(32, (3, 3), (2, 2), "SAME", use_bias=False)(x)))
         for expand, size, stride, width, count in LITE0:
             for i in range(count):
                 x = Inverted(width, expand, size, 1 if i else stride)(x)
@@ -216,6 +216,32 @@ def resnet20(data: Path) -> tuple[nn.Module, dict]:
         params[f"Block_{i}"] |= {f"BatchNorm_{j}": norm(f"{name}.bn{j + 1}") for j in twice}
         stats[f"Block_{i}"] = {f"BatchNorm_{j}": stat(f"{name}.bn{j + 1}") for j in twice}
     return ResNet20(), jax.tree.map(jnp.asarray, {"params": params, "batch_stats": stats})
+
+
+def efficientnet_lite0(file: Path) -> dict:
+    """The variables of EfficientNet-Lite0, from a state dict of PyTorch."""
+    import torch
+
+    a = {name: np.asarray(x) for name, x in torch.load(file, map_location="cpu", weights_only=True).items()}
+    conv = lambda name: {"kernel": a[f"{name}.weight"].transpose(2, 3, 1, 0)}
+    params = {"Conv_0": conv("_conv_stem"), "Conv_1": conv("_conv_head")}
+    params["Dense_0"] = {"kernel": a["_fc.weight"].T, "bias": a["_fc.bias"]}
+    stats: dict = {}
+
+    def norm(params, stats, ours, name):
+        params[ours] = {"scale": a[f"{name}.weight"], "bias": a[f"{name}.bias"]}
+        stats[ours] = {"mean": a[f"{name}.running_mean"], "var": a[f"{name}.running_var"]}
+
+    norm(params, stats, "BatchNorm_0", "_bn0")
+    norm(params, stats, "BatchNorm_1", "_bn1")
+    for i in range(sum(count for *_, count in LITE0)):
+        parts = [("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
+        parts = [("_expand_conv", "_bn0"), *parts] if i else parts  # the first block does not widen
+        own, seen = params.setdefault(f"Inverted_{i}", {}), stats.setdefault(f"Inverted_{i}", {})
+        for j, (convolution, batchnorm) in enumerate(parts):
+            own[f"Conv_{j}"] = conv(f"_blocks.{i}.{convolution}")
+            norm(own, seen, f"BatchNorm_{j}", f"_blocks.{i}.{batchnorm}")
+    return jax.tree.map(jnp.asarray, {"params": params, "batch_stats": stats})
 
 
 def nnx_cnn(data: Path) -> NNXCNN:

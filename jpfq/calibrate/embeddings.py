@@ -57,7 +57,7 @@ def quantize_embeddings(
     for embedding in embeddings:
         recipe = recipes[embedding.path]
         W = embedding.matrices(leaves[embedding.leaf])
-        recipe.refuse(0, W.shape[1], embedding.path)
+        recipe.refuse(0, W.shape[1:], embedding.path)
         reporter.doing("gathering")
         if embedding.products:
             data = _tied(W, _gram(streams(embedding), devices))

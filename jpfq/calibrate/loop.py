@@ -236,7 +236,7 @@ def _solve_site(stop, position, track, gather) -> SiteResult:
     W = site.matrices(stop.first.value(stop.first.program.params[site.leaf]))
     draw = None if settings.key is None else fold_in(settings.key, zlib.crc32(site.path.encode()))
     draw = None if draw is None else fold_in(draw, len(track.parts.get(site.path, ())))
-    recipe.refuse(gather.count, W.shape[1], site.path)
+    recipe.refuse(gather.count, W.shape[1:], site.path)
     gathered = gather(recipe, W.shape, centred=site.bias is not None)
     stop.reporter.doing("solving")
     coupled = settings.coupled.get(at)

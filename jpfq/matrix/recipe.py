@@ -121,8 +121,11 @@ class Recipe:
         """The reason why a matrix of n inputs and `out` neurons cannot have these steps; None if it can."""
         return self.scale.per.misfit(n, out)
 
-    def refuse(self, rows: int, n: int, name: str) -> None:
-        """Raises where this recipe cannot be used for n inputs and that many calibration rows."""
+    def refuse(self, rows: int, size: tuple[int, int], name: str) -> None:
+        """Raises where this recipe cannot be used for a matrix (in, out) and that many calibration rows."""
+        n, out = size
+        if reason := self.misfit(n, out):
+            raise ValueError(f"{name} cannot have these steps: {reason}.")
         if isinstance(self.rounding, Bounded):
             _refuse_straddling(self, n, name)
         if any(isinstance(p, MalySaab) for p in self.prepare):

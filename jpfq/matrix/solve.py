@@ -184,9 +184,7 @@ def _checked(W, data, recipe, key):
     if isinstance(data, Gram) and recipe.needs_rows:
         needy = "form='data'" if recipe.form == "data" else str(recipe.prepare[-1])
         raise ValueError(f"{needy} needs the calibration rows: pass jpfq.Rows(X, Xq) in place of a Gram.")
-    if reason := recipe.misfit(*W.shape):
-        raise ValueError(f"W cannot have these steps: {reason}.")
-    recipe.refuse(data.X.shape[0] if isinstance(data, Rows) else 0, W.shape[0], "the matrix")
+    recipe.refuse(data.X.shape[0] if isinstance(data, Rows) else 0, W.shape, "the matrix")
     if recipe.rounding.random and key is None:
         raise ValueError(f"{recipe.rounding} draws random numbers: pass key=jax.random.key(...).")
     moments = (data.sum_X, data.sum_Xq, data.diagonal) if isinstance(data, Gram) else (data.X, data.quantized)

@@ -161,7 +161,7 @@ def plan_of(analysis: Analysis, batches: int, parameters: Sequence[tuple[str, An
     variables, equations = forks(analysis.program, analysis.points, analysis.replaced)
     rows, lines = embedding_lines(analysis, batches), _lines(analysis, variables, batches)
     for line in [*rows.values(), *lines.values()]:
-        line.recipe.refuse(line.rows, line.dims[1], line.path)
+        line.recipe.refuse(line.rows, line.dims[1:], line.path)
     forward = sum(_forward(site, batches) for site in analysis.sites)
     stages = {"calibration": _calibration(analysis, equations, lines, batches), "result": _result(analysis, lines)}
     for embedding in analysis.embeddings:
