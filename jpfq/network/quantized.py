@@ -322,9 +322,9 @@ class Quantized:
             kind: "compressed-tensors", integers of 4 and 8 bits, FP8, MX and NVFP4; "awq", integers of 4 bits with zero
                 points; or "gguf", Q4_0 and Q8_0.
             folder: a new folder; for "gguf" a file. It appears complete or not at all.
-            **options: of that format. The folders take `names`, `config`, `batch`, `overwrite` and `max_shard_size`: see
-                `jpfq.export.folder.Folder`; "compressed-tensors" also `dynamic_inputs`. "gguf" takes `like`, the file of
-                the float model, `batch` and `overwrite`.
+            **options: of that format. The folders take `like`, the folder of the float model, `names`, `config`, `batch`,
+                `overwrite` and `max_shard_size`: see `jpfq.export.folder.Folder`; "compressed-tensors" also
+                `dynamic_inputs`. "gguf" takes `like`, the file of the float model, `batch` and `overwrite`.
 
         Returns:
             The kernels that the format does not support, which are written dequantized: by path, the reason.
