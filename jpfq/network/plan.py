@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Container, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -28,6 +28,7 @@ from ..model.sites import Site, Tap
 from ..scalar import Bounded
 from .analysis import Analysis, analyse
 from .rules import Rule, as_rules
+from .servers import Form, Servers, form_of, servers
 from .table import table
 
 
@@ -43,6 +44,8 @@ class Line:
     workspace: int  # bytes for its data and its solve, beside live values
     flops: float  # for its Gram (or data form) and its recursion
     uses: int = 1  # number of products that share it
+    inputs: Any = None  # `Activations`, if its inputs are quantized
+    conv: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,18 @@ class Plan:
         """Bytes of arrays at the peak."""
         return max(stage.total for stage in self.stages.values())
 
+    def servers(self, *, dynamic_inputs: Literal["int8", "fp8"] | None = None) -> Servers:
+        """Which server would load which layer, and the product it meets there, or why not.
+
+        Args:
+            dynamic_inputs: as for `Quantized.export`.
+
+        Examples:
+            >>> print(jpfq.plan(model, batches[0], jpfq.formats.nvfp4(), variables=variables).servers())
+            kernel ...
+        """
+        return servers({line.path: _form(line) for line in self.lines}, dynamic_inputs)
+
     def __str__(self) -> str:
         by_path: dict[str, list[Line]] = {}
         for line in self.lines:
@@ -115,6 +130,16 @@ class Plan:
             f"arithmetic about {self.flops:.3g} operations."
         )
         return "\n\n".join(text)
+
+
+def _form(line: Line) -> Form:
+    matrices, *shape = line.dims
+    refused = f"it is used as {matrices} matrices" if matrices > 1 else ""
+    recipe = line.recipe
+    refused = "its inputs are rotated" if recipe.rotation is not None else refused
+    group = getattr(recipe.scale.per, "size", None)
+    shape = (shape[0], shape[1])
+    return form_of(recipe.grid, recipe.step_dtype, group, shape, line.inputs, conv=line.conv, refused=refused)
 
 
 def _sums(rounding):
@@ -229,6 +254,7 @@ def _forward(site: Site, batches: int) -> float:
 def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -> Line:
     """Memory and arithmetic for one matrix. Numbers of temporaries are those that XLA reports for compiled functions."""
     path, dims, count = uses[0].path, uses[0].layout.dims, len(uses)
+    kind = uses[0].activations, isinstance(uses[0].layout, ConvLayout)
     uses = list({site.reads: site for site in uses}.values())  # uses with the same input have one Gram
     B, n, out = dims
     layouts = [(site.patches or DEFAULT).layout(site.layout) for site in uses]
@@ -242,7 +268,7 @@ def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -
     if recipe.prefers_rows(rows, n, out):
         work = B * (2 * networks * rows * n + 3 * rows * out + 6 * n * out)
         flops = 6.0 * B * rows * n * (out + (recipe.block or n))
-        return Line(path, dims, rows, recipe, "data", 4 * work, flops, count)
+        return Line(path, dims, rows, recipe, "data", 4 * work, flops, count, *kind)
     matrices = 3 if networks == 2 else 1  # H, C, drift
     passes = 0 if recipe.finish is None else recipe.finish.passes
     bare = recipe.method.local and isinstance(recipe.order, Natural) and networks == 1
@@ -256,7 +282,7 @@ def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -
     runs = recipe.scale.runs
     products = (2 if runs > 1 else 1) * runs + 4 * passes + 4  # a search of steps measures each of its runs
     flops = 2.0 * B * (multiplied * batches + products * n * n * out)
-    return Line(path, dims, rows, recipe, "gram", 4 * B * max(gather, solve), flops, count)
+    return Line(path, dims, rows, recipe, "gram", 4 * B * max(gather, solve), flops, count, *kind)
 
 
 def _picked(site: Site, layout: Layout, batches: int) -> int | None:

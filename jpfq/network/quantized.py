@@ -20,6 +20,7 @@ from .apply import run
 from .finetune import fake_quant, on_grid, tunable
 from .integer import IntegerNetworks, Overflow
 from .serve import Served
+from .servers import Servers
 from .summary import summary
 
 
@@ -339,6 +340,22 @@ class Quantized:
         from ..export.formats import writer_of
 
         return writer_of(kind)(self, folder, **options)
+
+    @anywhere
+    def servers(self, *, batch: Any = None, dynamic_inputs: Literal["int8", "fp8"] | None = None) -> Servers:
+        """Which server will load which layer, and the product it meets there, or why not.
+
+        Args:
+            batch: an input, of the form calibrated on, as for `export`.
+            dynamic_inputs: as for `export("compressed-tensors")`.
+
+        Examples:
+            >>> print(quantized.servers())
+            kernel ...
+        """
+        from ..export.served import served
+
+        return served(self, batch, dynamic_inputs)
 
     @property
     def nbytes(self) -> int:
