@@ -86,6 +86,7 @@ from .network.quantize import quantize as quantize
 from .network.quantized import Quantized as Quantized
 from .network.rules import Rule as Rule
 from .network.serve import Served as Served
+from .network.servers import Servers as Servers
 from .scalar import E2M1 as E2M1
 from .scalar import E2M3 as E2M3
 from .scalar import E3M2 as E3M2

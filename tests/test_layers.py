@@ -23,7 +23,7 @@ ONLY_IN = {
     "flax": {"model/linen.py", "model/nnx.py", "hub/decoder.py", "study/demo.py"},
     "optax": {"network/learn.py", "study/demo.py"},
     "matplotlib": {"report/svg.py", "report/result_plots.py", "study/plot.py"},
-    "safetensors": {"storage/store.py", "export/folder.py", "storage/checkpoint.py", "hub/folder.py"},
+    "safetensors": {"storage/store.py", "export/folder.py", "export/like.py", "storage/checkpoint.py", "hub/folder.py"},
     "constriction": {"storage/entropy.py"},
     "qwix": {"export/qwix.py"},
     "gguf": {"hub/gguf_file.py", "export/gguf.py"},

@@ -5,6 +5,7 @@ what config.json says of it. Arrays are made parameter by parameter, and are in 
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -23,10 +24,11 @@ import safetensors.numpy
 from ..model.sites import Site
 from ..storage.files import HIDDEN, TURN, hidden, to_disk, writing
 from ..storage.leaves import NATIVE
+from .like import CONFIG, INDEX, Like, Part
 from .matrix import products
 
 Arrays = dict[str, np.ndarray]
-CONFIG, ONE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ONE = "model.safetensors"
 OWN = re.compile(r"config\.json|model\.safetensors|model\.safetensors\.index\.json|model-\d{5}-of-\d{5}\.safetensors")
 MARK = {"exported_by": "jpfq"}  # in config.json, by which a folder that may be replaced is known
 
@@ -44,6 +46,9 @@ class Folder:
             3, are then held as matrices, too. Left out, kernels of rank 2 are.
         overwrite: whether to replace a folder that jpfq exported. It stays until the new one is complete, and files in it
             that jpfq did not write stay.
+        like: the folder of the float model, as Hugging Face has it, that the model's weights came from. Its config, which
+            `config` adds to, and its tokenizer are copied, and names and orders of axes are those of its tensors, found by
+            value, or by `names`. Tensors that the model has not, or has as they are, are copied too.
         max_shard_size: bytes of arrays in a file. A result beyond it is written to several files and an index; the arrays
             of a layer lie in one of them, whatever their size.
 
@@ -56,6 +61,7 @@ class Folder:
     config: Mapping[str, Any] | None = None
     batch: Any = None
     overwrite: bool = False
+    like: str | os.PathLike | None = None
     max_shard_size: int = 5 * 10**9
 
     @classmethod
@@ -112,41 +118,52 @@ def write(
             ValueError says why the format has none.
         settings: `quantization_config`, from the schemes of layers by name and the names of those that are as they were.
     """
-    functional, schemes, plain = quantized._functional, {}, []
+    schemes, plain = {}, []
     operands = [name for name in quantized.inputs if name not in quantized.tensors]
     left = dict.fromkeys(operands, "a product without weights, which servers round in their own way")
-    sites = {} if to.batch is None else products(functional, to.batch)
+    sites = {} if to.batch is None else products(quantized._functional, to.batch)
+    like = None if to.like is None else Like(to.like)
+    config = {**({} if like is None else like.config), **(to.config or {}), **MARK}
+    parts = _parts(quantized, to.names or _name) if like is None else like.parts(quantized, sites, to.names)
     with writing(to.path, safetensors.SafetensorError), to.entered() as new:
         shards = Shards(new, to.max_shard_size)
-        for path, leaf, ours in zip(functional.paths, functional.leaves, functional.trainable, strict=True):
-            name = (to.names or _name)(path)
-            stem, parts = name.removesuffix(".weight"), None
-            if ours and path in quantized.tensors:
+        for name, value, is_matrix, path, refused in parts:
+            stem, made = name.removesuffix(".weight"), None
+            if path is not None and path in quantized.tensors:
                 try:
                     if path in quantized.embeddings:
                         raise ValueError("an embedding, which servers read as floating numbers")
                     scheme, arrays = held(path, sites.get(path))
-                    if stem == name:
-                        raise ValueError(f"its name {name} does not end in .weight")
+                    if refused or stem == name:
+                        raise ValueError(refused or f"its name {name} does not end in .weight")
                     schemes[stem] = scheme
-                    parts = {f"{stem}.{end}": np.ascontiguousarray(x) for end, x in arrays.items()}
+                    made = {f"{stem}.{end}": np.ascontiguousarray(x) for end, x in arrays.items()}
                 except ValueError as error:
                     left[path] = str(error)
-            if parts is None:
-                parts = {name: _array(leaf, path)}
-                if parts[name].ndim == 2 and path.rpartition("/")[2] == "kernel":
-                    parts[name] = np.ascontiguousarray(parts[name].T)
-                    plain.append(stem)
-            shards.add(parts)
+            if made is None:
+                made = {name: value()}
+                plain += [stem] if is_matrix else []
+            shards.add(made)
         if not schemes:
             listing = "\n".join(f"  {path}: {reason}" for path, reason in left.items())
             raise ValueError(f"The format holds none of the quantized kernels:\n{listing or '  there are none'}")
         shards.close()
-        if (to.config or {}).get("tie_word_embeddings"):
+        if config.get("tie_word_embeddings") and "lm_head" not in plain:
             plain.append("lm_head")  # which is the embedding, as it is
-        own = {**MARK, "quantization_config": settings(schemes, plain)}
-        (new / CONFIG).write_text(json.dumps({**(to.config or {}), **own}, indent=2) + "\n")
+        if like is not None:
+            like.copy_beside(new)
+        config["quantization_config"] = settings(schemes, plain)
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return left
+
+
+def _parts(quantized, names) -> Iterator[Part]:
+    """The parameters and the state of a model."""
+    functional = quantized._functional
+    for path, leaf, ours in zip(functional.paths, functional.leaves, functional.trainable, strict=True):
+        is_matrix = np.ndim(leaf) == 2 and path.rpartition("/")[2] == "kernel"
+        value = functools.partial(_array, leaf, path, is_matrix)
+        yield Part(names(path), value, is_matrix, path if ours else None)
 
 
 class Shards:
@@ -254,10 +271,12 @@ def _name(path):
     return ".".join([*heads, "weight" if last in ("kernel", "scale", "embedding") else last])
 
 
-def _array(leaf, path):
+def _array(leaf, path, is_matrix):
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     value = np.asarray(leaf)
     if value.dtype.name not in NATIVE:
         raise ValueError(f"{path} is of type {value.dtype.name}, which safetensors and NumPy do not both hold.")
-    return np.ascontiguousarray(value).reshape(value.shape)
+    return np.ascontiguousarray(value.T if is_matrix else value).reshape(
+        value.shape[::-1] if is_matrix else value.shape
+    )

@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..storage.files import hidden, writing
+from .match import mark, nearest
 from .matrix import integers, is_half, products, values
 
-ALIKE = 0.5  # correlation of a quantized kernel with the float one, .8 at one bit; that of two layers is near 0
-SKETCH = 16  # random combinations of the inputs that a matrix is told by
 BLOCK = 32
 MISSING = "GGUF files take the package gguf: pip install 'jpfq[hub]'."
 
@@ -156,38 +155,22 @@ def _matched(reader, package, known: list[_Matrix], changed: Sequence[str]) -> d
     kind = _value(reader, "general.architecture")
     counts = (_value(reader, f"{kind}.attention.{name}") for name in ("head_count", "head_count_kv"))
     heads = {int(count) for count in counts if count is not None}
-    marks = [(match, _mark(match.value)) for match in known]
+    marks = [(match, mark(match.value)) for match in known]
     found, taken = {}, {}
     for tensor in reader.tensors:
-        value = package.quants.dequantize(tensor.data, tensor.tensor_type)
-        mark, best = _mark(value), []
+        value, candidates = package.quants.dequantize(tensor.data, tensor.tensor_type), []
         for match, own in marks:
             if match.value.shape == value.shape:
                 orders = [slice(None), *_orders(len(value), heads)] if value.ndim == 2 else [slice(None)]
-                best += [(float(np.vdot(own[rows], mark)), match, rows) for rows in orders]
-        best = sorted((x for x in best if x[0] > ALIKE), key=lambda x: -x[0])
-        if not best:
-            continue
-        score, match, rows = best[0]
-        rivals = sorted({other.path for near, other, _ in best if near > score - 1e-4} - {match.path})
-        if rivals and match.path in changed:
-            raise ValueError(f"{tensor.name} of the file may be {match.path} or {rivals[0]}, which are alike.")
-        found[tensor.name], taken[match.path] = (match, rows), tensor.name
+                candidates += [(own[rows], match.path, (match, rows)) for rows in orders]
+        if best := nearest(tensor.name, mark(value), candidates, changed):
+            found[tensor.name], taken[best.path] = best.how, tensor.name
     lost = [path for path in changed if path not in taken]
     if lost:
         raise ValueError(
             f"{lost[0]} is none of the tensors of the file: like= is to be the file of the very model that was quantized."
         )
     return found
-
-
-def _mark(value):
-    """A few numbers for each row, of sum of squares 1, that tell matrices apart; a vector is its own mark."""
-    mark = value.astype(np.float32)
-    if value.ndim > 1:
-        flat = mark.reshape(len(value), -1)
-        mark = flat @ np.random.default_rng(0).standard_normal((flat.shape[1], SKETCH)).astype(np.float32)
-    return mark / max(float(np.linalg.norm(mark)), 1e-30)
 
 
 def _orders(rows: int, heads: set[int]) -> list[np.ndarray]:

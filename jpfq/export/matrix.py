@@ -1,6 +1,7 @@
 """A quantized kernel as the matrix of a linear layer: outputs first, which is how files of other systems hold them."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +63,7 @@ def linear(tensor: QTensor, path: str, site: Site | None) -> Linear:
     """
     if tensor.rotated is not None:
         raise ValueError("its inputs are rotated")
-    arrange = _by_steps(tensor, path) if site is None else _by_product(site)
+    arrange = arrangement(tensor, path, site)
     spread = lambda x: np.kron(x, np.ones([n // m for n, m in zip(tensor.shape, x.shape, strict=True)], x.dtype))
     step, zero = np.asarray(tensor.step), np.asarray(tensor.zero)
     runs = arrange(spread(np.arange(step.size, dtype=np.int32).reshape(step.shape)))
@@ -88,8 +89,16 @@ def integers(tensor: QTensor, path: str, site: Site | None) -> tuple[Linear, int
 
 def values(tensor: QTensor, path: str, site: Site | None) -> np.ndarray:
     """The values of a kernel, as a matrix (out, in)."""
-    arrange = _by_steps(tensor, path) if site is None else _by_product(site)
-    return np.asarray(arrange(np.asarray(tensor.dequantize(), np.float32)))
+    return np.asarray(arrangement(tensor, path, site)(np.asarray(tensor.dequantize(), np.float32)))
+
+
+def arrangement(tensor: QTensor, path: str, site: Site | None) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from an array in the shape of a kernel to a matrix (out, in).
+
+    Raises:
+        ValueError: the kernel is no matrix, and why.
+    """
+    return _by_steps(tensor, path) if site is None else _by_product(site)
 
 
 def is_half(step: np.ndarray) -> bool:

@@ -133,7 +133,8 @@ def export(
 ) -> dict[str, str]:
     """Writes a quantized decoder as a folder that vLLM, SGLang and transformers load.
 
-    The tokenizer is not written: copy tokenizer.json.
+    With `like`, the folder that the model was loaded from, config and tokenizer are those of it. Otherwise the tokenizer is
+    not written: copy tokenizer.json.
 
     Args:
         quantized: what `jpfq.quantize` made of a `Decoder`.
@@ -160,7 +161,8 @@ def export(
     model = getattr(quantized, "model", None)
     if not isinstance(model, Decoder):
         raise ValueError(f"export takes what jpfq.quantize made of a jpfq.hub.Decoder; got {type(quantized).__name__}.")
-    given = {"names": lambda path: name_of(tuple(path.split("/"))), "config": as_json(model.config)}
+    given: dict[str, Any] = {"names": lambda path: name_of(tuple(path.split("/")))}
+    given |= {} if options.get("like") else {"config": as_json(model.config)}
     return quantized.export(kind, path, **{**given, **options})
 
 

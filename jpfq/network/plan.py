@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Container, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from .embeddings import at_products
 from .plan_parts import Line as Line
 from .plan_parts import Memory as Memory
 from .rules import Rule, as_rules
+from .servers import Form, Servers, form_of, servers
 from .size import Size, packed_bytes, parameters_of, sizes_in_words, total_size
 from .summary import left
 from .table import table
@@ -78,6 +79,18 @@ class Plan:
         """Bytes of arrays at the peak."""
         return max(stage.total for stage in self.stages.values())
 
+    def servers(self, *, dynamic_inputs: Literal["int8", "fp8"] | None = None) -> Servers:
+        """Which server would load which layer, and the product it meets there, or why not.
+
+        Args:
+            dynamic_inputs: as for `Quantized.export`.
+
+        Examples:
+            >>> print(jpfq.plan(model, batches[0], jpfq.formats.nvfp4(), variables=variables).servers())
+            kernel ...
+        """
+        return servers({line.path: _form(line) for line in self.lines}, dynamic_inputs)
+
     def __str__(self) -> str:
         by_path: dict[str, list[Line]] = {}
         for line in self.lines:
@@ -91,7 +104,11 @@ class Plan:
             shape += f", shared by {first.uses} products" if first.uses > 1 else ""
             recipe = first.recipe
             how = (str(recipe.grid), type(recipe.scale).__name__, type(recipe.method).__name__, first.form)
-            how = (*how, _size(max(line.workspace for line in lines)), *((first.inputs or "float",) if rounded else ()))
+            how = (
+                *how,
+                _size(max(line.workspace for line in lines)),
+                *((str(first.inputs or "float"),) if rounded else ()),
+            )
             how = (*how, *((_sums(recipe.rounding),) if bounded else ()))
             rows.append((path, shape, f"{first.rows:,}", *how))
         head = ("kernel", "inputs x neurons", "rows", "grid", "scale", "method", "form", "workspace")
@@ -111,6 +128,16 @@ class Plan:
             f"arithmetic about {self.flops:.3g} operations."
         )
         return "\n\n".join(text)
+
+
+def _form(line: Line) -> Form:
+    matrices, *shape = line.dims
+    refused = f"it is used as {matrices} matrices" if matrices > 1 else ""
+    recipe = line.recipe
+    refused = "its inputs are rotated" if recipe.rotation is not None else refused
+    group = getattr(recipe.scale.per, "size", None)
+    shape = (shape[0], shape[1])
+    return form_of(recipe.grid, recipe.step_dtype, group, shape, line.inputs, conv=line.conv, refused=refused)
 
 
 def _sums(rounding):
@@ -269,7 +296,7 @@ def _forward(site: Site | Operand, batches: int) -> float:
 def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -> Line:
     """Memory and arithmetic for one matrix. Numbers of temporaries are those that XLA reports for compiled functions."""
     path, dims, count = uses[0].path, uses[0].layout.dims, len(uses)
-    inputs = None if uses[0].activations is None else str(uses[0].activations)
+    kind = uses[0].activations, isinstance(uses[0].layout, ConvLayout)
     uses = list({site.reads: site for site in uses}.values())  # uses with the same input have one Gram
     B, n, out = dims
     layouts = [(site.patches or DEFAULT).layout(site.layout) for site in uses]
@@ -283,7 +310,7 @@ def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -
     if recipe.prefers_rows(rows, n, out):
         work = B * (2 * networks * rows * n + 3 * rows * out + 6 * n * out)
         flops = 6.0 * B * rows * n * (out + (recipe.block or n))
-        return Line(path, dims, rows, recipe, "data", 4 * work, flops, count, inputs)
+        return Line(path, dims, rows, recipe, "data", 4 * work, flops, count, *kind)
     matrices = 3 if networks == 2 else 1  # H, C, drift
     passes = 0 if recipe.finish is None else recipe.finish.passes
     bare = recipe.method.local and isinstance(recipe.order, Natural) and networks == 1
@@ -297,7 +324,7 @@ def _line(uses: Sequence[Site], forked: set, analysis: Analysis, batches: int) -
     runs = recipe.scale.runs
     products = (2 if runs > 1 else 1) * runs + 4 * passes + 4  # a search of steps measures each of its runs
     flops = 2.0 * B * (multiplied * batches + products * n * n * out)
-    return Line(path, dims, rows, recipe, "gram", 4 * B * max(gather, solve), flops, count, inputs)
+    return Line(path, dims, rows, recipe, "gram", 4 * B * max(gather, solve), flops, count, *kind)
 
 
 def _picked(site: Site, layout: Layout, batches: int) -> int | None:

@@ -1,6 +1,7 @@
 """Parts of a plan: the work for one matrix, and memory by purpose."""
 
 import dataclasses
+from typing import Any
 
 from ..matrix import Recipe
 
@@ -17,7 +18,8 @@ class Line:
     workspace: int  # bytes for its data and its solve, beside live values
     flops: float  # for its Gram (or data form) and its recursion
     uses: int = 1  # number of products that share it
-    inputs: str | None = None  # the grid of its quantized inputs, and what shares a step
+    inputs: Any = None  # `Activations`, if its inputs are quantized
+    conv: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

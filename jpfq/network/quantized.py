@@ -21,6 +21,7 @@ from .finetune import fake_quant, on_grid, tunable
 from .integer import IntegerNetworks, Overflow
 from .learned import Learned
 from .serve import Served
+from .servers import Servers
 from .size import Size, size_of
 from .summary import summary
 
@@ -334,9 +335,9 @@ class Quantized:
             kind: "compressed-tensors", integers of 4 and 8 bits, FP8, MX and NVFP4; "awq", integers of 4 bits with zero
                 points; or "gguf", Q4_0 and Q8_0.
             folder: a new folder; for "gguf" a file. It appears complete or not at all.
-            **options: of that format. The folders take `names`, `config`, `batch`, `overwrite` and `max_shard_size`: see
-                `jpfq.export.folder.Folder`; "compressed-tensors" also `dynamic_inputs`. "gguf" takes `like`, the file of
-                the float model, `batch` and `overwrite`.
+            **options: of that format. The folders take `like`, the folder of the float model, `names`, `config`, `batch`,
+                `overwrite` and `max_shard_size`: see `jpfq.export.folder.Folder`; "compressed-tensors" also
+                `dynamic_inputs`. "gguf" takes `like`, the file of the float model, `batch` and `overwrite`.
 
         Returns:
             The kernels that the format does not support, which are written dequantized: by path, the reason.
@@ -351,6 +352,22 @@ class Quantized:
         from ..export.formats import writer_of
 
         return writer_of(kind)(self, folder, **options)
+
+    @anywhere
+    def servers(self, *, batch: Any = None, dynamic_inputs: Literal["int8", "fp8"] | None = None) -> Servers:
+        """Which server will load which layer, and the product it meets there, or why not.
+
+        Args:
+            batch: an input, of the form calibrated on, as for `export`.
+            dynamic_inputs: as for `export("compressed-tensors")`.
+
+        Examples:
+            >>> print(quantized.servers())
+            kernel ...
+        """
+        from ..export.served import served
+
+        return served(self, batch, dynamic_inputs)
 
     @property
     def nbytes(self) -> int:

@@ -169,7 +169,9 @@ def test_quantized_inputs_are_refused(tmp_path):
     quantized = result(linear, tensors, params={"a": {"kernel": jnp.ones((32, 8))}}, inputs=rounded)
     with pytest.raises(ValueError, match="Quantize without activations"):
         quantized.export("awq", tmp_path / "o")
-    with pytest.raises(ValueError, match=r"takes names, config, batch, overwrite, max_shard_size; got dynamic_inputs"):
+    with pytest.raises(
+        ValueError, match=r"takes names, config, batch, overwrite, like, max_shard_size; got dynamic_inputs"
+    ):
         quantized.export("awq", tmp_path / "o", dynamic_inputs="fp8")
 
 

@@ -52,6 +52,28 @@ def test_awq_folders_have_them_too(tmp_path):
     assert len(set(index.values())) > 1
 
 
+def test_like_the_folder_it_was_loaded_from(tmp_path):
+    """By our names and by value the same files, with the config and what else lies in that folder."""
+    rules = jpfq.formats.awq(32, plain=True, method=jpfq.MSQ())
+    config = dataclasses.replace(tiny.QWEN2, tie_word_embeddings=False)
+    config = dataclasses.replace(config, **SIZES)
+    jpfq.hub.save(tiny.decoder(config, jnp.bfloat16), tmp_path / "float")
+    floats = json.loads((tmp_path / "float" / "config.json").read_text()) | {"note": "kept"}
+    (tmp_path / "float" / "config.json").write_text(json.dumps(floats))
+    (tmp_path / "float" / "generation_config.json").write_text("{}")
+    checkpoint = jpfq.hub.load(tmp_path / "float")
+    tokens = jax.random.randint(jax.random.key(0), (8, 16), 0, config.vocab_size)
+    found = jpfq.quantize(checkpoint.model, [tokens], rules)
+    assert jpfq.hub.export(found, tmp_path / "a", "awq", like=tmp_path / "float") == {}
+    assert found.export("awq", tmp_path / "b", like=tmp_path / "float") == {}
+    files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in "ab"]
+    assert files[0] == files[1]
+    assert files[0].keys() == {"config.json", "model.safetensors", "generation_config.json"}
+    written = json.loads(files[0]["config.json"])
+    assert floats.items() <= written.items()
+    assert written["quantization_config"]["quant_method"] == "awq"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_another_runtime_generates_the_same_tokens(tmp_path, name):
