@@ -8,9 +8,9 @@ inputs of all layers, a step per row (token), taken while the network runs:
 W4A8      weights of 4 bits, inputs of 8
 W4A4      inputs of 4
 W4A4KV4   keys and values of 4 bits too, with a zero point, a step per head and token, as a cache holds them
-MXFP4     weights and inputs in blocks of 32, steps that are powers of two
 NVFP4     weights and inputs in blocks of 16, steps in E4M3
-FP8       E4M3, a step per neuron and per row
+MXFP4     weights and inputs in blocks of 32, steps that are powers of two; on request
+FP8       E4M3, a step per neuron and per row; on request
 
 RTN is plain rounding, the largest weight on the top level. Rotated: weights and inputs by one Hadamard rotation, keys and
 values along the head. Where a block does not divide the inputs of a kernel, its weights have a step per neuron.
@@ -32,8 +32,8 @@ CONFIGURATIONS = {  # the format of weights in formats.py, settings of inputs, a
     "W4A8": (None, PER_ROW["A8"], None),
     "W4A4": (None, PER_ROW["A4"], None),
     "W4A4KV4": (None, PER_ROW["A4"], KV4),
-    "MXFP4": ("MXFP4", jpfq.Activations(jpfq.E2M1(), group=32, step_dtype=jnp.float8_e8m0fnu), None),
     "NVFP4": ("NVFP4", jpfq.Activations(jpfq.E2M1(), group=16, step_dtype=jnp.float8_e4m3fn), None),
+    "MXFP4": ("MXFP4", jpfq.Activations(jpfq.E2M1(), group=32, step_dtype=jnp.float8_e8m0fnu), None),
     "FP8": ("FP8 per channel", jpfq.Activations(jpfq.E4M3(), per="row"), None),
 }
 ROUNDED = {"plain": True, "method": jpfq.MSQ(), "scale": jpfq.scale.AbsMax()}
@@ -61,8 +61,8 @@ def rules(configuration: str, method: str, rotated: bool, inputs: dict[str, int]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
-    parser.add_argument("--windows", type=int, default=16, help="calibration windows of 256 tokens")
+    parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS)[:4])
+    parser.add_argument("--windows", type=int, default=8, help="calibration windows of 256 tokens")
     parser.add_argument("--tests", type=int, default=32, help="windows that are scored")
     add_data(parser)
     args = parser.parse_args()
