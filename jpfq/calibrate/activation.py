@@ -114,8 +114,9 @@ class Activations:
         return not self.dynamic or kernel_bits(self.steps_as) > 0
 
     def __str__(self):
+        range_ = "" if self.range is None else f", {type(self.range).__name__}"
         rotated = "" if self.rotation is None else ", rotated"
-        return f"{self.grid} per {self.where}{rotated}"
+        return f"{self.grid} per {self.where}{range_}{rotated}"
 
     @property
     def where(self) -> str:
@@ -207,7 +208,7 @@ class ActivationQuantizer:
         """Levels whose steps are taken from `x` over some axes."""
         x, grid = lax.stop_gradient(x), self.settings.grid  # no derivative through the step
         ends = ends_of(x.min(axes, keepdims=True), x.max(axes, keepdims=True), grid)
-        return lay(*ends, grid, self._stored) if stored and self.settings.step_dtype is not None else lay(*ends, grid)
+        return lay(*ends, grid, self._stored if stored and self.settings.step_dtype is not None else None)
 
     def _stored(self, step):
         dtype, reach = self.settings.steps_as, self.settings.grid.alphabet().reach
@@ -265,7 +266,8 @@ def _largest_step(quantizer, x, weights, laned, lanes):
 
 @jax.jit
 def _unit(largest):
-    return unit_under(largest.max(0))
+    largest = largest.max(0)
+    return jnp.where(jnp.isfinite(largest), unit_under(largest), jnp.nan)
 
 
 @partial(jax.jit, static_argnames=("layout", "split", "laned"))

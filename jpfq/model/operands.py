@@ -172,13 +172,11 @@ def _roles(program, origins, products) -> dict[int, tuple[Role, Role]]:
         if len(sides) != 1:
             continue
         (side,) = sides
-        roles[index] = ("value", "probabilities") if side else ("probabilities", "value")
-        (contracted, *more), scores = _axes(eqn, side)[0], origins[eqn.invars[side]].products
-        key = None
-        if not more and len(scores) == 1:
-            key = _side_of(program, origins, producers, eqn.invars[side], contracted, *scores)
-        if key is not None:
-            roles[next(iter(scores))] = ("query", "key") if key else ("key", "query")
+        (axis, *more), (scores, *others) = _axes(eqn, side)[0], origins[eqn.invars[side]].products
+        key = None if more or others else _side_of(program, origins, producers, eqn.invars[side], axis, scores)
+        if key is not None:  # otherwise neither is known: a cache has both keys and values
+            roles.setdefault(index, ("value", "probabilities") if side else ("probabilities", "value"))
+            roles.setdefault(scores, ("query", "key") if key else ("key", "query"))
     return roles
 
 

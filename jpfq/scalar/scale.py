@@ -332,7 +332,7 @@ def _min_max(groups, c, grid):
     return -radius, radius
 
 
-def lay(low, high, grid: Grid, store: Callable = lambda step: step) -> ScaledGrid:
+def lay(low, high, grid: Grid, store: Callable | None = None) -> ScaledGrid:
     """The grid over the intervals [low, high]. `store` gives what becomes of the steps, to which zero points are fitted."""
     lo, hi, zero, reach = grid.alphabet()
     if reach is None:
@@ -341,10 +341,13 @@ def lay(low, high, grid: Grid, store: Callable = lambda step: step) -> ScaledGri
         )
     number = lambda x: jnp.asarray(x, high.dtype)  # of a traced integer
     if zero is not None:
-        return _levels(store(high / number(reach)), zero, grid)
+        step = high / number(reach)
+        return _levels(step if store is None else store(step), zero, grid)
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    step = store((high - low) / number(hi - lo))
-    return _levels(step, jnp.floor(-low / jnp.where(step > 0, step, 1) + 0.5), grid)
+    step = (high - low) / number(hi - lo)
+    step = step if store is None else store(step)
+    zero = jnp.floor(-low / jnp.where(step > 0, step, 1) + 0.5)
+    return _levels(step, zero if store is None else jnp.minimum(zero, number(hi)), grid)  # 0 stays a level
 
 
 def _levels(step, zero, grid: Grid) -> ScaledGrid:

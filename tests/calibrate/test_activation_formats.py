@@ -117,6 +117,19 @@ def test_what_is_not_finite_is_not_hidden(activations, wrong):
     assert np.isfinite(found[1, size:]).all()
 
 
+@pytest.mark.parametrize("step_dtype", [None, jnp.float16, jnp.float8_e8m0fnu])
+def test_zero_stays_a_level_whatever_steps_are_stored_in(step_dtype):
+    """Zero points are fitted to the stored steps: a power of two may be less than what reaches from end to end."""
+    x = jnp.abs(skewed(8, 200, 8)) * jnp.array([[1.0], [-1.0]] * 100)
+    x = x.at[:, 0].set(0)
+    found = rounded(jpfq.Activations(jpfq.Asymmetric(4), per="row", step_dtype=step_dtype), x)
+    assert (found[:, 0] == 0).all()
+    off = np.abs(found - x).max(1) / np.abs(x).max(1)
+    assert off.max() < (0.55 / 15 if step_dtype != jnp.float8_e8m0fnu else 0.26)
+    if step_dtype is None:
+        np.testing.assert_allclose(found, reference.asymmetric(x, 4), rtol=1e-5)
+
+
 def test_blocks_lie_along_the_inputs_of_every_kind_of_product():
     x = skewed(4, 3, 6, 4, 16)
     heads = DotLayout((4, 16, 8), (0, 1), (), (2, 3), (), False)  # two axes are contracted: 64 inputs in their order

@@ -242,6 +242,30 @@ def test_padding_does_not_count():
 
 
 @pytest.mark.slow
+def test_kernels_of_several_products_come_together_around_operands():
+    """Shared kernels move the equations; operands keep their places, in batches of two lengths."""
+
+    def model(p, x):
+        once = lambda y: jax.nn.softmax((y @ p["q"]) @ (y @ p["k"]).mT) @ y
+        y = once(x)
+        return jnp.concatenate([y @ p["w"], jnp.tanh(x) @ p["w"]], -1)
+
+    params = {name: zoo.normal(i, N, N) / 4 for i, name in enumerate("qkw")}
+    batches = [zoo.normal(0, 2, 6, N), zoo.normal(1, 2, 9, N)]
+    rule = zoo.plain(bits=8, products=INT8, cache=KV4)
+    result = jpfq.quantize(model, batches, rule, params=params)
+    assert list(result.uses) == ["w"]
+    kernels = {name: np.asarray(x, np.float64) for name, x in result.params.items()}
+    for x in batches:
+        x = np.asarray(x, np.float64)
+        scores = int8(x @ kernels["q"]) @ np.swapaxes(reference.asymmetric(x @ kernels["k"], 4), 1, 2)
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        y = int8(p / p.sum(-1, keepdims=True)) @ reference.asymmetric(x, 4)
+        exact = np.concatenate([y @ kernels["w"], np.tanh(x) @ kernels["w"]], -1)
+        assert close(result.apply(jnp.asarray(x, jnp.float32)), exact)
+
+
+@pytest.mark.slow
 def test_later_layers_make_good_what_a_cache_loses():
     """Against weights solved as if keys and values stayed exact, in the same network."""
     mix = zoo.normal(7, 4, N)
