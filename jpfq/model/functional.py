@@ -8,12 +8,7 @@ import jax
 
 from ..matrix.explicit_mesh import inside_jit, is_traced
 from .compat import key_name
-
-PARTITION = (
-    "Pass only the arrays as params, and close over the rest in the function. For an Equinox module: params, static = "
-    "eqx.partition(module, eqx.is_array); jpfq.quantize(lambda params, x: eqx.combine(params, static)(x), batches, "
-    "rules, params=params)."
-)
+from .unlike import PARTITION
 
 
 @dataclasses.dataclass(frozen=True)

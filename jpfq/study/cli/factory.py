@@ -65,10 +65,19 @@ def add_factory(parser) -> None:
 def check_name(name: str) -> None:
     """Raises if a name cannot be that of a factory. Checked first, as it takes no time."""
     module, _, function = name.partition(":")
-    if module.endswith(".py") and function:
-        raise ValueError(f"{name} names a file; name the module: {module[:-3].replace(os.sep, '.')}:{function}.")
+    if module.endswith(".py"):
+        raise ValueError(f"{name} names a file; name the module: {_as_module(module)}:{function or 'FACTORY'}.")
     if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise ValueError(f"Name the factory as MODULE:FACTORY, such as mypackage.models:trained; got {name!r}.")
+
+
+def _as_module(file: str) -> str:
+    """The name by which a file is imported, after the folder to be in if it is not below this one."""
+    path = os.path.relpath(file)
+    folder, here = os.path.dirname(os.path.abspath(file)), path.split(os.sep)
+    if here[0] == os.pardir or not all(part.isidentifier() for part in here[:-1]):
+        return f"in {folder}, {os.path.basename(file)[:-3]}"
+    return path[:-3].replace(os.sep, ".")
 
 
 def subject_of(name: str) -> Subject:
