@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def quantize_embeddings(
     for embedding in embeddings:
         recipe = recipes[embedding.path]
         W = embedding.matrices(leaves[embedding.leaf])
-        recipe.refuse(0, W.shape[1:], embedding.path)
+        recipe.refuse(0, embedding.layout.dims[1:], embedding.path)
         reporter.doing("gathering")
         if embedding.products:
             data = _tied(W, _gram(streams(embedding), devices))
@@ -87,7 +88,7 @@ def _gram(streams: Sequence[Stream], devices: Devices | None) -> Gram:
         for stream in streams:
             stream.advance(index)
         gather = Gather(streams, index, devices=devices)
-        gram: Gram = gather.of(Gram).data
+        gram: Any = gather.of(Gram).data
         if gather.shown is not None:
             gather.shown.refuse(gather.path)
         parts.append(dataclasses.replace(gram, C=None, drift=None))  # where the networks differ after a product: by 0

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from ..matrix import QTensor
 from ..matrix.explicit_mesh import anywhere
-from ..model.functional import flatten
+from ..model.functional import Functional, flatten
+from ..model.mesh import like
 from ..scalar import register_dataclass
 
 if TYPE_CHECKING:
@@ -79,6 +80,22 @@ def on_grid(params: Any, tensors: Mapping[str, QTensor]) -> dict[str, QTensor]:
     given = dict(zip(paths, leaves, strict=True))
     quantize = lambda leaf, tensor: _scaled(leaf, tensor) if isinstance(leaf, Steps) else tensor.rounded(leaf)
     return {path: quantize(given[path], tensor) for path, tensor in tensors.items()}
+
+
+def trained(functional: Functional, params: Any, tensors: Mapping[str, QTensor]) -> Functional:
+    """A model with trained parameters, whose quantized kernels are at the levels of their grids.
+
+    Raises:
+        ValueError: the parameters are not those of the model.
+    """
+    paths, values, _ = flatten(fake_quant(params, tensors))
+    wanted = {path for path, trainable in zip(functional.paths, functional.trainable, strict=True) if trainable}
+    if set(paths) != wanted:
+        raise ValueError(f"The trained parameters differ from the model's in {sorted(set(paths) ^ wanted)}.")
+    new = dict(zip(paths, values, strict=True))
+    old = zip(functional.paths, functional.leaves, functional.trainable, strict=True)
+    leaves = tuple(like(new[path], leaf) if trainable else leaf for path, leaf, trainable in old)
+    return dataclasses.replace(functional, leaves=leaves)
 
 
 def _straight(leaf, tensor):

@@ -13,11 +13,10 @@ from ..calibrate.activation import ActivationQuantizer
 from ..calibrate.output_error import OutputError
 from ..matrix import Info, QTensor
 from ..matrix.explicit_mesh import anywhere, automatic, moved, runs_anywhere
-from ..model.functional import Functional, flatten
-from ..model.mesh import like
+from ..model.functional import Functional
 from ..scalar import Constraint
 from .apply import run
-from .finetune import fake_quant, on_grid, tunable
+from .finetune import on_grid, trained, tunable
 from .integer import IntegerNetworks, Overflow
 from .learned import Learned
 from .serve import Served
@@ -199,24 +198,17 @@ class Quantized:
             >>> bool((tuned.params["head"]["kernel"] == quantized.params["head"]["kernel"]).all())
             True
         """
-        tensors, functional = on_grid(params, self.tensors), self._functional
-        paths, values, _ = flatten(fake_quant(params, self.tensors))
-        wanted = {path for path, trainable in zip(functional.paths, functional.trainable, strict=True) if trainable}
-        if set(paths) != wanted:
-            raise ValueError(f"The trained parameters differ from the model's in {sorted(set(paths) ^ wanted)}.")
-        new = dict(zip(paths, values, strict=True))
-        old = zip(functional.paths, functional.leaves, functional.trainable, strict=True)
-        leaves = tuple(like(new[path], leaf) if trainable else leaf for path, leaf, trainable in old)
-        rebuilt = functional.rebuild(leaves)
+        functional = trained(self._functional, params, self.tensors)
+        rebuilt = functional.rebuild(functional.leaves)
         return dataclasses.replace(
             self,
             params=rebuilt["params"],
-            tensors=tensors,
+            tensors=on_grid(params, self.tensors),
             output_error=float("nan"),
             outputs=None,
             held_out=None,
             learned=None,
-            _functional=dataclasses.replace(functional, leaves=leaves),
+            _functional=functional,
             _model=rebuilt.get("model"),
             _variables=rebuilt.get("variables"),
         )
@@ -386,8 +378,6 @@ class Quantized:
         Examples:
             >>> quantized.size.nbytes, quantized.size.float_nbytes  # 1,320 parameters: 40 biases and 40 steps in float32
             (960, 5280)
-            >>> round(quantized.size.bits_per_weight, 2), quantized.bits_per_weight
-            (5.82, 5.0)
         """
         return size_of(self._functional, self.tensors)
 

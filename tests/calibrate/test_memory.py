@@ -13,7 +13,7 @@ import jpfq
 from jpfq.calibrate.liveness import needs
 from jpfq.calibrate.stream import Stream
 from jpfq.model.program import trace
-from jpfq.network.plan import Memory
+from jpfq.network.plan_memory import Memory
 from tests.network import zoo
 
 quantize_module = importlib.import_module("jpfq.network.quantize")
