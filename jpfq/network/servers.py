@@ -30,6 +30,7 @@ FP8 = {BY_TOKEN.format("fp8"), ONE_STEP.format("fp8")}
 ZEROS = " with zero points"
 DEQUANTIZED = "16-bit products of dequantized weights"
 CHANNEL = (None,)
+OTHERS = {E2M1: "E2M1 in other blocks", E2M3: "E2M3 in other blocks", E5M2: "E5M2"}
 
 
 class Form(NamedTuple):
@@ -64,6 +65,7 @@ class Verdict(NamedTuple):
 
 CT, AWQ, GGUF, QWIX = 'export("compressed-tensors")', 'export("awq")', 'export("gguf")', "to_qwix"
 INT4, INTS = {"int4", "int4" + ZEROS}, {"int4", "int8", "int4" + ZEROS, "int8" + ZEROS}
+FP = {"mxfp4", "mxfp6", "mxfp8", "nvfp4", "nf4"}
 FACTS = (
     Fact("vLLM on TPU", CT, {"int4"}, {BY_TOKEN.format("fp8")}, ANY, "FP8 products"),
     Fact("vLLM on TPU", CT, {"int8"}, {BY_TOKEN.format("int8")}, CHANNEL, "int8 products"),
@@ -78,11 +80,10 @@ FACTS = (
     Fact("vLLM on GPU", CT, {"nvfp4", "mxfp4"}, {FLOATS}, ANY, DEQUANTIZED),
     Fact("vLLM on GPU", AWQ, INT4, {FLOATS}, (None, 32, 64, 128), DEQUANTIZED),
     Fact("sglang-jax", CT, {"int8", "fp8"}, {FLOATS, *INT8, *FP8}, CHANNEL, "types it has; its reading was not tried"),
-    Fact(
-        "qwix", QWIX, {*INTS, "fp8", "mxfp4", "mxfp8", "nvfp4", "nf4"}, {FLOATS}, ANY, "products of dequantized weights"
-    ),
-    Fact("qwix", QWIX, {"int4", "int8"}, INT8, CHANNEL, "int8 products"),
-    Fact("llama.cpp", GGUF, {"int4", "int8"}, {FLOATS}, (32,), "products with inputs in blocks of 8 bits"),
+    Fact("qwix", QWIX, {*INTS, "fp8", *FP, *OTHERS.values()}, {FLOATS}, ANY, "products of dequantized weights"),
+    Fact("qwix", QWIX, {"int4", "int8"}, {BY_TOKEN.format("int8")}, CHANNEL, "int8 products"),
+    Fact("qwix", QWIX, {"int4", "int8"}, {ONE_STEP.format("int8")}, ANY, "int8 products"),
+    Fact("llama.cpp", GGUF, {"int4", "int8"}, {FLOATS}, ANY, "products with inputs in blocks of 8 bits"),
 )
 
 
@@ -179,6 +180,8 @@ def _not_written(call: str, form: Form) -> str:
         return "its steps are not of float16: step_dtype='float16'"
     if call == AWQ and (form.shape[1] % 8 or (form.group or form.shape[0]) % 32):
         return "AWQ takes multiples of 8 neurons, in groups of multiples of 32 inputs"
+    if call == GGUF and (form.group or form.shape[0]) % 32:
+        return "GGUF takes groups of multiples of 32 inputs"
     return ""
 
 
@@ -191,7 +194,7 @@ def _weights(grid: Grid, step_dtype: Any, run: int) -> str:
     if isinstance(grid, (E4M3, NF4)):
         return "fp8" if isinstance(grid, E4M3) else "nf4"
     if isinstance(grid, (E2M1, E2M3, E5M2)):
-        return f"{grid} in groups of {run} with steps of {np.dtype(step_dtype or np.float32).name}"
+        return OTHERS[type(grid)]
     bits, zeros = _bits(grid)
     return f"int{4 if bits <= 4 else 8}{zeros}" if bits <= 8 else str(grid)
 

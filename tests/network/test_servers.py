@@ -57,10 +57,16 @@ f = jpfq.formats
         ("llama.cpp", f.q4_0(), None, r'export\("gguf"\)'),
         ("llama.cpp", f.q8_0(), None, r'export\("gguf"\)'),
         ("llama.cpp", f.int4(group=32), None, "no: its steps are not of float16"),
+        ("llama.cpp", f.int4(group=16, step_dtype="float16"), None, "no: GGUF takes groups of multiples of 32 inputs"),
+        ("llama.cpp", f.int4(step_dtype="float16"), None, r'export\("gguf"\)'),
+        ("qwix", f.int8(group=32), STATIC, "int8 products"),
+        ("qwix", f.int8(group=32), DYNAMIC_INT8, "no: int8 takes groups of all inputs"),
         ("llama.cpp", f.nvfp4(), None, "no: it has no nvfp4"),
         ("qwix", f.mxfp8(), None, "to_qwix"),
         ("qwix", f.nf4(), None, "to_qwix"),
-        ("qwix", f.mxfp6(), None, "no: it has no mxfp6"),
+        ("qwix", f.mxfp6(), None, "to_qwix"),  # as integers
+        ("qwix", f.mxfp6(jpfq.E3M2()), None, r"no: it has no E3M2\(\)"),
+        (GPU, f.fp8(32), DYNAMIC_FP8, "no: fp8 takes groups of all inputs, and these are of 32"),
     ],
 )
 def test_facts(server, rules, activations, loads):
