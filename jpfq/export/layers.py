@@ -5,7 +5,7 @@ With weights (out, in), NAME.weight_scale the steps (out, groups of inputs):
     pack-quantized         weight_packed int32, 32 / bits integers to a word along the inputs, the first lowest, each with
                            2^(bits - 1) added; weight_zero_point int32, packed along the outputs; weight_shape (2,)
     int-quantized          weight int8 (out, in)
-    float-quantized        weight float8_e4m3fn (out, in)
+    float-quantized        weight float8_e4m3fn (out, in); in blocks, weight_scale (blocks of outputs, blocks of inputs)
     mxfp8-quantized        the same, weight_scale uint8, the exponent of a power of two with 127 added
     mxfp6-pack-quantized   weight_packed uint8, four codes of 6 bits to three bytes, the first lowest; scales likewise
     mxfp4-pack-quantized   weight_packed uint8, two codes of 4 bits to a byte, the first lowest; scales likewise
@@ -66,6 +66,7 @@ class Scheme:
     group: int | None
     symmetric: bool
     inputs: Inputs | None = None
+    block: tuple[int, int] | None = None  # outputs and inputs that share a step
 
     def config(self) -> dict[str, Any]:
         """What config.json says of it, but for the names of the layers."""
@@ -78,6 +79,8 @@ class Scheme:
             "group_size": self.group,
             "dynamic": False,
         }
+        if self.block is not None:
+            weights |= {"strategy": "block", "group_size": None, "block_structure": list(self.block)}
         if self.format.startswith("mx"):
             weights |= {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
         if self.format == "nvfp4-pack-quantized":
@@ -103,8 +106,9 @@ def layer(tensor: QTensor, path: str, site: Site | None, inputs: Inputs | None) 
             arrays = _packed(thirty_two, grid) if bits < 8 else {"weight": _float8(thirty_two, grid)}
             return Scheme(format, bits, "float", 32, True, inputs), arrays | _exponents(thirty_two)
         if isinstance(grid, E4M3):
-            arrays = {"weight": _float8(found, grid), "weight_scale": found.step}
-            return Scheme("float-quantized", 8, "float", found.group, True, inputs), arrays
+            block, step = found.blocks()
+            arrays = {"weight": _float8(found, grid), "weight_scale": step}
+            return Scheme("float-quantized", 8, "float", found.group, True, inputs, block), arrays
         raise ValueError(
             f"{grid} is held in groups of 32 with steps of float8_e8m0fnu (jpfq.formats.mxfp4, mxfp6)"
             + (", or of 16 with steps of float8_e4m3fn (jpfq.formats.nvfp4)" if isinstance(grid, E2M1) else "")

@@ -34,6 +34,13 @@ class Linear(NamedTuple):
         run = int(np.gcd(_run(self.step), _run(self.zero)))
         return self._replace(step=self.step[:, ::run], zero=self.zero[:, ::run])
 
+    def blocks(self) -> tuple[tuple[int, int] | None, np.ndarray]:
+        """The outputs and inputs that share a step, and the steps of such blocks; None where each output has its own."""
+        run = _run(self.step.T)
+        if self.group is None or run == 1:
+            return None, self.step
+        return (run, self.group), np.ascontiguousarray(self.step[::run])
+
     def in_groups(self, size: int) -> "Linear | None":
         """The same in groups of that many inputs; None where a group of them has several steps."""
         n, groups = self.codes.shape[1], self.step.shape[1]
@@ -127,8 +134,11 @@ def _by_steps(tensor, path):
         raise ValueError(
             f"it is of rank {len(shape)}, and a product of matrices only if batch=.., an input, says so: give it to export"
         )
-    if steps[1] == shape[1] > 1 or (steps[1] == 1 and path.rpartition("/")[2] == "kernel"):
+    named = path.rpartition("/")[2] == "kernel"
+    if steps[1] == shape[1] > 1 or (steps[1] == 1 and named):
         return np.transpose
     if steps[0] == shape[0] > 1:
         return lambda x: x
+    if named:  # blocks of both
+        return np.transpose
     raise ValueError("its steps do not tell inputs from outputs: give export batch=.., an input")

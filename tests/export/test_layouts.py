@@ -29,6 +29,7 @@ FORMATS = {  # rules, options, format, strategy of the inputs
     "W8A8, static": (jpfq.formats.int8(activation_bits=8), {}, "int-quantized", "tensor"),
     "fp8": (jpfq.formats.fp8(), {}, "float-quantized", None),
     "fp8, groups": (jpfq.formats.fp8(32), {}, "float-quantized", None),
+    "fp8, blocks": (jpfq.formats.fp8(block=(32, 32)), {}, "float-quantized", None),
     "fp8, fp8 inputs": (jpfq.formats.fp8(activations=DYNAMIC_FP8), {}, "float-quantized", "token"),
     "mxint8": (jpfq.formats.mxint8(), {}, "pack-quantized", None),
     "mxfp4": (jpfq.formats.mxfp4(), {}, "mxfp4-pack-quantized", None),
@@ -86,6 +87,7 @@ def test_floating_point_layouts_unpacked_by_hand(tmp_path):
         "mxfp6": stored(jpfq.E2M3(), "float8_e8m0fnu", 32),
         "mxfp8": stored(jpfq.E4M3(), "float8_e8m0fnu", 32),
         "fp8": tensor((64, 6), (1, 6), jpfq.E4M3()),
+        "blocks": tensor((64, 6), (4, 2), jpfq.E4M3()),
     }
     params = {name: {"kernel": jnp.ones(t.shape)} for name, t in kernels.items()}
     quantized = result(linear, {f"{name}/kernel": t for name, t in kernels.items()}, params=params)
@@ -103,6 +105,8 @@ def test_floating_point_layouts_unpacked_by_hand(tmp_path):
         "mxfp6": fp6[fields(arrays["mxfp6.weight_packed"], 6)] * spread(power(arrays["mxfp6.weight_scale"]), 32),
         "mxfp8": arrays["mxfp8.weight"].astype(np.float32) * spread(power(arrays["mxfp8.weight_scale"]), 32),
         "fp8": arrays["fp8.weight"].astype(np.float32) * arrays["fp8.weight_scale"],
+        "blocks": arrays["blocks.weight"].astype(np.float32)
+        * np.kron(arrays["blocks.weight_scale"], np.ones((3, 16), np.float32)),
     }
     for name, values in found.items():
         np.testing.assert_array_equal(values, np.asarray(kernels[name].dequantize()).T, err_msg=name)
