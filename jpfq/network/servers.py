@@ -78,7 +78,7 @@ FACTS = (
     Fact("vLLM on GPU", CT, {"fp8"}, FP8, CHANNEL, "FP8 products"),
     Fact("vLLM on GPU", CT, {"fp8"}, {FLOATS}, CHANNEL, DEQUANTIZED),
     Fact("vLLM on GPU", CT, {"nvfp4", "mxfp4"}, {FLOATS}, ANY, DEQUANTIZED),
-    Fact("vLLM on GPU", AWQ, INT4, {FLOATS}, (None, 32, 64, 128), DEQUANTIZED),
+    Fact("vLLM on GPU", AWQ, INT4, {FLOATS}, (32, 64, 128), DEQUANTIZED),
     Fact("sglang-jax", CT, {"int8", "fp8"}, {FLOATS, *INT8, *FP8}, CHANNEL, "types it has; its reading was not tried"),
     Fact("qwix", QWIX, {*INTS, "fp8", *FP, *OTHERS.values()}, {FLOATS}, ANY, "products of dequantized weights"),
     Fact("qwix", QWIX, {"int4", "int8"}, {BY_TOKEN.format("int8")}, CHANNEL, "int8 products"),
@@ -97,7 +97,7 @@ class Servers:
         >>> rules = jpfq.formats.int4()
         >>> plan = jpfq.plan(model, batches[0], rules, variables=variables)
         >>> plan.servers().layers["head/kernel"]["vLLM on TPU"].text
-        "int4 takes inputs in fp8 by token, and these are floats: dynamic_inputs='fp8'"
+        'export("compressed-tensors"): int4 takes inputs in fp8 by token, and these are floats: dynamic_inputs=...'
         >>> plan.servers(dynamic_inputs="fp8").layers["head/kernel"]["vLLM on TPU"]
         Verdict(loads=True, text='export("compressed-tensors"): FP8 products')
     """
@@ -130,15 +130,22 @@ def servers(forms: Mapping[str, Form], dynamic_inputs: str | None = None) -> Ser
 
 def verdict(server: str, form: Form) -> Verdict:
     """What a server says of a layer."""
-    facts = [fact for fact in FACTS if fact.server == server]
-    reasons = []
-    for fact in facts:
-        if form.weights in fact.weights:
-            reason = _reason(fact, form)
-            if not reason:
-                return Verdict(True, f"{fact.call}: {fact.product}")
-            reasons.append(reason)
-    return Verdict(False, form.refused or (reasons or [f"it has no {form.weights}"])[0])
+    if form.refused:
+        return Verdict(False, form.refused)
+    facts = [fact for fact in FACTS if fact.server == server and form.weights in fact.weights]
+    if not facts:
+        return Verdict(False, f"it has no {form.weights}")
+    reasons = {}
+    for call in dict.fromkeys(fact.call for fact in facts):
+        own = [fact for fact in facts if fact.call == call]
+        fit = [fact for fact in own if form.inputs in fact.inputs and not (form.conv and call != QWIX)]
+        found = {_reason(fact, form): fact for fact in reversed(fit)} or {_other_inputs(own, form): None}
+        if fact := found.get(""):
+            return Verdict(True, f"{call}: {fact.product}")
+        reasons[call] = list(found)[-1]
+    if len(reasons) == 1:
+        return Verdict(False, *reasons.values())
+    return Verdict(False, "; ".join(f"{call}: {reason}" for call, reason in reasons.items()))
 
 
 def form_of(
@@ -154,21 +161,22 @@ def _served(form: Form, dynamic: str | None) -> Form:
     return form if dynamic is None or form.inputs != FLOATS else form._replace(inputs=BY_TOKEN.format(dynamic))
 
 
+def _other_inputs(facts: list[Fact], form: Form) -> str:
+    """Why a server does not take a layer that it would take with other inputs."""
+    if form.conv and facts[0].call != QWIX:
+        return "it is a convolution"
+    takes = sorted({inputs for fact in facts for inputs in fact.inputs})
+    dynamic = [name for name in ("fp8", "int8") if form.inputs == FLOATS and BY_TOKEN.format(name) in takes]
+    hint = f": dynamic_inputs={dynamic[0]!r}" if dynamic else ""
+    return f"{form.weights} takes inputs in {' or '.join(takes)}, and these are {form.inputs}{hint}"
+
+
 def _reason(fact: Fact, form: Form) -> str:
-    """Why a server does not take a layer whose weights it takes; "" where it does."""
-    if form.refused:
-        return form.refused
-    if form.conv and (fact.call != QWIX or form.inputs == FLOATS):
-        return (
-            "it is a convolution, which qwix takes with inputs of 8 bits"
-            if fact.call == QWIX
-            else "it is a convolution"
-        )
-    if form.inputs not in fact.inputs:
-        dynamic = [name for name in ("fp8", "int8") if BY_TOKEN.format(name) in fact.inputs and form.inputs == FLOATS]
-        hint = f": dynamic_inputs={dynamic[0]!r}" if dynamic and fact.call == CT else ""
-        return f"{form.weights} takes inputs in {' or '.join(sorted(fact.inputs))}, and these are {form.inputs}{hint}"
-    if fact.groups is not None and form.group not in fact.groups and not (fact.call == AWQ and form.group is None):
+    """Why a server does not take a layer whose weights and inputs it takes; "" where it does."""
+    if form.conv and form.inputs == FLOATS:
+        return "it is a convolution, which qwix takes with inputs of 8 bits"
+    split = fact.call == AWQ and form.group is None  # which the format does
+    if fact.groups is not None and form.group not in fact.groups and not split:
         sizes = " or ".join("all inputs" if size is None else str(size) for size in fact.groups)
         return f"{form.weights} takes groups of {sizes}, and these are of {form.group or 'all inputs'}"
     return _not_written(fact.call, form)

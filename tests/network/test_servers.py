@@ -34,6 +34,7 @@ f = jpfq.formats
         (TPU, f.int4(), None, "no: int4 takes inputs in fp8 by token, and these are floats: dynamic_inputs='fp8'"),
         (TPU, f.int4(), DYNAMIC_FP8, "FP8 products"),
         (TPU, f.int4(group=32), DYNAMIC_FP8, "FP8 products"),
+        ("llama.cpp", f.q8_0(), DYNAMIC_INT8, "no: int8 takes inputs in floats, and these are int8 by token"),
         (TPU, f.int4(), DYNAMIC_INT8, "no: int4 takes inputs in fp8 by token, and these are int8 by token"),
         (TPU, f.nvfp4(), None, "regrouped"),
         (TPU, f.nvfp4(), DYNAMIC_FP8, "regrouped"),
@@ -73,6 +74,15 @@ def test_facts(server, rules, activations, loads):
     found, text = verdict(server, form(rules, activations))
     assert found != loads.startswith("no: ")
     assert re.search(loads.removeprefix("no: ") if not found else loads, text), text
+
+
+def test_each_way_to_write_it_has_its_reason():
+    """4-bit integers with bfloat16 steps are not for vLLM on TPU: inputs in FP8, or steps for AWQ, would make them so."""
+    _, text = verdict(TPU, form(f.int4()))
+    assert text == (
+        "export(\"compressed-tensors\"): int4 takes inputs in fp8 by token, and these are floats: dynamic_inputs='fp8'; "
+        "export(\"awq\"): its steps are not of float16: step_dtype='float16'"
+    )
 
 
 def test_what_concerns_the_layer():
