@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def _gram(streams: Sequence[Stream], devices: Devices | None) -> Gram:
         for stream in streams:
             stream.advance(index)
         gather = Gather(streams, index, devices=devices)
-        gram: Gram = gather.of(Gram).data
+        gram: Any = gather.of(Gram).data
         if gather.shown is not None:
             gather.shown.refuse(gather.path)
         parts.append(dataclasses.replace(gram, C=None, drift=None))  # where the networks differ after a product: by 0

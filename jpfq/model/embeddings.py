@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..matrix.arrays import at_least_float32
 from ..matrix.layout import DotLayout
@@ -96,7 +95,8 @@ def _axes(chain: Chain, ndim: int) -> tuple[int, ...] | None:
 
 def _reads_rows(site: Site, features: tuple[int, ...]) -> bool:
     """True if a product contracts the features of a table, in their order, with every row."""
-    order = _axes(site.chain, len(site.layout.shape)) if isinstance(site.layout, DotLayout) else None
-    if order is None or site.layout.batch:
+    layout = site.layout
+    if not isinstance(layout, DotLayout) or layout.batch:
         return False
-    return tuple(np.array(order)[list(site.layout.contract)]) == features
+    order = _axes(site.chain, len(layout.shape))
+    return order is not None and tuple(order[i] for i in layout.contract) == features
