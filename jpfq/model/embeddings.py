@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..matrix.arrays import at_least_float32
 from ..matrix.layout import DotLayout
@@ -100,4 +99,4 @@ def _reads_rows(site: Site, features: tuple[int, ...]) -> bool:
     if not isinstance(layout, DotLayout) or layout.batch:
         return False
     order = _axes(site.chain, len(layout.shape))
-    return order is not None and tuple(np.array(order)[list(layout.contract)]) == features
+    return order is not None and tuple(order[i] for i in layout.contract) == features

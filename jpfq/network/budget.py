@@ -93,6 +93,10 @@ def _budget(functional, batches, average_bits, widths, rule, key, progress):
     operands = [Rule(rule.pattern, **about)] if about else []  # weights alone are measured
     rule = dataclasses.replace(rule, products=None, cache=None)
     analysis = analyse(functional, [rule], shaped.example)
+    if analysis.embeddings:
+        raise ValueError(
+            f"budget chooses bits of kernels, and the rule names {analysis.embeddings[0].path}, an embedding."
+        )
     check_key(analysis.assignment, key)
     program, sites = analysis.program, analysis.sites
     counted = of_outputs(program, functional.leaves, shaped.leaves[:1], shaped.weights[:1])[0]
