@@ -74,18 +74,24 @@ class Like:
             raise ValueError(f"like={str(folder)!r} is quantized: give the folder of the float model.")
         self.files: dict[str, Path] = {}  # where each tensor lies
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.vectors: dict[str, np.ndarray] = {}
         for file in self._weights():
             with self._opened(file) as opened:
                 for name in opened.keys():  # noqa: SIM118, it is no dict
                     self.files[name], self.shapes[name] = file, tuple(opened.get_slice(name).get_shape())
 
     def tensor(self, name: str) -> np.ndarray:
-        """One of them."""
+        """One of them. Vectors, which are small and many, are read once."""
+        if name in self.vectors:
+            return self.vectors[name]
         with self._opened(self.files[name]) as opened:
             try:
-                return opened.get_tensor(name)
+                found = opened.get_tensor(name)
             except (AttributeError, KeyError, TypeError) as error:
                 raise ValueError(f"{name} of {self.folder} is of a type that NumPy has not: {error}.") from error
+        if found.ndim < 2:
+            self.vectors[name] = found
+        return found
 
     def copy_beside(self, target: Path) -> None:
         """Copies what the folder holds beside config and weights."""

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import jpfq
 from jpfq import hub
@@ -44,7 +45,7 @@ def own(place, monkeypatch):
 
 def test_a_folder_is_quantized_scored_and_saved(own, capsys):
     arguments = ["quantize", "tiny", "--bits", "4", "--calibrate", "text.txt", "--save", "w4", *SETTINGS]
-    assert main(arguments) == 0
+    assert main([*arguments, "--export", "served"]) == 0
     out = capsys.readouterr().out
     lines = [line.split(": ") for line in out.splitlines() if line.startswith("  ")]
     shown = {name.strip(): float(value) for name, value in lines}
@@ -58,6 +59,16 @@ def test_a_folder_is_quantized_scored_and_saved(own, capsys):
     same = jpfq.quantize(model, hub.windows(tokens, 16, 8), 4, progress=False)
     for path, tensor in same.tensors.items():
         np.testing.assert_array_equal(tensor.codes, saved.tensors[path].codes)
+    written = json.loads((own / "served" / "config.json").read_text())
+    floats = json.loads((own / "tiny" / "config.json").read_text())
+    assert floats.items() <= written.items()
+    assert (own / "served" / "tokenizer.json").read_bytes() == (own / "tiny" / "tokenizer.json").read_bytes()
+    with safe_open(own / "served" / "model.safetensors", "np") as file:
+        packed = {name.removesuffix(".weight_packed") for name in file.keys() if name.endswith(".weight_packed")}  # noqa: SIM118
+    assert packed == {
+        jpfq.hub.decoder.name_of(tuple(path.split("/"))).removesuffix(".weight") for path in saved.tensors
+    }
+    assert f"Exported: {own / 'served'} (compressed-tensors)" in out
     assert "Perplexity on 5 windows of 16 tokens" in out
     assert "jpfq.load('w4', jpfq.hub.load('tiny').model)" in out
 

@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...export.folder import Folder
 from ...report.svg import check_matplotlib
 from ...storage.files import hidden, writing
 from ...storage.save import check_leaves
 from ...storage.store import MANIFEST, destination, occupied
 from ..compare import Subject
 from ..sweep_result import Sweep
+from .language import exported
 from .settings import nearest
 
+EXPORTED = "compressed-tensors"
 IMAGES = (".png", ".pdf", ".svg")
 
 
@@ -58,9 +61,10 @@ def add_saving(parser, what: str) -> None:
     output = parser.add_argument_group("output files")
     output.add_argument("--save", type=Path, metavar="DIR", help=f"a folder for {what}, which jpfq.load reads")
     output.add_argument("--entropy-coded", action="store_true", help="fewer bytes; needs pip install 'jpfq[entropy]'")
+    output.add_argument("--export", type=Path, metavar="DIR", help=f"a folder for {what}, which vLLM loads")
     output.add_argument("--report", type=Path, metavar="FILE.html", help=f"an HTML report of {what}")
     output.add_argument("--picture", type=Path, metavar="FILE", help=f"a plot: {', '.join(IMAGES)}")
-    output.add_argument("--overwrite", action="store_true", help="replace an existing result or report")
+    output.add_argument("--overwrite", action="store_true", help="replace an existing result, export or report")
 
 
 def check_saving(options) -> None:
@@ -70,10 +74,17 @@ def check_saving(options) -> None:
         raise ValueError("--entropy-coded is an option of --save DIR: add that.")
     if options.entropy_coded and importlib.util.find_spec("constriction") is None:
         raise ValueError("--entropy-coded needs the package constriction: pip install 'jpfq[entropy]'.")
-    if options.overwrite and folder is None and options.report is None:
-        raise ValueError("--overwrite is an option of --save DIR and --report FILE.html: add one of them.")
+    if options.overwrite and folder is None and options.report is None and options.export is None:
+        raise ValueError(
+            "--overwrite is an option of --save DIR, --export DIR and --report FILE.html: add one of them."
+        )
     if folder is not None:
         _check_folder(folder, options.overwrite)
+    if options.export is not None:
+        try:
+            Folder.of(EXPORTED, options.export, {"overwrite": options.overwrite})
+        except ValueError as error:
+            raise ValueError(f"--export: {str(error).replace('overwrite=True', '--overwrite')}") from error
     if options.report is not None:
         check_report(options.report, options.overwrite)
     if options.picture is not None:
@@ -105,6 +116,9 @@ def write(options, quantized, subject: Subject, sweep: Sweep | None = None) -> d
     if options.save is not None:
         size = quantized.save(options.save, entropy_coded=options.entropy_coded, overwrite=options.overwrite)
         written["saved"] = {"folder": str(options.save.resolve()), "bytes": size}
+    if options.export is not None:
+        left = exported(options, quantized, EXPORTED)
+        written["exported"] = {"folder": str(options.export.resolve()), "dequantized": left}
     if options.report is not None:
         functional = subject.functional
         params = functional.rebuild(functional.leaves)["params"]
@@ -116,4 +130,8 @@ def write(options, quantized, subject: Subject, sweep: Sweep | None = None) -> d
 def written_lines(written: dict[str, Any]) -> list[str]:
     """The same as lines of text."""
     lines = [f"Saved: {written['saved']['folder']} ({written['saved']['bytes']:,} bytes)"] if "saved" in written else []
+    if "exported" in written:
+        lines.append(f"Exported: {written['exported']['folder']} ({EXPORTED})")
+        left = written["exported"]["dequantized"]
+        lines += [f"  {path} is not quantized there: {reason}" for path, reason in left.items()]
     return lines + [f"{name.capitalize()}: {written[name]}" for name in ("report", "picture") if name in written]

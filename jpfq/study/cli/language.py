@@ -94,6 +94,16 @@ def named_subject(options) -> Subject:
     return Subject(Path(options.factory).resolve().name, checkpoint.model, None, batches, score)
 
 
+def exported(options, quantized: Any, kind: Any) -> dict[str, str]:
+    """Exports a result as the options say, a language model with its own names, and those of the folder it came from."""
+    if not is_language(options):
+        return quantized.export(kind, options.export, overwrite=options.overwrite)
+    from ...hub.checkpoint import export
+
+    like = {"like": options.factory} if Path(options.factory).is_dir() else {}
+    return export(quantized, options.export, kind, overwrite=options.overwrite, **like)
+
+
 def with_perplexity(options, subject: Subject, answer: Answer) -> Answer:
     """The answer with the perplexity of the float network and of each trial at its end."""
     if not is_language(options):

@@ -99,7 +99,7 @@ def run_quantize(options) -> Answer:
 
 def _check_single(options, count):
     """Raises if several results would be written to one place."""
-    for name in ("save", "report", "checkpoint"):
+    for name in ("save", "export", "report", "checkpoint"):
         if getattr(options, name) is not None and count > 1:
             raise ValueError(
                 f"--{name} takes one result, but there are {count}: give one value of --bits and one of --method, such as "

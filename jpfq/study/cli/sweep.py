@@ -59,7 +59,7 @@ def run(options) -> Answer:
     space = _space(options)
     if options.lanes is not None and options.lanes < 1:
         raise ValueError(f"--lanes takes a positive number of settings; got {options.lanes}.")
-    wants = options.save is not None or options.report is not None
+    wants = any(x is not None for x in (options.save, options.export, options.report))
     if options.bits_per_weight is not None and not wants:
         raise ValueError("--bits-per-weight selects the setting to save: add --save DIR or --report FILE.html.")
     check_saving(options)
