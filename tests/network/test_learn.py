@@ -22,6 +22,7 @@ from jpfq.model.sites import Chain
 from jpfq.network.distance import distance_of
 from jpfq.network.moves import UNIT, Bound, Moves, bounds_of
 from jpfq.scalar import SumSpec
+from jpfq.storage.save import _learned
 from tests.helpers import assert_close
 from tests.network import zoo
 
@@ -309,6 +310,7 @@ def test_losses_are_their_formulas():
     assert_close(of("outputs", weights), total((a - b) ** 2) / total(a**2))
 
 
+@pytest.mark.slow
 def test_padding_does_not_count():
     """Rows of weight 0 may hold anything."""
     start = ternary()
@@ -413,3 +415,27 @@ def test_two_bits_of_a_language_model(monkeypatch):
         before, after = lost(start.model), lost(result.model)
     assert result.learned.after < 0.67 * result.learned.before
     assert after < 0.67 * before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+def test_batches_split_over_devices(axes):
+    """As on one device; arrays come back as they lay."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(getattr(jax.sharding.AxisType, axes),))
+    spread = lambda x, *names: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*names)))
+    params, batches = jax.tree.map(spread, PARAMS), [spread(x, "data") for x in BATCHES]
+    start = jpfq.quantize(fn, batches[:4], zoo.plain(grid=jpfq.Ternary(), **MSQ), params=params)
+    settings = {"steps": 40, "rate": 3e-3, "parts": ("steps", "vectors"), "checks": 2}
+    found, one = learn(start, batches, params, **settings), learn(ternary(), **settings)
+    assert one.learned.kept == 40
+    np.testing.assert_allclose(found.learned[1:3], one.learned[1:3], rtol=1e-3)
+    for tree in (found.params, {path: tensor.codes for path, tensor in found.tensors.items()}):
+        for path, x in tree.items():
+            assert x.sharding.is_equivalent_to(params[path].sharding, x.ndim)
+            assert x.sharding.mesh == mesh
+
+
+@pytest.mark.parametrize("record", [[], "outputs", ["outputs", 1, 2], ["outputs", 0.1, 0.1, 3.0, 3, 0.5]])
+def test_a_record_that_no_result_has_written_is_refused(record):
+    with pytest.raises(ValueError, match="Expected"):
+        _learned(record)
