@@ -39,7 +39,7 @@ SHOWN = (  # classes whose methods are examples of their own
     jpfq.hub.Checkpoint,
 )
 INNER = {  # public to the rest of the package, or an override of what is documented elsewhere
-    *("Gram.permute", "Gram.split", "Gram.excess", "QTensor.turned"),
+    *("Gram.permute", "Gram.split", "Gram.excess", "QTensor.turned", "QTensor.at"),
     *("RandomFourierFeatures.measure", "BinaryEmbedding.measure", "Embedding.measure"),
     *("SigmaDelta.filter", "SigmaDelta.run"),
 }
@@ -48,6 +48,8 @@ SLOW = {
     "budget",
     "certify",
     "fake_quant",
+    "learn",
+    "Learned",
     "plot.accumulators",
     "Certificate",
     "prepare.MalySaab",

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from ..calibrate.output_error import Comparison, OutputError
-from ..matrix import QTensor
+from ..matrix import Info, QTensor
 from ..matrix.explicit_mesh import automatic, context
 from ..model.adapters import adapt
 from ..model.compat import bind
@@ -161,7 +161,7 @@ def learn(
         sets = split(batches, learning.held_out, float_network, learning.seed, isinstance(learning.loss, str))
         learner = _Learner(learning, float_network, start, *sets)
         tensors, leaves, learned = learner.best(progress)
-        info = {path: info_of(x, tensors[path], learner.moves.bounds.get(path, ())) for path, x in start.info.items()}
+        info = learner.info(tensors) if learned.kept else start.info
         return _assembled(start, given, (tensors, leaves, info), learner.error(leaves), learned)
 
 
@@ -174,7 +174,7 @@ def _assembled(start, given, found, outputs, learned):
         start,
         params=rebuilt["params"],
         tensors={path: placed_like(tensor, home[path]) for path, tensor in tensors.items()},
-        info={path: on_mesh_of(home[path], x) for path, x in (info if learned.kept else start.info).items()},
+        info={path: on_mesh_of(home[path], x) for path, x in info.items()},
         output_error=outputs.error_or_nan,
         outputs=outputs,
         learned=learned,
@@ -231,6 +231,13 @@ class _Learner:
         name = self.learning.loss if isinstance(self.learning.loss, str) else "function"
         return tensors, found, Learned(name, before, best, steps, kept, share)
 
+    def info(self, tensors: dict[str, QTensor]) -> dict[str, Info]:
+        """The figures of kernels that have changed."""
+        of = lambda path, info, tensor: info_of(info, tensor, self.moves.bounds.get(path, ()))
+        return jax.jit(lambda info, new: {path: of(path, info[path], new[path]) for path in new})(
+            self.start.info, tensors
+        )
+
     def error(self, leaves: Sequence) -> OutputError:
         """The error of the outputs on all batches."""
         comparisons = []
@@ -247,7 +254,7 @@ class _Learner:
         wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
         others = {path: wide(jnp.asarray(x)) for path, x in others.items() if wanted(x)}
         kernels = {path: self.exact.leaves[self.index[path]] for path in tensors}
-        return _State(self.moves.start(tensors, kernels), others)
+        return _State(jax.jit(self.moves.start)(tensors, kernels), others)
 
     def _parameters(self, kernels, others, leaves):
         """All parameters, with these kernels and others."""

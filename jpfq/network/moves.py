@@ -84,7 +84,7 @@ class Bound(NamedTuple):
         return (free | fits).reshape(-1, out)[:n]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Moves:
     """What may change in the kernels of a result, and how far.
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import importlib
+import os
+import pathlib
 
 import hypothesis
 import jax
@@ -9,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import strategies as st
 
 import jpfq
@@ -18,6 +22,7 @@ from jpfq.model.sites import Chain
 from jpfq.network.distance import distance_of
 from jpfq.network.moves import UNIT, Bound, Moves, bounds_of
 from jpfq.scalar import SumSpec
+from jpfq.storage.save import _learned
 from tests.helpers import assert_close
 from tests.network import zoo
 
@@ -105,69 +110,96 @@ def test_the_loss_falls_on_inputs_never_seen(tmp_path):
     assert result.tuned(result.params).learned is None
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_it_is_never_worse_than_its_start(seed):
-    """With a rate at which everything is lost, the start comes back; whatever the seed, with fewer steps than asked for."""
+    """With a rate at which everything is lost, the start comes back, to the bit."""
     start = ternary()
-    result = learn(start, steps=60, optimizer=optax.sgd(1e3), checks=20, patience=3, seed=seed)
+    result = learn(start, steps=8, optimizer=optax.sgd(1e6), checks=4, seed=seed)
     assert result.learned.after <= result.learned.before
-    assert result.learned.steps < 60
-    if result.learned.kept == 0:
-        assert_same(result.params, start.params)
-        assert_same(dataclasses.asdict(result.info["a"]), dataclasses.asdict(start.info["a"]))
+    assert result.learned.kept == 0
+    assert_same(result.params, start.params)
+    assert_same(dataclasses.asdict(result.info["a"]), dataclasses.asdict(start.info["a"]))
 
 
-def test_kernels_of_every_kind_stay_what_they_are():
-    """Tables, fitted zero points in groups, a rotation, a stack, types of steps, zeros that stay, in one network."""
-    params = {
-        "table": zoo.normal(1, 16, 16) / 4,
-        "nf4": zoo.normal(2, 16, 16) / 4,
-        "grouped": zoo.normal(3, 16, 16) / 4,
-        "turned": zoo.normal(4, 16, 16) / 4,
-        "power": (zoo.normal(5, 16, 16) / 4).astype(jnp.bfloat16),
-        "stacked": zoo.normal(6, 2, 16, 8) / 4,
+MANY = {
+    "table": zoo.normal(1, 16, 16) / 4,
+    "nf4": zoo.normal(2, 16, 16) / 4,
+    "grouped": zoo.normal(3, 16, 16) / 4,
+    "turned": zoo.normal(4, 16, 16) / 4,
+    "power": (zoo.normal(5, 16, 16) / 4).astype(jnp.bfloat16),
+    "stacked": zoo.normal(6, 2, 16, 8) / 4,
+}
+
+
+def many(params, x):
+    for name in ("table", "nf4", "grouped", "turned"):
+        x = jnp.tanh(x @ params[name])
+    x = (x.astype(jnp.bfloat16) @ params["power"]).astype(jnp.float32)
+    return jnp.einsum("bi,eio->beo", x, params["stacked"])
+
+
+@functools.cache
+def of_many_kinds():
+    """Tables, fitted zero points in groups, a rotation, a stack with rounded inputs, and types of steps."""
+    settings = {
+        "table": {"grid": jpfq.E2M1()},
+        "nf4": {"grid": jpfq.NF4(), "step_dtype": jnp.bfloat16},
+        "grouped": {"grid": jpfq.Asymmetric(2), "scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(4))},
+        "turned": {"bits": 3, "rotation": jpfq.Hadamard(1)},
+        "power": {"bits": 3, "step_dtype": jnp.float8_e8m0fnu},
+        "stacked": {"grid": jpfq.Ternary(), "activation_bits": 8},
     }
+    rules = [zoo.plain(name, method=jpfq.MSQ(), **given) for name, given in settings.items()]
+    return jpfq.quantize(many, BATCHES[:2], rules, params=MANY)
 
-    def network(params, x):
-        for name in ("table", "nf4", "grouped", "turned"):
-            x = jnp.tanh(x @ params[name])
-        x = (x.astype(jnp.bfloat16) @ params["power"]).astype(jnp.float32)
-        return jnp.einsum("bi,eio->beo", x, params["stacked"])
 
-    groups = {"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(4))}
-    start = jpfq.quantize(
-        network,
-        BATCHES[:2],
-        [
-            zoo.plain("table", grid=jpfq.E2M1(), method=jpfq.MSQ()),
-            zoo.plain("nf4", grid=jpfq.NF4(), method=jpfq.MSQ(), step_dtype=jnp.bfloat16),
-            zoo.plain("grouped", grid=jpfq.Asymmetric(2), method=jpfq.MSQ(), **groups),
-            zoo.plain("turned", bits=3, method=jpfq.MSQ(), rotation=jpfq.Hadamard(1)),
-            zoo.plain("power", bits=3, method=jpfq.MSQ(), step_dtype=jnp.float8_e8m0fnu),
-            zoo.plain("stacked", grid=jpfq.Ternary(), method=jpfq.MSQ(), activation_bits=8),
-        ],
-        params=params,
-    )
-    result = learn(
-        start, model=network, params=params, steps=40, rate=5e-3, reach=1, parts=("codes", "steps", "zeros"), seed=2
-    )
+def changed(start, tensors, name):
+    return {p for p, t in start.tensors.items() if not np.array_equal(getattr(t, name), getattr(tensors[p], name))}
+
+
+@pytest.mark.slow
+def test_kernels_of_every_kind_stay_what_they_are():
+    start = of_many_kinds()
+    result = learn(start, model=many, params=MANY, steps=200, rate=2e-3, reach=1, seed=2)
     assert result.learned.after < result.learned.before
     assert_deployed(result, start, reach=1)
-    changed = lambda name: {
-        p for p, t in start.tensors.items() if not np.array_equal(getattr(t, name), getattr(result.tensors[p], name))
-    }
-    assert changed("codes") == set(params)
-    assert changed("step") == set(params) - {"power"}
-    assert changed("zero") <= {"grouped"}
-    step, zero = result.tensors["nf4"].step, np.asarray(result.tensors["grouped"].zero)
+    assert changed(start, result.tensors, "codes") == set(MANY)
+    assert changed(start, result.tensors, "step") == set(MANY) - {"power"}
+    assert changed(start, result.tensors, "zero") == set()
+    step = result.tensors["nf4"].step
     assert_same(step, step.astype(jnp.bfloat16).astype(step.dtype))
-    assert_same(zero, np.clip(np.round(zero), 0, 3))
     assert_same(result.inputs["stacked"], start.inputs["stacked"])
 
 
+@pytest.mark.slow
+def test_numbers_of_every_kind_of_kernel():
+    """At the start they give the start. Moved anywhere, codes stay in reach, steps storable and zero points codes."""
+    start = of_many_kinds()
+    moves = Moves(("codes", "steps", "zeros"), 1, False, {})
+    numbers = jax.jit(moves.start)(start.tensors, MANY)
+    made = jax.jit(moves.deployed)(numbers, start.tensors)
+    for path, tensor in start.tensors.items():
+        for name in ("codes", "step", "zero"):
+            assert_same(getattr(made[path], name), getattr(tensor, name))
+    noisy = jax.tree.map(lambda x: x + 0.1 * zoo.normal(x.size, *x.shape), numbers)
+    hard = jax.jit(moves.deployed)(jax.jit(moves.within)(noisy, start.tensors), start.tensors)
+    soft = jax.jit(moves)(jax.jit(moves.within)(noisy, start.tensors), start.tensors, jnp.float32(1e4))
+    assert changed(start, hard, "codes") == set(MANY)
+    assert changed(start, hard, "step") == set(MANY) - {"power"}
+    assert changed(start, hard, "zero") == {"grouped"}
+    for path, tensor in hard.items():
+        assert np.abs(np.asarray(tensor.codes, int) - np.asarray(start.tensors[path].codes, int)).max() == 1
+        near = np.abs(np.asarray(soft[path], float) - np.asarray(tensor.dequantize(), float)) < 1e-2
+        assert near.mean() > 0.98  # the others lie next to a midpoint
+    step, zero = hard["nf4"].step, np.asarray(hard["grouped"].zero)
+    assert_same(step, step.astype(jnp.bfloat16).astype(step.dtype))
+    assert_same(zero, np.clip(np.round(zero), 0, 3))
+
+
+@pytest.mark.slow
 def test_zeros_stay_where_they_are_to_stay():
     start = ternary()
-    result = learn(start, steps=30, rate=5e-3, keep_zeros=True)
+    result = learn(start, steps=100, rate=3e-3, keep_zeros=True)
     assert result.learned.moved > 0
     for path, tensor in start.tensors.items():
         zeros = np.asarray(tensor.codes) == 0
@@ -175,6 +207,7 @@ def test_zeros_stay_where_they_are_to_stay():
         assert (np.asarray(result.tensors[path].codes)[zeros] == 0).all()
 
 
+@pytest.mark.slow
 def test_sums_still_fit_their_accumulators():
     """Of two tiles for each neuron, nearly full; certified from the codes alone, and as the result says itself."""
     rule = zoo.plain(bits=4, activation_bits=4, accumulator=jpfq.Accumulator(8, tile=8))
@@ -231,18 +264,29 @@ def test_changes_are_made_in_order_until_a_tile_is_full(seed, bits, signed):
         assert (sums(np.where(ok, new, start)) <= capacity).all()
 
 
-def test_what_is_trained_is_what_is_deployed():
-    """The kernel of a forward pass is that of its codes and steps to the bit, and derivatives are those of the position."""
-    start = ternary()
-    moves = Moves(("codes", "steps"), 1, False, {})
-    kernels = jax.tree.map(lambda x: 0.5 / UNIT * zoo.normal(7, *x.shape), moves.start(start.tensors))
-    for tensor, kernel in moves(kernels, start.tensors).values():
-        assert_same(kernel, tensor.dequantize())
-        assert not np.array_equal(tensor.codes, start.tensors["a"].codes)
-    slope = jax.grad(lambda kernels: sum(kernel.sum() for _, kernel in moves(kernels, start.tensors).values()))(kernels)
-    for path, (tensor, kernel) in moves(kernels, start.tensors).items():
-        assert_close(slope[path].move, np.broadcast_to(UNIT * np.asarray(tensor.step), tensor.shape))
-        assert_close(slope[path].step, np.asarray(kernel).sum(0, keepdims=True))
+def test_soft_levels_and_their_derivatives(x64):
+    """Of one kernel in float64, against the formula."""
+    start = ternary().tensors["a"]
+    tensor = dataclasses.replace(
+        start, step=start.step.astype(float), zero=start.zero.astype(float), dtype=np.dtype(float)
+    )
+    moves, T = Moves(("codes", "steps"), 2, False, {}), jnp.asarray(7.0)
+    numbers = jax.jit(moves.start)({"a": tensor}, {"a": PARAMS["a"]})
+    position = np.asarray(tensor.codes) + UNIT * np.asarray(numbers["a"].move)
+    away = np.asarray(PARAMS["a"], float) / np.asarray(tensor.step) - np.asarray(tensor.codes)
+    room = lambda side: 0.45 * (np.abs(np.asarray(tensor.codes) + side) < 2)  # none beyond the grid
+    assert_close(jnp.asarray(position - np.asarray(tensor.codes)), np.clip(away, -room(-1), room(1)))
+    below = np.floor(position)
+    s, end = 1 / (1 + np.exp(-7 * (position - below - 0.5))), 1 / (1 + np.exp(3.5))
+    expected = np.asarray(tensor.step) * (below + (s - end) / (1 - 2 * end))
+    assert_close(jax.jit(moves)(numbers, {"a": tensor}, T)["a"], expected)
+    slope = jax.jit(jax.grad(lambda numbers: moves(numbers, {"a": tensor}, T)["a"].sum()))(numbers)["a"]
+    inside = np.abs(position) < 1
+    assert_close(
+        jnp.where(inside, slope.move, 0),
+        np.where(inside, UNIT * np.asarray(tensor.step) * 7 * s * (1 - s) / (1 - 2 * end), 0),
+    )
+    assert_close(slope.step, expected.sum(0, keepdims=True))
 
 
 def test_losses_are_their_formulas():
@@ -254,10 +298,10 @@ def test_losses_are_their_formulas():
     p, q = softmax(a), softmax(b)
     rows = np.where(p > 0, p * np.log(np.where(p > 0, p / np.where(q > 0, q, 1), 1)), 0).sum(-1)
     pair, weights = (jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)), [jnp.asarray(counts)[:, None]]
-    of = lambda loss, weights: distance_of(loss, pair[0])(*pair, weights)
+    of = lambda loss, weights: jax.jit(distance_of(loss, pair[0]))(*pair, weights)
     assert_close(of("logits", None), rows.mean())
     assert_close(of("logits", weights), (rows * counts).sum() / counts.sum())
-    slope = jax.grad(lambda b: distance_of("logits", b)(pair[0], b, None))(pair[1])
+    slope = jax.jit(jax.grad(lambda b: distance_of("logits", b)(pair[0], b, None)))(pair[1])
     assert_close(slope, (q - p) / 6)
     known = np.isfinite(a)
     a, b = np.where(known, a, 0), np.where(known, b, 0)
@@ -266,15 +310,17 @@ def test_losses_are_their_formulas():
     assert_close(of("outputs", weights), total((a - b) ** 2) / total(a**2))
 
 
+@pytest.mark.slow
 def test_padding_does_not_count():
     """Rows of weight 0 may hold anything."""
-    start, settings = ternary(), {"steps": 8, "rate": 3e-3, "held_out": BATCHES[-2:], "checks": 1}
+    start = ternary()
+    settings = {"steps": 20, "rate": 1e-2, "held_out": BATCHES[-2:], "checks": 1, "parts": ("steps",)}
     mask = jnp.ones(32).at[20:].set(0)
     one, two = (
         learn(start, [jpfq.Weighted(x.at[20:].set(fill), mask) for x in BATCHES[:4]], **settings) for fill in (3, -5)
     )
     assert_same(one.params, two.params)
-    assert one.learned.kept == 8
+    assert one.learned.kept == 20
 
 
 @pytest.mark.parametrize(
@@ -331,3 +377,65 @@ def test_codes_beyond_their_grid_are_refused():
         learn(wrong)
     with pytest.raises(ValueError, match=r"such as jpfq.Learning\(steps=400\); got 400"):
         jpfq.learn(start, fn, BATCHES, 400, params=PARAMS)
+
+
+@pytest.mark.slow
+def test_the_program_is_compiled_once(compilations):
+    """More steps compile nothing more."""
+    start, counts = ternary(), []
+    for steps in (2, 2, 12):
+        compilations.clear()
+        learn(start, steps=steps, checks=2)
+        counts.append(len(compilations))
+    assert counts[2] <= counts[1] <= counts[0] < 60
+
+
+@pytest.mark.slow
+def test_two_bits_of_a_language_model(monkeypatch):
+    """stories260K with kernels of two bits by GPFQ: learning takes a third of the loss on texts never seen."""
+    root = pathlib.Path(__file__).parents[2]
+    data = pathlib.Path(os.environ.get("JPFQ_DATA") or root.parent / "shared/data")
+    if not all((data / name).is_file() for name in ("lm_stories260k.npz", "tinystories_tok512.npz")):
+        pytest.skip("the weights of stories260K and its texts are not in the data folder: set JPFQ_DATA")
+    monkeypatch.syspath_prepend(root / "bench")
+    networks = importlib.import_module("networks")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        model = networks.llama(data)
+        tokens = np.load(data / "tinystories_tok512.npz")["tokens"].astype(np.int32)
+        windows = lambda start, count: [
+            jnp.asarray(x) for x in tokens[start : start + 512 * count].reshape(count, 4, 128)
+        ]
+        batches, fresh = windows(0, 24), windows(600_000, 4)
+        start = jpfq.quantize(model, batches[:8], zoo.plain(bits=2, scale=jpfq.scale.MinMSE()))
+        settings = jpfq.Learning(steps=90, rate=2e-3, loss="logits", checks=3)
+        result = jpfq.learn(start, model, batches, settings, progress=False)
+        run = nnx.jit(lambda model, x: model(x))
+        loss = jax.jit(distance_of("logits", run(model, fresh[0])))
+        lost = lambda other: np.mean([loss(run(model, x), run(other, x), None) for x in fresh])
+        before, after = lost(start.model), lost(result.model)
+    assert result.learned.after < 0.67 * result.learned.before
+    assert after < 0.67 * before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+def test_batches_split_over_devices(axes):
+    """As on one device; arrays come back as they lay."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(getattr(jax.sharding.AxisType, axes),))
+    spread = lambda x, *names: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*names)))
+    params, batches = jax.tree.map(spread, PARAMS), [spread(x, "data") for x in BATCHES]
+    start = jpfq.quantize(fn, batches[:4], zoo.plain(grid=jpfq.Ternary(), **MSQ), params=params)
+    settings = {"steps": 40, "rate": 3e-3, "parts": ("steps", "vectors"), "checks": 2}
+    found, one = learn(start, batches, params, **settings), learn(ternary(), **settings)
+    assert one.learned.kept == 40
+    np.testing.assert_allclose(found.learned[1:3], one.learned[1:3], rtol=1e-3)
+    for tree in (found.params, {path: tensor.codes for path, tensor in found.tensors.items()}):
+        for path, x in tree.items():
+            assert x.sharding.is_equivalent_to(params[path].sharding, x.ndim)
+            assert x.sharding.mesh == mesh
+
+
+@pytest.mark.parametrize("record", [[], "outputs", ["outputs", 1, 2], ["outputs", 0.1, 0.1, 3.0, 3, 0.5]])
+def test_a_record_that_no_result_has_written_is_refused(record):
+    with pytest.raises(ValueError, match="Expected"):
+        _learned(record)
