@@ -12,6 +12,8 @@ NVFP4     weights and inputs in blocks of 16, steps in E4M3
 MXFP4     weights and inputs in blocks of 32, steps that are powers of two; on request
 FP8       E4M3, a step per neuron and per row; on request
 
+A second table has the cache alone, all else in float.
+
 RTN is plain rounding, the largest weight on the top level. Rotated: weights and inputs by one Hadamard rotation, keys and
 values along the head. Where a block does not divide the inputs of a kernel, its weights have a step per neuron.
 """
@@ -35,6 +37,11 @@ CONFIGURATIONS = {  # the format of weights in formats.py, settings of inputs, a
     "NVFP4": ("NVFP4", jpfq.Activations(jpfq.E2M1(), group=16, step_dtype=jnp.float8_e4m3fn), None),
     "MXFP4": ("MXFP4", jpfq.Activations(jpfq.E2M1(), group=32, step_dtype=jnp.float8_e8m0fnu), None),
     "FP8": ("FP8 per channel", jpfq.Activations(jpfq.E4M3(), per="row"), None),
+}
+CACHES = {  # with all else in float
+    "keys and values, 8 bits": (".*", 8),
+    "values, 4 bits": (".*/value", 4),
+    "keys, 4 bits": (".*/key", 4),
 }
 ROUNDED = {"plain": True, "method": jpfq.MSQ(), "scale": jpfq.scale.AbsMax()}
 NAMES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
@@ -75,10 +82,15 @@ def main():
             lost[configuration, column] = found - subject.exact
         rows.append([configuration, *(f"{lost[configuration, column]:.4f}" for column in COLUMNS)])
         print(*rows[-1], flush=True)
+    alone = {}
+    for name, (pattern, bits) in CACHES.items():
+        rule = jpfq.Rule(pattern, cache=dataclasses.replace(KV4, grid=jpfq.Asymmetric(bits)))
+        alone[name] = subject.quantized(name, rule) - subject.exact
     wins = [lost[c, f"best{r}"] < lost[c, f"RTN{r}"] for c in args.configurations for r in ("", ", rotated")]
     below = verdict(all(wins), f"best loses less than plain rounding in {sum(wins)} of {len(wins)} cases")
     head = [f"nats lost of {subject.exact:.4f}", *COLUMNS]
-    report("attention", parser, args, table(head, rows), below)
+    cached = table(["the cache alone", "lost"], [[name, f"{x:.4f}"] for name, x in alone.items()])
+    report("attention", parser, args, table(head, rows), cached, below)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from ..matrix.lanes import over_lanes
 from ..matrix.layout import DotLayout, Layout
 from ..scalar import Asymmetric, Codes, Grid, ScaledGrid, register_dataclass
 from ..scalar.predicates import is_count
-from ..scalar.ranges import Histogram, Max, MinMSE, Range, ends_of
-from ..scalar.scale import lay
+from ..scalar.ranges import Histogram, Max, MinMSE, Range
+from ..scalar.scale import ends_of, lay
 from ..scalar.step_types import StepStorage, kernel_bits, step_type, unit_under
 
 Per = Literal["tensor", "channel", "row", "group"]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from .grid import Grid, Number, is_number
 from .pytree import register_dataclass
-from .scale import lay
+from .scale import ends_of, lay
 from .scaled_grid import ScaledGrid
 
 BINS = 2048
@@ -199,14 +199,6 @@ def _best(cost, histogram, grid, candidates, both) -> ScaledGrid:
     costs = jax.lax.map(lambda c: cost(lay(c[0] * low, c[1] * high, grid)), (lows, highs))
     best = jnp.argmin(costs)
     return lay(lows[best] * low, highs[best] * high, grid)
-
-
-def ends_of(low: jax.Array, high: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
-    """An interval the grid can be laid over: around 0 alike unless its zero point is fitted."""
-    if _fits_zero(grid):
-        return jnp.minimum(low, 0), jnp.maximum(high, 0)
-    radius = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    return -radius, radius
 
 
 def _fits_zero(grid):

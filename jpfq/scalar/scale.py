@@ -332,6 +332,14 @@ def _min_max(groups, c, grid):
     return -radius, radius
 
 
+def ends_of(low: jax.Array, high: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
+    """An interval the grid can be laid over: around 0 alike unless its zero point is fitted."""
+    if grid.alphabet().zero is None:
+        return jnp.minimum(low, 0), jnp.maximum(high, 0)
+    radius = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    return -radius, radius
+
+
 def lay(low, high, grid: Grid, store: Callable | None = None) -> ScaledGrid:
     """The grid over the intervals [low, high]. `store` gives what becomes of the steps, to which zero points are fitted."""
     lo, hi, zero, reach = grid.alphabet()
