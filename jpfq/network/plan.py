@@ -49,6 +49,8 @@ class Plan:
     stages: memory by stage: "calibration", "result", and "derivatives" if neurons are coupled. It does not include the
         process itself and compiled programs.
     flops: the arithmetic.
+    parameters: path and shape of every parameter.
+    packed: bytes of each quantized kernel, by path.
 
     Examples:
         >>> plan = jpfq.plan(model, batches[0], 4, variables=variables, batches=2)
