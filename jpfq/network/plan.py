@@ -41,6 +41,8 @@ class Plan:
     stages: memory by stage: "calibration", "result", and "derivatives" if neurons are coupled. It does not include the
         process itself and compiled programs.
     flops: the arithmetic.
+    parameters: path and shape of every parameter.
+    packed: bytes of each quantized kernel, by path.
     operands: the grid and the steps, or "float", by name of the operands of products without weights, such as queries
         and keys.
 

@@ -24,7 +24,7 @@ from .scaled_grid import ScaledGrid
 
 
 def _check_positive(x, what):
-    if isinstance(x, str) or (is_number(x) and not x > 0):
+    if isinstance(x, (str, Per)) or (is_number(x) and not x > 0):
         raise ValueError(f"{what} must be a positive number; got {x!r}.")
 
 

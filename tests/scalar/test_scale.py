@@ -226,6 +226,7 @@ def test_factors_are_positive(make, value):
         (lambda: jpfq.scale.MinError(least=0), "a multiple must be a positive number; got 0"),
         (lambda: jpfq.scale.MinError(least=1.0, most=0.5), "from least to most; got 1.0 to 0.5"),
         (lambda: jpfq.scale.MinError(jpfq.scale.MinError()), "multiples of a plain scale, not of another search"),
+        (lambda: jpfq.scale.AbsMax(jpfq.scale.PerGroup(4)), "the factor c must be a positive number; got PerGroup"),
         (lambda: jpfq.scale.PerBlock(4, 0), "positive numbers of inputs and of neurons; got neurons=0"),
         (lambda: jpfq.scale.PerGroup(0), "positive number of input coordinates; got 0"),
         (lambda: jpfq.scale.PerGroup(2.5), "positive number of input coordinates; got 2.5"),
