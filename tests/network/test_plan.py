@@ -17,7 +17,7 @@ from jpfq.matrix.layout import ConvLayout, DotLayout
 from jpfq.model.compat import inner_jaxprs, opened
 from tests.network import zoo
 
-plan_module = importlib.import_module("jpfq.network.plan")
+plan_work = importlib.import_module("jpfq.network.plan_work")
 
 
 @pytest.mark.parametrize("name", ["mlp", pytest.param("scanned", marks=pytest.mark.slow)])
@@ -85,7 +85,7 @@ def test_a_plan_counts_the_products_of_a_gram_as_they_are_made(networks):
         )
         done = multiplied(jax.make_jaxpr(made)(x, x if networks == 2 else None, picked))
         rows = drawn or math.prod(gather.rows_shape(layout, shape))
-        foretold, _ = plan_module._gram(layout, shape, rows, drawn is None, networks)
+        foretold, _ = plan_work._gram(layout, shape, rows, drawn is None, networks)
         assert 0.95 < layout.dims[0] * foretold / done < 1.05, name
 
 
