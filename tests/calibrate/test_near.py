@@ -10,6 +10,7 @@ from jpfq.matrix import host
 from tests.network import zoo
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     "settings", [{}, {"correct_bias": True}, {"scale": jpfq.scale.AbsMax(per=jpfq.scale.PerTensor())}]

@@ -36,7 +36,10 @@ def problem(agree: bool, rows: int):
     return W, jax.vmap(Gram.from_data)(X) if agree else jax.vmap(Gram.from_data)(X, Xq)
 
 
-@pytest.mark.parametrize("name", ["recommended", "GPFQ", "random"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("recommended", marks=pytest.mark.slow), "GPFQ", pytest.param("random", marks=pytest.mark.slow)],
+)
 def test_what_fills_up_changes_nothing(name, x64):
     check(name, agree=name == "GPFQ", size=(3, 37, 19), drifts=True)
 
@@ -146,6 +149,7 @@ def test_groups_keep_their_inputs():
     assert {i: bucket.size for i, bucket in found.items()} == {0: (1, 32, 16), 1: (1, 32, 16)}
 
 
+@pytest.mark.slow
 def test_a_network_of_many_sizes_is_solved_by_one_program(x64):
     """As each of its layers alone, on the inputs that the layers before it leave."""
     widths = (12, 40, 24, 9)

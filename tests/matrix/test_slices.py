@@ -17,6 +17,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_runs_of_neurons_are_the_whole(name, monkeypatch, x64):
     k = jax.random.split(jax.random.key(0), 3)

@@ -33,6 +33,7 @@ def test_what_the_arguments_of_gpfq_tell(x64):
     assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drift", [0, 0.3])
 @pytest.mark.parametrize("method", [jpfq.GPFQ(), jpfq.UNI(3.0), jpfq.OPTQ(), jpfq.MSQ()], ids=str)
 def test_figures_of_a_solve_in_several_blocks(method, drift, x64):

@@ -141,6 +141,7 @@ def host(info):
     return jax.tree.map(np.asarray, dataclasses.replace(info, reach=None))
 
 
+@pytest.mark.slow
 def test_outputs_lie_on_the_mesh_that_is_set():
     free = jpfq.quantize(layers, [X], RULE, params=PARAMS)
     mesh = mesh_of(AxisType.Explicit)

@@ -116,7 +116,14 @@ def test_tables_of_integers_run_in_integers(layer):
         floats.apply_integer(batch)
 
 
-@pytest.mark.parametrize("method", [jpfq.MSQ(), jpfq.GPFQ(), jpfq.Qronos()])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(jpfq.MSQ(), marks=pytest.mark.slow),
+        jpfq.GPFQ(),
+        pytest.param(jpfq.Qronos(), marks=pytest.mark.slow),
+    ],
+)
 def test_steps_of_blocks_are_one_number(layer, method):
     """Codes are those of the same steps, given one for each group and neuron."""
     params, (X,) = layer
@@ -177,7 +184,7 @@ def test_blocks_of_steps_follow_the_axes_of_a_kernel():
     np.testing.assert_allclose(tensor.step[..., 0], largest / 448, rtol=1e-6)
 
 
-@pytest.mark.parametrize("group", [None, 32])
+@pytest.mark.parametrize("group", [None, pytest.param(32, marks=pytest.mark.slow)])
 def test_codebooks_are_fitted_to_each_kernel(layer, group):
     """They err less than as many uniform levels, and each kernel has its own."""
     params, (X,) = layer

@@ -77,6 +77,7 @@ PRESETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_grid_and_the_steps_of_its_paper(name):
     rules, levels, step = PRESETS[name]

@@ -98,6 +98,7 @@ def test_minmse_is_the_plain_search(x64, per, grid):
     assert min(shares) < 1 or per == "tensor"  # something was searched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("per", PER)
 def test_weighted_minmse_is_the_plain_search(x64, per, grid):

@@ -43,6 +43,7 @@ def own(place, monkeypatch):
     return place
 
 
+@pytest.mark.slow
 def test_a_folder_is_quantized_scored_and_saved(own, capsys):
     arguments = ["quantize", "tiny", "--bits", "4", "--calibrate", "text.txt", "--save", "w4", *SETTINGS]
     assert main([*arguments, "--export", "served"]) == 0
