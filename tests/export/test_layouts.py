@@ -56,7 +56,8 @@ def read(folder):
         assert file.metadata() == {"format": "pt"}
     raw = (folder / "model.safetensors").read_bytes()
     size = int.from_bytes(raw[:8], "little")
-    kinds = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "U8": np.uint8, "F32": np.float32, "I32": np.int32, "I64": np.int64}
+    kinds = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "U8": np.uint8, "I8": np.int8, "I32": np.int32, "I64": np.int64}
+    kinds |= {"F16": np.float16, "F32": np.float32}
     arrays = {}
     for name, entry in json.loads(raw[8 : 8 + size]).items():
         if name != "__metadata__":
