@@ -2,8 +2,8 @@
 
 Read in November 2026 in the repositories of
 
-    vLLM on TPU    tpu-inference 0.32.0, layers/vllm/quantization: `get_scheme` of compressed_tensors, its schemes (W4A8 takes
-                   symmetric integers and no static inputs), and awq.py (dequantizes)
+    vLLM on TPU    tpu-inference 0.32.0, layers/vllm/quantization: `get_scheme` of compressed_tensors, its schemes (W4A8
+                   takes symmetric integers and no static inputs), and awq.py (dequantizes)
     vLLM on GPU    vllm-project/vllm, layers/quantization: W4A8 takes groups of 128, the Marlin kernels 32, 64 and 128;
                    that int8 and FP8 weights have a step per neuron was not read there
     sglang-jax     sgl-project/sglang-jax: int8 and FP8, nothing of 4 bits
