@@ -16,7 +16,7 @@ T = 5
 
 def at_sites(quantized, batch, tile, overflow):
     """Of every site, for one and the same input, the float and the integer product."""
-    program, sites = integer_sites(quantized._functional, quantized.tensors, quantized.inputs, quantized._shapes)
+    program, sites, _ = integer_sites(quantized._functional, quantized.tensors, quantized.inputs, quantized._shapes)
     known, pairs = {at.site.index: at for at in sites}, []
 
     def visit(index, eqn, values):
