@@ -44,7 +44,7 @@ def awq(quantized: Any, folder: str | os.PathLike, **options: Any) -> dict[str, 
         ValueError: no kernel can be held, inputs are quantized, the folder is in use, or two parameters take one name.
     """
     to = Folder.of("awq", folder, options)
-    if quantized.inputs:
+    if quantized.inputs.keys() & quantized.tensors.keys():
         raise ValueError("AWQ holds weights, and no rounding of inputs. Quantize without activations.")
     sites = {} if to.batch is None else products(quantized._functional, to.batch)
     size = _size(quantized.tensors, sites)

@@ -25,7 +25,7 @@ from ..model.sites import Site
 from ..storage.files import HIDDEN, TURN, hidden, to_disk, writing
 from ..storage.leaves import NATIVE
 from .like import CONFIG, INDEX, Like, Part
-from .matrix import products
+from .matrix import operands_left, products
 
 Arrays = dict[str, np.ndarray]
 ONE = "model.safetensors"
@@ -119,8 +119,7 @@ def write(
         settings: `quantization_config`, from the schemes of layers by name and the names of those that are as they were.
     """
     schemes, plain = {}, []
-    operands = [name for name in quantized.inputs if name not in quantized.tensors]
-    left = dict.fromkeys(operands, "a product without weights, which servers round in their own way")
+    left = operands_left(quantized)
     sites = {} if to.batch is None else products(quantized._functional, to.batch)
     like = None if to.like is None else Like(to.like)
     config = {**({} if like is None else like.config), **(to.config or {}), **MARK}

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..storage.files import hidden, writing
 from .match import mark, nearest
-from .matrix import integers, is_half, products, values
+from .matrix import integers, is_half, operands_left, products, values
 
 BLOCK = 32
 MISSING = "GGUF files take the package gguf: pip install 'jpfq[hub]'."
@@ -59,14 +59,14 @@ def gguf(
     file = Path(file)
     if file.exists() and not overwrite:
         raise ValueError(f"{file} exists: give another name, or overwrite=True.")
-    if quantized.inputs:
+    if quantized.inputs.keys() & quantized.tensors.keys():
         raise ValueError("GGUF holds weights: llama.cpp rounds inputs its own way. Quantize without activations.")
     try:
         reader = package.GGUFReader(like)
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise ValueError(f"like={str(like)!r} is no GGUF file that can be read: {error}.") from error
     sites = {} if batch is None else products(quantized._functional, batch)
-    left: dict[str, str] = {}
+    left = operands_left(quantized)
     known = [_matrix(quantized, path, leaf, sites, left) for path, leaf in _leaves(quantized)]
     found = _matched(reader, package, known, (*quantized.tensors, *quantized.biases))
     kinds = package.GGMLQuantizationType

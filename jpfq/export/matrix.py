@@ -53,6 +53,12 @@ class Linear(NamedTuple):
         return self._replace(step=spread(self.step), zero=spread(self.zero))
 
 
+def operands_left(quantized: Any) -> dict[str, str]:
+    """Rounded operands of products without weights, each with the reason why no file of weights holds it."""
+    names = [name for name in quantized.inputs if name not in quantized.tensors]
+    return dict.fromkeys(names, "a product without weights, which servers round in their own way")
+
+
 def products(functional: Functional, batch: Any) -> dict[str, Site]:
     """The product that each kernel is used in, by path, for inputs like `batch`; the first of several."""
     shapes = jax.tree.map(lambda x: jax.typeof(jnp.asarray(x)), batch)

@@ -14,6 +14,7 @@ from ..calibrate.output_error import Comparison, OutputError
 from ..calibrate.stops import group_by_input
 from ..calibrate.stream import Stream, StreamOptions
 from ..model.functional import Functional, check_values
+from ..model.sites import Site
 from .analysis import Analysis, analyse_all, find_all_kernels
 from .embeddings import put
 from .rules import Rule
@@ -46,9 +47,11 @@ def read_held_out(
         analyses = analyse_all(functional, find_all_kernels(functional, shaped), rules, False)
     except Exception as error:  # of the model, too
         raise ValueError(f"held_out: {error}") from error
-    paths = [[site.path for site in analysis.sites] for analysis in (calibrated, *analyses)]
+    paths = [[point.path for point in analysis.points] for analysis in (calibrated, *analyses)]
     if any(own != paths[0] for own in paths):
-        raise ValueError("held_out: the model uses other kernels for these batches than for those it is calibrated on.")
+        raise ValueError(
+            "held_out: the model uses other kernels or products for these batches than for those it is calibrated on."
+        )
     return HeldOut(analyses, shaped)
 
 
@@ -62,7 +65,7 @@ def held_out_error(
     """The error of the outputs of the network with `quantized` leaves, as that on the calibration batches is measured."""
     found = []
     for analysis, shaped in zip(held.analyses, held.shaped, strict=True):
-        stops = [[analysis.sites[i] for i in group] for group in group_by_input(analysis.sites)]
+        stops = [[analysis.points[i] for i in group] for group in group_by_input(analysis.points)]
         own = dataclasses.replace(options, replaced=analysis.replaced)
         stream = Stream(analysis.program, functional.leaves, shaped.leaves, shaped.weights, stops, options=own)
         put(stream, analysis, {embedding.path: quantized[embedding.leaf] for embedding in analysis.embeddings})
@@ -70,7 +73,7 @@ def held_out_error(
             stream.advance(index)
             if stop[0].activations is not None:
                 stream.round_inputs(stop[0].data, 0, _rounding(inputs[stop[0].path][stop[0].use]))
-            for site in stop:
+            for site in (point for point in stop if isinstance(point, Site)):
                 stream.replace(site.weight, site.chain(quantized[site.leaf]))
                 if site.bias is not None:
                     stream.replace(site.bias.operand, site.bias.chain(quantized[site.bias.leaf]))

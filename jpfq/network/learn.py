@@ -173,10 +173,11 @@ def _assembled(start, given, found, outputs, learned):
     return dataclasses.replace(
         start,
         params=rebuilt["params"],
-        tensors={path: placed_like(tensor, home[path]) for path, tensor in tensors.items()},
-        info={path: on_mesh_of(home[path], x) for path, x in info.items()},
+        tensors={path: placed_like(tensors[path], home[path]) for path in start.tensors},  # programs sort them by name
+        info={path: on_mesh_of(home[path], info[path]) for path in start.tensors},
         output_error=outputs.error_or_nan,
         outputs=outputs,
+        held_out=None if learned.kept else start.held_out,
         learned=learned,
         _functional=dataclasses.replace(given, leaves=tuple(map(automatic, new))),
         _model=rebuilt.get("model"),

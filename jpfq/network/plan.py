@@ -1,6 +1,5 @@
 """`plan`: previews `quantize` from shapes alone. Lists the kernels, the reasons for skipping, memory and arithmetic."""
 
-import collections
 import dataclasses
 import itertools
 import math
@@ -192,11 +191,13 @@ def plan_of(analysis: Analysis, batches: int, parameters: Sequence[tuple[str, An
     if derivatives := of_derivatives(analysis):
         stages["derivatives"] = derivatives
     flops = forward + sum(line.flops for line in [*rows.values(), *lines.values()])
-    every, skipped, packed = [*rows.values(), *lines.values()], analysis.assignment.skipped, collections.Counter()
+    every, skipped = [*rows.values(), *lines.values()], analysis.assignment.skipped
+    kernels: dict[str, list[Line]] = {}
     for line in every:
-        packed[line.path] += packed_bytes(line.dims, line.recipe)
+        kernels.setdefault(line.path, []).append(line)
+    packed = {path: packed_bytes([line.dims for line in own], own[0].recipe) for path, own in kernels.items()}
     operands = {operand.path: str(operand.activations) for operand in analysis.operands}
-    return Plan(every, skipped, stages, flops, tuple(parameters), dict(packed), operands)
+    return Plan(every, skipped, stages, flops, tuple(parameters), packed, operands)
 
 
 def steps_of(

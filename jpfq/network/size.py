@@ -48,14 +48,19 @@ def total_size(parameters: Iterable[tuple[str, Any]], packed: Mapping[str, int])
     return Size(sum(math.prod(np.shape(leaf)) for _, leaf in parameters), sum(now), sum(own))
 
 
-def packed_bytes(dims: tuple[int, int, int], recipe: Recipe) -> int:
-    """Bytes of matrices (B, in, out): codes at their storage bits, steps in their type, and fitted zero points."""
-    (B, n, out), grid = dims, recipe.grid
-    levels = jax.eval_shape(lambda W: recipe.scale(W, grid, W), jax.ShapeDtypeStruct((n, out), jnp.float32))
-    steps = levels.step.size * (1 if recipe.scale.shared and not recipe.moves_step else B)
-    zeros = steps if grid.alphabet().zero is None else 0
-    bits = (B * n * out + zeros) * grid.storage_bits + steps * step_bits(recipe.step_dtype)
-    bits += kernel_bits(recipe.step_dtype) + grid.table_bits
+def packed_bytes(parts: Iterable[tuple[int, int, int]], recipe: Recipe) -> int:
+    """Bytes of a kernel: codes at their storage bits, steps in their type, fitted zero points, and a table of levels.
+
+    Args:
+        parts: the matrices (B, in, out) of each product that the kernel is cut into, such as the layers of a stack.
+        recipe: its settings.
+    """
+    bits, grid = kernel_bits(recipe.step_dtype) + recipe.grid.table_bits, recipe.grid
+    for B, n, out in parts:
+        levels = jax.eval_shape(lambda W: recipe.scale(W, grid, W), jax.ShapeDtypeStruct((n, out), jnp.float32))
+        steps = levels.step.size * (1 if recipe.scale.shared and not recipe.moves_step else B)
+        zeros = steps if grid.alphabet().zero is None else 0
+        bits += (B * n * out + zeros) * grid.storage_bits + steps * step_bits(recipe.step_dtype)
     return -(-bits // 8)
 
 

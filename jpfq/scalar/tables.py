@@ -23,6 +23,7 @@ from .pytree import refuse_traced, register_dataclass
 
 MAX_ENTRIES = 256
 LLOYD_ROUNDS = 500
+SHOWN_LEVELS = 4  # up to which tables of results spell them out
 LARGEST_INTEGER = 2**24  # a level in units of `Alphabet.unit`: float32 holds every integer up to here
 
 
@@ -68,6 +69,11 @@ class Levels(Table):
 
     def alphabet(self):
         return super().alphabet() if self.reach is None else super().alphabet()._replace(reach=self.reach)
+
+    def __str__(self):
+        if len(self.values) <= SHOWN_LEVELS:
+            return repr(self)
+        return f"Levels({len(self.values)} from {self.values[0]:.3g} to {self.values[-1]:.3g})"
 
     @property
     def table_bits(self):

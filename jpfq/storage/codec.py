@@ -218,7 +218,7 @@ FIELDS: dict[type, dict[str, Callable]] = {
     Binary: {},
     Infinite: {},
     Codes: {"lo": _number, "hi": _number, "zero": _maybe(_number), "reach": _maybe(_number)},
-    Levels: {"values": _tuple(_number)},
+    Levels: {"values": _tuple(_number), "reach": _maybe(_number)},
     E2M1: {},
     E2M3: {},
     E3M2: {},

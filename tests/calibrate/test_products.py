@@ -282,6 +282,18 @@ def test_later_layers_make_good_what_a_cache_loses():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_held_out_batches_round_operands_too():
+    held = [zoo.normal(9, 2, 5, N), BATCHES[1]]
+    rule = zoo.plain(bits=4, products=INT8, cache=KV4, activations=jpfq.Activations(jpfq.E2M1(), group=8))
+    result = quantized(rule, batches=BATCHES[:1], held_out=held)
+    floats, found = (
+        np.concatenate([np.ravel(run(x)) for x in held]) for run in (lambda x: attention(PARAMS, x), result.apply)
+    )
+    error = np.linalg.norm(found - floats) / np.linalg.norm(floats)
+    assert result.held_out_error == pytest.approx(error, rel=1e-3)
+
+
 def test_integers_run_with_rounded_operands():
     rule = zoo.plain(bits=4, activation_bits=8, cache=KV4, products=INT8)
     result = quantized(rule)

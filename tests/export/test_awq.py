@@ -175,6 +175,18 @@ def test_quantized_inputs_are_refused(tmp_path):
         quantized.export("awq", tmp_path / "o", dynamic_inputs="fp8")
 
 
+def test_rounded_operands_are_listed(tmp_path):
+    """A cache is no input of a kernel: the weights are held all the same."""
+    rounded = {"key": [ActivationQuantizer(jpfq.Activations(jpfq.Integer(8), per="row"), None, None)]}
+    tensors = {"a/kernel": half((32, 8), (1, 8), jpfq.Integer(4))}
+    quantized = result(linear, tensors, params={"a": {"kernel": jnp.ones((32, 8))}}, inputs=rounded)
+    left = quantized.export("awq", tmp_path / "o")
+    assert left == {"key": "a product without weights, which servers round in their own way"}
+    np.testing.assert_array_equal(
+        weight(load_file(tmp_path / "o/model.safetensors"), "a"), tensors["a/kernel"].dequantize()
+    )
+
+
 @pytest.fixture(scope="module")
 def model():
     """A function of two layers by the rules for AWQ files."""

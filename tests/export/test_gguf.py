@@ -91,3 +91,9 @@ def test_quantized_inputs_are_refused(made, tmp_path):
     rules = jpfq.formats.q4_0(plain=True, method=jpfq.MSQ(), activation_bits=8)
     with pytest.raises(ValueError, match="Quantize without activations"):
         jpfq.quantize(model, [tokens], rules).export("gguf", tmp_path / "x.gguf", like=file)
+
+
+def test_rounded_operands_are_listed(made, tmp_path):
+    _, file, quantized, tokens = made
+    left = dataclasses.replace(quantized, inputs={"key": []}).export("gguf", tmp_path / "x", like=file, batch=tokens)
+    assert left == {"key": "a product without weights, which servers round in their own way"}

@@ -311,6 +311,20 @@ def test_losses_are_their_formulas():
 
 
 @pytest.mark.slow
+def test_figures_of_the_start_are_forgotten_and_kernels_keep_their_order():
+    params = {"z": PARAMS["a"], "y": PARAMS["c"]}
+    model = lambda p, x: jnp.tanh(x @ p["z"]) @ p["y"]
+    start = jpfq.quantize(
+        model, BATCHES[:2], zoo.plain(grid=jpfq.Ternary(), **MSQ), params=params, held_out=BATCHES[2:4]
+    )
+    same, other = (learn(start, params=params, model=model, steps=steps) for steps in (0, 50))
+    assert same.held_out_error == start.held_out_error is not None
+    assert other.learned.kept
+    assert other.held_out_error is None
+    assert list(other.tensors) == list(other.info) == list(start.tensors) == ["z", "y"]
+
+
+@pytest.mark.slow
 def test_padding_does_not_count():
     """Rows of weight 0 may hold anything."""
     start = ternary()

@@ -86,6 +86,22 @@ def relative(exact, quantized):
     return np.linalg.norm(np.asarray(exact) - np.asarray(quantized)) / np.linalg.norm(np.asarray(exact))
 
 
+@pytest.mark.slow
+def test_plan_gives_the_size_of_a_stack():
+    """One table and one float32 over the steps of the whole kernel, in whole bytes."""
+
+    def model(params, x):
+        run = lambda x, w: (jnp.tanh(x @ w), None)
+        return jax.lax.scan(run, x, params["stack"])[0]
+
+    params, batch = {"stack": zoo.normal(1, 3, 12, 12)}, zoo.normal(2, 9, 12)
+    three = jpfq.Levels([-1, 0.5, 2])
+    by_group = jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(4))
+    for rule in (zoo.plain(grid=three), zoo.plain(grid=jpfq.E2M1(), scale=by_group, step_dtype=jnp.float8_e4m3fn)):
+        plan = jpfq.plan(model, batch, rule, params=params)
+        assert plan.size == jpfq.quantize(model, [batch], rule, params=params).size
+
+
 def test_held_out_error_is_that_of_the_outputs(quantized):
     """And not of the batches that codes were chosen on, whose error is another."""
     outputs = lambda variables, x: Normed().apply(variables, x)

@@ -154,6 +154,12 @@ def test_levels_are_counted_and_stored_in_whole_bits():
     assert [name for name, grid in TABLES.items() if not grid.has_zero] == ["no zero", "two"]
 
 
+def test_long_tables_are_named_by_their_ends():
+    """They are a column of summaries and plans."""
+    assert str(jpfq.Levels(np.linspace(-0.87654321, 1, 16))) == "Levels(16 from -0.877 to 1)"
+    assert str(jpfq.Levels([-1, 2], reach=3)) == "Levels(values=(-1.0, 2.0), reach=3)"
+
+
 def test_the_unit_makes_integers_of_all_levels():
     """E2M1 is half of 0, 1, 2, 3, 4, 6, 8, 12; NF4 has no unit, nor has a format of too many exponents."""
     units = {name: grid.unit for name, grid in TABLES.items()}

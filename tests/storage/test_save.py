@@ -23,6 +23,7 @@ import jpfq.storage.store as store
 from jpfq.calibrate.activation import ActivationQuantizer
 from jpfq.matrix.layout import DotLayout
 from jpfq.scalar.step_types import StepStorage, step_type
+from jpfq.storage.codec import FIELDS
 from tests.network import zoo
 from tests.network.saved import assert_same, plain, reached, result, tensor
 
@@ -30,8 +31,8 @@ GRIDS = [
     *(jpfq.Integer(b) for b in (2, 3, 4, 7, 8, 12, 16)),
     *(jpfq.Asymmetric(b) for b in (1, 4, 8)),
     *(jpfq.Symmetric(4), jpfq.Equispaced(4), jpfq.Equispaced(5), jpfq.Ternary(), jpfq.Binary(), jpfq.Infinite()),
-    *(jpfq.Levels([-4, -1, 0, 1.5]), jpfq.E2M1(), jpfq.E2M3(), jpfq.E3M2(), jpfq.E4M3(), jpfq.E5M2(), jpfq.NF4()),
-    jpfq.PowersOfTwo(4),
+    *(jpfq.Levels([-4, -1, 0, 1.5], reach=5.5), jpfq.Levels([-1, 2])),
+    *(jpfq.E2M1(), jpfq.E2M3(), jpfq.E3M2(), jpfq.E4M3(), jpfq.E5M2(), jpfq.NF4(), jpfq.PowersOfTwo(4)),
     *(jpfq.Integer(4, narrow=True), jpfq.scalar.Codes(-2.0, 3.0, 0.5, 2.5), jpfq.Symmetric(2**15)),
 ]
 Pair = collections.namedtuple("Pair", "second first")
@@ -99,6 +100,12 @@ def test_every_grid_comes_back_to_the_bit(tmp_path, entropy_coded):
     assert_same(loaded.info, quantized.info)
     for name in ("skipped", "inputs", "biases", "output_error", "peak_bytes", "nbytes"):
         assert getattr(loaded, name) == getattr(quantized, name)
+
+
+def test_files_know_every_field_of_every_setting():
+    inside = {jpfq.scalar.Codes: {"table", "unit"}}  # of programs: results hold the grids that these stand for
+    for kind, checks in FIELDS.items():
+        assert {field.name for field in dataclasses.fields(kind)} - inside.get(kind, set()) == checks.keys(), kind
 
 
 def test_every_leaf_and_structure_comes_back(tmp_path):
