@@ -33,7 +33,12 @@ class _Matrix(NamedTuple):
 
 
 def gguf(
-    quantized: Any, file: str | os.PathLike, *, like: str | os.PathLike, batch: Any = None, overwrite: bool = False
+    quantized: Any,
+    file: str | os.PathLike,
+    *,
+    like: str | os.PathLike | None = None,
+    batch: Any = None,
+    overwrite: bool = False,
 ) -> dict[str, str]:
     """Writes a GGUF file.
 
@@ -59,6 +64,8 @@ def gguf(
     file = Path(file)
     if file.exists() and not overwrite:
         raise ValueError(f"{file} exists: give another name, or overwrite=True.")
+    if like is None:
+        raise ValueError("GGUF files have the names and the settings of the float model's file: give it as like=.")
     if quantized.inputs.keys() & quantized.tensors.keys():
         raise ValueError("GGUF holds weights: llama.cpp rounds inputs its own way. Quantize without activations.")
     try:

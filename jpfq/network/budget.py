@@ -79,6 +79,10 @@ def budget(
             f"{average_bits} and candidates {list(candidates)}."
         )
     rule = rule or Rule(".*", bits=widths[0])
+    if rule.grid is not None:
+        raise ValueError(
+            f"budget chooses bits, so its rule has bits=.., which it replaces, and no grid; got {rule.grid}."
+        )
     functional = on_auto_axes(adapt(model, variables, params, kwargs))
     check_values(zip(functional.paths, functional.leaves, strict=True), "budget")
     with context(functional.leaves):

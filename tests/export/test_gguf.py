@@ -61,6 +61,8 @@ def test_what_the_format_cannot_hold_is_said(made, tmp_path):
     gguf_files.write(other, tiny.decoder(dataclasses.replace(model.config, num_hidden_layers=1)))
     with pytest.raises(ValueError, match="is none of the tensors of the file"):
         quantized.export("gguf", tmp_path / "x.gguf", like=other)
+    with pytest.raises(ValueError, match="give it as like="):
+        quantized.export("gguf", tmp_path / "x.gguf")
     with pytest.raises(ValueError, match="is no GGUF file that can be read"):
         quantized.export("gguf", tmp_path / "x.gguf", like=__file__)
     assert not (tmp_path / "x.gguf").exists()

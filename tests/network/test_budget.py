@@ -87,6 +87,13 @@ def test_an_average_that_no_widths_give(average, candidates):
         jpfq.budget(network, [zoo.normal(2, 9, 6)], average, candidates=candidates, params=params)
 
 
+def test_a_grid_is_refused():
+    params = {"first": zoo.normal(0, 6, 8), "second": zoo.normal(1, 8, 5)}
+    rule = jpfq.Rule(".*", grid=jpfq.NF4())
+    with pytest.raises(ValueError, match=r"budget chooses bits.* and no grid; got NF4\(\)"):
+        jpfq.budget(network, [zoo.normal(2, 9, 6)], 3, rule=rule, params=params)
+
+
 @pytest.mark.slow
 def test_weights_whose_squares_float32_does_not_hold():
     """Scaling a kernel scales every cost alike, so that the widths stay."""
