@@ -125,7 +125,8 @@ def test_the_demo_shows_gpfq_ahead_of_rounding_and_best_ahead_of_both(tmp_path, 
     out = capsys.readouterr().out
     assert re.search(r"float +MSQ +GPFQ +best +MSQ error +GPFQ error +best error", out)
     figures = r" +([\d.]+)" * 4 + r" +([\d.]+)%" * 3
-    rows = re.findall(rf"(CNN|MLP) .*?(Ternary\(\)|Integer\(\d\)) +\S+ +\S+{figures}", out)
+    sizes = r" +[\d.]+ +[\d.]+ +[\d.]+ \w+ of [\d.]+ \w+"  # bits of the kernels and of all; bytes
+    rows = re.findall(rf"(CNN|MLP) .*?(Ternary\(\)|Integer\(\d\)){sizes}{figures}", out)
     assert len(rows) == 4
     scores = {(model, grid): tuple(map(float, figures)) for model, grid, *figures in rows}
     for model in ("CNN", "MLP"):
