@@ -1,7 +1,7 @@
 """Networks that benchmarks share, with stored weights.
 
-In Linen: GPFQ20's CNN and ResNet20, for CIFAR-10, a transformer that sorts, and EfficientNet-Lite0, for ImageNet, without
-weights. In NNX: the CNN once more, and a Llama of 260,000 parameters that tells stories.
+In Linen: GPFQ20's CNN and ResNet20, for CIFAR-10, a transformer that sorts, and EfficientNet-Lite0, for ImageNet, whose
+weights are in a package. In NNX: the CNN once more, and a Llama of 260,000 parameters that tells stories.
 """
 
 import itertools

@@ -116,9 +116,8 @@ def apply_rules(functional: Functional, traced: Traced, rules: Sequence[Rule], s
         raise ValueError(
             f"strict=True, and these kernels cannot be quantized:\n{listing}\nSkip them by a rule with skip=True."
         )
-    whole = program
     program, sites = with_shared_together(program, [site for site in sites if site.path in assignment.recipes])
-    operands = moved(whole, program, assignment.operands)
+    operands = moved(traced.program, program, assignment.operands)
     corrected = any(assignment.rules[site.path].correct_bias for site in sites)
     biases = find_biases(program, sites, list(functional.trainable)) if corrected else {}
     sites = [_with_rule(site, assignment.rules[site.path], biases.get(site.index)) for site in sites]

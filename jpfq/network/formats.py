@@ -1,12 +1,12 @@
 """Number formats that files and servers have, as rules for `quantize`: the grid, the groups, and what steps are stored in.
 
-Each function returns a list of one rule, recommended settings around the format: searched steps, Qronos, descent. Whatever
-`Rule` takes may be given besides, and replaces them:
+Each function returns a list of one rule (`codebook` of one for each kernel), recommended settings around the format: searched
+steps, Qronos, descent. Whatever `Rule` takes may be given besides, and replaces them:
 
     jpfq.quantize(model, batches, jpfq.formats.nvfp4(), variables=variables)
     jpfq.quantize(model, batches, jpfq.formats.nvfp4(plain=True, method=jpfq.MSQ()), variables=variables)  # rounded
 
-Groups run along the inputs of a kernel, as it is multiplied, and divide them.
+Groups run along the inputs of a kernel, as it is multiplied. One whose inputs they do not divide is left in float.
 
 `activations=True` rounds the inputs of layers in the same format, with steps taken while the network runs: in blocks of the
 same size, or per row where a neuron has one step. Steps have the format's type where it is of 8 bits or GGUF's, and are
@@ -190,6 +190,10 @@ def fp8(
         return _rule(pattern, E4M3(), group, jnp.float32, settings)
     if group is not None:
         raise ValueError(f"Give group=.. or block=.., not both; got {group!r} and {block!r}.")
+    if not isinstance(block, tuple) or len(block) != 2:
+        raise ValueError(
+            f"block takes the inputs and the neurons that share a step, such as (128, 128); got {block!r}."
+        )
     scale = AbsMax(per=PerBlock(*block))
     return _rule(pattern, E4M3(), block[0], jnp.float32, {"scale": scale} | settings)
 
@@ -264,17 +268,22 @@ def codebook(
     """
     functional = on_auto_axes(adapt(model, variables, params, kwargs))
     per: Per = PerChannel() if group is None else PerGroup(group)
+    meant = Rule(pattern, skip=True)
     numbers: dict[str, list[np.ndarray]] = {}
     with context(functional.leaves):
         for site in find_kernels(functional, shapes_of(batch)).sites:
-            if re.fullmatch(pattern, site.path):
+            if meant.matches(site.path):
                 numbers.setdefault(site.path, []).extend(_over_radius(site.matrices(functional.leaves[site.leaf]), per))
     if not numbers:
         raise ValueError(f"{pattern!r} matches none of the kernels that can be quantized.")
-    fitted = {path: Levels.fit(np.concatenate(found), levels) for path, found in numbers.items()}
-    settings = {"unsupported": "skip"} | settings
-    rules = [_rule(re.escape(path), grid, group, jnp.float32, settings) for path, grid in fitted.items()]
-    return [rule for (rule,) in rules]
+    settings, rules = {"unsupported": "skip"} | settings, []
+    for path, found in numbers.items():
+        try:
+            grid = Levels.fit(np.concatenate(found), levels)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error} Leave it out by pattern=.., or take fewer levels.") from error
+        rules += _rule(re.escape(path), grid, group, jnp.float32, settings)
+    return rules
 
 
 def _over_radius(matrices, per) -> list[np.ndarray]:

@@ -252,13 +252,15 @@ def _lloyd(weights, count, importance) -> tuple[float, ...]:
         raise ValueError(
             "Levels.fit takes finite numbers, and importance that is positive somewhere and nowhere below 0."
         )
-    order = np.argsort(x, axis=None)
-    x, w = x.ravel()[order], w[order]
-    x, w = x[w > 0], w[w > 0]
-    if np.unique(x.astype(np.float32)).size < count:
-        raise ValueError(f"Levels.fit was asked for {count} levels, but there are fewer different numbers.")
+    x, place = np.unique(x.ravel()[w > 0], return_inverse=True)
+    if (distinct := np.unique(x.astype(np.float32)).size) < count:
+        raise ValueError(f"Levels.fit was asked for {count} levels, but there are {distinct} different numbers.")
+    w = np.bincount(place.ravel(), w[w > 0])
     mass, moment = (np.concatenate([[0.0], np.cumsum(sums)]) for sums in (w, w * x))
-    ends, levels = np.searchsorted(mass, mass[-1] * np.arange(1, count) / count), np.zeros(count)
+    parts = np.arange(1, count)
+    ends = np.searchsorted(mass, mass[-1] * parts / count)
+    ends = np.minimum(np.maximum.accumulate(ends - parts).clip(0), x.size - count) + parts  # a number at least in each
+    levels = np.zeros(count)
     for _ in range(LLOYD_ROUNDS):
         ends = np.concatenate([[0], ends, [x.size]])
         parts = np.diff(mass[ends]) > 0  # a level that no number is nearest to goes halfway to its neighbours

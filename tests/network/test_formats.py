@@ -153,6 +153,7 @@ def test_blocks_of_steps_in_a_network(layer, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: jpfq.formats.fp8(block=128), r"the inputs and the neurons that share a step, such as .*; got 128"),
         (lambda: jpfq.formats.fp8(32, block=(32, 4)), r"group=.. or block=.., not both; got 32 and \(32, 4\)"),
         (
             lambda: jpfq.formats.fp8(block=(32, 4), finish=jpfq.finish.CosineDescend()),
@@ -204,3 +205,6 @@ def test_codebooks_are_fitted_to_each_kernel(layer, group):
         assert "does not divide its 8 inputs" in found.skipped["second"]
     with pytest.raises(ValueError, match="'third' matches none of the kernels"):
         jpfq.formats.codebook(8, model, X, params=heavy, pattern="third")
+    blank = heavy | {"second": jnp.zeros((OUT, 5))}  # as last layers are before training
+    with pytest.raises(ValueError, match=r"second: Levels.fit .* there are 1 different numbers.*pattern="):
+        jpfq.formats.codebook(8, model, X, params=blank, group=group)

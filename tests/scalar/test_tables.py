@@ -239,6 +239,13 @@ def test_fitted_levels_err_less_than_others_of_their_number():
     assert found < 0.85 * uniform
 
 
+@pytest.mark.parametrize("zeros", [0, 990])
+def test_as_many_levels_as_numbers_are_the_numbers(zeros):
+    """Also where most weights are 0, as after pruning."""
+    x = np.concatenate([np.zeros(zeros + 1), np.arange(1.0, 11)])
+    np.testing.assert_array_equal(jpfq.Levels.fit(x, 11).values, np.arange(11.0))
+
+
 def test_a_scale_puts_its_radius_on_the_reach_of_levels():
     grid = jpfq.Levels([-1.0, 0.0, 2.0], reach=4.0)
     W = np.array([[3.0], [-8.0]], np.float32)
@@ -251,7 +258,7 @@ def test_a_scale_puts_its_radius_on_the_reach_of_levels():
     ("make", "message"),
     [
         (lambda: jpfq.Levels([0, 1], reach=0), "reach is a positive number of steps; got 0"),
-        (lambda: jpfq.Levels.fit(np.ones(9), 3), "3 levels, but there are fewer different numbers"),
+        (lambda: jpfq.Levels.fit(np.ones(9), 3), "3 levels, but there are 1 different numbers"),
         (lambda: jpfq.Levels.fit(np.arange(9.0), 1), "from 2 to 256 levels; got 1"),
         (lambda: jpfq.Levels.fit([1.0, np.nan], 2), "takes finite numbers"),
         (lambda: jpfq.Levels.fit([1.0, 2.0], 2, [-1, 1]), "nowhere below 0"),

@@ -12,9 +12,10 @@ from ...scalar import AbsMax, Accumulator, Grid, MinError, MinMSE, PerGroup, Sca
 from ..compare import METHODS
 
 SCALES: dict[str, Scale] = {"minmse": MinMSE(), "absmax": AbsMax(), "minerror": MinError()}
-FORMATS = [name for name, x in vars(formats).items() if inspect.isfunction(x) and x.__module__ == formats.__name__]
-FORMATS = [name for name in FORMATS if not name.startswith("_") and name != "codebook"]  # which takes the model
-GROUPED = [name for name in FORMATS if "group" in inspect.signature(getattr(formats, name)).parameters]
+FUNCTIONS = {name: x for name, x in vars(formats).items() if inspect.isfunction(x) and x.__module__ == formats.__name__}
+TAKEN = {name: inspect.signature(x).parameters for name, x in FUNCTIONS.items() if not name.startswith("_")}
+FORMATS = [name for name, taken in TAKEN.items() if "model" not in taken]
+GROUPED = [name for name in FORMATS if "group" in TAKEN[name]]
 ALIASES = {"gptq": "OPTQ", "rtn": "MSQ", "recommended": "best"}  # other names of methods
 
 
