@@ -1,7 +1,7 @@
 """Number formats that files and servers have, as rules for `quantize`: the grid, the groups, and what steps are stored in.
 
-Each function returns a list of one rule (`codebook` of one for each kernel), recommended settings around the format: searched
-steps, Qronos, descent. Whatever `Rule` takes may be given besides, and replaces them:
+Each function returns a list of one rule (`codebook` of one for each kernel), recommended settings around the format:
+searched steps, Qronos, descent. Whatever `Rule` takes may be given besides, and replaces them:
 
     jpfq.quantize(model, batches, jpfq.formats.nvfp4(), variables=variables)
     jpfq.quantize(model, batches, jpfq.formats.nvfp4(plain=True, method=jpfq.MSQ()), variables=variables)  # rounded
