@@ -69,6 +69,7 @@ def test_no_mean_error_is_left(method):
         assert error < 2e-5 < 1e-2 < mean_error[False][name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [jpfq.MSQ(), jpfq.GPFQ(), jpfq.OPTQ(), jpfq.Qronos()], ids=str)
 def test_the_calibration_error_never_grows(method):
     """One layer, so that both see the same data; and figures agree with the outputs."""

@@ -164,6 +164,7 @@ def test_outputs_without_derivatives_are_refused(last):
         jpfq.quantize(fn, zoo.batches(9, 6), rule, params={"head": zoo.normal(7, 6, 3)})
 
 
+@pytest.mark.slow
 def test_all_widths_share_one_compilation(compilations):
     fn, params, batches = network()
     for bits in (3, 4):

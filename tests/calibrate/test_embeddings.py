@@ -250,6 +250,7 @@ def test_a_result_with_a_table_is_whole(linen, tmp_path):
     np.testing.assert_array_equal(tuned.params["embed"]["embedding"], quantized.params["embed"]["embedding"])
 
 
+@pytest.mark.slow
 def test_a_second_run_compiles_nothing(linen, compilations):
     _, tokens, variables = linen
     for bits in (4, 3):

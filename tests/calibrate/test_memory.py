@@ -152,6 +152,7 @@ def test_no_way_of_quantizing_keeps_replaced_weights(name, monkeypatch, tmp_path
         monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_fresh_batches_leave_nothing_of_those_before(monkeypatch):
     """They hold one copy of the weights that each of them runs through, and no activations of earlier ones."""
     params, activations = weights(), []

@@ -70,6 +70,7 @@ def close(found, exact):
     return np.median(off) < 1e-5 * np.abs(exact).max() and off.max() < 0.05 * np.abs(exact).max()
 
 
+@pytest.mark.slow
 def test_apply_is_the_reference_with_every_operand_rounded():
     along_positions = lambda v: np.moveaxis(int8(np.moveaxis(v, 1, -1)), -1, 1)
     four = lambda x: reference.asymmetric(x, 4)
@@ -294,6 +295,7 @@ def test_held_out_batches_round_operands_too():
     assert result.held_out_error == pytest.approx(error, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_integers_run_with_rounded_operands():
     rule = zoo.plain(bits=4, activation_bits=8, cache=KV4, products=INT8)
     result = quantized(rule)

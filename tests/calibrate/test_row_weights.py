@@ -151,6 +151,7 @@ def holds_for_all(examples):
     return found
 
 
+@pytest.mark.slow
 def test_random_programs():
     assert {True, None} <= set(holds_for_all(6))
 
@@ -192,6 +193,7 @@ def test_a_stride_and_rounded_inputs():
     assert padded.output_error == pytest.approx(error(short), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_inputs_have_masks_of_their_own(x64):
     """Of one length, so that sizes do not tell them apart."""
 
@@ -217,6 +219,7 @@ def graph(p, nodes, edges, senders, receivers):
     return jnp.tanh(nodes @ p["node"] + gathered @ p["gathered"]) @ p["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes_last", [5, 6])
 def test_a_graph_with_padded_nodes_and_edges(x64, nodes_last):
     """Padding edges lead from and to a padding node, as is usual; nodes and edges may be as many."""
@@ -340,6 +343,7 @@ def test_derivatives_of_padding_do_not_count(x64, how):
         np.testing.assert_array_equal(first[path], second[path])
 
 
+@pytest.mark.slow
 def test_sequences_of_several_lengths_are_several_shapes(x64):
     fn, params = program(["causal", "dense"], "rows")
     short, long = zoo.normal(1, BATCH, 5, WIDTH), zoo.normal(2, BATCH, LENGTH, WIDTH)

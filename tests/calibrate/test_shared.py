@@ -121,6 +121,7 @@ def mixed(params, left, right):
     return jnp.concatenate([one, jnp.tanh(right @ params["q"])], -1) @ params["head"]
 
 
+@pytest.mark.slow
 def test_stops_may_hold_shared_kernels_and_others():
     params = {"q": zoo.normal(0, 8, 8) / 3, "k": zoo.normal(1, 8, 8) / 3, "head": zoo.normal(2, 16, 3) / 4}
     found = jpfq.quantize(mixed, BATCHES, zoo.plain(bits=3), params=params)

@@ -75,6 +75,7 @@ def test_distances_are_preserved(order, width, map, loss):
     np.testing.assert_array_equal(found[~off], 0)
 
 
+@pytest.mark.slow
 def test_rows_on_two_devices_have_the_same_codes():
     """Through the transform and the sparse map too, in blocks of rows as one by one, and no device needs another's rows."""
     some = jpfq.BinaryEmbedding(FJLT.sample(jax.random.key(4), 24, 2040, 0.3), SigmaDelta(1, 12), scale=20.0)
@@ -91,6 +92,7 @@ def test_rows_on_two_devices_have_the_same_codes():
     assert not {word for word in ("all-gather", "all-to-all", "collective-permute") if word in program}
 
 
+@pytest.mark.slow
 def test_a_mesh_with_explicit_axes_gives_the_same_and_gets_it_back():
     """As `jax.make_mesh` makes one, whether or not it is the mesh in use."""
     mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))

@@ -76,6 +76,7 @@ def test_blocks_are_those_of_the_format(kind, least, most):
     np.testing.assert_array_equal(found, np.repeat(np.float32(steps), 32, 1) * np.float32(codes))
 
 
+@pytest.mark.slow
 def test_values_of_any_grid_are_written_as_they_are(made, tmp_path):
     """Codes of tables and of grids whose zero lies between two are no values: those that the format lacks are floats."""
     model, file, _, tokens = made

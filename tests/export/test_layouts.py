@@ -149,6 +149,7 @@ def exported(heads, rules, options, folder):
     return quantized, quantized.export("compressed-tensors", folder, batch=x, **options)
 
 
+@pytest.mark.slow
 def test_kernels_of_heads_are_matrices_by_their_product(heads, tmp_path):
     _, left = exported(heads, jpfq.formats.int4(32), {}, tmp_path / "o")
     assert left == {}

@@ -44,6 +44,7 @@ def test_products_of_queries_and_keys_depend_on_the_distance_alone(x64):
     assert_close(at(q, 17) @ at(k, 9), at(q, 8) @ at(k, 0))
 
 
+@pytest.mark.slow
 def test_a_later_token_changes_nothing_before_it():
     model, tokens = tiny.decoder(tiny.QWEN3), tiny.tokens(POSITIONS, batch=1)
     other = tokens.copy()
@@ -61,6 +62,7 @@ def test_parameters_go_out_and_come_back(name):
     np.testing.assert_array_equal(model(tokens), again(tokens))
 
 
+@pytest.mark.slow
 def test_the_dtype_is_that_of_all_parameters_and_of_the_logits():
     model = filled(tiny.QWEN3, tensors_of(tiny.decoder(tiny.QWEN3)).items(), jnp.bfloat16)
     assert {x.dtype.name for x in tensors_of(model).values()} == {"bfloat16"}
@@ -116,6 +118,7 @@ def test_llama3_divides_long_waves_only(x64):
     assert_close(jnp.array(config.frequencies), 100.0 ** (-np.arange(4) / 4) / config.rope_factors)
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_numpy(x64):
     model, tokens = tiny.decoder(tiny.LLAMA, jnp.float64), tiny.tokens(60)
     windows = hub.windows(tokens, 12, batch=3)
@@ -162,6 +165,7 @@ def test_a_tied_embedding_stays_as_it_is():
     np.testing.assert_array_equal(result.model.embed_tokens.embedding[...], model.embed_tokens.embedding[...])
 
 
+@pytest.mark.slow
 def test_a_deeper_model_compiles_nothing_more(compilations):
     def count(layers):
         config = dataclasses.replace(tiny.LLAMA, num_hidden_layers=layers, vocab_size=40 + layers)

@@ -25,6 +25,7 @@ def quantized(rules, config=tiny.LLAMA):
     return jpfq.quantize(model, [tokens], rules), tokens
 
 
+@pytest.mark.slow
 def test_a_folder_has_the_names_and_config_of_the_hub(tmp_path):
     found, _ = quantized(FORMATS["int4"])
     assert jpfq.hub.export(found, tmp_path / "o", dynamic_inputs="fp8") == {}
@@ -41,6 +42,7 @@ def test_a_folder_has_the_names_and_config_of_the_hub(tmp_path):
         jpfq.hub.export(other, tmp_path / "p")
 
 
+@pytest.mark.slow
 def test_awq_folders_have_them_too(tmp_path):
     found, _ = quantized(jpfq.formats.awq(32, plain=True, method=jpfq.MSQ()))
     assert jpfq.hub.export(found, tmp_path / "o", "awq", max_shard_size=10_000) == {}
@@ -52,6 +54,7 @@ def test_awq_folders_have_them_too(tmp_path):
     assert len(set(index.values())) > 1
 
 
+@pytest.mark.slow
 def test_like_the_folder_it_was_loaded_from(tmp_path):
     """By our names and by value the same files, with the config and what else lies in that folder."""
     rules = jpfq.formats.awq(32, plain=True, method=jpfq.MSQ())

@@ -103,6 +103,7 @@ def test_confidence():
     assert bounds.confidence(8, 100, 3.0) > bounds.confidence(8, 100, 2.0) > bounds.confidence(80, 100, 2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{"method": jpfq.GPFQ()}, {"prepare": jpfq.prepare.LeastSquares(), "method": jpfq.UNI(2.0)}, {}],

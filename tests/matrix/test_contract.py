@@ -74,7 +74,10 @@ GRIDS = [jpfq.Integer(3), jpfq.Integer(3, narrow=True), jpfq.Symmetric(4), jpfq.
 GRIDS += [jpfq.Equispaced(4), jpfq.Binary()]
 FITTED = jpfq.Asymmetric(3)  # its zero point is no number of the grid, which takes a program of its own
 WIDE = jpfq.Integer(9)
-each_combination = pytest.mark.parametrize("name", COMBINATIONS)
+DEFAULT = ("GPFQ", "OPTQ", "Qronos", "pruned", "data form")  # the others run with -m slow
+each_combination = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in COMBINATIONS]
+)
 
 
 def drawn(name, seed=60):

@@ -59,6 +59,7 @@ def test_codes_are_those_of_the_scan(x64, rounding):
     assert 0 < np.mean(fast.saturated) < 1
 
 
+@pytest.mark.slow
 def test_codes_are_those_of_the_loop(x64):
     A, L, step = system(2)
     for block, L_ in ((10, L), (None, L), (10, None)):  # blocks, one block of all, and no feedback

@@ -134,6 +134,7 @@ def test_magr_by_itself(x64):
     assert_close(zeros, W)
 
 
+@pytest.mark.slow
 def test_preparations_in_a_row(x64):
     """They act in the order in which they are given; errors are against the weights as they were."""
     X, Xq, W = case()

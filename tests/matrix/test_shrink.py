@@ -62,6 +62,7 @@ def test_in_a_solve(x64):
     assert_close(info.energy, ((X @ W) ** 2).sum())
 
 
+@pytest.mark.slow
 def test_few_rows_fit_new_ones_better():
     """What it is for: the error on rows not seen, under mismatch, of few rows."""
     errors = {}

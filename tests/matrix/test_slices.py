@@ -44,6 +44,7 @@ def test_runs_of_neurons_are_the_whole(name, monkeypatch, x64):
             np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-24, err_msg=field.name)
 
 
+@pytest.mark.slow
 def test_a_wide_matrix_and_a_wide_layer_are_solved_in_runs(monkeypatch, x64):
     k = jax.random.split(jax.random.key(1), 2)
     x, W = jax.random.normal(k[0], (60, 8), jnp.float64), jax.random.normal(k[1], (8, 50), jnp.float64)

@@ -107,6 +107,7 @@ def test_steps_beyond_a_type_are_counted():
     assert (np.asarray(tensor.step) == np.float32(2.0**-24)).all()
 
 
+@pytest.mark.slow
 def test_parts_too_far_apart_for_one_unit_keep_float32(tmp_path):
     """A stack of two kernels, one 2^30 times the other: no E4M3 under one power of two holds the steps of both."""
     W, x = problem(35, n=N, out=OUT)[2], jnp.asarray(problem(35, n=N, out=OUT)[0], jnp.float32)

@@ -66,6 +66,7 @@ def test_jit_of_solve():
     assert_close(info.relative_error, expected_info.relative_error)
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_equal_shapes():
     compiled = importlib.import_module("jpfq.matrix.stages")._solve_all
     W, gram = problem32()

@@ -36,7 +36,12 @@ METHODS = {
 }
 # Every table with one method, every method and scale with one table: a program is compiled for each.
 CASES = [(name, "GPFQ", "channel") for name in TABLES]
-CASES += [("E2M1", method, scale) for method in METHODS for scale in SCALES if (method, scale) != ("GPFQ", "channel")]
+CASES += [
+    pytest.param("E2M1", method, scale, marks=() if (method, scale) == ("Qronos", "group") else pytest.mark.slow)
+    for method in METHODS
+    for scale in SCALES
+    if (method, scale) != ("GPFQ", "channel")
+]
 FEW = pytest.mark.parametrize("name", [pytest.param("Levels", marks=pytest.mark.slow), "E2M1"])
 
 
@@ -61,6 +66,7 @@ def test_codes_are_the_published_ones(x64, name, method, scale):
     assert_close(tensor.bits_per_weight, grid.storage_bits + (32 * tensor.step.size + grid.table_bits) / W.size)
 
 
+@pytest.mark.slow
 @FEW
 def test_data_form_and_blocks_are_the_gram_form(x64, name):
     X, Xq, W = problem(22, n=N, out=OUT)
@@ -72,6 +78,7 @@ def test_data_form_and_blocks_are_the_gram_form(x64, name):
         assert_codes_equal(part.codes, whole.codes)
 
 
+@pytest.mark.slow
 @FEW
 def test_the_recommended_recipe_lowers_the_error(name):
     """Search, descent and free steps on a table: better than plain rounding, and no worse than GPFQ alone."""
@@ -85,6 +92,7 @@ def test_the_recommended_recipe_lowers_the_error(name):
     assert best < 0.9 * plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [None, 10])
 @pytest.mark.parametrize("P", [13, 16])
 def test_accumulators_hold_on_the_integers_of_a_table(x64, P, T):
@@ -106,6 +114,7 @@ def test_accumulators_hold_on_the_integers_of_a_table(x64, P, T):
         )
 
 
+@pytest.mark.slow
 def test_tables_of_one_size_share_a_program():
     W, gram = problem32(25, n=N, out=OUT)
     solve = lambda grid: jpfq.solve(W, gram, grid=grid, **PLAIN, method=jpfq.GPFQ())
@@ -115,6 +124,7 @@ def test_tables_of_one_size_share_a_program():
     assert _solve_all._cache_size() == before
 
 
+@pytest.mark.slow
 @FEW
 def test_draws_are_unbiased(x64, name):
     """The mean over draws of the values is the weight itself, for weights within the grid."""
@@ -128,6 +138,7 @@ def test_draws_are_unbiased(x64, name):
     assert abs(q.mean() - 0.3) < 5 * q.std() / np.sqrt(q.size) + 1e-12
 
 
+@pytest.mark.slow
 @FEW
 def test_gradients_pass_straight_through(name):
     """`straight` gives the values of `rounded`, with a derivative of one within the grid and none beyond."""

@@ -81,6 +81,7 @@ def test_what_was_asked_for_holds_and_one_more_does_not():
     assert "sums of" not in small(accumulator=None).summary()
 
 
+@pytest.mark.slow
 def test_a_change_of_one_neuron_is_seen():
     """The check does not ask how the codes were made."""
     quantized = small(activation_bits=8, bits=4, accumulator=jpfq.Accumulator(11, 4))
@@ -117,6 +118,7 @@ def test_kernels_without_quantized_inputs_are_named():
     assert "Inputs of a are not quantized" in str(certificate)
 
 
+@pytest.mark.slow
 def test_refused():
     quantized = small()
     for bits in (1, 64, True, 8.0):

@@ -65,6 +65,7 @@ def test_tensors_may_be_arguments_of_a_compiled_function():
     jax.tree.map(assert_close, found, dict(q.params))
 
 
+@pytest.mark.slow
 def test_derivatives_reach_the_steps():
     """Of <D, kernel>, by multiples of a step: the sum of D (kernel) over the weights that the step serves."""
     q = quantized()

@@ -37,6 +37,7 @@ def quantized(layer, rules):
     return jpfq.quantize(lambda params, x: x @ params["kernel"], batches, rules, params=params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BITS)
 def test_bits_per_weight_are_those_of_the_format(layer, name):
     rules = getattr(jpfq.formats, name)(plain=True, method=jpfq.MSQ())
@@ -48,6 +49,7 @@ def test_bits_per_weight_are_those_of_the_format(layer, name):
     assert found.info["kernel"].saturated_steps == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
 def test_recommended_beats_the_rounding_of_the_format(layer, name):
     make = getattr(jpfq.formats, name)
@@ -94,6 +96,7 @@ def test_kernels_that_groups_do_not_divide_are_listed():
         jpfq.quantize(model, [X], rule, params=params)
 
 
+@pytest.mark.slow
 def test_tables_of_integers_run_in_integers(layer):
     """E2M1 in halves: the network of integer products is the quantized one, and no sum is wider than certified."""
     (batch,) = layer[1]
@@ -138,6 +141,7 @@ def test_steps_of_blocks_are_one_number(layer, method):
     np.testing.assert_array_equal(tensor.dequantize(), each.dequantize())
 
 
+@pytest.mark.slow
 def test_blocks_of_steps_in_a_network(layer, tmp_path):
     rules = jpfq.formats.fp8(block=(32, 4))
     found = quantized(layer, rules)
@@ -172,6 +176,7 @@ def test_blocks_are_refused_where_steps_move(make, message):
         make()
 
 
+@pytest.mark.slow
 def test_blocks_of_steps_follow_the_axes_of_a_kernel():
     """A kernel of heads (in, heads, dim): blocks of 8 neurons are pairs of heads of 4."""
     key = jax.random.key(0)

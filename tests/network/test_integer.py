@@ -135,6 +135,7 @@ def test_results_that_differ_in_numbers_share_one_program(compilations):
     assert compilations
 
 
+@pytest.mark.slow
 def test_groups_are_scaled_tile_by_tile():
     quantized, x, *_ = one(scale=jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(4)))
     for tile in (4, 2):
@@ -144,6 +145,7 @@ def test_groups_are_scaled_tile_by_tile():
         quantized.apply_integer(x)
 
 
+@pytest.mark.slow
 def test_made_for_few_bits_nothing_overflows():
     """At the width they were made for, weights with AXE give what 32 bits give; those without do not."""
     P, tile = 12, 6

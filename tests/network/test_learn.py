@@ -81,6 +81,7 @@ def test_without_steps_nothing_changes():
     assert result.learned[3:] == (0, 0, 0.0)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_inputs_never_seen(tmp_path):
     """Of a ternary network whose codes were rounded one by one: to a third."""
     start = ternary()

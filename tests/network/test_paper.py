@@ -101,6 +101,7 @@ def test_a_preset_has_the_grid_and_the_steps_of_its_paper(name):
     assert np.isfinite(quantized.output_error)
 
 
+@pytest.mark.slow
 def test_thresholds_are_in_units_of_the_weights():
     """Soft thresholds shrink what they keep; hard ones set to 0 what is small and no more."""
     shares = {name: float(quantize(PRESETS[f"gpfq22{name}"][0]).info["b"].sparsity) for name in ("", " soft", " hard")}

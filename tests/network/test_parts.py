@@ -58,6 +58,7 @@ def test_groups_that_do_not_divide_name_the_kernel():
                 call()
 
 
+@pytest.mark.slow
 def test_a_kernel_walk_with_too_many_rows_names_the_kernel():
     rule = zoo.plain("second/.*", grid=jpfq.Binary(), prepare=jpfq.prepare.MalySaab(), method=jpfq.MSQ())
     for call in both(rule, X[:6], batches=3):

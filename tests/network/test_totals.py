@@ -102,6 +102,7 @@ def test_plan_gives_the_size_of_a_stack():
         assert plan.size == jpfq.quantize(model, [batch], rule, params=params).size
 
 
+@pytest.mark.slow
 def test_held_out_error_is_that_of_the_outputs(quantized):
     """And not of the batches that codes were chosen on, whose error is another."""
     outputs = lambda variables, x: Normed().apply(variables, x)
@@ -130,6 +131,7 @@ def test_held_out_batches_round_inputs_and_correct_biases_too():
     assert result.held_out_error == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_held_out_is_saved_and_forgotten_by_training(quantized, tmp_path):
     quantized.save(tmp_path / "saved")
     again = jpfq.load(tmp_path / "saved", Normed())

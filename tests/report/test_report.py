@@ -225,6 +225,7 @@ def test_pictures_take_their_colours_from_the_page(written):
     assert defined[0] == defined[1]
 
 
+@pytest.mark.slow
 def test_the_readers_own_style_changes_nothing(quantized, written, tmp_path):
     """And the same result makes the same page, to the byte."""
     with plt.style.context("dark_background"), matplotlib.rc_context({"font.size": 30, "xtick.direction": "in"}):
@@ -233,6 +234,7 @@ def test_the_readers_own_style_changes_nothing(quantized, written, tmp_path):
     assert (tmp_path / "r.html").read_text(encoding="utf-8") == written
 
 
+@pytest.mark.slow
 def test_a_loaded_result_makes_the_same_page_and_one_without_kernels_a_page(quantized, written, tmp_path):
     quantized.save(tmp_path / "saved")
     loaded = jpfq.load(tmp_path / "saved")
@@ -255,6 +257,7 @@ def test_after_training_the_error_is_unknown(quantized, tmp_path):
     assert "nan" not in page.text
 
 
+@pytest.mark.slow
 def test_hundreds_of_kernels(quantized, tmp_path, monkeypatch):
     """The worst are seen at once, some are folded, and the page stays small."""
     monkeypatch.setattr(report_module, "DRAWN", 20)

@@ -74,6 +74,7 @@ def test_a_folder_is_quantized_scored_and_saved(own, capsys):
     assert "jpfq.load('w4', jpfq.hub.load('tiny').model)" in out
 
 
+@pytest.mark.slow
 def test_methods_side_by_side_and_another_text_to_score_on(own, capsys):
     arguments = ["quantize", "tiny", "--bits", "3", "--method", "MSQ", "GPFQ", "--calibrate", "text.txt"]
     assert main([*arguments, "--score", "other.txt", *SETTINGS, "--skip", "lm_head/.*", "--json"]) == 0

@@ -211,6 +211,7 @@ def test_the_float_network_runs_once(monkeypatch):
     assert len(calls) == in_float + 2
 
 
+@pytest.mark.slow
 def test_other_numbers_compile_nothing(compilations):
     run = lambda *bits: jpfq.sweep(simple, X, jpfq.Space(SPACE.rules, bits=bits, c=[0.7, 0.8]), params=SIMPLE)
     run(2, 3, 4)
