@@ -27,12 +27,19 @@ def tensor_of(done, shape, dtype, recipe, laned) -> QTensor:
     return QTensor(codes, step, zero, recipe.grid, np.dtype(dtype), rotated, step_dtype)
 
 
-def _rearranges(solutions, places, shape, runs, dtype, laned) -> bool:
+def _scatters(places) -> bool:
     """True if the parameter is not simply the matrix of one site; JAX then does the rearranging."""
-    return laned or len(places) > 1 or bool(places[0][0].steps)
+    return len(places) > 1 or bool(places[0][0].steps)
 
 
-@numpy_or_jit("places", "shape", "runs", "dtype", "laned", unless=_rearranges)
+@numpy_or_jit(
+    "places",
+    "shape",
+    "runs",
+    "dtype",
+    "laned",
+    unless=lambda solutions, places, shape, runs, dtype, laned: laned or _scatters(places),
+)
 def _whole(solutions, places, shape, runs, dtype, laned):
     """Codes, steps and zero points of a parameter. `places` has the chain and layout of each of its sites."""
 
@@ -72,7 +79,8 @@ def _runs(places, step_shapes, shape) -> tuple[int, ...]:
     ends = np.cumsum([math.prod(step) for step in step_shapes])
     indices = np.split(np.arange(ends[-1], dtype=np.float32), ends[:-1])
     indexed = [x.reshape(step) for x, step in zip(indices, step_shapes, strict=True)]
-    labels = np.asarray(jax.jit(lambda indexed: _full(places, indexed, shape))(indexed))
+    rearrange = lambda indexed: _full(places, indexed, shape)
+    labels = np.asarray((jax.jit(rearrange) if _scatters(places) else rearrange)(indexed))
     changes = (np.flatnonzero(np.diff(labels, axis=a).any(axis=_others(labels, a))) + 1 for a in range(labels.ndim))
     return tuple(int(np.gcd.reduce([*c, labels.shape[a]])) for a, c in enumerate(changes))
 

@@ -161,13 +161,13 @@ class Gather:
         return _with_means(total)
 
     def _rows(self, centred):
-        gathered = _weighted(*self.flat(), centred, self.laned)
-        return gathered._replace(data=gathered.data.to_power(self._checked(_statistics(gathered))))
+        parts = self.flat()
+        gathered, statistics = _weighted(parts, (self.laned,) * len(parts), centred)
+        return gathered._replace(data=gathered.data.to_power(self._checked(statistics)))
 
-    def flat(self) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        """The rows of both networks, and their weights."""
-        parts = [_flat_rows(layout, *batch, self._laned(batch[-1])) for layout, *batch in self._batches()]
-        return _concatenated(parts, (self.laned,) * len(parts))
+    def flat(self) -> list[tuple[jax.Array, jax.Array | None, jax.Array | None]]:
+        """The rows of both networks, and their weights, by batch."""
+        return [_flat_rows(layout, *batch, self._laned(batch[-1])) for layout, *batch in self._batches()]
 
     def _checked(self, statistics) -> int:
         """The power of 2 to multiply inputs by; raises if the data are not finite."""
@@ -224,20 +224,14 @@ class Joint:
         return gathered._replace(data=_centred(gathered.data, self.laned)) if centred else gathered
 
     def _rows(self, centred):
-        parts, laned = [part.flat() for part in self.parts], tuple(part.laned for part in self.parts)
-        gathered = _weighted(*_concatenated(parts, laned), centred, self.laned)
-        shown = Shown.read(_statistics(gathered))
+        flat = [(rows, part.laned) for part in self.parts for rows in part.flat()]
+        gathered, statistics = _weighted([rows for rows, _ in flat], tuple(laned for _, laned in flat), centred)
+        shown = Shown.read(statistics)
         if not (shown.finite_X and shown.finite_Xq):
             for part in self.parts:  # the one at fault raises
                 part.of(Rows)
         shown.refuse(self.parts[0].path)
         return gathered._replace(data=gathered.data.to_power(shown.power), used=self.used)
-
-
-@jax.jit
-def _statistics(gathered) -> jax.Array:
-    """The statistics that `Shown.read` takes."""
-    return Shown.told(gathered.data.diagonal, gathered.mean_X, gathered.mean_Xq, gathered.rows)
 
 
 @functools.partial(jax.jit, static_argnames="laned")
@@ -246,7 +240,6 @@ def _joined(grams, laned):
     return functools.reduce(Gram.merge, _alike(grams, laned))
 
 
-@functools.partial(jax.jit, static_argnames="laned")
 def _concatenated(parts, laned):
     """All rows in one array, some of which may have lanes. If one part has quantized rows, or weights, all get them."""
     X, Xq, weights = zip(*_alike(parts, laned), strict=True)
@@ -330,11 +323,17 @@ def _flat_rows(layout, x, xq, weights, picked, laned):
     return over_lanes(one, (x, xq, weights, picked), (False, laned[0], False, laned[1]))
 
 
-@functools.partial(jax.jit, static_argnames=("centred", "laned"))
-def _weighted(X, Xq, weights, centred, laned):
-    """Rows times the square roots of their weights (B or 1, rows, 1), so that sums of squares are weighted."""
+@functools.partial(jax.jit, static_argnames=("laned", "centred"))
+def _weighted(parts, laned, centred) -> tuple[Gathered, jax.Array]:
+    """All rows times the square roots of their weights (B or 1, rows, 1), so that sums of squares are weighted.
+
+    The statistics for `Shown` come with them.
+    """
+    X, Xq, weights = _concatenated(parts, laned)
     one = lambda X, Xq, weights: _weighted_of_one(X, Xq, weights, centred)
-    return over_lanes(one, (X, Xq, weights), (laned, laned and Xq is not None, laned and weights is not None))
+    some = any(laned)
+    gathered = over_lanes(one, (X, Xq, weights), (some, some and Xq is not None, some and weights is not None))
+    return gathered, Shown.told(gathered.data.diagonal, gathered.mean_X, gathered.mean_Xq, gathered.rows)
 
 
 def _weighted_of_one(X, Xq, weights, centred):

@@ -6,7 +6,6 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..scalar.grid import Number, is_number
@@ -87,7 +86,7 @@ class AtMost(Patches):
         here, wanted = math.prod(rows), self.per_input * layout.dims[1]
         if not isinstance(layout, ConvLayout) or total <= 2 * wanted:
             return None
-        return jnp.asarray(_spread(here, max(1, round(wanted * here / total)), batch))
+        return jax.device_put(_spread(here, max(1, round(wanted * here / total)), batch))
 
 
 @functools.lru_cache(maxsize=64)

@@ -141,12 +141,16 @@ def raise_on(info: Info, recipe: Recipe, name: str, data: Gram | Rows) -> None:
         raise ValueError(f"The quantized outputs of {name} overflow: scale its inputs down.")
 
 
-@numpy_or_jit(unless=lambda info, data: isinstance(data, Rows))
 def all_well(info: Info, data: Gram | Rows) -> jax.Array:
     """True where there is nothing to raise, for each lane where there are lanes."""
-    xp = namespace(info.square_error)
-    finite = xp.isfinite(data.diagonal).all((-2, -1)) & xp.isfinite(info.square_error)
-    return finite & (info.failed == 0) & (info.zero_steps == 0)
+    return _all_well(info, None if isinstance(data, Rows) else data)  # rows have a power of 2, and do not overflow
+
+
+@numpy_or_jit()
+def _all_well(info, gram):
+    isfinite = namespace(info.square_error).isfinite
+    well = isfinite(info.square_error) & (info.failed == 0) & (info.zero_steps == 0)
+    return well if gram is None else well & isfinite(gram.diagonal).all((-2, -1))
 
 
 def _condition(data) -> float:
