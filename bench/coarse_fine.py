@@ -5,7 +5,8 @@ each with its BatchNorm. Then the three are merged into one convolution of 3 x 3
 kernels of the merged network are quantized, with a step per neuron, in codes of as many bits:
 
 one    integers, `jpfq.Integer(bits)`
-two    a fine and a coarse range, `jpfq.formats.two_ranges(bits)`, chosen for each kernel by the error of its weights
+two    a fine and a coarse range, `jpfq.formats.two_ranges(bits)`, chosen for each kernel by the error of its weights;
+       the two numbers that say which are not counted as stored
 
 by plain rounding (with the best step for the weights), by GPFQ on the same steps, and by the recommended settings. Error: of
 the logits on test pictures, ||f - fq|| / ||f||, and points of top-1 lost; means over networks from several seeds.
