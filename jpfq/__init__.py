@@ -104,6 +104,7 @@ from .scalar import Levels as Levels
 from .scalar import PowersOfTwo as PowersOfTwo
 from .scalar import Symmetric as Symmetric
 from .scalar import Ternary as Ternary
+from .scalar import TwoRanges as TwoRanges
 from .scalar import datatype_bits as datatype_bits
 from .scalar import ranges as ranges
 from .storage.caching import cache_compilations as cache_compilations

@@ -16,6 +16,8 @@ NAMES = (
     "10_training_code.ipynb",
     "14_error_decays_with_width.ipynb",
     "16_random_features.ipynb",
+    "22_random_networks.ipynb",
+    "23_spatial_filters.ipynb",
 )
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..scalar import Grid, ScaledGrid, WorstCase
+from ..scalar import Grid, Integer, ScaledGrid, TwoRanges, WorstCase
 from ..scalar.exponent import aligned
 from ..scalar.pytree import register_dataclass
 from ..scalar.scale import levels_of
@@ -105,6 +105,31 @@ class QTensor:
             True
         """
         return dataclasses.replace(self, codes=self.levels.encode(self.turned(kernel)).astype(self.codes.dtype))
+
+    def split(self) -> "tuple[QTensor, QTensor]":
+        """Two kernels of integers that add up to this one, fine and coarse, for a server that wants two.
+
+        What they stand for adds up to `dequantize()`, to the bit unless the kernel is rotated.
+
+        Raises:
+            ValueError: the kernel is on a grid of one range.
+
+        Examples:
+            >>> tensor, info = jpfq.solve(W, gram, grid=jpfq.TwoRanges(4, fine=5, ratio=4))
+            >>> fine, coarse = tensor.split()
+            >>> bool((fine.dequantize() + coarse.dequantize() == tensor.dequantize()).all()), str(fine.grid)
+            (True, 'Integer(4)')
+        """
+        if not isinstance(self.grid, TwoRanges):
+            raise ValueError(f"Kernels on jpfq.TwoRanges(..) are split into two; this one is on {self.grid}.")
+        fine, coarse = self.grid.parts
+        return self._part(fine, 1), self._part(coarse, self.grid.ratio)
+
+    def _part(self, table, factor) -> "QTensor":
+        """The kernel whose codes are what a table has for these, on the fewest bits that hold it."""
+        width = max(2, int(max(table.max(), -table.min() - 1)).bit_length() + 1)
+        codes = jnp.asarray(table[np.asarray(self.codes)], np.int8)
+        return dataclasses.replace(self, codes=codes, step=self.step * factor, grid=Integer(width))
 
     @anywhere
     def straight(self, kernel: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Number formats that files and servers have, as rules for `quantize`: the grid, the groups, and what steps are stored in.
 
-Each function returns a list of one rule (`codebook` of one for each kernel), recommended settings around the format:
-searched steps, Qronos, descent. Whatever `Rule` takes may be given besides, and replaces them:
+Each function returns a list of one rule (`codebook` and `two_ranges` of one for each kernel), with recommended settings
+around the format: searched steps, Qronos, descent. Whatever `Rule` takes may be given besides, and replaces them:
 
     jpfq.quantize(model, batches, jpfq.formats.nvfp4(), variables=variables)
     jpfq.quantize(model, batches, jpfq.formats.nvfp4(plain=True, method=jpfq.MSQ()), variables=variables)  # rounded
@@ -46,6 +46,7 @@ from ..scalar import (
     PerBlock,
     PerChannel,
     PerGroup,
+    TwoRanges,
 )
 from ..scalar.step_types import E4M3 as E4M3_STEP
 from ..scalar.step_types import E8M0 as E8M0_STEP
@@ -266,7 +267,48 @@ def codebook(
         >>> small.tensors["hidden/kernel"].grid.levels
         8
     """
-    functional = on_auto_axes(adapt(model, variables, params, kwargs))
+    own = _weights_of(model, batch, {"variables": variables, "params": params, "kwargs": kwargs}, group, pattern)
+    return _fitted(own, lambda found: Levels.fit(found, levels), group, settings)
+
+
+def two_ranges(
+    bits: int,
+    model: Any,
+    batch: Any,
+    *,
+    variables: Any = None,
+    params: Any = None,
+    kwargs: dict | None = None,
+    group: int | None = None,
+    pattern: str = ".*",
+    **settings: Any,
+) -> list[Rule]:
+    """Coarse and fine weights: a rule for each kernel, with two ranges chosen by `jpfq.TwoRanges.fit`, and float32 steps.
+
+    For kernels with a few large weights, such as those of merged branches. `QTensor.split` makes two kernels of each.
+
+    Args:
+        bits: of a code, from 2 to 8.
+        model, variables, params, kwargs: as in `jpfq.quantize`.
+        batch: an input of the model, or its shapes.
+        group: inputs that share a step; None for all of a neuron.
+        pattern: of the kernels that are meant.
+        **settings: of the rules.
+
+    Examples:
+        >>> rules = jpfq.formats.two_ranges(4, model, batches[0], variables=variables)
+        >>> small = jpfq.quantize(model, batches, rules, variables=variables)
+        >>> fine, coarse = small.tensors["hidden/kernel"].split()
+        >>> bool((fine.dequantize() + coarse.dequantize() == small.params["hidden"]["kernel"]).all())
+        True
+    """
+    own = _weights_of(model, batch, {"variables": variables, "params": params, "kwargs": kwargs}, group, pattern)
+    return _fitted(own, lambda found: TwoRanges.fit(found, bits), group, settings)
+
+
+def _weights_of(model, batch, state, group, pattern) -> dict[str, np.ndarray]:
+    """The weights of each kernel that is meant, over the largest magnitudes among those that share a step."""
+    functional = on_auto_axes(adapt(model, state["variables"], state["params"], state["kwargs"]))
     per: Per = PerChannel() if group is None else PerGroup(group)
     meant = Rule(pattern, skip=True)
     numbers: dict[str, list[np.ndarray]] = {}
@@ -276,10 +318,15 @@ def codebook(
                 numbers.setdefault(site.path, []).extend(_over_radius(site.matrices(functional.leaves[site.leaf]), per))
     if not numbers:
         raise ValueError(f"{pattern!r} matches none of the kernels that can be quantized.")
+    return {path: np.concatenate(found) for path, found in numbers.items()}
+
+
+def _fitted(weights, fit, group, settings) -> list[Rule]:
+    """A rule for each kernel, with the grid that is fitted to its weights."""
     settings, rules = {"unsupported": "skip"} | settings, []
-    for path, found in numbers.items():
+    for path, found in weights.items():
         try:
-            grid = Levels.fit(np.concatenate(found), levels)
+            grid = fit(found)
         except ValueError as error:
             raise ValueError(f"{path}: {error} Leave it out by pattern=.., or take fewer levels.") from error
         rules += _rule(re.escape(path), grid, group, jnp.float32, settings)

@@ -53,3 +53,4 @@ from .tables import NF4 as NF4
 from .tables import Levels as Levels
 from .tables import PowersOfTwo as PowersOfTwo
 from .tables import Table as Table
+from .two_ranges import TwoRanges as TwoRanges

@@ -37,6 +37,7 @@ from ..scalar import (
     SumSpec,
     Symmetric,
     Ternary,
+    TwoRanges,
     ranges,
 )
 
@@ -226,6 +227,7 @@ FIELDS: dict[type, dict[str, Callable]] = {
     E5M2: {},
     NF4: {},
     PowersOfTwo: {"bits": _whole},
+    TwoRanges: {"bits": _whole, "fine": _whole, "ratio": _whole},
     ranges.Max: {},
     ranges.Percentile: {"p": _number},
     ranges.MinMSE: {"candidates": _whole},

@@ -213,3 +213,22 @@ def test_codebooks_are_fitted_to_each_kernel(layer, group):
     blank = heavy | {"second": jnp.zeros((OUT, 5))}  # as last layers are before training
     with pytest.raises(ValueError, match=r"second: Levels.fit .* there are 1 different numbers.*pattern="):
         jpfq.formats.codebook(8, model, X, params=blank, group=group)
+
+
+def test_two_ranges_are_chosen_for_each_kernel(layer):
+    """A kernel with a few large weights gets a coarse range, and errs less than with one range; another does not."""
+    params, (X,) = layer
+    first = params["kernel"].at[::16].mul(8.0)
+    own = {"first": first, "second": jnp.linspace(-1, 1, OUT * 5).reshape(OUT, 5)}
+    model = lambda params, x: jnp.tanh(x @ params["first"]) @ params["second"]
+    plain = {"plain": True, "method": jpfq.MSQ(), "scale": jpfq.scale.MinMSE()}
+    rules = jpfq.formats.two_ranges(4, model, X, params=own, **plain)
+    assert [rule.pattern for rule in rules] == ["first", "second"]
+    two = jpfq.quantize(model, [X], rules, params=own)
+    one = jpfq.quantize(model, [X], jpfq.Rule(".*", bits=4, **plain), params=own)
+    assert two.tensors["first"].grid.fine < 7
+    assert two.tensors["second"].grid.values == tuple(range(-8, 8))
+    assert two.tensors["first"].bits_per_weight == one.tensors["first"].bits_per_weight
+    assert float(two.info["first"].relative_error) < 0.9 * float(one.info["first"].relative_error)
+    with pytest.raises(ValueError, match="'third' matches none of the kernels"):
+        jpfq.formats.two_ranges(4, model, X, params=own, pattern="third")

@@ -26,6 +26,7 @@ TABLES = {
     "E5M2": jpfq.E5M2(),
     "NF4": jpfq.NF4(),
     "PowersOfTwo": jpfq.PowersOfTwo(4),
+    "TwoRanges": jpfq.TwoRanges(4, fine=5, ratio=4),
 }
 FLOATS = {
     "E2M1": ml_dtypes.float4_e2m1fn,
@@ -150,6 +151,7 @@ def test_levels_are_counted_and_stored_in_whole_bits():
         "E5M2": (247, 8),
         "NF4": (16, 4),
         "PowersOfTwo": (15, 4),
+        "TwoRanges": (16, 4),
     }
     assert [name for name, grid in TABLES.items() if not grid.has_zero] == ["no zero", "two"]
 

@@ -33,6 +33,7 @@ GRIDS = [
     *(jpfq.Symmetric(4), jpfq.Equispaced(4), jpfq.Equispaced(5), jpfq.Ternary(), jpfq.Binary(), jpfq.Infinite()),
     *(jpfq.Levels([-4, -1, 0, 1.5], reach=5.5), jpfq.Levels([-1, 2])),
     *(jpfq.E2M1(), jpfq.E2M3(), jpfq.E3M2(), jpfq.E4M3(), jpfq.E5M2(), jpfq.NF4(), jpfq.PowersOfTwo(4)),
+    jpfq.TwoRanges(4, fine=5, ratio=4),
     *(jpfq.Integer(4, narrow=True), jpfq.scalar.Codes(-2.0, 3.0, 0.5, 2.5), jpfq.Symmetric(2**15)),
 ]
 Pair = collections.namedtuple("Pair", "second first")
