@@ -18,6 +18,7 @@ GRIDS = {
     "Integer(3)": (jpfq.Integer(3), jpfq.scale.PerChannel()),
     "Ternary, tensor": (jpfq.Ternary(), jpfq.scale.PerTensor()),
     "Asymmetric(2), groups": (jpfq.Asymmetric(2), jpfq.scale.PerGroup(SIZE)),
+    "Offset(2), groups": (jpfq.Offset(2), jpfq.scale.PerGroup(SIZE)),
     "Binary": (jpfq.Binary(), jpfq.scale.PerChannel()),
     "E2M1": (jpfq.E2M1(), jpfq.scale.PerChannel()),
 }
