@@ -46,8 +46,8 @@ def verdict(ok: bool, claim: str) -> str:
 
 
 def report(name: str, parser: argparse.ArgumentParser, args: argparse.Namespace, *parts: str) -> None:
-    """Prints the parts under a header, and stores them where all options but the data folder are the default."""
-    changed = [k for k, v in vars(args).items() if v != parser.get_default(k) and k != "data"]
+    """Prints the parts under a header, and stores them where all options but paths are the default."""
+    changed = [k for k, v in vars(args).items() if v != parser.get_default(k) and k not in ("data", "keep")]
     head = f"{name}: jax {jax.__version__}, python {platform.python_version()}, {os.cpu_count()} cores"
     text = "\n\n".join([head, *(part.strip("\n") for part in parts)]) + "\n"
     print(text, end="")

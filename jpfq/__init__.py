@@ -101,6 +101,7 @@ from .scalar import Equispaced as Equispaced
 from .scalar import Infinite as Infinite
 from .scalar import Integer as Integer
 from .scalar import Levels as Levels
+from .scalar import Offset as Offset
 from .scalar import PowersOfTwo as PowersOfTwo
 from .scalar import Symmetric as Symmetric
 from .scalar import Ternary as Ternary

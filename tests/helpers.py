@@ -130,4 +130,5 @@ def level_lists(levels, shape):
     """The level list of every weight (in, out, count), for the references."""
     table = levels.table
     codes = list(range(int(levels.lo), int(levels.hi) + 1)) if table is None else np.asarray(table).tolist()
-    return reference.level_lists(shape, np.asarray(levels.step), codes, np.asarray(levels.zero))
+    step, zero = np.asarray(levels.step), np.asarray(levels.zero)
+    return reference.level_lists(shape, step, codes, zero / step if levels.offset else zero)

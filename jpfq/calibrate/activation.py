@@ -11,7 +11,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -23,7 +22,7 @@ from ..scalar import Asymmetric, Codes, Grid, ScaledGrid, register_dataclass
 from ..scalar.predicates import is_count
 from ..scalar.ranges import Histogram, Max, MinMSE, Range
 from ..scalar.scale import ends_of, lay
-from ..scalar.step_types import StepStorage, kernel_bits, step_type, unit_under
+from ..scalar.step_types import StepStorage, StepType, UnderHalf, kernel_bits, step_type, unit_under
 
 Per = Literal["tensor", "channel", "row", "group"]
 _static = {"static": True}
@@ -89,6 +88,12 @@ class Activations:
         for value, kind, example in ((self.grid, Grid, "Asymmetric(8)"), (self.range, Range, "ranges.MinMSE()")):
             if isinstance(value, (type, str, int, float)):
                 raise ValueError(f"Activations takes a {kind.__name__}, such as jpfq.{example}; got {value!r}.")
+        if isinstance(self.grid, Grid) and self.grid.offset:
+            raise ValueError(
+                f"Activations takes a grid with 0 among its levels; got {self.grid}, which is for weights."
+            )
+        if isinstance(self.steps_as, UnderHalf):
+            raise ValueError(f"Activations: step_dtype={str(self.steps_as)!r} is for the steps of weights.")
         if isinstance(self.rotation, (type, str, int, float)):
             raise ValueError(f"Activations: rotation is a jpfq.Hadamard(); got {self.rotation!r}.")
         for name in ("step_dtype", "rotation"):
@@ -99,7 +104,7 @@ class Activations:
                 )
 
     @property
-    def steps_as(self) -> np.dtype | None:
+    def steps_as(self) -> StepType:
         """The type that steps are stored in; None for float32."""
         return step_type(self.step_dtype)
 

@@ -17,7 +17,7 @@ def tensor_of(done, shape, dtype, recipe, laned) -> QTensor:
     places = tuple((site.chain, site.layout) for site, _ in done)
     solutions = [(s.codes, recipe.stored_steps(s.step), recipe.stored_steps(s.zero)) for _, s in done]
     runs = _runs(places, tuple(step.shape[laned:] for _, step, _ in solutions), shape)
-    codes, step, zero = _whole(solutions, places, shape, runs, code_dtype(recipe.grid), laned)
+    codes, step, zero = _whole(solutions, places, shape, runs, code_dtype(recipe.grid), laned, recipe.grid.offset)
     rotated = None if recipe.rotation is None else (recipe.rotation, done[0][0].layout)
     step_dtype = recipe.step_dtype
     if step_dtype is not None:  # parts whose steps are multiplied, or lie too far apart for one unit, keep float32
@@ -28,19 +28,17 @@ def tensor_of(done, shape, dtype, recipe, laned) -> QTensor:
 
 
 def _scatters(places) -> bool:
-    """True if the parameter is not simply the matrix of one site; JAX then does the rearranging."""
+    """True if the parameter is not simply the matrix of one site."""
     return len(places) > 1 or bool(places[0][0].steps)
 
 
-@numpy_or_jit(
-    "places",
-    "shape",
-    "runs",
-    "dtype",
-    "laned",
-    unless=lambda solutions, places, shape, runs, dtype, laned: laned or _scatters(places),
-)
-def _whole(solutions, places, shape, runs, dtype, laned):
+def _rearranges(solutions, places, shape, runs, dtype, laned, offset) -> bool:
+    """True if JAX does the rearranging."""
+    return laned or _scatters(places)
+
+
+@numpy_or_jit("places", "shape", "runs", "dtype", "laned", "offset", unless=_rearranges)
+def _whole(solutions, places, shape, runs, dtype, laned, offset):
     """Codes, steps and zero points of a parameter. `places` has the chain and layout of each of its sites."""
 
     def one(solutions):
@@ -49,7 +47,7 @@ def _whole(solutions, places, shape, runs, dtype, laned):
         ]  # integers do not scatter
         codes, steps, zeros = zip(*as_floats, strict=True)
         first = tuple(slice(None, None, run) for run in runs)
-        step, zero = _full(places, steps, shape, scaled=True)[first], _full(places, zeros, shape)[first]
+        step, zero = (_full(places, x, shape, scaled)[first] for x, scaled in ((steps, True), (zeros, offset)))
         return _full(places, codes, shape).astype(dtype), step, zero
 
     return jax.vmap(one)(solutions) if laned else one(solutions)

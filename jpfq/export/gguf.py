@@ -1,8 +1,4 @@
-"""Results in GGUF, the files of llama.cpp: the float model's file with its matrices in Q4_0 or Q8_0.
-
-    Q4_0    blocks of 32 inputs: a float16 step d, and 32 codes of 4 bits with 8 added; value = (code - 8) d. The low halves
-            of the 16 bytes are codes 0 to 15, the high halves 16 to 31
-    Q8_0    a float16 step, and 32 codes int8
+"""Results in GGUF, the files of llama.cpp: the float model's file with its matrices in the types of quants.py.
 
 Everything else, tokenizer included, is that of the float model's file. Which parameter a tensor of the file is, is found by
 value, whatever both are called: the quantized kernel that correlates with it, with rows in either of the two orders that
@@ -18,9 +14,10 @@ import numpy as np
 
 from ..storage.files import hidden, writing
 from .match import mark, nearest
-from .matrix import integers, is_half, operands_left, products, values
+from .matrix import operands_left, products, values
+from .quants import Blocks, blocks_of
 
-BLOCK = 32
+MOSTLY = {"Q4_K": "MOSTLY_Q4_K_M", "Q4_1": "MOSTLY_Q4_1", "Q4_0": "MOSTLY_Q4_0", "Q6_K": "MOSTLY_Q6_K"}  # of a file
 MISSING = "GGUF files take the package gguf: pip install 'jpfq[hub]'."
 
 
@@ -29,7 +26,7 @@ class _Matrix(NamedTuple):
 
     path: str
     value: np.ndarray
-    packed: tuple[str, np.ndarray, np.ndarray] | None  # kind, codes and steps (out, blocks)
+    packed: Blocks | None
 
 
 def gguf(
@@ -42,7 +39,7 @@ def gguf(
 ) -> dict[str, str]:
     """Writes a GGUF file.
 
-    Kernels in groups of 32 inputs with float16 steps are held (`jpfq.formats.q4_0`, `q8_0`).
+    Kernels of `jpfq.formats.q4_0`, `q4_1`, `q8_0`, `q4_k` and `q6_k` are held.
 
     Args:
         quantized: a result without quantized inputs, which the format does not have.
@@ -83,8 +80,9 @@ def gguf(
             content.add_key_value(
                 key, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None
             )
-    used = {match.packed[0] for match, _ in found.values() if match.packed}
-    content.add_file_type(package.LlamaFileType.MOSTLY_Q4_0 if "Q4_0" in used else package.LlamaFileType.MOSTLY_Q8_0)
+    used = {match.packed.kind for match, _ in found.values() if match.packed}
+    most = next((name for kind, name in MOSTLY.items() if kind in used), "MOSTLY_Q8_0")
+    content.add_file_type(package.LlamaFileType[most])
     for tensor in reader.tensors:
         if tensor.name not in found:
             content.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
@@ -93,8 +91,8 @@ def gguf(
         if match.packed is None:
             content.add_tensor(tensor.name, np.ascontiguousarray(match.value[rows], np.float32))
         else:
-            kind, codes, steps = match.packed
-            content.add_tensor(tensor.name, blocks(kind, codes[rows], steps[rows]), raw_dtype=kinds[kind])
+            kind, data = match.packed
+            content.add_tensor(tensor.name, data[rows], raw_dtype=kinds[kind])
     with writing(file):
         file.absolute().parent.mkdir(parents=True, exist_ok=True)
         with hidden(file.absolute().parent) as beside:
@@ -104,19 +102,6 @@ def gguf(
             content.close()
             (beside / file.name).replace(file)
     return left
-
-
-def blocks(kind: str, codes: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """The bytes (out, bytes) of codes (out, in) about 0 and steps (out, in / 32)."""
-    out = len(codes)
-    codes = codes.reshape(out, -1, BLOCK)
-    if kind == "Q4_0":
-        shifted = (codes + 8).astype(np.uint8)
-        packed = shifted[..., : BLOCK // 2] | shifted[..., BLOCK // 2 :] << 4
-    else:
-        packed = codes.astype(np.int8).view(np.uint8)
-    step = steps.astype(np.float16)[..., None].view(np.uint8)
-    return np.ascontiguousarray(np.concatenate([step, packed], -1)).reshape(out, -1)
 
 
 def _leaves(quantized):
@@ -136,21 +121,10 @@ def _matrix(quantized, path, leaf, sites, left) -> _Matrix:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     try:
-        return _Matrix(path, value, _packed(tensor, path, site))
+        return _Matrix(path, value, blocks_of(tensor, path, site))
     except ValueError as error:
         left[path] = str(error)
         return _Matrix(path, value, None)
-
-
-def _packed(tensor, path, site) -> tuple[str, np.ndarray, np.ndarray]:
-    """Kind, codes and steps of a kernel; ValueError says why the format has none."""
-    found, bits, symmetric = integers(tensor, path, site)
-    if bits > 8 or not symmetric:
-        raise ValueError(f"{tensor.grid} is no run of integers of 8 bits about 0")
-    grouped = found.in_groups(BLOCK)
-    if grouped is None or not is_half(grouped.step):
-        raise ValueError("its steps are not of float16, one for every 32 inputs: see jpfq.formats.q4_0 and q8_0")
-    return "Q4_0" if bits <= 4 else "Q8_0", found.codes, grouped.step
 
 
 def _value(reader, key) -> Any:

@@ -1,17 +1,26 @@
-"""`Quantized.servers`: the layers of a result in the terms of servers, by the matrices that files would hold."""
+"""What servers load: the layers of a result in their terms, by the matrices that files would hold."""
 
 from typing import Any
 
 from ..matrix.layout import ConvLayout
-from ..network.servers import Form, Servers, form_of, servers
+from ..network.servers import Exported, Form, Servers, form_of, loads_file, servers
 from .matrix import linear, products
 
 
 def served(quantized: Any, batch: Any = None, dynamic_inputs: str | None = None) -> Servers:
     """See `Quantized.servers`."""
+    return servers(_forms(quantized, batch), dynamic_inputs)
+
+
+def exported(quantized: Any, kind: str, left: dict[str, str], options: dict[str, Any]) -> Exported:
+    """What `Quantized.export` returns, from what the format could not hold."""
+    forms = _forms(quantized, options.get("batch"))
+    return Exported(left, loads_file(kind, forms, left, options.get("dynamic_inputs")))
+
+
+def _forms(quantized, batch) -> dict[str, Form]:
     sites = {} if batch is None else products(quantized._functional, batch)
-    forms = {path: _form(quantized, path, tensor, sites.get(path)) for path, tensor in quantized.tensors.items()}
-    return servers(forms, dynamic_inputs)
+    return {path: _form(quantized, path, tensor, sites.get(path)) for path, tensor in quantized.tensors.items()}
 
 
 def _form(quantized, path, tensor, site) -> Form:

@@ -130,7 +130,7 @@ def export(
     path: str | os.PathLike,
     kind: Literal["compressed-tensors", "awq"] = "compressed-tensors",
     **options: Any,
-) -> dict[str, str]:
+) -> Any:
     """Writes a quantized decoder as a folder that vLLM, SGLang and transformers load.
 
     With `like`, the folder that the model was loaded from, config and tokenizer are those of it. Otherwise the tokenizer is
@@ -144,7 +144,7 @@ def export(
             4 bits in compressed-tensors with "fp8" only. `names` and `config` are known here.
 
     Returns:
-        By path, the reason for each quantized kernel that is written dequantized.
+        By path, the reason for each quantized kernel that is written dequantized, as of `Quantized.export`.
 
     Raises:
         ValueError: where the model is no `Decoder`, or the folder is in use.

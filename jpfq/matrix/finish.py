@@ -203,7 +203,7 @@ def _refit(goal, gram, codes, recursion) -> ScaledGrid:
     if recursion.shared:
         over, energy = (recursion.neurons.sum(x).reshape(1, 1) for x in (over, energy))
     c = 1 + over / jnp.where(energy > 0, energy, 1)
-    return recursion.stored(levels.with_steps(levels.step * jnp.where(c > 0, c, 1), levels.zero))
+    return recursion.stored(levels.scaled(lambda x: x * jnp.where(c > 0, c, 1)))
 
 
 def _check_passes(finish):

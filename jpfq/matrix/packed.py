@@ -10,6 +10,7 @@ import numpy as np
 from ..scalar import Grid
 from ..scalar.bits import MAX_LEVELS, pack, packed_size, unpack
 from ..scalar.pytree import register_dataclass
+from ..scalar.step_types import StepType
 from .explicit_mesh import anywhere
 from .layout import Layout
 from .qtensor import QTensor, code_dtype
@@ -43,7 +44,7 @@ class Packed:
     axis: int = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})  # of the kernel it stands for
     rotated: tuple[Hadamard, Layout] | None = dataclasses.field(default=None, metadata={"static": True})
-    step_dtype: np.dtype | None = dataclasses.field(default=None, metadata={"static": True})
+    step_dtype: StepType = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     @anywhere

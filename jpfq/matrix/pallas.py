@@ -74,6 +74,8 @@ def refusal(recursion: "Recursion") -> str | None:
         return "it draws random numbers, which would take another generator on the chip"
     if recursion.levels.table is not None:
         return "its grid is a table"
+    if recursion.levels.offset:
+        return "its grid has offsets"
     if jax.eval_shape(lambda carry: recursion.rounding.shift(lane(carry, 0)), recursion.start()) is not None:
         return f"{recursion.rounding} feeds back more than its codes"
     if any(jnp.ndim(x) for x in jax.tree.leaves(recursion.rounding)):

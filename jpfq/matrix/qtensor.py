@@ -11,7 +11,7 @@ from ..scalar import Grid, Integer, ScaledGrid, TwoRanges, WorstCase
 from ..scalar.exponent import aligned
 from ..scalar.pytree import register_dataclass
 from ..scalar.scale import levels_of
-from ..scalar.step_types import kernel_bits, step_bits
+from ..scalar.step_types import StepType, kernel_bits, step_bits, zero_bits
 from .explicit_mesh import anywhere, is_traced
 from .host import namespace, numpy_or_jit
 from .layout import Layout
@@ -25,6 +25,8 @@ SQUARES = ("square_error", "energy", "square_floor", "square_bound", "square_rou
 @dataclasses.dataclass(frozen=True)
 class QTensor:
     """step * (codes - zero), where one entry of `step` serves a block of codes.
+
+    On a table that is step * (table[codes] - zero), and on `jpfq.Offset` step * codes - zero.
 
     `step` and `zero` have the rank of `codes`, and each of their axes divides that of `codes`: entry i of an axis serves
     the i-th of its equal runs. Per channel on a dense kernel (in, out) that is a step of shape (1, out); in groups of 32
@@ -48,7 +50,7 @@ class QTensor:
     grid: Grid
     dtype: np.dtype = dataclasses.field(metadata={"static": True})  # of the kernel it stands for
     rotated: tuple[Hadamard, Layout] | None = dataclasses.field(default=None, metadata={"static": True})
-    step_dtype: np.dtype | None = dataclasses.field(default=None, metadata={"static": True})  # None is float32
+    step_dtype: StepType = dataclasses.field(default=None, metadata={"static": True})  # None is float32
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,10 +61,9 @@ class QTensor:
     def nbytes(self) -> int:
         """Bytes when codes are packed at their storage bits, steps kept in their type and fitted zero points as codes.
 
-        A table of `jpfq.Levels` is counted in float32.
+        Offsets take what steps do. A table of `jpfq.Levels` is counted in float32.
         """
-        zeros = self.zero.size if self.grid.alphabet().zero is None else 0
-        bits = (self.codes.size + zeros) * self.grid.storage_bits
+        bits = self.codes.size * self.grid.storage_bits + self.zero.size * zero_bits(self.grid, self.step_dtype)
         bits += step_bits(self.step_dtype) * self.step.size + kernel_bits(self.step_dtype) + self.grid.table_bits
         return -(-bits // 8)
 
@@ -78,7 +79,7 @@ class QTensor:
         lo, hi, *_ = self.grid.alphabet()
         lo, hi = (jnp.asarray(x, self.step.dtype) for x in (lo, hi))
         step, zero = _spread(self.step, self.shape), _spread(self.zero, self.shape)
-        return ScaledGrid(step, zero, lo, hi, *levels_of(self.grid, self.step.dtype))
+        return ScaledGrid(step, zero, lo, hi, *levels_of(self.grid, self.step.dtype), self.grid.offset)
 
     @anywhere
     def dequantize(self) -> jax.Array:
@@ -90,7 +91,8 @@ class QTensor:
             True
         """
         table, _ = levels_of(self.grid, self.step.dtype)
-        return _dequantize(self.codes, self.step, self.zero, table, self.dtype, self.rotated)
+        offset = self.grid.offset
+        return _dequantize(self.codes, self.step, self.zero, table, self.dtype, self.rotated, offset)
 
     @anywhere
     def rounded(self, kernel: jax.Array) -> "QTensor":
@@ -248,11 +250,12 @@ def _relative(square, energy):
     return jnp.where(jnp.isfinite(energy), share, jnp.nan)
 
 
-@numpy_or_jit("dtype", "rotated", unless=lambda codes, step, zero, table, dtype, rotated: rotated is not None)
-def _dequantize(codes, step, zero, table, dtype, rotated):
+@numpy_or_jit("dtype", "rotated", "offset", unless=lambda *given: given[5] is not None)
+def _dequantize(codes, step, zero, table, dtype, rotated, offset):
     """Dequantizes codes of any grid without a table by one program."""
     levels = codes.astype(step.dtype) if table is None else table[codes.astype(np.int32)]
-    return _unrotated(_spread(step, codes.shape) * (levels - _spread(zero, codes.shape)), dtype, rotated)
+    step, zero = _spread(step, codes.shape), _spread(zero, codes.shape)
+    return _unrotated(step * levels - zero if offset else step * (levels - zero), dtype, rotated)
 
 
 def _unrotated(kernel, dtype, rotated):

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Literal
 
 import jax
-import numpy as np
 
 from ..scalar import (
     AbsMax,
@@ -25,7 +24,7 @@ from ..scalar import (
 from ..scalar.accumulator import AXE, scales_with_radius
 from ..scalar.integer_sums import no_integers
 from ..scalar.pytree import register_dataclass
-from ..scalar.step_types import is_coarse, kernel_bits, step_type
+from ..scalar.step_types import StepType, UnderHalf, is_coarse, kernel_bits, step_type
 from .finish import CosineDescend, Descend, Finish
 from .methods import GPFQ, MSQ, Method
 from .nullspace import MalySaab
@@ -55,7 +54,7 @@ class Recipe:
     method: Method
     rounding: Rounding
     finish: Finish | None
-    step_dtype: np.dtype | None = dataclasses.field(default=None, metadata=_static)  # None is float32
+    step_dtype: StepType = dataclasses.field(default=None, metadata=_static)  # None is float32
     form: Form = dataclasses.field(default="auto", metadata=_static)
     block: int | None = dataclasses.field(default=BLOCK, metadata=_static)
 
@@ -119,7 +118,12 @@ class Recipe:
 
     def misfit(self, n: int, out: int) -> str | None:
         """The reason why a matrix of n inputs and `out` neurons cannot have these steps; None if it can."""
-        return self.scale.per.misfit(n, out)
+        per, kind = self.scale.per, self.step_dtype
+        if isinstance(kind, UnderHalf) and isinstance(per, PerGroup) and n % (run := per.size * kind.run):
+            return (
+                f"{kind} has a float16 for every {run} inputs, which do not divide its {n}: take another format for it"
+            )
+        return per.misfit(n, out)
 
     def refuse(self, rows: int, size: tuple[int, int], name: str) -> None:
         """Raises where this recipe cannot be used for a matrix (in, out) and that many calibration rows."""
@@ -272,6 +276,16 @@ def _refuse_contradictions(recipe):
     if finish is not None and finish.frees_step and is_coarse(recipe.step_dtype):
         raise ValueError(
             f"{finish} moves steps a little, which {recipe.step_dtype} has no numbers for: take finish=Descend() or None."
+        )
+    if isinstance(recipe.step_dtype, UnderHalf) and (not isinstance(scale.per, PerGroup) or recipe.refits):
+        raise ValueError(
+            f"step_dtype={str(recipe.step_dtype)!r} has a float16 over {recipe.step_dtype.run} groups of a neuron: take a "
+            f"scale with per=jpfq.scale.PerGroup(..), without refit; got {scale}."
+        )
+    if recipe.grid.offset and (recipe.step_dtype is None or is_coarse(recipe.step_dtype)):
+        raise ValueError(
+            f"{recipe.grid} stores an offset beside each step: take step_dtype='float16', 'bfloat16' or 'uint6_float16'; "
+            f"got {recipe.step_dtype or 'float32'}."
         )
     if scale.in_blocks and recipe.moves_step:
         mover, remedy = (

@@ -55,7 +55,7 @@ class Recursion(NamedTuple):
     )
     neurons: Neurons = ALL  # which of the matrix's these are
     keeps: bool = False  # whether the path is to have the arguments
-    store: Callable[[jax.Array], jax.Array] = lambda step: step  # steps as they are stored
+    stored: Callable[[ScaledGrid], ScaledGrid] = lambda levels: levels  # levels with their steps as they are stored
     kernel: Kernel | None = None  # runs each block in one launch; None is the scan, but on platforms where kernels win
 
     @property
@@ -141,10 +141,6 @@ class Recursion(NamedTuple):
         fold = jax.vmap(jax.random.fold_in, (None, 0))
         keys = jax.vmap(fold, (0, None), 1)(fold(self.key, self.neurons.numbers(self.out)), self.order)
         return jax.vmap(jax.vmap(one))(W, levels.step, levels.zero, keys)
-
-    def stored(self, levels: ScaledGrid) -> ScaledGrid:
-        """Levels with their steps as they are stored."""
-        return levels.with_steps(self.store(levels.step), levels.zero)
 
     def values(self, codes: jax.Array) -> jax.Array:
         """The values of codes (in, out), in the order of the recursion."""

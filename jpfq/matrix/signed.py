@@ -22,6 +22,8 @@ class Signed(NamedTuple):
 def signed(tensor: QTensor) -> Signed:
     """The tensor with codes moved around 0. A zero point between two codes takes half the step and doubled codes."""
     codes, step, zero = tensor.codes.astype(jnp.int32), tensor.step, compact(tensor.zero)
+    if tensor.grid.offset:
+        raise ValueError(f"the levels of {tensor.grid} are a step times integers, minus an offset")
     if tensor.grid.table is not None:
         return _of_table(codes, step, tensor.grid)
     lo, levels = extent(tensor.grid)

@@ -71,7 +71,8 @@ def solve(
         accumulator: which integer sums must never overflow, such as `jpfq.Accumulator(16, tile=64)`.
         inputs: the grid of the input codes that an accumulator sums, or (mu, nu).
         step_dtype: what steps are stored in: float32 where it is left out, or bfloat16, float16, `float8_e8m0fnu` (powers of
-            two) or `float8_e4m3fn` (times a power of two that the matrix shares). They are rounded before the recursion.
+            two), `float8_e4m3fn` (times a power of two that the matrix shares), "uint6_float16" or "int8_float16" (integers
+            times a float16 for 8 or 16 groups of a neuron). They are rounded before the recursion.
         form: "gram" or "data" rows, or the cheaper of the two.
         block: inputs to a block of the recursion; None for the plain scan.
 

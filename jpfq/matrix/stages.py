@@ -79,7 +79,7 @@ def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | Non
     ready, importance = each(lambda job: (_back(job.ready_W, job.order), _back(job.data.diagonal, job.order)), jobs)
     levels = _lay(ready, importance, recipe, neurons)
     store = StepStorage.over(levels.step, recipe.step_dtype, recipe.grid.alphabet().reach, neurons.max)
-    beyond, levels = store.exceeds(levels.step), levels.with_steps(store(levels.step), levels.zero)
+    beyond, levels = store.exceeds(levels.step), store.levels(levels)
     shared = recipe.scale.shared
     split = lambda x: x[None] if shared else jnp.moveaxis(x.reshape(x.shape[0], B, out), 1, 0)
     step, zero, beyond = (
@@ -92,7 +92,7 @@ def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | Non
     def one(job, weights, step, zero, beyond, b):
         draw = None if key is None else jax.random.fold_in(key, b)
         recursion = Recursion(levels.with_steps(step, zero), job.order, out, recipe.rounding, draw)
-        recursion = recursion._replace(neurons=neurons, store=store)
+        recursion = recursion._replace(neurons=neurons, stored=store.levels)
         *found, figures, ends = _quantize(job, weights, recursion, recipe, lambda x, sign=1: reduced(x, sign * k))
         figures["saturated_steps"] = jnp.sum(beyond) if shared else neurons.sum(beyond)
         return *found, figures, ends
@@ -177,15 +177,13 @@ def _quantize(job: _Prepared, weights, recursion: Recursion, recipe: Recipe, red
             bound = (jnp.sqrt(floor + vague) + jnp.sqrt(neurons.sum(square_bound(system.cost, most)))) ** 2
         failed = neurons.sum(~jnp.isfinite(system.base))
         failed += 0 if system.L is None else infinite(system.L)
-    codes, levels, store = path.codes, recursion.levels, recursion.store
+    codes, levels, stored = path.codes, recursion.levels, recursion.stored
+    small, large = (lambda levels: levels.scaled(reduce)), (lambda levels: levels.scaled(lambda x: reduce(x, -1)))
     if recipe.finish is not None:
         settled = recursion._replace(rounding=recipe.rounding.settled, carry=None, refit=None)
-        small = settled._replace(
-            levels=levels.with_steps(reduce(levels.step), levels.zero),
-            store=lambda step: reduce(store(reduce(step, -1))),
-        )
-        codes, levels = recipe.finish(reduce(job.W), as_gram(job.trusted), codes, small, recipe.block)
-        levels = dataclasses.replace(levels, step=reduce(levels.step, -1))
+        run = settled._replace(levels=small(levels), stored=lambda levels: small(stored(large(levels))))
+        codes, levels = recipe.finish(reduce(job.W), as_gram(job.trusted), codes, run, recipe.block)
+        levels = large(levels)
         if recipe.finish.frees_step:
             last = settled if recipe.finish.descends else recursion._replace(carry=None, refit=None)
             codes = _settle_dead(job, codes, last._replace(levels=levels))
@@ -241,7 +239,7 @@ def _run(system, job, recursion, recipe, told, reduce) -> tuple[Path, Recursion]
     levels, shared = recursion.levels, recursion.shared
     trusted = as_gram(job.trusted)
     blind = (mean_energy(trusted.diagonal) == 0).astype(system.base.dtype)  # no data tell steps apart: weights do
-    at = lambda c: levels.with_steps(levels.step * jnp.atleast_2d(c), levels.zero)
+    at = lambda c: levels.scaled(lambda x: x * jnp.atleast_2d(c))
     scaled = lambda c: recursion._replace(levels=recursion.stored(at(c)))
 
     def attempt(state, x):

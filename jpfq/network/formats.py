@@ -10,7 +10,8 @@ Groups run along the inputs of a kernel, as it is multiplied. One whose inputs t
 
 `activations=True` rounds the inputs of layers in the same format, with steps taken while the network runs: in blocks of the
 same size, or per row where a neuron has one step. Steps have the format's type where it is of 8 bits or GGUF's, and are
-float32 otherwise. For `q4_0` the inputs are those of `q8_0`, as llama.cpp rounds them.
+float32 otherwise. For `q4_0` and `q4_1` the inputs are those of `q8_0`; for `q4_k` and `q6_k` they are integers of 8 bits in
+blocks of 256. llama.cpp rounds them so.
 
     jpfq.quantize(model, batches, jpfq.formats.mxfp4(activations=True), variables=variables)
 """
@@ -42,6 +43,7 @@ from ..scalar import (
     Integer,
     Levels,
     MinError,
+    Offset,
     Per,
     PerBlock,
     PerChannel,
@@ -50,7 +52,10 @@ from ..scalar import (
 )
 from ..scalar.step_types import E4M3 as E4M3_STEP
 from ..scalar.step_types import E8M0 as E8M0_STEP
+from ..scalar.step_types import INT8, UINT6
 from .rules import Rule
+
+BLOCKS_OF_256 = Activations(Integer(8), group=256)  # Q8_K of llama.cpp
 
 
 def int4(group: int | None = None, *, pattern: str = ".*", **settings: Any) -> list[Rule]:
@@ -239,6 +244,55 @@ def q8_0(*, pattern: str = ".*", **settings: Any) -> list[Rule]:
     return _rule(pattern, Integer(8), 32, jnp.float16, settings)
 
 
+def q4_1(*, pattern: str = ".*", **settings: Any) -> list[Rule]:
+    """Q4_1 of GGUF files: unsigned integers of 4 bits with an offset, in groups of 32, steps and offsets in float16.
+
+    Args:
+        pattern: of the kernels that are meant.
+        **settings: of the rule.
+
+    Examples:
+        >>> small = jpfq.quantize(model, batches, jpfq.formats.q4_1(), variables=variables)
+        >>> small.tensors["hidden/kernel"].bits_per_weight  # 4, and 16 + 16 for every 32 weights
+        5.0
+    """
+    return _rule(pattern, Offset(4), 32, jnp.float16, settings, Integer(8))
+
+
+def q4_k(*, pattern: str = ".*", **settings: Any) -> list[Rule]:
+    """Q4_K of GGUF files: as Q4_1, with steps and offsets of 6 bits times a float16 each for 8 groups of a neuron.
+
+    Kernels whose inputs are no multiple of 256 are left in float, beside others of which they are.
+
+    Args:
+        pattern: of the kernels that are meant.
+        **settings: of the rule.
+
+    Examples:
+        >>> W, X = jax.random.normal(key, (256, 8)), jax.random.normal(key, (512, 256))
+        >>> product = lambda params, x: x @ params["kernel"]
+        >>> small = jpfq.quantize(product, [X], jpfq.formats.q4_k(), params={"kernel": W})
+        >>> small.tensors["kernel"].bits_per_weight  # 4, 6 + 6 for every 32 weights, and 16 + 16 for 256
+        4.5
+    """
+    return _rule(pattern, Offset(4), 32, UINT6.name, settings, BLOCKS_OF_256)
+
+
+def q6_k(*, pattern: str = ".*", **settings: Any) -> list[Rule]:
+    """Q6_K of GGUF files: integers of 6 bits in groups of 16, steps of 8 bits times a float16 for 16 groups of a neuron.
+
+    Kernels whose inputs are no multiple of 256 are left in float, beside others of which they are.
+
+    Args:
+        pattern: of the kernels that are meant.
+        **settings: of the rule.
+
+    Examples:
+        >>> rules = [*jpfq.formats.q6_k(pattern="head/.*"), *jpfq.formats.q4_k()]
+    """
+    return _rule(pattern, Integer(6), 16, INT8.name, settings, BLOCKS_OF_256)
+
+
 def codebook(
     levels: int,
     model: Any,
@@ -349,14 +403,16 @@ def _rule(
     group: int | None,
     step_dtype: DTypeLike,
     settings: dict[str, Any],
-    inputs: Grid | None = None,
+    inputs: Grid | Activations | None = None,
 ) -> list[Rule]:
-    """The rule of a format. `inputs` is the grid of its quantized inputs where that is another."""
+    """The rule of a format. `inputs` is the grid of its quantized inputs where that is another, or all their settings."""
     if isinstance(settings.get("activations"), bool):
-        own = None if step_dtype == jnp.bfloat16 else step_dtype
-        found = Activations(grid if inputs is None else inputs, per="row" if group is None else "group", group=group)
-        found = dataclasses.replace(found, step_dtype=own) if settings["activations"] else None
-        settings = settings | {"activations": found}
+        found = inputs
+        if not isinstance(found, Activations):
+            own = None if step_dtype == jnp.bfloat16 else step_dtype
+            found = Activations(found or grid, per="row" if group is None else "group", group=group)
+            found = dataclasses.replace(found, step_dtype=own)
+        settings = settings | {"activations": found if settings["activations"] else None}
     per: Per = PerChannel() if group is None else PerGroup(group)
     base = AbsMax(per=per)
     # Searches reach beyond the largest weight where a step may have been rounded down to a power of two.

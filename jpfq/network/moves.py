@@ -26,7 +26,7 @@ from ..matrix.qtensor import entropy
 from ..model.program import Program
 from ..model.sites import Chain, find_sites
 from ..scalar import SumSpec, WorstCase
-from ..scalar.step_types import StepStorage, is_coarse
+from ..scalar.step_types import StepStorage, is_held
 
 UNIT = 16.0  # levels by which a change of 1 moves a position: so one rate suits positions, factors and biases
 CELL = 0.45  # of the gap to the next level, that a position may start away from the level of its code
@@ -105,8 +105,8 @@ class Moves:
         return {
             path: Kernel(
                 _Positions(tensor, self.reach).of(kernels[path]) if "codes" in self.parts else None,
-                zeros("steps" in self.parts and not is_coarse(tensor.step_dtype), tensor.step, tensor),
-                zeros("zeros" in self.parts and tensor.grid.alphabet().zero is None, tensor.zero, tensor),
+                zeros("steps" in self.parts and not is_held(tensor.step_dtype), tensor.step, tensor),
+                zeros("zeros" in self.parts and tensor.grid.fits_zero, tensor.zero, tensor),
             )
             for path, tensor in tensors.items()
         }
@@ -147,7 +147,8 @@ class Moves:
             code, moved = lax.stop_gradient(
                 (jnp.clip(at.grid.encode(position), at.least, at.most), jnp.abs(kernel.move))
             )
-            free = level != levels.zero if self.keep_zeros else jnp.ones(level.shape, bool)
+            kept = self.keep_zeros and not levels.offset  # of which no level is 0
+            free = level != levels.zero if kept else jnp.ones(level.shape, bool)
             code = jnp.where(free, code, at.start)
             for bound in self.bounds.get(path, ()):
                 free &= bound.allowed(levels.integers(at.start), levels.integers(code), moved)

@@ -20,7 +20,7 @@ from .finetune import on_grid, trained, tunable
 from .integer import IntegerNetworks, Overflow
 from .learned import Learned
 from .serve import Served
-from .servers import Servers
+from .servers import Exported, Servers
 from .size import Size, size_of
 from .summary import summary
 
@@ -320,19 +320,20 @@ class Quantized:
     @anywhere
     def export(
         self, kind: Literal["compressed-tensors", "awq", "gguf"], folder: str | os.PathLike, **options: Any
-    ) -> dict[str, str]:
+    ) -> Exported:
         """Writes the result in the format of another library. vLLM loads the first two, llama.cpp "gguf".
 
         Args:
             kind: "compressed-tensors", integers of 4 and 8 bits, FP8, MX and NVFP4; "awq", integers of 4 bits with zero
-                points; or "gguf", Q4_0 and Q8_0.
+                points; or "gguf", Q4_0, Q4_1, Q8_0, Q4_K and Q6_K.
             folder: a new folder; for "gguf" a file. It appears complete or not at all.
             **options: of that format. The folders take `like`, the folder of the float model, `names`, `config`, `batch`,
                 `overwrite` and `max_shard_size`: see `jpfq.export.folder.Folder`; "compressed-tensors" also
                 `dynamic_inputs`. "gguf" takes `like`, the file of the float model, `batch` and `overwrite`.
 
         Returns:
-            The kernels that the format does not support, which are written dequantized: by path, the reason.
+            The kernels that the format does not support, which are written dequantized: by path, the reason. Its `servers`
+            are which servers will load the file, and why not; print it.
 
         Raises:
             ValueError: an option is wrong, there is something already, or the format supports no kernel.
@@ -342,8 +343,9 @@ class Quantized:
             {}
         """
         from ..export.formats import writer_of
+        from ..export.served import exported
 
-        return writer_of(kind)(self, folder, **options)
+        return exported(self, kind, writer_of(kind)(self, folder, **options), options)
 
     @anywhere
     def servers(self, *, batch: Any = None, dynamic_inputs: Literal["int8", "fp8"] | None = None) -> Servers:

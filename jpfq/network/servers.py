@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..scalar import E2M1, E2M3, E4M3, E5M2, NF4, Asymmetric, Grid, Integer
+from ..scalar import E2M1, E2M3, E4M3, E5M2, NF4, Asymmetric, Grid, Integer, Offset
 from ..scalar.step_types import E4M3 as E4M3_STEP
 from ..scalar.step_types import E8M0 as E8M0_STEP
 from .table import table
@@ -64,6 +64,11 @@ class Verdict(NamedTuple):
     text: str
 
 
+QUANTS = {  # of GGUF alone: the grid, its bits, the type of the steps and how many inputs share one
+    "Q4_1": (Offset, 4, "float16", 32),
+    "Q4_K": (Offset, 4, "uint6_float16", 32),
+    "Q6_K": (Integer, 6, "int8_float16", 16),
+}
 CT, AWQ, GGUF, QWIX = 'export("compressed-tensors")', 'export("awq")', 'export("gguf")', "to_qwix"
 INT4, INTS = {"int4", "int4" + ZEROS}, {"int4", "int8", "int4" + ZEROS, "int8" + ZEROS}
 FP = {"mxfp4", "mxfp6", "mxfp8", "nvfp4", "nf4"}
@@ -81,10 +86,10 @@ FACTS = (
     Fact("vLLM on GPU", CT, {"nvfp4", "mxfp4"}, {FLOATS}, ANY, DEQUANTIZED),
     Fact("vLLM on GPU", AWQ, INT4, {FLOATS}, (32, 64, 128), DEQUANTIZED),
     Fact("sglang-jax", CT, {"int8", "fp8"}, {FLOATS, *INT8, *FP8}, CHANNEL, "types it has; its reading was not tried"),
-    Fact("qwix", QWIX, {*INTS, "fp8", *FP, *OTHERS.values()}, {FLOATS}, ANY, "products of dequantized weights"),
+    Fact("qwix", QWIX, {*INTS, "fp8", *FP, *OTHERS.values(), "Q6_K"}, {FLOATS}, ANY, "products of dequantized weights"),
     Fact("qwix", QWIX, {"int4", "int8"}, {BY_TOKEN.format("int8")}, CHANNEL, "int8 products"),
     Fact("qwix", QWIX, {"int4", "int8"}, {ONE_STEP.format("int8")}, ANY, "int8 products"),
-    Fact("llama.cpp", GGUF, {"int4", "int8"}, {FLOATS}, ANY, "products with inputs in blocks of 8 bits"),
+    Fact("llama.cpp", GGUF, {"int4", "int8", *QUANTS}, {FLOATS}, ANY, "products with inputs in blocks of 8 bits"),
 )
 
 
@@ -122,6 +127,47 @@ class Servers:
         return table(("kernel", "server", "loads", "as, or why not"), rows)
 
 
+class Exported(dict[str, str]):
+    """What `Quantized.export` returns: a dict of the kernels written dequantized, by path, with the reason. Print it.
+
+    servers: by name of each server that reads such files, whether it will load this one, and how or why not.
+
+    Examples:
+        >>> found = quantized.export("compressed-tensors", "model-w4a8", dynamic_inputs="fp8")
+        >>> found, found.servers["vLLM on TPU"]
+        ({}, Verdict(loads=True, text='FP8 products'))
+    """
+
+    servers: Mapping[str, Verdict]
+
+    def __init__(self, left: Mapping[str, str], servers: Mapping[str, Verdict]):
+        super().__init__(left)
+        self.servers = servers
+
+    def __str__(self) -> str:
+        rows = [(server, "yes" if loads else "no", text) for server, (loads, text) in self.servers.items()]
+        parts = [table(("server", "loads it", "as, or why not"), rows)] if rows else []
+        if self:
+            parts.append(table(("kernel in floats", "reason"), list(self.items())))
+        return "\n\n".join(parts)
+
+
+def loads_file(
+    kind: str, forms: Mapping[str, Form], left: Mapping[str, str], dynamic_inputs: str | None = None
+) -> dict[str, Verdict]:
+    """What each server that reads files of a kind says of one, but for the kernels `left` in floats, which it loads."""
+    call = f'export("{kind}")'
+    given = {path: _served(form, dynamic_inputs) for path, form in forms.items() if path not in left}
+    found = {}
+    for server in dict.fromkeys(fact.server for fact in FACTS if fact.call == call):
+        said = {path: verdict(server, form, call) for path, form in given.items()}
+        against = [f"{path}: {text}" for path, (loads, text) in said.items() if not loads]
+        products = dict.fromkeys(text for loads, text in said.values() if loads)
+        more = f" (and {len(against) - 1} more)" if len(against) > 1 else ""
+        found[server] = Verdict(not against, against[0] + more if against else "; ".join(products) or "all in floats")
+    return found
+
+
 def servers(forms: Mapping[str, Form], dynamic_inputs: str | None = None) -> Servers:
     """What all servers say of layers by path. `dynamic_inputs`: as for `Quantized.export`."""
     names = list(dict.fromkeys(fact.server for fact in FACTS))
@@ -129,11 +175,12 @@ def servers(forms: Mapping[str, Form], dynamic_inputs: str | None = None) -> Ser
     return Servers({path: {name: verdict(name, form) for name in names} for path, form in given.items()})
 
 
-def verdict(server: str, form: Form) -> Verdict:
-    """What a server says of a layer."""
+def verdict(server: str, form: Form, only: str | None = None) -> Verdict:
+    """What a server says of a layer; with `only`, of one that this call wrote."""
     if form.refused:
         return Verdict(False, form.refused)
-    facts = [fact for fact in FACTS if fact.server == server and form.weights in fact.weights]
+    calls = {fact.call for fact in FACTS} if only is None else {only}
+    facts = [fact for fact in FACTS if fact.server == server and form.weights in fact.weights and fact.call in calls]
     if not facts:
         return Verdict(False, f"it has no {form.weights}")
     reasons = {}
@@ -142,7 +189,7 @@ def verdict(server: str, form: Form) -> Verdict:
         fit = [fact for fact in own if form.inputs in fact.inputs and not (form.conv and call != QWIX)]
         found = {_reason(fact, form): fact for fact in reversed(fit)} or {_other_inputs(own, form): None}
         if fact := found.get(""):
-            return Verdict(True, f"{call}: {fact.product}")
+            return Verdict(True, f"{call}: {fact.product}" if only is None else fact.product)
         reasons[call] = list(found)[-1]
     if len(reasons) == 1:
         return Verdict(False, *reasons.values())
@@ -185,6 +232,8 @@ def _reason(fact: Fact, form: Form) -> str:
 
 def _not_written(call: str, form: Form) -> str:
     """Why a format does not hold a layer."""
+    if call == GGUF and form.weights in QUANTS:
+        return ""
     if call in (AWQ, GGUF) and not form.half:
         return "its steps are not of float16: step_dtype='float16'"
     if call == AWQ and (form.shape[1] % 8 or (form.group or form.shape[0]) % 32):
@@ -200,6 +249,11 @@ def _weights(grid: Grid, step_dtype: Any, run: int) -> str:
     blocks[E2M1, E4M3_STEP, 16] = "nvfp4"
     if name := blocks.get((type(grid), step_dtype, run)):
         return name
+    own = (type(grid), grid.storage_bits, str(step_dtype), run)
+    if name := next((name for name, form in QUANTS.items() if form == own), None):
+        return name
+    if grid.offset:
+        return f"{grid} in groups of {run}"
     if isinstance(grid, (E4M3, NF4)):
         return "fp8" if isinstance(grid, E4M3) else "nf4"
     if isinstance(grid, (E2M1, E2M3, E5M2)):

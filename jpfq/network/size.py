@@ -10,7 +10,7 @@ import numpy as np
 
 from ..matrix import QTensor, Recipe
 from ..model.functional import Functional
-from ..scalar.step_types import kernel_bits, step_bits
+from ..scalar.step_types import kernel_bits, step_bits, zero_bits
 
 
 class Size(NamedTuple):
@@ -59,8 +59,8 @@ def packed_bytes(parts: Iterable[tuple[int, int, int]], recipe: Recipe) -> int:
     for B, n, out in parts:
         levels = jax.eval_shape(lambda W: recipe.scale(W, grid, W), jax.ShapeDtypeStruct((n, out), jnp.float32))
         steps = levels.step.size * (1 if recipe.scale.shared and not recipe.moves_step else B)
-        zeros = steps if grid.alphabet().zero is None else 0
-        bits += (B * n * out + zeros) * grid.storage_bits + steps * step_bits(recipe.step_dtype)
+        each = step_bits(recipe.step_dtype) + zero_bits(grid, recipe.step_dtype)
+        bits += B * n * out * grid.storage_bits + steps * each
     return -(-bits // 8)
 
 

@@ -14,6 +14,7 @@ from .grid import Equispaced as Equispaced
 from .grid import Grid as Grid
 from .grid import Infinite as Infinite
 from .grid import Integer as Integer
+from .grid import Offset as Offset
 from .grid import Symmetric as Symmetric
 from .grid import Ternary as Ternary
 from .grid import grid_of_bits as grid_of_bits

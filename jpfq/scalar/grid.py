@@ -54,6 +54,11 @@ class Grid(abc.ABC):
         """The number that all levels are whole multiples of; None where there is none."""
         return 1
 
+    @property
+    def offset(self) -> bool:
+        """True if 0 is fitted as a real number, an offset in units of the weights: value = step * level - offset."""
+        return False
+
     def __str__(self):
         given = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(str(getattr(self, f.name)) for f in given)})"
@@ -65,11 +70,16 @@ class Grid(abc.ABC):
         return hi - lo + 1
 
     @property
+    def fits_zero(self) -> bool:
+        """True if the code of the value 0 is fitted to the weights, an integer."""
+        return self.alphabet().zero is None and not self.offset
+
+    @property
     def has_zero(self) -> bool | None:
         """True if the value 0 is a level; None where the numbers of the grid cannot be looked at."""
         lo, hi, zero, _ = self.alphabet()
         if zero is None:
-            return True
+            return not self.offset
         if self.table is not None:
             return None if isinstance(self.table, Tracer) else bool((np.asarray(self.table) == zero).any())
         if not all(is_number(x) or (isinstance(x, ARRAYS) and not isinstance(x, Tracer)) for x in (lo, hi, zero)):
@@ -130,6 +140,34 @@ class Asymmetric(Grid):
 
     def __post_init__(self):
         _check_bits(self.bits, "Asymmetric")
+
+    def alphabet(self):
+        top = 2**self.bits - 1
+        return Alphabet(lo=0, hi=top, zero=None, reach=top)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Offset(Grid):
+    """Unsigned integers times the step, minus an offset that is fitted to the weights: step * code - offset (Q4_1, Q4_K).
+
+    The offset is no multiple of the step, so 0 is not among the levels. It is stored as steps are, in a `step_dtype` of few
+    digits: float16, bfloat16 or "uint6_float16".
+
+    Examples:
+        >>> tensor, info = jpfq.solve(W, gram, grid=jpfq.Offset(bits=4), step_dtype="float16")
+        >>> tensor.bits_per_weight  # 4, and 16 + 16 for 32 weights
+        5.0
+    """
+
+    bits: Number
+
+    def __post_init__(self):
+        _check_bits(self.bits, "Offset")
+
+    @property
+    def offset(self):
+        return True
 
     def alphabet(self):
         top = 2**self.bits - 1
@@ -245,13 +283,14 @@ class Codes(Grid):
     reach: Number | None
     table: Any = None  # type: ignore[assignment]
     unit: Number | None = None  # type: ignore[assignment]
+    offset: bool = dataclasses.field(default=False, metadata={"static": True})  # type: ignore[assignment]
 
     @classmethod
     def of(cls, grid: Grid) -> "Codes":
         """The same grid, in numbers of one type."""
         real = lambda x: float(x) if is_number(x) else jnp.asarray(x, float)  # strict promotion allows no int * float
         table, unit = (None, None) if grid.table is None else (grid.table, grid.unit)
-        return cls(*(None if x is None else real(x) for x in (*grid.alphabet(), table, unit)))
+        return cls(*(None if x is None else real(x) for x in (*grid.alphabet(), table, unit)), offset=grid.offset)
 
     def alphabet(self):
         return Alphabet(self.lo, self.hi, self.zero, self.reach)

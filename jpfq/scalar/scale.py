@@ -4,7 +4,7 @@ A scale is two choices. How an interval is read off a set of weights: `AbsMax`, 
 (which asks the recursion), or the step itself given by `Fixed`. And which weights share it: `PerTensor`, `PerChannel`,
 `PerGroup(size)`, `PerBlock(size, neurons)`. On a symmetric grid the interval is [-radius, radius] and step = radius / reach;
 on `Asymmetric` it is [low, high], widened to contain 0, with step = (high - low) / (levels - 1) and
-zero = round(-low / step).
+zero = round(-low / step); on `Offset` likewise, with offset = -low.
 """
 
 import abc
@@ -174,7 +174,9 @@ class Median(Scale):
 
     def __call__(self, W, grid, importance=None):
         if grid.alphabet().zero is None:
-            raise ValueError("Median gives one radius, but Asymmetric needs two ends: use AbsMax, Quantile or MinMSE.")
+            raise ValueError(
+                f"Median gives one radius, but {type(grid).__name__} needs two ends: use AbsMax, Quantile or MinMSE."
+            )
         radius = self.c * jnp.median(jnp.abs(self.per.split(W)), axis=1)
         return lay(-radius, radius, grid)
 
@@ -311,7 +313,9 @@ class Fixed(Scale):
 
     def __call__(self, W, grid, importance=None):
         if grid.alphabet().zero is None:
-            raise ValueError("Fixed gives a step but no zero point, which Asymmetric needs: use AbsMax or MinMSE.")
+            raise ValueError(
+                f"Fixed gives a step but no zero point, which {type(grid).__name__} needs: use AbsMax or MinMSE."
+            )
         step = jnp.asarray(self.step, W.dtype)
         if step.ndim > 2 or (step.ndim and step.shape[-1] not in (1, W.shape[1])):
             raise ValueError(
@@ -354,6 +358,8 @@ def lay(low, high, grid: Grid, store: Callable | None = None) -> ScaledGrid:
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     step = (high - low) / number(hi - lo)
     step = step if store is None else store(step)
+    if grid.offset:
+        return _levels(step, -low, grid)
     zero = jnp.floor(-low / jnp.where(step > 0, step, 1) + 0.5)
     return _levels(step, zero if store is None else jnp.minimum(zero, number(hi)), grid)  # 0 stays a level
 
@@ -362,7 +368,7 @@ def _levels(step, zero, grid: Grid) -> ScaledGrid:
     lo, hi, fixed_zero, _ = grid.alphabet()
     lo, hi, zero = (jnp.asarray(x, step.dtype) for x in (lo, hi, fixed_zero if zero is None else zero))
     zero = jnp.broadcast_to(zero, step.shape)
-    return ScaledGrid(step, zero, lo, hi, *levels_of(grid, step.dtype))
+    return ScaledGrid(step, zero, lo, hi, *levels_of(grid, step.dtype), grid.offset)
 
 
 def levels_of(grid: Grid, dtype) -> tuple[jax.Array | None, jax.Array | None]:

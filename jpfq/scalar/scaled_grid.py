@@ -3,11 +3,13 @@
 A level is what a code stands for in units of the step: the code itself, or an entry of a table. Its value is
 
     step * (level - zero),     level = code, or table[code]
+    step * level - offset      on a grid with offsets
 
 and the nearest level is found by rounding, or by counting the midpoints of the table that lie at or below the position.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +27,8 @@ class ScaledGrid:
     """The values step * (level - zero) of codes lo .. hi; `step` and `zero` have one shape.
 
     A step of 0 belongs to weights that are all zero: every code then stands for 0. `table` (levels,) ascends, and codes are
-    its indices; None stands for the integers. `unit` is the number that all levels are whole multiples of.
+    its indices; None stands for the integers. `unit` is the number that all levels are whole multiples of. With `offset`,
+    `zero` holds offsets, in units of the weights.
     """
 
     step: jax.Array
@@ -34,14 +37,20 @@ class ScaledGrid:
     hi: jax.Array
     table: Any = None
     unit: Any = None  # None stands for 1
+    offset: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def with_steps(self, step: jax.Array, zero: jax.Array) -> "ScaledGrid":
         """The same levels with other steps and zero points."""
         return dataclasses.replace(self, step=step, zero=zero)
 
+    def scaled(self, change: Callable[[jax.Array], jax.Array]) -> "ScaledGrid":
+        """The same levels with all that is in units of the weights changed: the steps, and the offsets if there are any."""
+        return self.with_steps(change(self.step), change(self.zero) if self.offset else self.zero)
+
     def position(self, v: jax.Array) -> jax.Array:
         """`v` in units of the step: its code is that of the level nearest to this."""
-        return v / jnp.where(self.step > 0, self.step, 1) + self.zero
+        step = jnp.where(self.step > 0, self.step, 1)
+        return (v + self.zero) / step if self.offset else v / step + self.zero
 
     def encode(self, v: jax.Array) -> jax.Array:
         """Nearest code, as a float. Ties go up, also below zero, as in GPFQ22."""
@@ -82,7 +91,7 @@ class ScaledGrid:
 
     def at(self, level: jax.Array) -> jax.Array:
         """The value of a level."""
-        return self.step * (level - self.zero)
+        return self.step * level - self.zero if self.offset else self.step * (level - self.zero)
 
     def decode(self, code: jax.Array) -> jax.Array:
         """The value a code stands for."""

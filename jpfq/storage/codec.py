@@ -32,6 +32,7 @@ from ..scalar import (
     Infinite,
     Integer,
     Levels,
+    Offset,
     PowersOfTwo,
     ScaledGrid,
     SumSpec,
@@ -213,6 +214,7 @@ _wholes = _tuple(_whole)
 FIELDS: dict[type, dict[str, Callable]] = {
     Integer: {"bits": _number, "narrow": _flag},
     Asymmetric: {"bits": _number},
+    Offset: {"bits": _number},
     Symmetric: {"K": _number},
     Equispaced: {"M": _number},
     Ternary: {},

@@ -16,7 +16,7 @@ from ..matrix.packed import compact, extent
 from ..matrix.qtensor import code_dtype
 from ..scalar import Grid
 from ..scalar.bits import MAX_LEVELS, pack, packed_size, unpack
-from ..scalar.step_types import TYPES, packed_steps, step_type
+from ..scalar.step_types import TYPES, UnderHalf, packed_steps, step_type
 from . import entropy
 from .codec import DTYPES, NOT_FINITE, decode, encode, on_device
 
@@ -191,9 +191,14 @@ def _step(record, step, name):
         return step, None
     if stored not in TYPES or dtype is None or dtype.kind != "f" or not 0 < record.get("step_unit", 0) < np.inf:
         raise ValueError(f"Expected the type of the steps of {name}; got {str(stored)[:80]!r}.")
-    if step.dtype not in (TYPES[stored], np.dtype(np.uint8)) or TYPES[stored].itemsize != step.dtype.itemsize:
+    kind = TYPES[stored]
+    if isinstance(kind, UnderHalf):  # steps as they are computed with
+        if step.dtype != dtype:
+            raise ValueError(f"The steps of {name} are {step.dtype.name}, and not {dtype.name}.")
+        return step, kind
+    if step.dtype not in (kind, np.dtype(np.uint8)) or kind.itemsize != step.dtype.itemsize:
         raise ValueError(f"The steps of {name} are {step.dtype.name}, and not {stored}.")
-    found = step.view(TYPES[stored]).astype(dtype) * dtype.type(record["step_unit"])
+    found = step.view(kind).astype(dtype) * dtype.type(record["step_unit"])
     return found, step_type(stored)
 
 

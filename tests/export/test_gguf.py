@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 import jpfq
-from jpfq.export.gguf import blocks
+from jpfq.export import quants
+from jpfq.scalar.step_types import factors
 from tests.hub import gguf_files, tiny
 
 gguf = pytest.importorskip("gguf", reason="takes gguf: pip install 'jpfq[hub]'")
@@ -68,12 +69,67 @@ def test_what_the_format_cannot_hold_is_said(made, tmp_path):
     assert not (tmp_path / "x.gguf").exists()
 
 
-@pytest.mark.parametrize(("kind", "least", "most"), [("Q4_0", -8, 7), ("Q8_0", -128, 127)])
+@pytest.mark.parametrize(("kind", "least", "most"), [("q4_0", -8, 7), ("q8_0", -128, 127)])
 def test_blocks_are_those_of_the_format(kind, least, most):
     rng = np.random.default_rng(0)
     codes, steps = rng.integers(least, most + 1, (6, 96)), rng.uniform(0.01, 1, (6, 3)).astype(np.float16)
-    found = gguf.quants.dequantize(blocks(kind, codes, steps), gguf.GGMLQuantizationType[kind])
+    data = getattr(quants, kind)(codes, steps)
+    found = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind.upper()])
     np.testing.assert_array_equal(found, np.repeat(np.float32(steps), 32, 1) * np.float32(codes))
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q4_K", "Q6_K"])
+def test_blocks_of_k_quants_are_those_of_the_format(kind):
+    """Every bit of scales, minima and codes in its place, for numbers at random and at the ends."""
+    rng = np.random.default_rng(1)
+    half = lambda n: rng.uniform(0.01, 1, (5, n)).astype(np.float16)
+    ends = lambda most, shape: rng.choice([0, 1, most // 2, most - 1, most, *rng.integers(0, most + 1, 5)], shape)
+    group, top = {"Q4_1": (32, 15), "Q4_K": (32, 15), "Q6_K": (16, 63)}[kind]
+    codes = ends(top, (5, 512))
+    spread = lambda x: np.repeat(np.float32(x), group, 1)
+    if kind == "Q4_1":
+        d, least = half(16), -half(16)
+        data = quants.q4_1(codes, d, least)
+        values = spread(d) * np.float32(codes) + spread(least)
+    else:
+        d, dmin = half(2), half(2)
+        times = lambda half, x: spread((np.float32(half)[..., None] * np.float32(x)).reshape(5, -1))
+        scale, least = (ends({"Q4_K": 63, "Q6_K": 127}[kind], (5, 2, 256 // group)).astype(np.uint8) for _ in "ab")
+        if kind == "Q4_K":
+            data = quants.q4_k(codes, d, scale, dmin, least)
+            values = times(d, scale) * np.float32(codes) - times(dmin, least)
+        else:
+            data = quants.q6_k(codes - 32, d, scale)
+            values = times(d, scale) * np.float32(codes - 32)
+    assert 8 * data.size / codes.size == {"Q4_1": 5.0, "Q4_K": 4.5, "Q6_K": 6.5625}[kind]
+    np.testing.assert_array_equal(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]), values)
+
+
+@pytest.mark.parametrize("name", ["q4_1", "q4_k", pytest.param("q6_k", marks=pytest.mark.slow)])
+def test_the_package_reads_solved_k_quants(name):
+    """Kernels (in, out) by the recommended recipe; tiny ones too, whose float16 are the least there are."""
+    rng = np.random.default_rng(2)
+    X = rng.standard_normal((300, 512)).astype(np.float32)
+    W = (rng.standard_normal((512, 6)) * [[1, 1, 1e-3, 1e-5, 0, -1]]).astype(np.float32)
+    W[:40, 1] = 0
+    W[:, 5] = -abs(W[:, 5])
+    product = lambda params, x: x @ params["kernel"]
+    found = jpfq.quantize(product, [X], getattr(jpfq.formats, name)(), params={"kernel": W})
+    tensor = found.tensors["kernel"]
+    kind, data = quants.blocks_of(tensor, "kernel", None)
+    assert kind == name.upper()
+    values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+    np.testing.assert_array_equal(values.T, tensor.dequantize())
+    assert data.nbytes == tensor.nbytes
+    np.testing.assert_array_equal(values.T, found.params["kernel"])
+
+
+def test_a_factor_that_is_none_is_refused():
+    half, whole = factors(np.float32([[0.25, 0.5, 63 * 0.25], [0, 0, 0], [2.0**-24, 0, 2.0**-23]]), 63)
+    np.testing.assert_array_equal(np.float32(half), np.float32([0.25, 0, 2.0**-24]))
+    np.testing.assert_array_equal(whole, [[1, 2, 63], [0, 0, 0], [1, 0, 2]])
+    with pytest.raises(ValueError, match="no integers up to 63 times one float16 for 3 of them"):
+        factors(np.float32([[1.0, 1 / 3, 0.1]]), 63)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ GRIDS = {
     "Integer(3)": (jpfq.Integer(3), jpfq.scale.PerChannel()),
     "Ternary, tensor": (jpfq.Ternary(), jpfq.scale.PerTensor()),
     "Asymmetric(2), groups": (jpfq.Asymmetric(2), jpfq.scale.PerGroup(SIZE)),
+    "Offset(2), groups": (jpfq.Offset(2), jpfq.scale.PerGroup(SIZE)),
     "Binary": (jpfq.Binary(), jpfq.scale.PerChannel()),
     "E2M1": (jpfq.E2M1(), jpfq.scale.PerChannel()),
 }
@@ -107,13 +108,16 @@ def test_refit(x64, name):
     X, Xq, W, gram, levels, codes, p = case(name, permuted=True)
     same, now, values = finished(jpfq.finish.Refit(), W, gram, codes, levels, p)
     assert_codes_equal(same, codes)
-    np.testing.assert_array_equal(now.zero, levels.zero)
     q = np.asarray(Recursion(levels, p, OUT, jpfq.rounding.Nearest()).values(codes))
     factor = reference.free_scale(q, W, X, Xq)
     if levels.step.shape[1] == 1:  # one factor for all neurons
         factor = ((X @ np.asarray(W)) * (Xq @ q)).sum() / ((Xq @ q) ** 2).sum()
     assert_close(now.step, np.broadcast_to(np.asarray(levels.step) * factor, levels.step.shape))
     assert_close(values, q * factor)
+    if levels.offset:
+        assert_close(now.zero / levels.zero, now.step / levels.step)
+    else:
+        np.testing.assert_array_equal(now.zero, levels.zero)
 
 
 def test_a_step_that_should_be_negative_stays(x64):

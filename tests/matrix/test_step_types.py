@@ -30,6 +30,94 @@ def test_codes_answer_for_the_steps_as_stored(x64, name):
     assert info.saturated_steps == 0
 
 
+HALVES = {"uint6_float16": 8, "int8_float16": 16}  # groups to a float16
+
+
+@pytest.mark.parametrize("name", ["float16", *HALVES])
+def test_codes_answer_for_steps_and_offsets_as_stored(x64, name):
+    """The published loop over levels step * code - offset; groups are those of the inputs in their own order."""
+    X, Xq, W = problem(36, n=64, out=OUT)
+    gram = jpfq.Gram.from_data(jnp.asarray(X), jnp.asarray(Xq))
+    scale = jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(64 // HALVES.get(name, 8)))
+    settings = PLAIN | {"grid": jpfq.Offset(3), "scale": scale, "method": jpfq.GPFQ()}
+    tensor, info = jpfq.solve(jnp.asarray(W), gram, **settings, step_dtype=name)
+    groups = W.reshape(len(tensor.step), -1, OUT)
+    low, high = np.minimum(groups.min(1), 0), np.maximum(groups.max(1), 0)
+    step, offset = np.float64(tensor.step), np.float64(tensor.zero)
+    assert np.abs(step / ((high - low) / 7) - 1).max() < 0.2
+    assert np.abs(offset + low).max() < np.abs(low).max() / 60
+    store = StepStorage(step_type(name))
+    np.testing.assert_array_equal(store(tensor.step), step)
+    spread = lambda x: np.repeat(x, len(groups[0]), 0)[..., None]
+    levels = spread(step) * np.arange(8) - spread(offset)
+    found = reference.gpfq_state(W, X, Xq, levels)
+    assert_codes_equal(tensor.codes, found.index)
+    np.testing.assert_array_equal(tensor.dequantize(), found.q)
+    assert (
+        8 * tensor.nbytes == W.size * 3 + step.size * 2 * {"float16": 16, "uint6_float16": 8, "int8_float16": 9}[name]
+    )
+    assert info.saturated_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        ("uint6_float16", jpfq.Offset(4)),
+        pytest.param("uint6_float16", jpfq.Integer(4), marks=pytest.mark.slow),
+        pytest.param("int8_float16", jpfq.Offset(4), marks=pytest.mark.slow),
+        pytest.param("int8_float16", jpfq.Integer(6), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_steps_under_a_float16_stay_storable(name, grid):
+    """Through the search, the order of the recursion, and a descent that moves them; a sweep finds the same."""
+    W, gram = problem32(37, n=96, out=OUT)
+    W, gram = W[:64], jpfq.Gram.from_data(np.random.default_rng(0).standard_normal((200, 64)).astype(np.float32))
+    scale = jpfq.scale.MinError(jpfq.scale.AbsMax(per=jpfq.scale.PerGroup(64 // HALVES[name] // 2)))
+    settings = {"grid": grid, "scale": scale}
+    tensor, info = jpfq.solve(W, gram, step_dtype=name, **settings)
+    stored = StepStorage(step_type(name)).levels(tensor.levels.with_steps(tensor.step, tensor.zero))
+    np.testing.assert_array_equal(stored.step, tensor.step)
+    np.testing.assert_array_equal(stored.zero, tensor.zero)
+    half = jpfq.solve(W, gram, step_dtype="float16", **settings)[1].relative_error
+    assert info.relative_error < 1.15 * half
+    assert (tensor.rounded(tensor.dequantize()).codes == tensor.codes).all()
+    again = jpfq.Packed.of(tensor).unpack()
+    for field in ("codes", "step", "zero"):
+        np.testing.assert_array_equal(getattr(again, field), getattr(tensor, field))
+    assert again.step_dtype == tensor.step_dtype == step_type(name)
+
+
+def test_what_a_float16_over_groups_does_not_go_with_is_refused():
+    W, gram = problem32(33, n=N, out=OUT)
+    cases = {
+        r"step_dtype='uint6_float16' has a float16 over 8 groups.*PerGroup": {"bits": 4, "scale": jpfq.scale.AbsMax()},
+        "without refit": {"bits": 4, "scale": jpfq.scale.AbsMax(per=REFIT), "plain": True},
+        "uint6_float16 has a float16 for every 64 inputs, which do not divide its 48": {
+            "bits": 4,
+            "scale": jpfq.scale.AbsMax(per=GROUPS),
+        },
+    }
+    for message, settings in cases.items():
+        with pytest.raises(ValueError, match=message):
+            jpfq.solve(W, gram, step_dtype="uint6_float16", **settings)
+    for name in (None, "float8_e4m3fn"):
+        with pytest.raises(
+            ValueError, match=r"Offset\(4\) stores an offset beside each step: take step_dtype='float16'"
+        ):
+            jpfq.solve(W, gram, grid=jpfq.Offset(4), step_dtype=name)
+    summed = {"accumulator": jpfq.Accumulator(16), "inputs": jpfq.Asymmetric(8)}
+    with pytest.raises(ValueError, match=r"Offset.* gives weights a zero point"):
+        jpfq.solve(W, gram, grid=jpfq.Offset(4), step_dtype="float16", **summed)
+    pruned = {"rounding": jpfq.rounding.HardThreshold(0.1), "finish": None}
+    with pytest.raises(ValueError, match=r"sends weights to 0, which is no level of Offset\(4\)"):
+        jpfq.solve(W, gram, grid=jpfq.Offset(4), step_dtype="float16", **pruned)
+    with pytest.raises(ValueError, match=r"takes a grid with 0 among its levels; got Offset\(8\)"):
+        jpfq.Activations(jpfq.Offset(8))
+    with pytest.raises(ValueError, match="'int8_float16' is for the steps of weights"):
+        jpfq.Activations(jpfq.Integer(8), per="row", step_dtype="int8_float16")
+
+
 REFIT = jpfq.scale.PerGroup(SIZE, refit=True)
 SETTINGS = {
     "recommended": {},  # a search for steps, and descent

@@ -10,7 +10,7 @@ import pytest
 
 import jpfq
 from jpfq.export.awq import awq
-from jpfq.network.servers import FACTS, form_of, verdict
+from jpfq.network.servers import FACTS, Exported, form_of, loads_file, verdict
 
 DYNAMIC_INT8 = jpfq.Activations(jpfq.Integer(8), per="row")
 DYNAMIC_FP8 = jpfq.Activations(jpfq.E4M3(), per="row")
@@ -57,6 +57,12 @@ f = jpfq.formats
         ("sglang-jax", f.fp8(group=128), None, "no: fp8 takes groups of all inputs, and these are of 128"),
         ("llama.cpp", f.q4_0(), None, r'export\("gguf"\)'),
         ("llama.cpp", f.q8_0(), None, r'export\("gguf"\)'),
+        ("llama.cpp", f.q4_k(), None, r'export\("gguf"\)'),
+        ("llama.cpp", f.q4_1(), None, r'export\("gguf"\)'),
+        ("llama.cpp", f.q6_k(), None, r'export\("gguf"\)'),
+        ("llama.cpp", f.q4_1(step_dtype="bfloat16"), None, r"no: it has no Offset\(4\) in groups of 32"),
+        (GPU, f.q4_k(), None, "no: it has no Q4_K"),
+        ("qwix", f.q6_k(), None, "to_qwix"),
         ("llama.cpp", f.int4(group=32), None, "no: its steps are not of float16"),
         ("llama.cpp", f.int4(group=16, step_dtype="float16"), None, "no: GGUF takes groups of multiples of 32 inputs"),
         ("llama.cpp", f.int4(step_dtype="float16"), None, r'export\("gguf"\)'),
@@ -146,9 +152,38 @@ def test_a_plan_says_what_its_result_says_and_export_keeps_it(name, tmp_path):
     ):
         if call in said:
             assert write() == {}
+    if 'export("compressed-tensors")' in said:
+        of_file = quantized.export("compressed-tensors", tmp_path / "c", overwrite=True).servers
+        assert set(of_file) == {TPU, GPU, "sglang-jax"}
+        for server, (loads, text) in of_file.items():
+            layer = found.layers["up/kernel"][server]
+            assert loads == (layer.loads and layer.text.startswith('export("compressed-tensors")'))
+            assert not loads or text in layer.text
     if find_spec("qwix") and not quantized.inputs:
         if "to_qwix" in said:
             quantized.to_qwix(x, Net())
         else:
             with pytest.raises(ValueError, match="cannot hold these kernels"):
                 quantized.to_qwix(x, Net())
+
+
+def test_a_file_is_loaded_if_all_its_layers_are():
+    """Those that the format left in floats are, and other formats that a server has do not count."""
+    forms = {"a": form(f.int4()), "b": form(f.nvfp4()), "c": form([jpfq.Rule(".*", bits=12)])}
+    left = {"c": "12 bits"}
+    said = loads_file("compressed-tensors", forms, left)
+    assert said[GPU] == (True, "16-bit products of dequantized weights")
+    assert not said[TPU].loads
+    assert said[TPU].text.startswith("a: int4 takes inputs in fp8 by token, and these are floats: dynamic_inputs='fp8'")
+    assert loads_file("compressed-tensors", forms, left, "fp8")[TPU] == (
+        True,
+        "FP8 products; products of regrouped weights",
+    )
+    assert said["sglang-jax"] == (False, "a: it has no int4 (and 1 more)")
+    assert loads_file("compressed-tensors", forms, {})[GPU].text.startswith("c: it has no Integer(12")
+    assert loads_file("gguf", forms, dict.fromkeys(forms, "")) == {"llama.cpp": (True, "all in floats")}
+    assert loads_file("npz", forms, left) == {}
+    shown = str(Exported(left, said))
+    assert "vLLM on TPU" in shown
+    assert "12 bits" in shown
+    assert Exported({}, said) == {}

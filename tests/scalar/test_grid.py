@@ -24,6 +24,7 @@ GRIDS = {
     "Integer(4)": (jpfq.Integer(4), reference.integer(4)),
     "Integer(3, narrow)": (jpfq.Integer(3, narrow=True), reference.integer(3, narrow=True)),
     "Asymmetric(3)": (jpfq.Asymmetric(3), (reference.unsigned(3)[0], ASYMMETRIC_ZERO)),
+    "Offset(3)": (jpfq.Offset(3), (reference.unsigned(3)[0], ASYMMETRIC_ZERO)),  # with an offset of so many steps
     "Symmetric(8)": (jpfq.Symmetric(8), reference.symmetric(8)),
     "Equispaced(3)": (jpfq.Equispaced(3), reference.equispaced(3)),
     "Equispaced(4)": (jpfq.Equispaced(4), reference.equispaced(4)),
@@ -45,9 +46,12 @@ reals = st.lists(st.floats(-50, 50, width=32), min_size=SIZE, max_size=SIZE)
 
 def laid(name, step):
     """The levels of a grid at a step, in float32."""
-    lo, hi, zero, _ = GRIDS[name][0].alphabet()
+    grid = GRIDS[name][0]
+    lo, hi, zero, _ = grid.alphabet()
     number = lambda x: jnp.asarray(x, jnp.float32)
-    return ScaledGrid(number(step), number(ASYMMETRIC_ZERO if zero is None else zero), number(lo), number(hi))
+    zero = number(ASYMMETRIC_ZERO if zero is None else zero)
+    zero = zero * number(step) if grid.offset else zero
+    return ScaledGrid(number(step), zero, number(lo), number(hi), offset=grid.offset)
 
 
 @each_grid
@@ -125,6 +129,7 @@ def test_encode_rounds_once(x64, dtype):
         (jpfq.Integer(4, narrow=True), 15, math.log2(15), 4),
         (jpfq.Asymmetric(1), 2, 1, 1),
         (jpfq.Asymmetric(4), 16, 4, 4),
+        (jpfq.Offset(4), 16, 4, 4),
         (jpfq.Symmetric(1), 3, math.log2(3), 2),
         (jpfq.Symmetric(8), 17, math.log2(17), 5),
         (jpfq.Equispaced(3), 3, math.log2(3), 2),

@@ -17,6 +17,7 @@ GRIDS = {
     "integer": (jpfq.Integer(4), reference.integer(4), 7),
     "equispaced": (jpfq.Equispaced(4), reference.equispaced(4), 1.5),
     "asymmetric": (jpfq.Asymmetric(3), reference.unsigned(3), None),
+    "offset": (jpfq.Offset(3), reference.unsigned(3), None),
 }
 
 lay = jax.jit(lambda scale, *args: scale(*args))
@@ -50,9 +51,20 @@ def intervals(rule, W, per, symmetric):
 
 
 def step_and_zero(low, high, grid):
-    """The grid laid over one interval."""
+    """The grid laid over one interval. An offset is given in steps."""
     _, (codes, zero), reach = GRIDS[grid]
+    if grid == "offset":
+        step = (max(high, 0) - min(low, 0)) / (len(codes) - 1)
+        return step, -min(low, 0) / step
     return (high / reach, zero) if zero is not None else reference.minmax(low, high, int(np.log2(len(codes))))
+
+
+def assert_zero(levels, at, step, zero):
+    """The zero point, or the offset in steps."""
+    if levels.offset:
+        assert_close(levels.zero[at], zero * step)
+    else:
+        assert levels.zero[at] == zero
 
 
 SCALES = {
@@ -64,18 +76,18 @@ SCALES = {
 
 @pytest.mark.parametrize("per", PER)
 @pytest.mark.parametrize(
-    ("rule", "grid"), [(r, g) for r in SCALES for g in GRIDS if (r, g) != ("median", "asymmetric")]
+    ("rule", "grid"), [(r, g) for r in SCALES for g in GRIDS if (r, GRIDS[g][2]) != ("median", None)]
 )
 def test_scale_is_the_plain_loop(x64, rule, per, grid):
     W = weights()
     levels = lay(SCALES[rule](PER[per]), jnp.asarray(W), GRIDS[grid][0])
-    expected = intervals(rule, W, per, symmetric=grid != "asymmetric")
+    expected = intervals(rule, W, per, symmetric=GRIDS[grid][2] is not None)
     assert levels.step.shape == levels.zero.shape == {"tensor": (1, 1), "channel": (1, OUT), "group": (4, OUT)}[per]
     assert levels.step.dtype == jnp.float64
     for at, (low, high) in expected.items():
         step, zero = step_and_zero(low, high, grid)
         assert_close(levels.step[at], step)
-        assert levels.zero[at] == zero
+        assert_zero(levels, at, step, zero)
     assert len(expected) == levels.step.size
     codes = GRIDS[grid][1][0]
     assert (levels.lo, levels.hi) == (codes[0], codes[-1])
@@ -93,7 +105,7 @@ def test_minmse_is_the_plain_search(x64, per, grid):
         lay_over = lambda p: step_and_zero(p * low, p * high, grid)
         p = reference.mse_search(w, lambda p: reference.values(codes, *lay_over(p)), 20, 0.3, norm)
         assert_close(levels.step[at], lay_over(p)[0])
-        assert levels.zero[at] == lay_over(p)[1]
+        assert_zero(levels, at, *lay_over(p))
         shares.append(p)
     assert min(shares) < 1 or per == "tensor"  # something was searched
 
@@ -119,7 +131,7 @@ def test_weighted_minmse_is_the_plain_search(x64, per, grid):
             if cost < least:
                 least, best = cost, (step, zeros)
         assert_close(levels.step[at], best[0])
-        assert levels.zero[at] == best[1]
+        assert_zero(levels, at, *best)
     plain = lay(jpfq.scale.MinMSE(candidates=20, least=0.3, per=PER[per]), jnp.asarray(W), GRIDS[grid][0])
     assert per == "tensor" or (np.asarray(levels.step) != np.asarray(plain.step)).any()
 

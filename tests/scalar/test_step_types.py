@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 import jpfq
+from jpfq.scalar import ScaledGrid
 from jpfq.scalar.step_types import StepStorage, kernel_bits, step_bits, step_type, unit_of_stored
 
 STEPS = np.float32(np.random.default_rng(0).lognormal(-4, 2, 400))
 TYPES = ("bfloat16", "float16", "float8_e8m0fnu", "float8_e4m3fn")
+UNDER_HALF = {"uint6_float16": (63, 8), "int8_float16": (127, 16)}  # the largest integer, and the groups to a float16
 
 
 def storage(name, step):
@@ -63,7 +65,8 @@ def test_the_unit_of_a_kernel_is_the_least_power_of_two_that_fits():
 
 
 def test_what_a_step_takes():
-    bits = {name: (step_bits(step_type(name)), kernel_bits(step_type(name))) for name in (None, "float32", *TYPES)}
+    names = (None, "float32", *TYPES, *UNDER_HALF)
+    bits = {name: (step_bits(step_type(name)), kernel_bits(step_type(name))) for name in names}
     assert bits == {
         None: (32, 0),
         "float32": (32, 0),
@@ -71,12 +74,44 @@ def test_what_a_step_takes():
         "float16": (16, 0),
         "float8_e8m0fnu": (8, 0),
         "float8_e4m3fn": (8, 32),
+        "uint6_float16": (6 + 16 // 8, 0),
+        "int8_float16": (8 + 16 // 16, 0),
     }
+    assert step_type(step_type("uint6_float16")) == step_type("uint6_float16")
     assert step_type("float32") is None
     assert step_type(jnp.bfloat16) == step_type("bfloat16") == np.dtype(jnp.bfloat16)
     for wrong in ("float64", "int8", 3, "half a byte", jpfq.Integer(4)):
         with pytest.raises(ValueError, match="step_dtype is one of float32, bfloat16, float16"):
             step_type(wrong)
+
+
+@pytest.mark.parametrize("name", UNDER_HALF)
+def test_integers_under_a_float16_are_the_nearest(name):
+    """By a plain loop over runs and neurons: the largest is on the top integer, steps above 0 on 1 at least."""
+    top, run = UNDER_HALF[name]
+    rng = np.random.default_rng(3)
+    x = np.float32(rng.lognormal(-4, 2, (4 * run, 5)))
+    x[:, 0] *= 1e-6  # whose float16 are among the least
+    x[run:, 1] = 0
+    levels = ScaledGrid(jnp.asarray(x), jnp.asarray(x), jnp.zeros(()), jnp.ones(()), offset=True)
+    store = StepStorage(step_type(name))
+    found = store.levels(levels)
+    for least, stored in ((1, found.step), (0, found.zero)):
+        for first in range(0, len(x), run):
+            for o in range(x.shape[1]):
+                w = np.float64(x[first : first + run, o])
+                half = np.float64(np.float16(max(np.float32(w.max() / top), 2.0**-24))) if w.any() else 0.0
+                whole = np.clip(np.rint(w / half), least, top) * (w > 0) if w.any() else np.zeros(run)
+                np.testing.assert_array_equal(stored[first : first + run, o], np.float32(half * whole))
+                assert half < 1e-4 or whole.max() in (0, top)
+    again = store.levels(found)
+    np.testing.assert_array_equal(again.step, found.step)
+    np.testing.assert_array_equal(again.zero, found.zero)
+    beyond = np.asarray(store.exceeds(jnp.asarray(x)))
+    assert beyond[:run, 0].any()
+    np.testing.assert_array_equal(beyond, np.asarray(found.step) > 2 * x)
+    huge = np.asarray(store(jnp.full((run, 1), 1e9)))
+    assert (huge == np.float32(65504 * top)).all()
 
 
 @pytest.mark.parametrize("grid", [jpfq.E2M1(), jpfq.E2M3(), jpfq.E3M2(), jpfq.E4M3(), jpfq.E5M2(), jpfq.Integer(8)])

@@ -30,6 +30,7 @@ from tests.network.saved import assert_same, plain, reached, result, tensor
 GRIDS = [
     *(jpfq.Integer(b) for b in (2, 3, 4, 7, 8, 12, 16)),
     *(jpfq.Asymmetric(b) for b in (1, 4, 8)),
+    jpfq.Offset(4),
     *(jpfq.Symmetric(4), jpfq.Equispaced(4), jpfq.Equispaced(5), jpfq.Ternary(), jpfq.Binary(), jpfq.Infinite()),
     *(jpfq.Levels([-4, -1, 0, 1.5], reach=5.5), jpfq.Levels([-1, 2])),
     *(jpfq.E2M1(), jpfq.E2M3(), jpfq.E3M2(), jpfq.E4M3(), jpfq.E5M2(), jpfq.NF4(), jpfq.PowersOfTwo(4)),
@@ -87,6 +88,10 @@ def test_every_grid_comes_back_to_the_bit(tmp_path, entropy_coded):
         t = tensor((12, 4), (3, 4), jpfq.E2M1())
         step = StepStorage.over(t.step, step_type(name), 6, jnp.max)(t.step)
         tensors[name] = dataclasses.replace(t, step=step, step_dtype=step_type(name))
+    for name in ("uint6_float16", "int8_float16"):
+        t = tensor((64, 4), (16, 4), jpfq.Offset(4))
+        levels = StepStorage(step_type(name)).levels(t.levels.with_steps(t.step, t.zero))
+        tensors[name] = dataclasses.replace(t, step=levels.step, zero=levels.zero, step_dtype=step_type(name))
     params = {name: jnp.ones(t.shape, t.dtype) for name, t in tensors.items()}
     quantized = result(linear, tensors, params=params)
     quantized.save(tmp_path / "r", entropy_coded=entropy_coded)

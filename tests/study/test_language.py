@@ -48,7 +48,12 @@ def test_a_folder_is_quantized_scored_and_saved(own, capsys):
     arguments = ["quantize", "tiny", "--bits", "4", "--calibrate", "text.txt", "--save", "w4", *SETTINGS]
     assert main([*arguments, "--export", "served"]) == 0
     out = capsys.readouterr().out
-    lines = [line.split(": ") for line in out.splitlines() if line.startswith("  ")]
+    servers = [line for line in out.splitlines() if line.startswith("  ") and " load" in line]
+    assert "  vLLM on GPU loads it: 16-bit products of dequantized weights" in servers
+    assert any(
+        line.startswith("  vLLM on TPU will not load it: ") and "takes inputs in fp8" in line for line in servers
+    )
+    lines = [line.split(": ") for line in out.splitlines() if line.startswith("  ") and line not in servers]
     shown = {name.strip(): float(value) for name, value in lines}
     assert list(shown) == ["float", "Integer(4) best"]
     model = hub.load("tiny").model

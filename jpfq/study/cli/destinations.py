@@ -118,7 +118,8 @@ def write(options, quantized, subject: Subject, sweep: Sweep | None = None) -> d
         written["saved"] = {"folder": str(options.save.resolve()), "bytes": size}
     if options.export is not None:
         left = exported(options, quantized, EXPORTED)
-        written["exported"] = {"folder": str(options.export.resolve()), "dequantized": left}
+        servers = {name: {"loads": loads, "as": text} for name, (loads, text) in left.servers.items()}
+        written["exported"] = {"folder": str(options.export.resolve()), "dequantized": dict(left), "servers": servers}
     if options.report is not None:
         functional = subject.functional
         params = functional.rebuild(functional.leaves)["params"]
@@ -134,4 +135,6 @@ def written_lines(written: dict[str, Any]) -> list[str]:
         lines.append(f"Exported: {written['exported']['folder']} ({EXPORTED})")
         left = written["exported"]["dequantized"]
         lines += [f"  {path} is not quantized there: {reason}" for path, reason in left.items()]
+        for name, said in written["exported"]["servers"].items():
+            lines.append(f"  {name} {'loads it' if said['loads'] else 'will not load it'}: {said['as']}")
     return lines + [f"{name.capitalize()}: {written[name]}" for name in ("report", "picture") if name in written]

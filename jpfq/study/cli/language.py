@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ...network.servers import Exported
 from ..compare import Subject
 from .answer import Answer, begun
 from .factory import check_name, subject_of
@@ -94,7 +95,7 @@ def named_subject(options) -> Subject:
     return Subject(Path(options.factory).resolve().name, checkpoint.model, None, batches, score)
 
 
-def exported(options, quantized: Any, kind: Any) -> dict[str, str]:
+def exported(options, quantized: Any, kind: Any) -> Exported:
     """Exports a result as the options say, a language model with its own names, and those of the folder it came from."""
     if not is_language(options):
         return quantized.export(kind, options.export, overwrite=options.overwrite)

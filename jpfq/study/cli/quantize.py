@@ -13,7 +13,17 @@ from .answer import Answer, begun, ended, note
 from .destinations import add_saving, check_model, check_picture, check_saving, write, written_lines
 from .factory import HELP, add_factory
 from .language import add_text, check_named, is_language, named_subject, with_perplexity
-from .settings import FORMATS, add_settings, check_settings, choose, grid_of, method_of, rules_of, rules_of_format
+from .settings import (
+    FORMATS,
+    add_settings,
+    check_settings,
+    choose,
+    grid_of,
+    in_options,
+    method_of,
+    rules_of,
+    rules_of_format,
+)
 
 
 def add(command) -> None:
@@ -116,7 +126,10 @@ def _study(jobs: Sequence, settings: dict[str, Any], options, summary: bool) -> 
     for number, (subject, grid, method, rules, format) in enumerate(jobs, 1):
         what = f"[{number}/{len(jobs)}] {subject.name}: {format or grid}, {method}"
         begun(what)
-        trial, quantized = attempt(subject, grid, method, rules, format, **settings)
+        try:
+            trial, quantized = attempt(subject, grid, method, rules, format, **settings)
+        except ValueError as error:
+            raise in_options(error) from error
         ended(what, trial.seconds)
         trials.append(trial)
         if len(jobs) == 1:

@@ -16,6 +16,10 @@ FUNCTIONS = {name: x for name, x in vars(formats).items() if inspect.isfunction(
 TAKEN = {name: inspect.signature(x).parameters for name, x in FUNCTIONS.items() if not name.startswith("_")}
 FORMATS = [name for name, taken in TAKEN.items() if "model" not in taken]
 GROUPED = [name for name in FORMATS if "group" in TAKEN[name]]
+ADVICE = {  # of errors, and what the command line has for it
+    "take a divisor, or PerChannel() by a rule of its own": "take a divisor by --group, or another format",
+    "Skip them by a rule before it, or pass unsupported='skip' to this one.": "Leave them out by --skip PATTERN.",
+}
 ALIASES = {"gptq": "OPTQ", "rtn": "MSQ", "recommended": "best"}  # other names of methods
 
 
@@ -78,6 +82,14 @@ def rules_of_format(options, name: str, method: str) -> list[Rule]:
     group = {"group": options.group} if options.group is not None and name in GROUPED else {}
     rules = getattr(formats, name)(**group, **own, **_common(options))
     return [*_before(options, METHODS[method] | _common(options)), *rules]
+
+
+def in_options(error: ValueError) -> ValueError:
+    """An error whose advice is in terms of options."""
+    text = str(error)
+    for advice, option in ADVICE.items():
+        text = text.replace(advice, option)
+    return ValueError(text)
 
 
 def _before(options, settings) -> list[Rule]:
