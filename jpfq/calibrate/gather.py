@@ -237,7 +237,7 @@ class Joint:
 @jax.jit
 def _statistics(gathered) -> jax.Array:
     """The statistics that `Shown.read` takes."""
-    return Shown.told(gathered.data.diagonal, gathered.mean_X, gathered.mean_Xq, gathered.rows)
+    return Shown.reduced(gathered.data.diagonal, gathered.mean_X, gathered.mean_Xq, gathered.rows)
 
 
 @functools.partial(jax.jit, static_argnames="laned")
@@ -292,7 +292,7 @@ def _with_means(gram) -> tuple[Gathered, jax.Array]:
 @numpy_or_jit()
 def _means(gram):
     mean_X, mean_Xq = gram.mean_X, gram.mean_Xq
-    return mean_X, mean_Xq, Shown.told(gram.diagonal, mean_X, mean_Xq, gram.count)
+    return mean_X, mean_Xq, Shown.reduced(gram.diagonal, mean_X, mean_Xq, gram.count)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "laned"))
