@@ -1,7 +1,6 @@
 """QTensor: a quantized kernel as integer codes and steps, in the kernel's own shape; and Info, its error metrics."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -212,7 +211,10 @@ class Info:
 @jax.jit
 def _join(infos, sizes):
     means = {f.name for f in dataclasses.fields(Info) if f.metadata.get("mean")}
-    mean: Callable[[Any], Any] = jnp.mean if sizes is None else lambda x: jnp.sum(x * sizes) / sizes.sum()
+
+    def mean(x: Any) -> Any:
+        return x.mean() if sizes is None else jnp.sum(x * sizes) / sizes.sum()
+
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *infos)
     fields: dict[str, Any] = {name: x for name, x in vars(stacked).items() if name not in ("reach", "rows")}
     squares, k = aligned(jnp.stack([fields[name] for name in SQUARES], 1), fields["exponent"][:, None])
