@@ -137,15 +137,15 @@ def wrapping(subject: Scored, args: argparse.Namespace) -> tuple[list, list[str]
 
 
 @jax.jit
-def _told(rounding, W, order, levels):
-    carry, told = rounding.meet(W, order)
-    return carry, told(Recursion(levels, order, W.shape[1], rounding).spread())
+def _inputs_of(rounding, W, order, levels):
+    carry, inputs_of = rounding.init_all(W, order)
+    return carry, inputs_of(Recursion(levels, order, W.shape[1], rounding).spread())
 
 
 @jax.jit
-def _recursed(rounding, A, L, order, levels, carry, given):
+def _recursed(rounding, A, L, order, levels, carry, inputs):
     recursion = Recursion(levels, order, A.shape[1], rounding, None, carry)
-    return substitute(A, L, recursion, about=A, given=given).codes
+    return substitute(A, L, recursion, about=A, inputs=inputs).codes
 
 
 def overhead(n: int, repeats: int) -> list[tuple[str, float]]:
@@ -166,7 +166,8 @@ def overhead(n: int, repeats: int) -> list[tuple[str, float]]:
     }
     kinds["T = 128, signed inputs"] = around(128, (-128, 127))
     runs = {
-        k: functools.partial(_recursed, r, W, L, order, levels, *_told(r, W, order, levels)) for k, r in kinds.items()
+        k: functools.partial(_recursed, r, W, L, order, levels, *_inputs_of(r, W, order, levels))
+        for k, r in kinds.items()
     }
     times: dict[str, list[float]] = {kind: [] for kind in runs}
     for turn in range(repeats + 1):

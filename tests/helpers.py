@@ -87,9 +87,9 @@ class Dither(Rounding):
 
     random = True
 
-    def __call__(self, carry, a, here):
-        shift = here.levels.step * (jax.random.uniform(here.key, dtype=a.dtype) - 0.5)
-        return carry, here.levels.encode(a + shift)
+    def __call__(self, carry, a, context):
+        shift = context.levels.step * (jax.random.uniform(context.key, dtype=a.dtype) - 0.5)
+        return carry, context.levels.encode(a + shift)
 
     def error(self, levels):
         return levels.step

@@ -180,7 +180,7 @@ class ActivationQuantizer:
         y = self._blocks(v)
         y = self._laid(y, (-1,)).straight(y)
         y = y.reshape(*y.shape[:-2], -1)[..., : self.layout.inputs_last(v).shape[-1]]
-        y = y if rotation is None else rotation.rows_back(y)
+        y = y if rotation is None else rotation.unrotate_rows(y)
         return self.layout.inputs_back(y, x.shape).astype(x.dtype)
 
     def at(self, v: jax.Array) -> ScaledGrid:
@@ -207,7 +207,7 @@ class ActivationQuantizer:
     def _blocks(self, v):
         """The input as (.., blocks, inputs that share a step), rotated."""
         y = self.layout.inputs_last(v)
-        return _cut(y if self.settings.rotation is None else self.settings.rotation.rows(y), self.settings.group)
+        return _cut(y if self.settings.rotation is None else self.settings.rotation.rotate_rows(y), self.settings.group)
 
     def _laid(self, x, axes, stored=True):
         """Levels whose steps are taken from `x` over some axes."""

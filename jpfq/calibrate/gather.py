@@ -285,7 +285,7 @@ def _with_means(gram) -> tuple[Gathered, jax.Array]:
 @numpy_or_jit()
 def _means(gram):
     mean_X, mean_Xq = gram.mean_X, gram.mean_Xq
-    return mean_X, mean_Xq, Shown.told(gram.diagonal, mean_X, mean_Xq, gram.count)
+    return mean_X, mean_Xq, Shown.reduced(gram.diagonal, mean_X, mean_Xq, gram.count)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "laned"))
@@ -333,7 +333,7 @@ def _weighted(parts, laned, centred) -> tuple[Gathered, jax.Array]:
     one = lambda X, Xq, weights: _weighted_of_one(X, Xq, weights, centred)
     some = any(laned)
     gathered = over_lanes(one, (X, Xq, weights), (some, some and Xq is not None, some and weights is not None))
-    return gathered, Shown.told(gathered.data.diagonal, gathered.mean_X, gathered.mean_Xq, gathered.rows)
+    return gathered, Shown.reduced(gathered.data.diagonal, gathered.mean_X, gathered.mean_Xq, gathered.rows)
 
 
 def _weighted_of_one(X, Xq, weights, centred):

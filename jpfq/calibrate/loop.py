@@ -27,10 +27,10 @@ from ..matrix import (
     QTensor,
     Recipe,
     Solution,
-    all_well,
     assign_buckets,
     code_dtype,
     cut,
+    failures,
     fill,
     raise_on,
     slice_width,
@@ -318,7 +318,7 @@ def _raise_on(info, recipe, name, data, lanes, data_laned):
     """`raise_on`, with the name of the first lane that failed."""
     if lanes is None:
         return raise_on(info, recipe, name, data)
-    for i in map(int, np.flatnonzero(~np.asarray(all_well(info, data)))):
+    for i in map(int, np.flatnonzero(np.asarray(failures(info, data)).any(0))):
         own = lane(data, i) if data_laned else data
         raise_on(lane(info, i), lane(recipe, i), f"{name} ({lanes[i]})", own)
     return None

@@ -1,4 +1,4 @@
-"""One weight matrix and its data: Gram, the parts around the recursion, and what comes out. Knows no framework.
+"""One weight matrix and its data: Gram, the parts around the recursion, and the result. Knows no framework.
 
 # The theory on one page
 
@@ -49,14 +49,14 @@ methods whose L looks at one column at a time (`MSQ`, `GPFQ`, `UNI`).
 
 **Around it**, in the order in which the parts of a `solve` act:
 
-- *Rotation* (`Hadamard`): w becomes R^T w and H becomes R^T H R; q is turned back.
+- *Rotation* (`Hadamard`): w becomes R^T w and H becomes R^T H R; q is rotated back.
 - *Order* (`Descending`, `MinPivot`): a permutation of coordinates. OPTQ's error is a sum of V_tt^2, whose product is fixed.
 - *Shrinkage*: with k = n / (2 m), H becomes H + k D; what sampling alone would make of C is taken off its entries beside
   the diagonal, and C is multiplied by 1 + k. Few rows make correlations by chance, and all below would fit them. Of rows
   fewer than inputs, and of inputs seen in few rows, energies and slopes C_ii / H_ii go to what all inputs share (shrink.py).
 - *Preparation*: `Align` and `LeastSquares` move W so that `Xq W` is near `X W`, after which C = 0. `MagR` makes the largest
   weights smaller. `MalySaab` (doi 10.1016/j.acha.2023.04.004) is the one method that is not this recursion: it moves W
-  along the kernel of `Xq` until all but m weights of each neuron are levels, and `MSQ` rounds the rest.
+  along the null space of `Xq` until all but m weights of each neuron are levels, and `MSQ` rounds the rest.
 - *Steps*: from the weights (`AbsMax`, `MinMSE`, ..), or by running the recursion for several multiples of them and keeping,
   for each neuron, the one of least error (`MinError`). OPTQ's steps of groups may be refit on the way: what is left of the
   weights before a group is (I + L)^-1 of what the recursion has as arguments.
@@ -103,6 +103,8 @@ from .coupling import solve_coupled as solve_coupled
 from .damping import Damping as Damping
 from .damping import MeanDiagonal as MeanDiagonal
 from .damping import TopEigenvalue as TopEigenvalue
+from .failures import failures as failures
+from .failures import raise_on as raise_on
 from .finish import CosineDescend as CosineDescend
 from .finish import Descend as Descend
 from .finish import Finish as Finish
@@ -147,7 +149,5 @@ from .shard import solve_sharded as solve_sharded
 from .shrink import Shrinkage as Shrinkage
 from .slices import slice_width as slice_width
 from .slices import solve_sliced as solve_sliced
-from .solve import all_well as all_well
-from .solve import raise_on as raise_on
 from .stages import Solution as Solution
 from .stages import solve_all as solve_all

@@ -1,13 +1,13 @@
-"""Buckets: problems of several sizes that one compiled program solves, filled up with zeros to the size of the bucket.
+"""Buckets: problems of several sizes that one compiled program solves, padded with zeros to the size of the bucket.
 
 A program takes seconds to compile for each size, whatever the size; a solve of a small layer takes hundredths of one. So
-small problems are filled up:
+small problems are padded:
 
     W        matrices, inputs and neurons of 0
-    H, C, drift, sums    inputs of 0, which no row has shown; `Gram.inputs` says how many are real
+    H, C, drift, sums    inputs that are 0 on all rows; `Gram.inputs` is the number of real ones
 
-A weight under an input that is always 0 moves no output, whatever it is rounded to, and each neuron goes its own way. So
-codes stay as they are, random draws included, which are folded by the numbers of matrix, neuron and input.
+A weight under an input that is always 0 moves no output, whatever it is rounded to, and neurons are independent. So codes
+stay as they are, random draws included, whose keys are folded with the indices of matrix, neuron and input.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def seconds(size: Size, recipe: Recipe) -> float:
-    """The time of one solve, about, on two cores."""
+    """An estimate of the time of one solve on two cores, in seconds."""
     B, n, out = size
     runs = recipe.scale.runs + (0 if recipe.finish is None else 2 * recipe.finish.passes)
     loop = n * (STEP + B * out * (64 + n) / FLOPS)
@@ -40,17 +40,17 @@ def seconds(size: Size, recipe: Recipe) -> float:
 
 
 class Bucket(NamedTuple):
-    """A size that problems are filled up to, and whether they are to have matrices C and drift, if of 0."""
+    """A size that problems are padded to, and whether they have matrices C and drift, which may be 0."""
 
     size: Size
     drifts: bool
 
 
 def assign_buckets(problems: Mapping[Key, tuple[Size, bool, Recipe]]) -> dict[Key, Bucket]:
-    """The bucket of each problem, so that compiling and solving all of them takes least time, about.
+    """The bucket of each problem, for the least estimated time of compiling and solving all of them.
 
-    Two buckets become one as long as that saves time; the pair that saves most comes first. A problem that would be alone
-    in one has none, nor has one whose recipe does not allow it.
+    Two buckets become one as long as that saves time; the pair that saves most comes first. A problem alone in its bucket
+    has none, and neither has one whose recipe does not allow padding.
 
     Args:
         problems: size, whether the two networks differ in the data, and recipe.
@@ -129,7 +129,7 @@ def fill(W: jax.Array, gram: Gram, bucket: Bucket) -> tuple[jax.Array, Gram]:
 
 
 def cut(solution: Solution, size: Size, dtype: np.dtype) -> Solution:
-    """A solution without what filled it up, its codes as integers of that type; all with an axis of lanes, or none."""
+    """A solution without its padding, codes as integers of that type; all with an axis of lanes, or none."""
     codes, q, step, zero = _cut(solution.codes, solution.q, solution.step, solution.zero, size, dtype)
     return Solution(codes, q, step, zero, solution.info)
 

@@ -119,11 +119,11 @@ def copies(layout: ConvLayout, networks: int) -> int:
     return networks * len(_differences(layout.window))
 
 
-def at_a_time(layout: ConvLayout, size: int, networks: int, numbers: int) -> int:
-    """The number of samples of `size` numbers to sum together: their copies come to `numbers`, or to twice the sums."""
+def at_a_time(layout: ConvLayout, size: int, networks: int, elements: int) -> int:
+    """The number of samples of `size` elements to sum together: their copies come to `elements`, or to twice the sums."""
     k = networks * layout.shape[layout.spec[1]]
     sums = layout.groups * _regions(layout) * k * (k * copies(layout, 1) + 1)
-    return max(1, max(numbers, 2 * sums) // (copies(layout, networks) * size))
+    return max(1, max(elements, 2 * sums) // (copies(layout, networks) * size))
 
 
 def _regions(layout):

@@ -1,6 +1,6 @@
-"""Neurons that make up for each other's errors.
+"""Neurons that compensate for each other's errors.
 
-To second order, an error E = W - q (in, out) of a layer moves what the network makes of it by tr(F E^T H E), where F is the
+To second order, an error E = W - q (in, out) of a layer changes the network's loss by tr(F E^T H E), where F is the
 mean of g g^T over rows, g the derivative by the layer's outputs (Kronecker-factored curvature: Martens, Grosse 2015; for
 quantization: YAQA, arXiv 2505.22988). A layer by itself has F = I. So neurons depend on one another through F as input
 coordinates do through H, and the same substitution serves both: blocks of neurons one after the other, each aimed at
@@ -49,7 +49,7 @@ def solve_coupled(
 @functools.partial(jax.jit, static_argnames="block")
 def _solve_coupled(W, gram, F, recipe, key, damping, block):
     B, _, out = W.shape
-    order = jnp.argsort(-jnp.diagonal(F, axis1=1, axis2=2), axis=1, stable=True)  # what matters most goes first
+    order = jnp.argsort(-jnp.diagonal(F, axis1=1, axis2=2), axis=1, stable=True)  # the largest curvature first
     back = jnp.argsort(order, axis=1)
     take = lambda x, order: jnp.take_along_axis(x, order[:, None], 2)
     goal = take(each(lambda W, gram: _aligned(W, gram, recipe), W, gram), order)

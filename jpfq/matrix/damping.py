@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..scalar.grid import Number, is_number
+from ..scalar.grid import Number
+from ..scalar.predicates import may_be
 from ..scalar.pytree import register_dataclass
 from .arrays import matmul
 from .gram import mean_energy
@@ -28,7 +29,7 @@ class Damping(abc.ABC):
     fills = False  # whether inputs of 0 beside the others do not change it
 
     def __post_init__(self):
-        if isinstance(self.share, (str, bool)) or (is_number(self.share) and not self.share >= 0):
+        if not may_be(self.share, lambda x: x >= 0):
             raise ValueError(f"{type(self).__name__} takes a share of 0 or more; got {self.share!r}.")
 
     @abc.abstractmethod
@@ -85,7 +86,7 @@ def top_eigenvalue(H: jax.Array) -> jax.Array:
 
 def check_alpha(alpha: Number, name: str) -> None:
     """Refuses a part of the way to the least squares weights that is none."""
-    if isinstance(alpha, (str, bool)) or (is_number(alpha) and not 0 <= alpha <= 1):
+    if not may_be(alpha, lambda x: 0 <= x <= 1):
         raise ValueError(f"{name} takes alpha in [0, 1]; got {alpha!r}.")
 
 

@@ -72,7 +72,7 @@ def no_mesh() -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def _within(mesh):
-    """A mesh, or the one that is set. Settings go to the device and figures come back, whatever guards other transfers."""
+    """A mesh, or the one that is set. Settings go to the device and metrics come back, whatever guards other transfers."""
     with jax.transfer_guard("allow"), contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield
 

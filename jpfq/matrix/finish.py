@@ -9,7 +9,7 @@ best value of weight t is a_t with
 
     a = base + L (W - q),     L = D^-1 stril(H),     base = W + D^-1 (C W + striu(H) (W - p))
 
-so a pass has GPFQ's L and the blocks of every other recursion. What the cosine needs more, each rounding is given.
+so a pass has GPFQ's L and the blocks of every other recursion. What the cosine needs besides are inputs of its rounding.
 """
 
 import abc
@@ -21,7 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..scalar import Rounding, ScaledGrid
+from ..scalar.predicates import is_count
 from ..scalar.pytree import register_dataclass
+from ..scalar.step_types import is_coarse
 from .arrays import matmul
 from .gram import Gram
 from .methods import inverse_of
@@ -44,6 +46,20 @@ class Finish(abc.ABC):
     def frees_step(self) -> bool:
         """True if each neuron's steps change."""
         return True
+
+    def check(self, recipe: Any) -> None:
+        """Raises where this finish contradicts another part of a recipe."""
+        rounding = recipe.rounding
+        if self.descends and (rounding.for_finish is None or (rounding.sparse and self.frees_step)):
+            raise ValueError(
+                f"{self} would bring back weights that {rounding} sends to 0: take finish=Refit() or None."
+            )
+        if self.frees_step and recipe.scale.fixed:
+            raise ValueError(f"{self} changes the step that Fixed gives: take finish=Descend() or None.")
+        if self.frees_step and is_coarse(recipe.step_dtype):
+            raise ValueError(
+                f"{self} moves steps a little, which {recipe.step_dtype} has no numbers for: take finish=Descend() or None."
+            )
 
     @abc.abstractmethod
     def __call__(
@@ -97,8 +113,8 @@ class Descend(Finish):
 
         def one(codes, _):
             base = best(recursion.values(codes))
-            here, given = recursion.again(codes)
-            return substitute(base, L, here, block=block, about=W, given=given).codes, None
+            here, inputs = recursion.again(codes)
+            return substitute(base, L, here, block=block, about=W, inputs=inputs).codes, None
 
         return lax.scan(one, codes, length=self.passes)[0], recursion.levels
 
@@ -134,13 +150,13 @@ class CosineDescend(Finish):
             here = recursion._replace(levels=levels)
             q = here.values(codes)
             if shared:
-                run, given = here.again(codes)
-                codes = substitute(best(q), L, run, block=block, about=W, given=given).codes
+                run, inputs = here.again(codes)
+                codes = substitute(best(q), L, run, block=block, about=W, inputs=inputs).codes
                 return (codes, _refit(goal, gram, codes, here)), None
             product = jnp.sum(q * goal, 0)  # <X w, Xq q>, and since steps are refit also ||Xq q||^2
-            told = (gram.diagonal, goal, codes)
-            run, given = here._replace(key=None).again(codes, _Cosine(), (product, product), told)
-            codes = substitute(best(q) - q, L, run, block=block, about=W, given=given).codes
+            own = (gram.diagonal, goal, codes)
+            run, inputs = here._replace(key=None).again(codes, _Cosine(), (product, product), own)
+            codes = substitute(best(q) - q, L, run, block=block, about=W, inputs=inputs).codes
             return (codes, _refit(goal, gram, codes, here)), None
 
         start = (codes, _refit(goal, gram, codes, recursion))
@@ -160,8 +176,8 @@ class _Cosine(Rounding):
     the best level is one of its two neighbours or an end of the grid.
     """
 
-    def __call__(self, carry, a, here):
-        (s, r), levels, (h, g, code) = carry, here.levels, here.given
+    def __call__(self, carry, a, context):
+        (s, r), levels, (h, g, code) = carry, context.levels, context.inputs
         c = s / jnp.where(r > 0, r, 1)
         now = levels.decode(code)
         r_t = g - h * a
@@ -207,5 +223,5 @@ def _refit(goal, gram, codes, recursion) -> ScaledGrid:
 
 
 def _check_passes(finish):
-    if not isinstance(finish.passes, int) or isinstance(finish.passes, bool) or finish.passes < 1:
+    if not is_count(finish.passes):
         raise ValueError(f"{type(finish).__name__} takes at least one pass; got {finish.passes!r}.")

@@ -191,7 +191,7 @@ class Gram:
         alive = (jnp.diagonal(H) > least).astype(H.dtype)
         H = H * alive * alive[:, None]
         none = jnp.zeros_like(self.sum_X)
-        less_sum = jnp.where(self.diagonal == 0, self.sum_Xq, 0)  # what tells small inputs from none
+        less_sum = jnp.where(self.diagonal == 0, self.sum_Xq, 0)  # the smallest variance that rounding does not make
         if self.C is None or self.drift is None:
             return type(self)(H, None, None, less_sum, less_sum, self.count, self.power)
         shift = self.sum_X - self.sum_Xq
@@ -221,8 +221,8 @@ class Gram:
         """The largest norm of an input coordinate in either network (); nan where inputs are too small to be squared."""
         squares = self.diagonal if self.drift is None else jnp.maximum(self.diagonal, diagonal(self.drift))
         largest = jnp.max(squares, initial=0)
-        told = (largest > 0) | jnp.any(self.sum_X != 0) | jnp.any(self.sum_Xq != 0)
-        lost = told & (largest < 2.0**26 * jnp.finfo(squares.dtype).tiny)
+        seen = (largest > 0) | jnp.any(self.sum_X != 0) | jnp.any(self.sum_Xq != 0)
+        lost = seen & (largest < 2.0**26 * jnp.finfo(squares.dtype).tiny)
         return jnp.where(lost, jnp.nan, jnp.sqrt(largest))
 
     @property

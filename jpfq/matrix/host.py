@@ -1,4 +1,4 @@
-"""Work that only moves numbers or scales them: by NumPy where little of it lies in this machine's memory, else compiled.
+"""Work that only moves arrays or scales them: by NumPy where they are small and in this machine's memory, else compiled.
 
 A program takes about a tenth of a second to compile for each shape it meets, and more to trace; a small array takes NumPy
 less than a hundredth.

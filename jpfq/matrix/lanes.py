@@ -1,4 +1,4 @@
-"""One function on many arrays: matrices of one kernel, and lanes, the quantized networks of a sweep that go side by side."""
+"""One function on many arrays: matrices of one kernel, and lanes, the quantized networks of a sweep that run together."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,11 +24,11 @@ def each(f: Callable, *args):
 def over_lanes(f: Callable, args: Sequence, laned: Sequence[bool], count: int | None = None) -> Any:
     """`f(*args)` for each lane: entries of the leading axis of those `args` that are `laned`; the others serve all.
 
-    Whatever arrays it needs are among `args`: it closes over none. `count` is the number of lanes; it is needed where the
+    `f` closes over no arrays: all that it needs are among `args`. `count` is the number of lanes; it is needed where the
     laned arguments may be settings without arrays.
 
     As a batch, where there is an accelerator to fill. On a CPU one lane after the other inside the program, which gives
-    the very numbers that each lane gives alone: batches of convolutions take twenty times as long there, and batches of
+    each lane the same bits as alone: batches of convolutions take twenty times as long there, and batches of
     solves as long as one after the other. On a mesh with an axis LANES every device takes its share of them.
     """
     if not any(laned):
@@ -65,7 +65,7 @@ def batches_lanes() -> bool:
 
 
 def stack(trees: Sequence) -> Any:
-    """Trees of one structure as one tree with lanes; numbers keep the weak type that they have alone."""
+    """Trees of one structure as one tree with lanes; Python numbers stay weakly typed."""
     return jax.tree.map(lambda *leaves: _stack(*leaves), *trees)
 
 

@@ -34,7 +34,7 @@ class Layout(abc.ABC):
     @property
     @abc.abstractmethod
     def of_rows(self) -> "Layout":
-        """The same layout for one neuron of each matrix: whatever is made of rows alone is compiled for it."""
+        """The same layout for one neuron of each matrix: functions of rows alone are compiled for it."""
 
     @abc.abstractmethod
     def matrices(self, W: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ class Layout(abc.ABC):
         """
 
     def split(self, x: jax.Array, numbers: int) -> tuple[int, int] | None:
-        """(axis of the data operand, how far along it at once) such that rows hold about so many numbers; None for all.
+        """(axis of the data operand, how far along it at once) such that rows hold about so many elements; None for all.
 
         Only where rows repeat what is in the operand: those of a convolution, which need not exist all at once.
         """
@@ -77,7 +77,7 @@ class Layout(abc.ABC):
 
     @abc.abstractmethod
     def by_matrix(self, x: jax.Array) -> jax.Array:
-        """The data operand as (B, numbers): all that each matrix multiplies, in any order."""
+        """The data operand as (B, elements): all that each matrix multiplies, in any order."""
 
     @abc.abstractmethod
     def over_matrices(self, values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -272,7 +272,7 @@ class ConvLayout(Layout):
         return jnp.broadcast_to(jnp.where(jnp.isinf(weights), 1, weights), rows)[None]
 
     def picked(self, x: jax.Array, numbers: jax.Array) -> jax.Array:
-        """The rows (B, numbers, in) of these numbers, as if all axes of rows were one."""
+        """The rows (B, numbers, in) of these indices, as if all axes of rows were one."""
         if self._pointwise:
             return self._grouped(self._widened(x).reshape(-1, x.shape[self.data_spec[1]])[numbers], 1)
         x = self._widened(x)

@@ -17,12 +17,13 @@ follows from taking the inner product of their state u with the next column of X
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ..scalar.grid import Number, is_number
+from ..scalar.grid import Number
+from ..scalar.predicates import may_be
 from ..scalar.pytree import register_dataclass
 from .arrays import matmul
 from .gram import Gram, Rows
@@ -51,6 +52,8 @@ class System(NamedTuple):
 
 class Method(abc.ABC):
     """A choice of A and L."""
+
+    memoryless: ClassVar[bool] = False  # each weight is rounded as it is
 
     @property
     def fills(self) -> bool:
@@ -88,6 +91,8 @@ class MSQ(Method):
         >>> tensor, info = jpfq.solve(W, gram, bits=4, method=jpfq.MSQ(), finish=None)
     """
 
+    memoryless = True
+
     def __call__(self, W, gram):
         return System(W, None, None, _any_errors(gram.diagonal))
 
@@ -106,7 +111,7 @@ class MSQ(Method):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GPFQ(Method):
-    """Greedy path following: each code makes up, along its own input coordinate, for all errors before it.
+    """Greedy path following: each code compensates, along its own input coordinate, for all errors before it.
 
     Examples:
         >>> tensor, info = jpfq.solve(W, gram, bits=4, method=jpfq.GPFQ())
@@ -152,7 +157,7 @@ class UNI(Method):
     scaling: Number = 1.0
 
     def __post_init__(self):
-        if isinstance(self.scaling, (str, bool)) or (is_number(self.scaling) and not self.scaling >= 1):
+        if not may_be(self.scaling, lambda x: x >= 1):
             raise ValueError(f"UNI takes a scaling C of at least 1; got {self.scaling!r}.")
 
     def __call__(self, W, gram):

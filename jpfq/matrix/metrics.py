@@ -1,9 +1,9 @@
-"""Square errors over all neurons of one solve, by as few products as they take.
+"""Square errors over all neurons of one solve, with as few matrix products as possible.
 
     ||X W - Xq q||^2 = e^T H e + 2 e^T C W + W^T drift W,    e = W - q
 
 The terms of W alone come from W W^T, by half a product for all of them. C W serves every q. Where q comes from path
-following on these very data, its arguments tell e^T H e + 2 e^T tril(C) W without a product: see `Method.below`.
+following on these very data, its arguments give e^T H e + 2 e^T tril(C) W without a product: see `Method.below`.
 """
 
 from typing import Any, NamedTuple, Self

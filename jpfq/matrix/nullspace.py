@@ -1,4 +1,4 @@
-"""Maly and Saab's kernel walk: weights move onto the grid along the kernel of the data, which leaves Xq w as it is.
+"""Maly and Saab's walk in the null space: weights move onto the grid along the null space of the data, with Xq w unchanged.
 
 With m rows and n > m inputs, m + 1 columns of Xq are always dependent. One moves along that dependence until a weight
 reaches an end of its grid cell, and takes it out; at the end at most m weights lie between two levels.
@@ -35,9 +35,18 @@ class MalySaab(Prepare):
     needs_rows = True
     needs_levels = True
 
+    def refuse(self, rows, n, name):
+        if rows >= n:
+            raise ValueError(
+                f"MalySaab walks in the null space of the data, which has no more than n - m dimensions: {name} has n = {n} "
+                f"inputs and m = {rows} calibration rows, so there may be none. Calibrate with fewer rows than inputs (a "
+                "convolution counts a row per patch), or take jpfq.GPFQ()."
+            )
+
     def __call__(self, W, data, levels):
         assert levels is not None
-        refuse(*data.X.shape)
+        rows, n = data.X.shape
+        self.refuse(rows, n, "the matrix")
         Xq = data.quantized
         if data.Xq is not None:
             # of all solutions of Xq y = (X - Xq) w the shortest
@@ -50,16 +59,6 @@ class MalySaab(Prepare):
         walked = jax.vmap(kernel_walk, (1, None, 1, 1), 1)(W, Xq, low, high)
         nearest = levels.decode(levels.encode(W))
         return jnp.where(data.diagonal[:, None] > 0, walked, nearest), Rows(Xq)
-
-
-def refuse(rows: int, n: int, name: str = "the matrix") -> None:
-    """Raises where there is no kernel to walk in."""
-    if rows >= n:
-        raise ValueError(
-            f"MalySaab walks in the kernel of the data, which has no more than n - m dimensions: {name} has n = {n} inputs "
-            f"and m = {rows} calibration rows, so there may be none. Calibrate with fewer rows than inputs (a convolution "
-            "counts a row per patch), or take jpfq.GPFQ()."
-        )
 
 
 def kernel_walk(w: jax.Array, X: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:

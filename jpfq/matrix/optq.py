@@ -1,5 +1,5 @@
-"""The methods that factor H + lam I = V V^T (damping.py): each code makes up for earlier errors, and every weight not yet
-rounded is kept at its best given the codes so far.
+"""The methods that factor H + lam I = V V^T (damping.py): each code compensates for earlier errors, and every weight not
+yet rounded stays optimal given the codes so far.
 
 With T = (V diag(V)^-1)^T unit lower triangular, all have L = T - I but GPTAQ:
 
@@ -75,7 +75,7 @@ class QEP(_Factored):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Qronos(_Factored):
-    """Corrects all past errors, of this layer and of those before it, and keeps the future at its best (arXiv 2505.11695).
+    """Corrects all past errors, of this layer and of those before it, and keeps later weights optimal (arXiv 2505.11695).
 
     The default is its least squares form (arXiv 2508.04853, remark 5.2): OPTQ on W* = (H + lam)^-1 (G + lam) W. `exact` is
     the definition: the first coordinate is rounded greedily, w_1 + C_1 W / H_11, before the rest is corrected.

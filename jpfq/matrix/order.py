@@ -15,6 +15,7 @@ from .gram import Gram, Rows, as_gram
 class Order(abc.ABC):
     """A permutation of the input coordinates, from the data."""
 
+    natural = False  # whether inputs are visited as they come
     fills = False  # whether inputs of 0 at the end stay there and change nothing for the others
 
     @abc.abstractmethod
@@ -32,6 +33,7 @@ class Natural(Order):
         True
     """
 
+    natural = True
     fills = True
 
     def __call__(self, data):

@@ -1,4 +1,4 @@
-"""Packed: a quantized kernel as it lies in memory while it serves, its codes packed into bytes."""
+"""Packed: a quantized kernel in memory while it serves, its codes packed into bytes."""
 
 import dataclasses
 from typing import Any, TypeVar
@@ -49,7 +49,7 @@ class Packed:
     @classmethod
     @anywhere
     def of(cls, tensor: QTensor) -> "Packed":
-        """Packs a tensor along the axis that wastes least, the last if all are alike.
+        """Packs a tensor along the axis with the least padding, the last one in a tie.
 
         Args:
             tensor: not traced.
@@ -68,7 +68,7 @@ class Packed:
 
     @anywhere
     def unpack(self) -> QTensor:
-        """The tensor it was made of.
+        """The tensor that was packed.
 
         Examples:
             >>> tensor = quantized.tensors["head/kernel"]
@@ -116,7 +116,7 @@ def dequantize(tree: Any) -> Any:
 
 
 def plain(setting: T) -> T:
-    """A grid or other setting in Python's own numbers, as a swept or computed one may not be."""
+    """A grid or other setting with Python numbers in place of arrays."""
     return jax.tree.map(lambda x: x.item() if isinstance(x, (jax.Array, np.generic, np.ndarray)) else x, setting)
 
 

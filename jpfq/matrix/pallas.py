@@ -5,10 +5,10 @@ through the coordinates of the block by itself: the errors about - q of its neur
 arguments are written. It calls the rounding's own function, so that no rounding is written twice. TPU (Mosaic) and GPU
 (Triton) take the same code: coordinates lie on the leading axis, neurons on the last.
 
-JAX after 0.10 means to give up its way to Triton, which it warns of: on GPUs the kernel will need another.
+JAX after 0.10 will remove its path to Triton, as it warns: on GPUs the kernel will need another one.
 
-Nobody has timed it: no accelerator was at hand. So the scan stays what runs, unless a `Recursion` is given a `Kernel`;
-bench/pallas.py compares the two, and a platform whose figures speak for the kernel belongs in `WINS`.
+It has not been timed on an accelerator. So the scan is the default, unless a `Recursion` is given a `Kernel`;
+bench/pallas.py compares the two, and a platform on which the kernel is faster belongs in `WINS`.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from ..scalar import RoundingContext, ScaledGrid, register_dataclass
+from ..scalar.predicates import is_count
 from .lanes import lane
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Kernel:
     interpret: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __post_init__(self):
-        if not isinstance(self.tile, int) or self.tile < 1 or self.tile & (self.tile - 1):
+        if not is_count(self.tile) or self.tile & (self.tile - 1):
             raise ValueError(f"Kernel takes a tile of neurons that is a power of two; got {self.tile!r}.")
 
     def __call__(
@@ -54,7 +55,7 @@ class Kernel:
         about: jax.Array,
         levels: ScaledGrid,
         carry: Any,
-        given: Any,
+        inputs: Any,
     ) -> tuple[Any, jax.Array, jax.Array]:
         """Codes and arguments (in, out) of a block, and the carries after it.
 
@@ -65,7 +66,7 @@ class Kernel:
             raise ValueError(
                 f"The kernel cannot run this recursion: {reason}. Leave Recursion.kernel at None, for the scan."
             )
-        return _launch(self, A, L, about, levels, recursion.rounding, carry, given)
+        return _launch(self, A, L, about, levels, recursion.rounding, carry, inputs)
 
 
 def refusal(recursion: "Recursion") -> str | None:
@@ -89,7 +90,7 @@ def chosen(recursion: "Recursion", platform: str | None = None) -> Kernel | None
     return recursion.kernel if recursion.kernel is not None else Kernel() if wins else None
 
 
-def _launch(kernel, A, L, about, levels, rounding, carry, given):
+def _launch(kernel, A, L, about, levels, rounding, carry, inputs):
     """Lays out the operands, and calls `_block` for each tile of neurons."""
     count, out = A.shape
     size = 1 << (count - 1).bit_length()  # Triton's arrays are of powers of two; the rows added are not visited
@@ -108,7 +109,7 @@ def _launch(kernel, A, L, about, levels, rounding, carry, given):
         "lo": number(jnp.asarray(levels.lo, A.dtype)),
         "hi": number(jnp.asarray(levels.hi, A.dtype)),
         "L": None if L is None else pad(pad(L, 0, size), 1, size)[:, :, None],
-        "given": jax.tree.map(lambda x: rows(x) if x.ndim == 2 else column(x), given),
+        "inputs": jax.tree.map(lambda x: rows(x) if x.ndim == 2 else column(x), inputs),
         "rounding": jax.tree.map(number, rounding),
         "carry": jax.tree.map(lambda x: pad(x, 0, wide)[None], carry),
     }
@@ -155,8 +156,8 @@ def _block(count, here, codes, arguments, after):
         if here["L"] is not None:
             a = a + jnp.sum(here["L"][t] * e, axis=0, keepdims=True)
         levels = ScaledGrid(at(here["step"]), at(here["zero"]), lo, hi)
-        one = lambda carry, a, levels, given, rounding: rounding(carry, a, RoundingContext(levels, None, given))
-        carry, code = jax.vmap(jax.vmap(one))(carry, a, levels, jax.tree.map(at, here["given"]), rounding)
+        one = lambda carry, a, levels, inputs, rounding: rounding(carry, a, RoundingContext(levels, None, inputs))
+        carry, code = jax.vmap(jax.vmap(one))(carry, a, levels, jax.tree.map(at, here["inputs"]), rounding)
         codes[t], arguments[t] = code, a
         rest = at(here["about"]) - levels.decode(code)
         return carry, jnp.where(lax.broadcasted_iota(jnp.int32, e.shape, 0) == t, rest, e)

@@ -1,4 +1,4 @@
-"""Patches: which windows of a convolution's input are its calibration rows."""
+"""Patches: the windows of a convolution's input that are its calibration rows."""
 
 import abc
 import dataclasses
@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from ..scalar.grid import Number, is_number
+from ..scalar.predicates import is_count
 from ..scalar.pytree import register_dataclass
 from .layout import ConvLayout, Layout
 
@@ -34,14 +35,14 @@ class Patches(abc.ABC):
     def pick(
         self, layout: Layout, rows: tuple[int, ...], key: jax.Array | None, total: int = 0, batch: int = 0
     ) -> jax.Array | None:
-        """Numbers of the rows to take, of all `rows` of a batch, as if these were one axis; None for all.
+        """Indices of the rows to take, of all `rows` of a batch, as if these were one axis; None for all.
 
         Args:
             layout: of the product.
             rows: axes of the rows of this batch.
             key: of this batch, for a choice that is random.
             total: how many rows all batches have.
-            batch: the number of this batch.
+            batch: the index of this batch.
         """
         del layout, rows, key, total, batch
         return None
@@ -76,7 +77,7 @@ class AtMost(Patches):
     per_input: int = dataclasses.field(default=128, metadata={"static": True})
 
     def __post_init__(self):
-        if not isinstance(self.per_input, int) or isinstance(self.per_input, bool) or self.per_input < 1:
+        if not is_count(self.per_input):
             raise ValueError(f"AtMost takes a positive number of windows for each input; got {self.per_input!r}.")
 
     def layout(self, layout):
@@ -91,7 +92,7 @@ class AtMost(Patches):
 
 @functools.lru_cache(maxsize=64)
 def _spread(total, count, batch):
-    """`count` numbers below `total`, spread evenly by multiples of the golden ratio, which no width of a picture divides."""
+    """`count` indices below `total`, spread evenly by multiples of the golden ratio, which no width of an image divides."""
     places = (np.arange(count) * GOLDEN + batch * SILVER) % 1
     return np.sort((places * total).astype(np.int32))
 

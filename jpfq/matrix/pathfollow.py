@@ -17,7 +17,7 @@ from .recursion import BLOCK, Path, Recursion
 
 
 def follow(
-    W: jax.Array, rows: Rows, method: Method, recursion: Recursion, *, block: int | None = BLOCK, given: Any = ()
+    W: jax.Array, rows: Rows, method: Method, recursion: Recursion, *, block: int | None = BLOCK, inputs: Any = ()
 ) -> tuple[Path, jax.Array]:
     """The codes of W (in, out), and the final residual u (rows, out).
 
@@ -27,24 +27,24 @@ def follow(
         method: one with a data form (`method.local`).
         recursion: grid, rounding and indices of the coordinates.
         block: coordinates per block; None takes them all at once, which costs the memory of the Gram form.
-        given: what the rounding is to know of each coordinate, a tree of arrays (in, out) or (in,).
+        inputs: those of the rounding at each coordinate, a tree of arrays (in, out) or (in,).
     """
     n, out = W.shape
     block = n if block is None else min(block, n)
     blocks = -(-n // block)
     more = blocks * block - n  # dead coordinates: they change nothing
     cut = lambda x: jnp.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1))).reshape(blocks, block, *x.shape[1:])
-    W, index, given = cut(W), cut(recursion.order), jax.tree.map(cut, given)
+    W, index, inputs = cut(W), cut(recursion.order), jax.tree.map(cut, inputs)
     rows = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, more))), rows)
 
     def visit(state, x):
         carry, u = state
-        i, W, index, given = x
+        i, W, index, inputs = x
         here = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * block, block, 1), rows)
         base, L, about, _ = method.block(W, here, u)
-        carry, path = recursion.scan(base, L, index, carry, about, given)
+        carry, path = recursion.scan(base, L, index, carry, about, inputs)
         return (carry, u + matmul(here.X, W) - matmul(here.quantized, path.q)), path
 
     start = (recursion.start(), jnp.zeros((rows.X.shape[0], out), W.dtype))
-    (_, u), path = lax.scan(visit, start, (jnp.arange(blocks), W, index, given))
+    (_, u), path = lax.scan(visit, start, (jnp.arange(blocks), W, index, inputs))
     return jax.tree.map(lambda x: x.reshape(blocks * block, out)[:n], path), u

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..scalar import ScaledGrid
-from ..scalar.grid import Number, is_number
+from ..scalar.grid import Number
+from ..scalar.predicates import is_count, may_be
 from ..scalar.pytree import register_dataclass
 from .arrays import matmul
 from .damping import Damping, MeanDiagonal, check_alpha, factor, top_eigenvalue
@@ -31,6 +32,18 @@ class Prepare(abc.ABC):
 
     needs_rows: ClassVar[bool] = False  # works on the calibration rows, not on their Gram
     needs_levels: ClassVar[bool] = False  # comes after the scale is chosen
+
+    def check(self, recipe: Any) -> None:
+        """Raises where this preparation contradicts another part of a recipe."""
+        others = len(recipe.prepare) > 1 or recipe.rotation is not None or recipe.shrinkage is not None
+        if self.needs_rows and others:
+            raise ValueError(
+                f"{recipe.prepare} works on the calibration rows: alone, without a rotation and without shrinkage."
+            )
+
+    def refuse(self, rows: int, n: int, name: str) -> None:
+        """Raises where this preparation cannot be used on a matrix of n inputs and that many calibration rows."""
+        del rows, n, name
 
     @abc.abstractmethod
     def __call__(self, W: jax.Array, data: Any, levels: ScaledGrid | None) -> tuple[jax.Array, Any]:
@@ -57,7 +70,7 @@ class Align(Prepare):
     passes: int = dataclasses.field(default=1, metadata={"static": True})
 
     def __post_init__(self):
-        if not isinstance(self.passes, int) or isinstance(self.passes, bool) or self.passes < 1:
+        if not is_count(self.passes):
             raise ValueError(f"Align takes an order of at least 1 pass; got {self.passes!r}.")
 
     def __call__(self, W, data, levels):
@@ -113,9 +126,9 @@ class MagR(Prepare):
     iterations: int = dataclasses.field(default=200, metadata={"static": True})
 
     def __post_init__(self):
-        if isinstance(self.alpha, (str, bool)) or (is_number(self.alpha) and not self.alpha > 0):
+        if not may_be(self.alpha, lambda x: x > 0):
             raise ValueError(f"MagR takes a positive alpha; got {self.alpha!r}.")
-        if not isinstance(self.iterations, int) or self.iterations < 1:
+        if not is_count(self.iterations):
             raise ValueError(f"MagR takes at least one iteration; got {self.iterations!r}.")
 
     def __call__(self, W, data, levels):

@@ -1,4 +1,4 @@
-"""QTensor: a quantized kernel as integer codes and steps, in the kernel's own shape; and Info, what its making was like."""
+"""QTensor: a quantized kernel as integer codes and steps, in the kernel's own shape; and Info, its error metrics."""
 
 import dataclasses
 from typing import Any
@@ -19,6 +19,7 @@ from .neurons import ALL, Neurons
 from .rotate import Hadamard
 
 SQUARES = ("square_error", "energy", "square_floor", "square_bound", "square_rounding")  # of `Info`
+_mean = {"mean": True}  # of parts of a kernel the mean, where all other metrics add
 
 
 @register_dataclass
@@ -158,14 +159,14 @@ class QTensor:
         kernel = kernel.astype(self.step.dtype)
         if self.rotated is not None:
             rotation, layout = self.rotated
-            kernel = layout.operand(jax.vmap(rotation.forth)(layout.matrices(kernel)))
+            kernel = layout.operand(jax.vmap(rotation.rotate)(layout.matrices(kernel)))
         return kernel
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """The errors and other figures of one kernel's quantization, on the calibration data.
+    """The error metrics of one kernel's quantization, on the calibration data.
 
     Examples:
         >>> info = quantized.info["hidden/kernel"]
@@ -175,10 +176,10 @@ class Info:
 
     square_error: jax.Array  # ||X W - Xq q||_F^2
     energy: jax.Array  # ||X W||_F^2; nan where inputs are so small that their squares are lost
-    saturation: jax.Array  # share of arguments more than half a step outside the grid
+    saturation: jax.Array = dataclasses.field(metadata=_mean)  # share of arguments more than half a step off the grid
     dead: jax.Array  # input coordinates of which the data say nothing: their weights are rounded to nearest
-    sparsity: jax.Array  # share of weights quantized to 0
-    entropy: jax.Array  # of the codes, in bits per weight: the rate an entropy coder would reach
+    sparsity: jax.Array = dataclasses.field(metadata=_mean)  # share of weights quantized to 0
+    entropy: jax.Array = dataclasses.field(metadata=_mean)  # of the codes, bits per weight: an entropy coder's rate
     zero_steps: jax.Array  # steps of 0 under weights that are not all 0: an error where positive
     square_floor: jax.Array  # of the square error, what the method would leave on an infinitely fine grid
     square_bound: jax.Array  # on the square error; nan where there is none
@@ -225,23 +226,27 @@ class Info:
         return _relative(square, self.energy)
 
     @classmethod
-    def join(cls, infos: "list[Info]") -> "Info":
-        """The `Info` of a kernel quantized in equal parts (the layers of a stack)."""
+    def join(cls, infos: "list[Info]", sizes: jax.Array | None = None) -> "Info":
+        """The `Info` of a kernel quantized in parts (the layers of a stack), of equal size or of `sizes` (parts,)."""
         reach = WorstCase.join([info.reach for info in infos])
         found = [jnp.atleast_1d(info.rows) for info in infos if info.rows is not None]
         rows = jnp.concatenate(found) if found else None
         bare = [dataclasses.replace(info, reach=None, rows=None) for info in infos]
-        return dataclasses.replace(_join(bare), reach=reach, rows=rows)
+        return dataclasses.replace(_join(bare, sizes), reach=reach, rows=rows)
 
 
 @jax.jit
-def _join(infos):
-    means = ("saturation", "sparsity", "entropy")
+def _join(infos, sizes):
+    means = {f.name for f in dataclasses.fields(Info) if f.metadata.get("mean")}
+
+    def mean(x: Any) -> Any:
+        return x.mean() if sizes is None else jnp.sum(x * sizes) / sizes.sum()
+
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *infos)
     fields: dict[str, Any] = {name: x for name, x in vars(stacked).items() if name not in ("reach", "rows")}
     squares, k = aligned(jnp.stack([fields[name] for name in SQUARES], 1), fields["exponent"][:, None])
     fields |= dict(zip(SQUARES, squares.T, strict=True)) | {"exponent": k}
-    return Info(**{name: x.mean() if name in means else x.sum() for name, x in fields.items()})
+    return Info(**{name: mean(x) if name in means else x.sum() for name, x in fields.items()})
 
 
 @jax.jit
@@ -262,7 +267,7 @@ def _unrotated(kernel, dtype, rotated):
     """A kernel in its own coordinates and type."""
     if rotated is not None:
         rotation, layout = rotated
-        kernel = layout.operand(jax.vmap(rotation.back)(layout.matrices(kernel)))
+        kernel = layout.operand(jax.vmap(rotation.unrotate)(layout.matrices(kernel)))
     return kernel.astype(dtype)
 
 

@@ -6,29 +6,21 @@ from typing import Literal
 import jax
 
 from ..scalar import (
-    AbsMax,
-    Bounded,
     Constraint,
-    FitScale,
-    Fixed,
     Grid,
     MinError,
     MinMSE,
     Nearest,
-    PerGroup,
     Rounding,
     Scale,
     grid_of_bits,
     input_codes,
 )
-from ..scalar.accumulator import AXE, scales_with_radius
-from ..scalar.integer_sums import no_integers
+from ..scalar.predicates import is_count
 from ..scalar.pytree import register_dataclass
-from ..scalar.step_types import StepType, UnderHalf, is_coarse, kernel_bits, step_type
+from ..scalar.step_types import StepType, check_step_type, is_coarse, kernel_bits, step_misfit, step_type
 from .finish import CosineDescend, Descend, Finish
-from .methods import GPFQ, MSQ, Method
-from .nullspace import MalySaab
-from .nullspace import refuse as refuse_walk
+from .methods import GPFQ, Method
 from .optq import Qronos
 from .order import Descending, Natural, Order
 from .prepare import Prepare
@@ -62,19 +54,23 @@ class Recipe:
         object.__setattr__(self, "step_dtype", step_type(self.step_dtype))
         if self.form not in ("auto", "gram", "data"):
             raise ValueError(f"form is 'auto', 'gram' or 'data'; got {self.form!r}.")
-        if self.block is not None and (not isinstance(self.block, int) or self.block < 1):
+        if self.block is not None and not is_count(self.block):
             raise ValueError(
                 f"block is a positive number of coordinates, or None for the plain scan; got {self.block!r}."
             )
         parts = (self.rounding, Rounding), (self.method, Method)
         if all(isinstance(part, kind) for part, kind in parts):  # and not the placeholders of a tree operation
-            _refuse_contradictions(self)
+            if self.form == "data" and self.needs_gram:
+                raise ValueError(f"{_needs_gram(self)} has no data form; use form='gram'.")
+            for part in (self.rounding, self.finish, self.scale.per, *self.prepare):
+                if part is not None:
+                    part.check(self)
+            check_step_type(self)
 
     @property
     def refits(self) -> int | None:
         """The size of the groups whose steps are refit on the way; None if steps are chosen beforehand."""
-        per = self.scale.per
-        return per.size if isinstance(per, PerGroup) and per.refit else None
+        return self.scale.per.refits
 
     @property
     def local_steps(self) -> bool:
@@ -88,7 +84,7 @@ class Recipe:
     @property
     def moves_step(self) -> bool:
         """True if steps may end up elsewhere than the scale laid them, each matrix's by itself."""
-        return isinstance(self.scale, MinError) or (self.finish is not None and self.finish.frees_step)
+        return self.scale.searches or (self.finish is not None and self.finish.frees_step)
 
     @property
     def needs_rows(self) -> bool:
@@ -109,7 +105,7 @@ class Recipe:
         """True if the data form is to be used for `rows` calibration rows, n inputs and `out` neurons.
 
         It is where it takes fewer operations (6 rows n (out + block) against 6 rows n^2 + 4 n^2 out) and no more memory
-        (2 rows n + 3 rows out against 3 n^2 numbers): for many more inputs than rows.
+        (2 rows n + 3 rows out against 3 n^2 elements): for many more inputs than rows.
         """
         if self.needs_rows or self.form == "gram" or self.needs_gram:
             return self.needs_rows
@@ -118,22 +114,16 @@ class Recipe:
 
     def misfit(self, n: int, out: int) -> str | None:
         """The reason why a matrix of n inputs and `out` neurons cannot have these steps; None if it can."""
-        per, kind = self.scale.per, self.step_dtype
-        if isinstance(kind, UnderHalf) and isinstance(per, PerGroup) and n % (run := per.size * kind.run):
-            return (
-                f"{kind} has a float16 for every {run} inputs, which do not divide its {n}: take another format for it"
-            )
-        return per.misfit(n, out)
+        return step_misfit(self.step_dtype, self.scale.per, n) or self.scale.per.misfit(n, out)
 
     def refuse(self, rows: int, size: tuple[int, int], name: str) -> None:
         """Raises where this recipe cannot be used for a matrix (in, out) and that many calibration rows."""
         n, out = size
         if reason := self.misfit(n, out):
             raise ValueError(f"{name} cannot have these steps: {reason}.")
-        if isinstance(self.rounding, Bounded):
-            _refuse_straddling(self, n, name)
-        if any(isinstance(p, MalySaab) for p in self.prepare):
-            refuse_walk(rows, n, name)
+        self.rounding.refuse(self, n, name)
+        for part in self.prepare:
+            part.refuse(rows, n, name)
         if self.rotation is not None:
             self.rotation.refuse(n, name)
 
@@ -173,12 +163,9 @@ def _guarded(settings, guard, inputs, given) -> dict:
             "activations=.., or jpfq.solve inputs=jpfq.Asymmetric(8), the grid of its inputs."
         )
     rounding = guard.around(settings["rounding"], input_codes(inputs))
-    if isinstance(rounding, AXE) and "scale" not in given:
-        searches = isinstance(settings["scale"], MinError)
-        settings["scale"] = (
-            MinError(FitScale(AbsMax(), rounding.sums)) if searches else FitScale(settings["scale"], rounding.sums)
-        )
-    if rounding.settled is None and "finish" not in given:
+    if "scale" not in given:
+        settings = settings | {"scale": rounding.fitted(settings["scale"])}
+    if rounding.for_finish is None and "finish" not in given:
         settings = settings | {"finish": None}
     return settings | {"rounding": rounding}
 
@@ -228,16 +215,15 @@ def _defaults(settings) -> dict:
     """
     on_data = settings.get("form") == "data"
     scale = settings.get("scale", MinMSE() if on_data else MinError())
-    held = isinstance(scale, Fixed) or is_coarse(step_type(settings.get("step_dtype"))) or scale.in_blocks
+    held = scale.fixed or is_coarse(step_type(settings.get("step_dtype"))) or scale.in_blocks
     finish = Descend() if held else CosineDescend()
     plain = type(settings.get("rounding", Nearest())) is Nearest and not on_data
-    refits = isinstance(scale.per, PerGroup) and scale.per.refit
     needs_rows = any(p.needs_rows for p in settings.get("prepare", ()))
     return {
         "scale": scale,
         "shrinkage": None if on_data or needs_rows else Shrinkage(),
         "rotation": None,
-        "order": Natural() if refits else Descending(),
+        "order": Natural() if scale.per.refits else Descending(),
         "prepare": (),
         "method": GPFQ() if on_data else Qronos(),
         "rounding": Nearest(),
@@ -250,109 +236,11 @@ def _needs_gram(recipe) -> str | None:
     if not recipe.method.local:
         return str(recipe.method)
     gram_only = [p for p in recipe.prepare if not p.needs_rows]
-    searches = isinstance(recipe.scale, MinError)
     parts = (
         *gram_only,
         recipe.finish,
         recipe.shrinkage,
         recipe.rotation,
-        recipe.scale if searches or recipe.refits else None,
+        recipe.scale if recipe.scale.searches or recipe.refits else None,
     )
     return next((str(part) for part in parts if part is not None), None)
-
-
-def _refuse_contradictions(recipe):
-    finish, rounding, scale = recipe.finish, recipe.rounding, recipe.scale
-    if isinstance(rounding, Bounded):
-        _refuse_unbounded(recipe)
-    if recipe.form == "data" and recipe.needs_gram:
-        raise ValueError(f"{_needs_gram(recipe)} has no data form; use form='gram'.")
-    if rounding.sparse and recipe.grid.has_zero is False:
-        raise ValueError(f"{rounding} sends weights to 0, which is no level of {recipe.grid}: take a grid with 0.")
-    if finish is not None and finish.descends and (rounding.settled is None or (rounding.sparse and finish.frees_step)):
-        raise ValueError(f"{finish} would bring back weights that {rounding} sends to 0: take finish=Refit() or None.")
-    if finish is not None and finish.frees_step and isinstance(scale, Fixed):
-        raise ValueError(f"{finish} changes the step that Fixed gives: take finish=Descend() or None.")
-    if finish is not None and finish.frees_step and is_coarse(recipe.step_dtype):
-        raise ValueError(
-            f"{finish} moves steps a little, which {recipe.step_dtype} has no numbers for: take finish=Descend() or None."
-        )
-    if isinstance(recipe.step_dtype, UnderHalf) and (not isinstance(scale.per, PerGroup) or recipe.refits):
-        raise ValueError(
-            f"step_dtype={str(recipe.step_dtype)!r} has a float16 over {recipe.step_dtype.run} groups of a neuron: take a "
-            f"scale with per=jpfq.scale.PerGroup(..), without refit; got {scale}."
-        )
-    if recipe.grid.offset and (recipe.step_dtype is None or is_coarse(recipe.step_dtype)):
-        raise ValueError(
-            f"{recipe.grid} stores an offset beside each step: take step_dtype='float16', 'bfloat16' or 'uint6_float16'; "
-            f"got {recipe.step_dtype or 'float32'}."
-        )
-    if scale.in_blocks and recipe.moves_step:
-        mover, remedy = (
-            (scale, "scale=jpfq.scale.AbsMax") if isinstance(scale, MinError) else (finish, "finish=Descend()")
-        )
-        raise ValueError(
-            f"{mover} moves the step of each neuron, and {scale.per} has one for a block of them: take {remedy}."
-        )
-    if recipe.refits:
-        if isinstance(scale, MinError):
-            raise ValueError(f"{scale} searches for steps beforehand, which PerGroup(refit=True) chooses on the way.")
-        if not isinstance(recipe.order, Natural):
-            raise ValueError("PerGroup(refit=True) takes groups as the recursion meets them: it needs order=Natural().")
-    others = len(recipe.prepare) > 1 or recipe.rotation is not None or recipe.shrinkage is not None
-    if any(p.needs_rows for p in recipe.prepare) and others:
-        raise ValueError(
-            f"{recipe.prepare} works on the calibration rows: alone, without a rotation and without shrinkage."
-        )
-
-
-def _refuse_unbounded(recipe):
-    """Raises where sums of codes would not be what an accumulator holds."""
-    grid, rounding = recipe.grid, recipe.rounding
-    if grid.alphabet().zero is None:
-        raise ValueError(
-            f"{grid} gives weights a zero point, and sums of codes would then move with the sum of the inputs: with an "
-            "accumulator take a grid about 0, such as bits=4 or jpfq.Integer(4)."
-        )
-    if grid.has_zero is False:
-        raise ValueError(
-            f"An accumulator needs the weight 0, which is no level of {grid}: take jpfq.Integer or Ternary."
-        )
-    if grid.unit is None and grid.table is not None:
-        raise ValueError(no_integers(grid))
-    if recipe.scale.in_blocks:
-        raise ValueError(
-            f"An accumulator fits the steps of each neuron, and {recipe.scale.per} shares them: PerChannel()."
-        )
-    if recipe.rotation is not None:
-        raise ValueError(
-            f"{recipe.rotation} rotates inputs, which are integer codes no longer: no accumulator with it."
-        )
-    if recipe.refits:
-        raise ValueError(
-            "PerGroup(refit=True) chooses steps on the way, an accumulator's thresholds before: refit=False."
-        )
-    if scales_with_radius(rounding):
-        raise ValueError("A threshold in units of the radius has no fixed size under an accumulator: unit='step'.")
-    if isinstance(rounding, AXE) and rounding.feedback == "shrunk" and recipe.method.local:
-        raise ValueError(
-            f"feedback='shrunk' is about what OPTQ and its relatives pass on; {recipe.method} feeds back codes: without it."
-        )
-    if not isinstance(rounding, AXE) and not isinstance(recipe.method, MSQ):
-        raise ValueError(f"EPInit bounds weights that are rounded as they are: method=jpfq.MSQ(), not {recipe.method}.")
-    if not isinstance(rounding, AXE) and recipe.finish is not None and recipe.finish.descends:
-        raise ValueError(f"{recipe.finish} would break the bound that {rounding} keeps: take finish=Refit() or None.")
-
-
-def _refuse_straddling(recipe, n, name):
-    """Raises where one sum would run over weights of several steps."""
-    per = recipe.scale.per
-    size = per.size if isinstance(per, PerGroup) else n
-    if isinstance(recipe.scale, Fixed) and getattr(recipe.scale.step, "ndim", 0) == 2:
-        size = n // recipe.scale.step.shape[0]
-    tile = recipe.rounding.sums.size(n)
-    if size < n and size % tile:
-        raise ValueError(
-            f"Groups of {size} inputs with a step of their own straddle the tiles of {tile} that the accumulator of {name} "
-            f"sums ({n} inputs in all): take a tile that divides {size}, or one step per neuron."
-        )

@@ -70,14 +70,14 @@ class Recursion(NamedTuple):
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.out, *jnp.shape(x))), self.rounding.init())
 
     def again(
-        self, codes: jax.Array, rounding: Rounding | None = None, carry: Any = None, given: Any = ()
+        self, codes: jax.Array, rounding: Rounding | None = None, carry: Any = None, inputs: Any = ()
     ) -> tuple["Recursion", Any]:
-        """The recursion for a pass over `codes`, and what it is told: by another rounding, if one is given with its carry.
+        """The recursion for a pass over `codes`, and its inputs: by another rounding, if one is given with its carry.
 
         Whatever the rounding of this one promises is kept.
         """
         rounding = self.rounding if rounding is None else rounding
-        parts = self.rounding.keep(codes, self.spread(), self.order, rounding, carry, given)
+        parts = self.rounding.constrain(codes, self.spread(), self.order, rounding, carry, inputs)
         return self._replace(rounding=parts[0], carry=parts[1]), parts[2]
 
     def scan(
@@ -87,11 +87,11 @@ class Recursion(NamedTuple):
         index: jax.Array,
         carry: Any,
         about: jax.Array | None = None,
-        given: Any = (),
+        inputs: Any = (),
     ) -> tuple[Any, Path]:
         """Runs through the coordinates `index`, given their target A and their feedback L among themselves.
 
-        Arguments are A + L (about - q). `given` is a tree of arrays (in, out) or (in,), of which the rounding sees the
+        Arguments are A + L (about - q). `inputs` is a tree of arrays (in, out) or (in,), of which the rounding sees the
         entries of its coordinate.
         """
         about = jnp.zeros_like(A) if about is None else about
@@ -101,33 +101,33 @@ class Recursion(NamedTuple):
         if kernel is not None:
             spread = (lambda x: x) if grouped else (lambda x: x[None])
             rows = levels.with_steps(spread(step), spread(zero))
-            carry, codes, arguments = kernel(self, A, L, about, rows, carry, given)
+            carry, codes, arguments = kernel(self, A, L, about, rows, carry, inputs)
             path = Path(codes, rows.decode(codes), rows.saturates(arguments))
             path = path._replace(arguments=arguments) if self.keeps else path
             return carry, path if self.refit is None else path._replace(refit=levels)
 
-        def neuron(A, about, given, step, zero, carry, o):
+        def neuron(A, about, inputs, step, zero, carry, o):
             draw = None if self.key is None else jax.random.fold_in(self.key, o)
 
             def visit(state, x):
                 carry, e = state  # about - q of the coordinates done, 0 of the others
-                t, i, a, b, feedback, given, group = x
+                t, i, a, b, feedback, inputs, group = x
                 if feedback is not None:
                     a = a + jnp.dot(feedback, e, precision="highest")
                 here = levels.with_steps(*(group or (step, zero)))
                 key = None if draw is None else jax.random.fold_in(draw, i)
-                carry, code = self.rounding(carry, a, RoundingContext(here, key, given))
+                carry, code = self.rounding(carry, a, RoundingContext(here, key, inputs))
                 path = Path(code, here.decode(code), here.saturates(a), shift=self.rounding.shift(carry))
                 path = path._replace(arguments=a) if self.keeps else path
                 return (carry, e.at[t].set(b - path.fed)), path
 
-            coordinates = (jnp.arange(A.shape[0]), index, A, about, L, given, (step, zero) if grouped else ())
+            coordinates = (jnp.arange(A.shape[0]), index, A, about, L, inputs, (step, zero) if grouped else ())
             (carry, _), path = lax.scan(visit, (carry, jnp.zeros_like(A)), coordinates)
             return carry, path
 
-        columns = (1, 1, jax.tree.map(lambda x: 1 if x.ndim == 2 else None, given), *(1 if grouped else 0,) * 2, 0, 0)
+        columns = (1, 1, jax.tree.map(lambda x: 1 if x.ndim == 2 else None, inputs), *(1 if grouped else 0,) * 2, 0, 0)
         mapped = jax.vmap(neuron, in_axes=columns, out_axes=(0, 1))
-        carry, path = mapped(A, about, given, step, zero, carry, self.neurons.numbers(self.out))
+        carry, path = mapped(A, about, inputs, step, zero, carry, self.neurons.indices(self.out))
         return carry, path if self.refit is None else path._replace(refit=levels)
 
     def alone(self, W: jax.Array) -> jax.Array:
@@ -139,7 +139,7 @@ class Recursion(NamedTuple):
         if self.key is None or not self.rounding.random:
             return one(W, levels.step, levels.zero, None)
         fold = jax.vmap(jax.random.fold_in, (None, 0))
-        keys = jax.vmap(fold, (0, None), 1)(fold(self.key, self.neurons.numbers(self.out)), self.order)
+        keys = jax.vmap(fold, (0, None), 1)(fold(self.key, self.neurons.indices(self.out)), self.order)
         return jax.vmap(jax.vmap(one))(W, levels.step, levels.zero, keys)
 
     def values(self, codes: jax.Array) -> jax.Array:
@@ -167,7 +167,7 @@ def substitute(
     *,
     block: int | None = BLOCK,
     about: jax.Array | None = None,
-    given: Any = (),
+    inputs: Any = (),
 ) -> Path:
     """Solves q = Q(A - L q) for all neurons; with `about`, q = Q(A + L (about - q)).
 
@@ -178,12 +178,12 @@ def substitute(
         block: coordinates per block; None runs the plain scan, and so do two blocks or fewer. Changes the cost, and the
             codes only where rounding errors decide a tie.
         about: values near q, such as the weights (in, out); None means 0.
-        given: what the rounding is to know of each coordinate, a tree of arrays (in, out) or (in,).
+        inputs: those of the rounding at each coordinate, a tree of arrays (in, out) or (in,).
     """
     n, index = A.shape[0], recursion.order
     if recursion.refit is None and (L is None or block is None or n <= 2 * block):
         L = L.rows(0, n) if isinstance(L, Split) else L
-        return recursion.scan(A, L, index, recursion.start(), about, given)[1]
+        return recursion.scan(A, L, index, recursion.start(), about, inputs)[1]
     if block is None or L is None:
         raise ValueError("Steps that are refit on the way need a feedback, and blocks of one group each.")
     blocks = -(-n // block)
@@ -191,9 +191,9 @@ def substitute(
     pad = lambda x: jnp.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1)))
     about = jnp.zeros_like(A) if about is None else about
     A, about, index, feedback = pad(A), pad(about), pad(index), padded(L, more)
-    given = jax.tree.map(pad, given)
+    inputs = jax.tree.map(pad, inputs)
     if isinstance(feedback, Split):
-        path = _panel(recursion, A, feedback, index, recursion.start(), about, given, block)[1]
+        path = _panel(recursion, A, feedback, index, recursion.start(), about, inputs, block)[1]
         return jax.tree.map(lambda x: x[:n] if x.ndim else x, path)
     width = block * -(-blocks // min(PANELS, max(1, n // PANEL)))  # coordinates in a panel
 
@@ -203,13 +203,13 @@ def substitute(
         R = A[here]
         if done:
             R = R + matmul(feedback[here, :first], about[:first] - jnp.concatenate([path.fed for path in done]))
-        near = jax.tree.map(lambda x: x[here], given)
+        near = jax.tree.map(lambda x: x[here], inputs)
         carry, path = _panel(recursion, R, feedback[here, here], index[here], carry, about[here], near, block)
         done.append(path)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n] if parts[0].ndim else parts[0], *done)
 
 
-def _panel(recursion, R, L, index, carry, about, given, block):
+def _panel(recursion, R, L, index, carry, about, inputs, block):
     """The recursion on one panel, `block` coordinates at a time."""
 
     def visit(state, first):
@@ -217,7 +217,7 @@ def _panel(recursion, R, L, index, carry, about, given, block):
         take = lambda x, axis=0: lax.dynamic_slice_in_dim(x, first, block, axis)
         feedback, near = L.rows(first, block) if isinstance(L, Split) else take(L), take(about)
         argument = take(R) + matmul(feedback, e)  # rows of e not yet reached are 0
-        carry, path = recursion.scan(argument, take(feedback, 1), take(index), carry, near, jax.tree.map(take, given))
+        carry, path = recursion.scan(argument, take(feedback, 1), take(index), carry, near, jax.tree.map(take, inputs))
         return (carry, lax.dynamic_update_slice_in_dim(e, near - path.fed, first, 0)), path
 
     (carry, _), path = lax.scan(visit, (carry, jnp.zeros_like(R)), jnp.arange(0, R.shape[0], block))

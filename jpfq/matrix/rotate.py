@@ -37,26 +37,26 @@ class Hadamard:
         if _power(n) < 2:
             raise ValueError(f"Hadamard rotates blocks of a power of two, but {name} has an odd number of inputs, {n}.")
 
-    def forth(self, M: jax.Array) -> jax.Array:
+    def rotate(self, M: jax.Array) -> jax.Array:
         """R^T M, for M (in, ..)."""
         return self._blocks(M * self._signs(M.shape[0], M.dtype)[:, None])
 
-    def back(self, M: jax.Array) -> jax.Array:
+    def unrotate(self, M: jax.Array) -> jax.Array:
         """R M."""
         return self._blocks(M) * self._signs(M.shape[0], M.dtype)[:, None]
 
-    def rows(self, X: jax.Array) -> jax.Array:
+    def rotate_rows(self, X: jax.Array) -> jax.Array:
         """X R, for X (.., in)."""
         return self._along(X * self._signs(X.shape[-1], X.dtype))
 
-    def rows_back(self, X: jax.Array) -> jax.Array:
+    def unrotate_rows(self, X: jax.Array) -> jax.Array:
         """X R^T."""
         return self._along(X) * self._signs(X.shape[-1], X.dtype)
 
     def gram(self, gram: Gram) -> Gram:
         """The Gram of the inputs X R, Xq R."""
-        square = lambda M: None if M is None else self.forth(self.forth(M).T).T
-        vector = lambda x: self.forth(x[:, None])[:, 0]
+        square = lambda M: None if M is None else self.rotate(self.rotate(M).T).T
+        vector = lambda x: self.rotate(x[:, None])[:, 0]
         squares = (square(M) for M in (gram.H, gram.C, gram.drift))
         return dataclasses.replace(
             gram, **dict(zip(("H", "C", "drift"), squares)), sum_X=vector(gram.sum_X), sum_Xq=vector(gram.sum_Xq)

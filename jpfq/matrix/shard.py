@@ -1,11 +1,11 @@
-"""A solve on many devices: each has a run of the neurons and walks through it by itself.
+"""A solve on many devices: each solves a run of the neurons by itself.
 
-    W (in, out)        split over its neurons, filled up where the devices do not divide them
+    W (in, out)        split over its neurons, padded where the devices do not divide them
     H, C, drift        whole on every device; or where they come split over their rows, so they stay
     codes, values      split as W is
 
 The recursion of a neuron needs no other neuron, so between its first and its last coordinate nothing is sent. What neurons
-share (one step for a whole matrix, the figures of `Info`) is exchanged before and after; see neurons.py.
+share (one step for a whole matrix, the metrics of `Info`) is exchanged before and after; see neurons.py.
 Of a split Gram, a block of rows at a time is sent to all devices, before the recursion enters it (split.py). That serves the
 methods whose feedback is H itself (GPFQ, UNI, MSQ); a factorisation needs H whole.
 """
@@ -133,7 +133,7 @@ def _solve_sharded(W, data, recipe, key, devices, split_gram):
 
 
 def _of_info(recipe, whole, split):
-    """The partition specs of `Info`: its figures are of all neurons, but for the sums of each."""
+    """The partition specs of `Info`: its metrics are over all neurons, except the integer sums of each."""
     fields: dict[str, Any] = {f.name: whole for f in dataclasses.fields(Info)}
     fields["reach"] = WorstCase(whole, split) if isinstance(recipe.rounding, Bounded) else None
     return Info(**fields)

@@ -1,4 +1,4 @@
-"""What calibration data show: whether they can be used, and in which units."""
+"""Checks of calibration data: whether they can be used, and the power of two that they are scaled by."""
 
 from typing import NamedTuple
 
@@ -23,25 +23,25 @@ class Shown(NamedTuple):
     @classmethod
     def of(cls, diagonal: jax.Array, X: jax.Array, Xq: jax.Array, count: jax.Array) -> "Shown":
         """From diag(H), sums or means of both networks' inputs, and the count, with any leading axes. Reads them once."""
-        return cls.read(cls.told(diagonal, X, Xq, count))
+        return cls.read(cls.reduced(diagonal, X, Xq, count))
 
     @staticmethod
     @numpy_or_jit()
-    def told(diagonal: jax.Array, X: jax.Array, Xq: jax.Array, count: jax.Array) -> jax.Array:
-        """What `read` reads (5,): the largest of each, as one reduction, which compiles in a fifth of the time of five."""
+    def reduced(diagonal: jax.Array, X: jax.Array, Xq: jax.Array, count: jax.Array) -> jax.Array:
+        """The input of `read` (5,): the largest entry of each, by one reduction, which compiles five times faster."""
         xp = namespace(diagonal)
         X, Xq, count = (xp.broadcast_to(x, diagonal.shape) for x in (X, Xq, count[..., None]))
-        told = ~xp.isfinite(X), ~xp.isfinite(Xq), (X != 0) | (Xq != 0), diagonal, count
-        return xp.stack([x.astype(diagonal.dtype) for x in told]).reshape(5, -1).max(1)
+        flags = ~xp.isfinite(X), ~xp.isfinite(Xq), (X != 0) | (Xq != 0), diagonal, count
+        return xp.stack([x.astype(diagonal.dtype) for x in flags]).reshape(5, -1).max(1)
 
     @classmethod
-    def read(cls, told: jax.Array) -> "Shown":
-        """From what `told` tells."""
-        not_X, not_Xq, inputs, largest, count = np.asarray(told)
+    def read(cls, largest_of: jax.Array) -> "Shown":
+        """From the array that `reduced` returns."""
+        not_X, not_Xq, inputs, largest, count = np.asarray(largest_of)
         finite_X, finite_Xq, rows = not not_X, not not_Xq, bool(count > 0)
         inputs = bool(inputs) or not largest <= 0
-        size = (np.inf if np.isnan(largest) else largest) / max(count, 1)  # NaN of infinities that meet
-        third, power = _third(told.dtype), 0
+        size = (np.inf if np.isnan(largest) else largest) / max(count, 1)  # infinity less infinity is NaN
+        third, power = _third(largest_of.dtype), 0
         if finite_X and finite_Xq and inputs and not 4.0**-third <= size <= 4.0**third:
             lost = size == 0 or np.isinf(size)  # how far it is from 1 is lost
             most = third * (1 if size < 1 else -1)
@@ -49,7 +49,7 @@ class Shown(NamedTuple):
         return cls(finite_X, finite_Xq, rows, inputs, int(power))
 
     def refuse(self, name: str) -> None:
-        """Raises for data that show nothing."""
+        """Raises for data without rows, or without an input that is not 0."""
         if not self.rows:
             raise ValueError(
                 f"The calibration data of {name} hold no rows, or only rows of weight 0: give rows that count, or leave "

@@ -1,4 +1,4 @@
-"""Shrinkage: what few calibration rows say by chance is taken back, so that codes fit rows not seen as well.
+"""Shrinkage: correlations that few calibration rows have by chance are removed, so that codes fit other rows as well.
 
 A Gram of m rows has n^2 / 2 correlations, most of them noise when m is not far above n. A method that inverts it, or
 descends on it, fits that noise: plain rounding then does better on new rows. The cure is old (Stein; Ledoit, Wolf 2004;
@@ -9,7 +9,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from ..scalar.grid import Number, is_number
+from ..scalar.grid import Number
+from ..scalar.predicates import may_be
 from ..scalar.pytree import register_dataclass
 from .gram import Gram, mean_energy
 
@@ -26,7 +27,7 @@ class Shrinkage:
     With k = share n / m: H + k diag(H), in which correlations are worth m / (m + share n) of what they were. Before, they
     lose what sampling alone would make of them: with a sum of squares sum c^2, of which sum (1 - c^2)^2 / (m - 1) is by
     chance, they are multiplied by 1 - chance / sum c^2; one row counts as two there. So are those of X - Xq with Xq.
-    Inputs that are independent are thus rounded by themselves, and a large number of rows leaves all as it is. Figures in
+    Inputs that are independent are thus rounded by themselves, and a large number of rows leaves all as it is. Metrics in
     `Info` are always those of the data themselves.
 
     Inputs that were 0 on all rows count as independent ones of mean energy: their weights are rounded by themselves, and
@@ -48,7 +49,7 @@ class Shrinkage:
     share: Number = 0.5
 
     def __post_init__(self):
-        if isinstance(self.share, (str, bool)) or (is_number(self.share) and not self.share >= 0):
+        if not may_be(self.share, lambda x: x >= 0):
             raise ValueError(f"Shrinkage takes a share of 0 or more; got {self.share!r}.")
 
     def __call__(self, gram: Gram) -> Gram:

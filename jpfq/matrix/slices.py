@@ -1,7 +1,7 @@
-"""Slices: a wide matrix is solved a run of neurons at a time, so that what is made on the way stays small.
+"""Slices: a wide matrix is solved a run of neurons at a time, so that intermediate arrays stay small.
 
 A language model's head has a hundred thousand neurons, and a solve makes a dozen arrays of the size of its matrix. Neurons
-go their own way, so runs of them are solved one after the other, by one program; the last run is filled up.
+are independent, so runs of them are solved one after the other, by one program; the last run is padded.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def solve_sliced(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array
         parts.append(solution._replace(codes=solution.codes.astype(dtype)))
     infos = [part.info for part in parts]
     codes, q, step, zero = _side_by_side([part._replace(info=None) for part in parts], out)
-    del parts  # before figures take memory of their own
+    del parts  # before the metrics take memory
     return Solution(codes, q, step, zero, _joined(infos, codes, width))
 
 
@@ -55,14 +55,7 @@ def _side_by_side(parts, out):
 
 @functools.partial(jax.jit, static_argnames="width")
 def _joined(infos, codes, width):
-    """The figures of all neurons from those of each run; the runs are of one width but for the last."""
+    """The metrics of all neurons from those of each run; all runs but the last have one width."""
     out = codes.shape[-1]
     counts = jnp.asarray([min(width, out - i * width) for i in range(len(infos))], infos[0].saturation.dtype)
-    mean = lambda name: jnp.sum(jnp.stack([getattr(info, name) for info in infos]) * counts) / out
-    return dataclasses.replace(
-        Info.join(infos),
-        dead=infos[0].dead,
-        saturation=mean("saturation"),
-        sparsity=mean("sparsity"),
-        entropy=entropy(codes),
-    )
+    return dataclasses.replace(Info.join(infos, counts), dead=infos[0].dead, entropy=entropy(codes))

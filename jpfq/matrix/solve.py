@@ -4,23 +4,20 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from ..scalar import Constraint, Grid, Rounding, Scale
 from .arrays import at_least_float32, is_finite
 from .explicit_mesh import anywhere, is_traced
+from .failures import raise_on
 from .finish import Finish
 from .gram import Gram, Rows
-from .host import namespace, numpy_or_jit
 from .layout import DotLayout
 from .methods import Method
 from .order import Order
 from .prepare import Prepare
 from .qtensor import Info, QTensor, code_dtype
-from .recipe import Form, Recipe, recipe_of
+from .recipe import Form, recipe_of
 from .recursion import BLOCK
 from .rotate import Hadamard
 from .shrink import Shrinkage
@@ -117,58 +114,6 @@ def solve(
     rotated = None if recipe.rotation is None else (recipe.rotation, DotLayout(W.shape, (0,), (), (-1,), (), False))
     step, zero = recipe.stored_steps(result.step)[0], recipe.stored_steps(result.zero)[0]
     return QTensor(codes, step, zero, recipe.grid, W.dtype, rotated, recipe.step_dtype), result.info
-
-
-def raise_on(info: Info, recipe: Recipe, name: str, data: Gram | Rows) -> None:
-    """Raises what went wrong inside a compiled solve; a no-op while traced. `data` have a leading axis."""
-    if is_traced(info.zero_steps) or bool(all_well(info, data)):
-        return
-    if not is_finite(data.diagonal):
-        raise ValueError(f"The calibration data of {name} overflow: its Gram is not finite. Scale the inputs down.")
-    if int(info.failed):
-        raise ValueError(
-            f"{recipe.method} with prepare={recipe.prepare}: the factorisation of H + lam I failed for {name}, where H has "
-            f"the condition number {_condition(data):.1e}. Raise the damping, for example to "
-            "damping=jpfq.damping.MeanDiagonal(0.05), calibrate with more rows than inputs, or take jpfq.GPFQ(), which "
-            "factors none."
-        )
-    if int(info.zero_steps):
-        raise ValueError(
-            f"{recipe.scale} gives a step of zero under weights of {name} that are not all zero "
-            f"({int(info.zero_steps)} steps): take a scale that sees them, such as jpfq.scale.AbsMax() or "
-            "jpfq.scale.MinMSE()."
-        )
-    if not bool(jnp.isfinite(info.square_error)):
-        raise ValueError(f"The quantized outputs of {name} overflow: scale its inputs down.")
-
-
-def all_well(info: Info, data: Gram | Rows) -> jax.Array:
-    """True where there is nothing to raise, for each lane where there are lanes."""
-    return _all_well(info, None if isinstance(data, Rows) else data)  # rows have a power of 2, and do not overflow
-
-
-@numpy_or_jit()
-def _all_well(info, gram):
-    isfinite = namespace(info.square_error).isfinite
-    well = isfinite(info.square_error) & (info.failed == 0) & (info.zero_steps == 0)
-    return well if gram is None else well & isfinite(gram.diagonal).all((-2, -1))
-
-
-def _condition(data) -> float:
-    """The largest condition number of H over the matrices, dead coordinates left out."""
-    grams = jax.vmap(Rows.gram)(data) if isinstance(data, Rows) else data
-    worst = 1.0
-    for H in np.asarray(_whole(grams.H), np.float64):
-        live = np.diagonal(H) > 0
-        values = np.linalg.eigvalsh(H[live][:, live])
-        worst = max(worst, np.inf if values.size and values[0] <= 0 else values[-1] / values[0] if values.size else 1.0)
-    return float(worst)
-
-
-def _whole(x):
-    """An array that this host can read, also where parts of it lie on others."""
-    readable = x.is_fully_addressable or x.is_fully_replicated
-    return x if readable else jax.device_put(x, NamedSharding(x.sharding.mesh, P()))
 
 
 def _checked(W, data, recipe, key):

@@ -1,6 +1,6 @@
-"""A square matrix that no device holds whole: each has a run of its rows, and what is needed comes a few rows at a time.
+"""A square matrix that no device holds whole: each has a run of its rows, and they are gathered a few at a time.
 
-The rest of the package meets it in place of an array (in, in), through the functions below, which take either.
+The functions below take it or an array (in, in); the rest of the package uses only these.
 """
 
 import dataclasses

@@ -1,9 +1,10 @@
 """The stages of one solve, in one compiled program:
 
     rotation, order, shrinkage, prepare -> scale -> method -> recursion (for each multiple of the steps, where the scale
-    searches) -> finish -> what it was like
+    searches) -> finish -> error metrics
 
-for several matrices with data of their own (the feature groups of a convolution, experts). The network walk calls it.
+for several matrices with data of their own (the feature groups of a convolution, experts). Calibration calls it at each
+site.
 """
 
 import dataclasses
@@ -48,23 +49,23 @@ def solve_all(
 ) -> Solution:
     """Quantizes B matrices W (B, in, out), with a leading axis of B on every array of `data`.
 
-    A scale per tensor is shared by all B, unless a search or a finish moves it. Key: folded by matrix, neuron and input
-    coordinate. Compiled once for all grids. `count` is how many neurons there are, where more fill up (buckets.py), and
-    `first` the number of the first one in W, where that holds a run of them (slices.py).
+    A scale per tensor is shared by all B, unless a search or a finish moves it. The key is folded with the indices of
+    matrix, neuron and input coordinate. One program serves all grids. `count` is the number of neurons where W is padded
+    (buckets.py), and `first` the index of its first neuron where W holds a run of them (slices.py).
     """
     return _solve_all(W, data, dataclasses.replace(recipe, grid=Codes.of(recipe.grid)), key, count, first)
 
 
 class _Prepared(NamedTuple):
-    """One matrix on its way, its coordinates in the order of the recursion."""
+    """The state of one matrix, permuted into visiting order."""
 
     order: jax.Array
-    W: jax.Array  # the float weights, and the data they meet: what every figure is about
+    W: jax.Array  # the float weights, and their data: all metrics are about these
     data: Any
-    trusted: Any  # the data after shrinkage: what codes and steps are chosen by
+    trusted: Any  # the data after shrinkage, by which codes and steps are chosen
     ready_W: jax.Array  # weights and data as prepared for the recursion
     ready_data: Any
-    dead: jax.Array  # how many coordinates the data say nothing of, before any rotation
+    dead: jax.Array  # the number of coordinates that are 0 on all rows, before any rotation
 
 
 @jax.jit
@@ -73,10 +74,12 @@ def _solve_all(W, data, recipe, key, count=None, first=None):
 
 
 def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | None, neurons: Neurons = ALL) -> Solution:
-    """All stages on the neurons W (B, in, out), which may be some of the matrix's; figures are those of all."""
+    """All stages on the neurons W (B, in, out), which may be some of the matrix's; metrics are over all of them."""
     B, n, out = W.shape
     jobs = each(lambda W, data: _prepare(W, data, recipe), W, data)
-    ready, importance = each(lambda job: (_back(job.ready_W, job.order), _back(job.data.diagonal, job.order)), jobs)
+    ready, importance = each(
+        lambda job: (_unpermuted(job.ready_W, job.order), _unpermuted(job.data.diagonal, job.order)), jobs
+    )
     levels = _lay(ready, importance, recipe, neurons)
     store = StepStorage.over(levels.step, recipe.step_dtype, recipe.grid.alphabet().reach, neurons.max)
     beyond, levels = store.exceeds(levels.step), store.levels(levels)
@@ -93,9 +96,9 @@ def stages(W: jax.Array, data: Gram | Rows, recipe: Recipe, key: jax.Array | Non
         draw = None if key is None else jax.random.fold_in(key, b)
         recursion = Recursion(levels.with_steps(step, zero), job.order, out, recipe.rounding, draw)
         recursion = recursion._replace(neurons=neurons, stored=store.levels)
-        *found, figures, ends = _quantize(job, weights, recursion, recipe, lambda x, sign=1: reduced(x, sign * k))
-        figures["saturated_steps"] = jnp.sum(beyond) if shared else neurons.sum(beyond)
-        return *found, figures, ends
+        *found, metrics, ends = _quantize(job, weights, recursion, recipe, lambda x, sign=1: reduced(x, sign * k))
+        metrics["saturated_steps"] = jnp.sum(beyond) if shared else neurons.sum(beyond)
+        return *found, metrics, ends
 
     codes, q, step, zero, parts, ends = each(one, jobs, ready, step, zero, beyond, jnp.arange(B))
     reach = WorstCase(recipe.rounding.sums, ends) if isinstance(recipe.rounding, Bounded) else None
@@ -121,7 +124,7 @@ def _lay(W, importance, recipe, neurons) -> ScaledGrid:
     levels = recipe.scale(flat(W), recipe.grid, flat(jnp.broadcast_to(importance[..., None], W.shape)))
     if recipe.scale.local or recipe.scale.shared:
         return levels
-    each_own = lambda x: jnp.repeat(x, B * out // x.shape[1], axis=1)  # blocks of neurons share what is alike here
+    each_own = lambda x: jnp.repeat(x, B * out // x.shape[1], axis=1)  # neurons of a block have equal steps here
     own = lambda x: neurons.own(each_own(x).reshape(-1, B, out)).reshape(x.shape[0], -1)
     return dataclasses.replace(levels, step=own(levels.step), zero=own(levels.zero))
 
@@ -129,7 +132,7 @@ def _lay(W, importance, recipe, neurons) -> ScaledGrid:
 def _prepare(W, data, recipe) -> _Prepared:
     trusted, dead = data, jnp.sum(data.unseen)
     if recipe.rotation is not None:
-        W, data, trusted = recipe.rotation.forth(W), recipe.rotation.gram(data), recipe.rotation.gram(data.awake())
+        W, data, trusted = recipe.rotation.rotate(W), recipe.rotation.gram(data), recipe.rotation.gram(data.awake())
     p = recipe.order(trusted)
     if p is not None:
         W, data, trusted = W[p], data.permute(p), trusted.permute(p)
@@ -143,23 +146,23 @@ def _prepare(W, data, recipe) -> _Prepared:
 
 
 def _quantize(job: _Prepared, weights, recursion: Recursion, recipe: Recipe, reduce):
-    """Codes, values, steps and figures of one matrix; `weights` are the prepared ones in their own order.
+    """Codes, values, steps and metrics of one matrix; `weights` are the prepared ones in their original order.
 
-    `reduce` divides what is squared, whose squares would else overflow or underflow.
+    `reduce` divides values by a power of two, so that their squares neither overflow nor underflow.
     """
     W, data, neurons = job.ready_W, job.ready_data, recursion.neurons
     for part in recipe.prepare:
         if part.needs_levels:
             W, data = part(W, data, recursion.spread())
-    carry, told = recipe.rounding.meet(W, job.order)
+    carry, inputs_of = recipe.rounding.init_all(W, job.order)
     recursion = recursion._replace(carry=carry)
     system = None
     if isinstance(data, Rows) and not recipe.needs_gram:
-        given = told(recursion.spread())
-        path, _ = follow(W, data, recipe.method, recursion, block=recipe.block, given=given)
+        inputs = inputs_of(recursion.spread())
+        path, _ = follow(W, data, recipe.method, recursion, block=recipe.block, inputs=inputs)
     else:
         system = recipe.method(W, as_gram(data))
-        path, recursion = _run(system, job, recursion, recipe, told, reduce)
+        path, recursion = _run(system, job, recursion, recipe, inputs_of, reduce)
     known = None if path.arguments is None else recipe.method
     squares = Squares.of(job.data, reduce(job.W), neurons, known)
     floor, bound, failed = jnp.nan, jnp.nan, 0
@@ -168,9 +171,9 @@ def _quantize(job: _Prepared, weights, recursion: Recursion, recipe: Recipe, red
         floor, vague = 0.0, 0.0
         if not exact:
             W0 = reduce(target(system))
-            floor, rest = squares.error(W0, W0)  # on an infinitely fine grid arguments are codes
+            floor, rest = squares.error(W0, W0)  # on an infinitely fine grid the codes are the arguments
             vague = neurons.sum(rounding(job.data, squares.W, W0)) + rest
-            if job.data.inputs is not None:  # C may be there for others in its bucket
+            if job.data.inputs is not None:  # C may be there only because others in the bucket have it
                 floor, vague = (jnp.where((job.data.C == 0).all(), 0, x) for x in (floor, vague))
         if system.cost is not None:
             most = reduce(recipe.rounding.error(recursion.spread()))
@@ -180,13 +183,13 @@ def _quantize(job: _Prepared, weights, recursion: Recursion, recipe: Recipe, red
     codes, levels, stored = path.codes, recursion.levels, recursion.stored
     small, large = (lambda levels: levels.scaled(reduce)), (lambda levels: levels.scaled(lambda x: reduce(x, -1)))
     if recipe.finish is not None:
-        settled = recursion._replace(rounding=recipe.rounding.settled, carry=None, refit=None)
-        run = settled._replace(levels=small(levels), stored=lambda levels: small(stored(large(levels))))
+        after = recursion._replace(rounding=recipe.rounding.for_finish, carry=None, refit=None)
+        run = after._replace(levels=small(levels), stored=lambda levels: small(stored(large(levels))))
         codes, levels = recipe.finish(reduce(job.W), as_gram(job.trusted), codes, run, recipe.block)
         levels = large(levels)
         if recipe.finish.frees_step:
-            last = settled if recipe.finish.descends else recursion._replace(carry=None, refit=None)
-            codes = _settle_dead(job, codes, last._replace(levels=levels))
+            last = after if recipe.finish.descends else recursion._replace(carry=None, refit=None)
+            codes = _rounded_dead(job, codes, last._replace(levels=levels))
     recursion = recursion._replace(levels=levels)
     q = recursion.values(codes)
     bounded = recipe.rounding
@@ -200,7 +203,7 @@ def _quantize(job: _Prepared, weights, recursion: Recursion, recipe: Recipe, red
     error, rest = squares.error(made, None if path.arguments is None else reduce(path.arguments))
     of_error, of_energy = (neurons.sum(rounding(job.data, squares.W, x)) for x in (made, none))
     vague = resolution(error, squares.energy, of_error + rest, of_energy)
-    figures = {
+    metrics = {
         "square_error": error,
         "energy": squares.energy,
         "saturation": counted(path.saturated),
@@ -212,22 +215,22 @@ def _quantize(job: _Prepared, weights, recursion: Recursion, recipe: Recipe, red
         "square_rounding": vague,
         "failed": jnp.asarray(failed),
     }
-    codes, q = _back(codes, job.order), _back(q, job.order)
+    codes, q = _unpermuted(codes, job.order), _unpermuted(q, job.order)
     if recipe.rotation is not None:
-        q = recipe.rotation.back(q)
-    return codes, q, levels.step, levels.zero, figures, ends
+        q = recipe.rotation.unrotate(q)
+    return codes, q, levels.step, levels.zero, metrics, ends
 
 
-def _run(system, job, recursion, recipe, told, reduce) -> tuple[Path, Recursion]:
-    """The recursion, and with the levels that it ended on."""
+def _run(system, job, recursion, recipe, inputs_of, reduce) -> tuple[Path, Recursion]:
+    """The path of the recursion, and the recursion with the levels that it ended on."""
     block = recipe.block
     if recipe.refits and system.L is not None:
         given, block = recursion, recipe.refits
         recursion = given._replace(refit=lambda W: given.stored(recipe.scale(W, recipe.grid)))
 
     def run(recursion):
-        given = () if recursion.refit else told(recursion.spread())
-        path = substitute(system.base, system.L, recursion, block=block, about=system.about, given=given)
+        inputs = () if recursion.refit else inputs_of(recursion.spread())
+        path = substitute(system.base, system.L, recursion, block=block, about=system.about, inputs=inputs)
         return path._replace(shift=None, arguments=path.arguments if path.shift is None else None)
 
     multiples = recipe.scale.multiples(system.base.dtype)
@@ -238,7 +241,7 @@ def _run(system, job, recursion, recipe, told, reduce) -> tuple[Path, Recursion]
     least, rounds = multiples
     levels, shared = recursion.levels, recursion.shared
     trusted = as_gram(job.trusted)
-    blind = (mean_energy(trusted.diagonal) == 0).astype(system.base.dtype)  # no data tell steps apart: weights do
+    blind = (mean_energy(trusted.diagonal) == 0).astype(system.base.dtype)  # without data, weights decide between steps
     at = lambda c: levels.scaled(lambda x: x * jnp.atleast_2d(c))
     scaled = lambda c: recursion._replace(levels=recursion.stored(at(c)))
 
@@ -262,18 +265,18 @@ def _run(system, job, recursion, recipe, told, reduce) -> tuple[Path, Recursion]
     return path, scaled(c)
 
 
-def _settle_dead(job, codes, recursion):
-    """The codes with those of dead weights rounded anew, by steps that have changed since."""
+def _rounded_dead(job, codes, recursion):
+    """The codes with those of dead weights rounded again, because the steps have changed."""
     live = job.data.diagonal[:, None] > 0
     if not isinstance(recursion.rounding, Bounded):
         return jnp.where(live, codes, recursion.alone(job.W))
-    settled = recursion.rounding.settled
-    if settled is None:
+    after = recursion.rounding.for_finish
+    if after is None:
         return codes  # those that keep the bound
-    run, given = recursion._replace(rounding=settled, key=None).again(codes)
-    return substitute(jnp.where(live, recursion.values(codes), job.W), None, run, given=given).codes
+    run, inputs = recursion._replace(rounding=after, key=None).again(codes)
+    return substitute(jnp.where(live, recursion.values(codes), job.W), None, run, inputs=inputs).codes
 
 
-def _back(x, order):
-    """Coordinates in the order of the recursion put back in their own."""
+def _unpermuted(x, order):
+    """Coordinates in visiting order put back in their original order."""
     return jnp.zeros_like(x).at[order].set(x)

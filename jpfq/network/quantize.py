@@ -266,7 +266,7 @@ def _fresh_streams(fresh, shapes, offload, store, finite):
                     f"The batches for stop {number} do not all have the shapes of the first ones, {shapes}."
                 )
         if store is not None:
-            store.meet(number, groups[0])
+            store.check_batches(number, groups[0])
         finite[:] = [groups[0].finite]
         return stream.replay(groups[0].leaves, groups[0].weights, number)
 

@@ -2,10 +2,10 @@
 
 from .accumulator import AXE as AXE
 from .accumulator import Accumulator as Accumulator
-from .accumulator import Bounded as Bounded
 from .accumulator import Constraint as Constraint
 from .accumulator import EPInit as EPInit
 from .accumulator import FitScale as FitScale
+from .bounded import Bounded as Bounded
 from .grid import Alphabet as Alphabet
 from .grid import Asymmetric as Asymmetric
 from .grid import Binary as Binary

@@ -5,9 +5,9 @@ largest where each x is nu or mu by the sign of k. With p the sum of the positiv
 
     largest sum  nu p + mu g,     least sum  mu p + nu g,     both to lie within  +-(2^(P-1) - 1)
 
-What is left of the two is the tile's room. `AXE` is a rounding that keeps it: at each coordinate the grid is narrowed to
-the codes that fit the room, another rounding picks one of them, and the room shrinks by what that code may add. 0 always
-fits. Since any input may be 0, no sum on the way is larger, whatever the order of summation.
+What is left of the two is the tile's room. `AXE` is a rounding that stays within it: at each coordinate the grid is narrowed
+to the codes that fit the room, another rounding picks one of them, and the room shrinks by what that code may add. 0 always
+fits. Since any input may be 0, no partial sum is larger, whatever the order of summation.
 
 The tile of a coordinate is its original index // T. A zero point of the inputs folds into the bias: z sum k is a constant.
 """
@@ -20,12 +20,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .bounded import Bounded
 from .grid import Number, is_number
 from .integer_sums import MAX_WIDTH, SumSpec, as_int, width_of
+from .predicates import is_count, may_be
 from .pytree import register_dataclass
-from .rounding import Rounding, _Threshold
-from .scale import Based, Scale
-from .scaled_grid import ScaledGrid
+from .rounding import Rounding
+from .scale import AbsMax, Based, MinError, Scale
 
 Feedback = Literal["argument", "shrunk"]
 _static = {"static": True}
@@ -40,32 +41,22 @@ class AXEInputs(NamedTuple):
     now: (
         tuple[jax.Array, jax.Array] | None
     )  # integer codes to be replaced, here and at the next coordinate; None for none
-    then: Any  # what the rounding within is told
+    then: Any  # the inputs of the rounding within
 
 
 class AXEState(NamedTuple):
     """The carry of AXE, for one neuron.
 
-    The limits are made at the coordinate before, once its code is known: what is carried XLA computes once, and not again
-    for each value that depends on it; and rooms are written before they are read, which it does in place.
+    The limits are computed at the coordinate before, once its code is known: XLA computes a carried value once, and not
+    again for each use; and it updates the rooms in place, because they are written before they are read.
     """
 
     above: jax.Array  # (tiles,) int32: what may still be added to the largest sum
     below: jax.Array  # (tiles,) likewise what may be taken from the least
     least: jax.Array  # the least code that fits, about 0
     most: jax.Array
-    inner: Any  # what the rounding within carries
-    shift: jax.Array | None  # what is fed back beyond the last value
-
-
-class Bounded(Rounding):
-    """A rounding whose codes keep sums within bounds."""
-
-    sums: SumSpec
-
-    def reach(self, codes: jax.Array, levels: ScaledGrid, order: jax.Array) -> jax.Array:
-        """The largest sum of each tile over all inputs, and less the least one (tiles, out, 2), of codes (in, out)."""
-        return jnp.stack(self.sums.of_codes(levels.integers(codes), order), -1)
+    inner: Any  # the carry of the rounding within
+    shift: jax.Array | None  # the amount fed back beyond the last value
 
 
 @register_dataclass
@@ -75,7 +66,7 @@ class AXE(Bounded):
 
     soft: whether arguments are shrunk by the threshold of the projection of their tile's weights, less their mean, on the
         l1 ball of radius (2^P - 2) / (nu - mu) in units of the step, chosen before the recursion.
-    feedback: what goes on to later coordinates: the error of the argument, or of the shrunk and clipped one.
+    feedback: which error is passed on to later coordinates: the error of the argument, or of the shrunk and clipped one.
     """
 
     then: Rounding
@@ -91,23 +82,34 @@ class AXE(Bounded):
     def sparse(self) -> bool:  # type: ignore[override]
         return self.then.sparse
 
-    def meet(self, W, order):
+    def check(self, recipe):
+        super().check(recipe)
+        if self._shifts and recipe.method.local:
+            raise ValueError(
+                f"feedback='shrunk' is about what OPTQ and its relatives pass on; {recipe.method} feeds back codes: "
+                "without it."
+            )
+
+    def fitted(self, scale):
+        return MinError(FitScale(AbsMax(), self.sums)) if scale.searches else FitScale(scale, self.sums)
+
+    def init_all(self, W, order):
         n, out = W.shape
         room = jnp.broadcast_to(self.sums.capacity, (out, self.sums.tiles(n)))
-        inner, inner_told = self.then.meet(W, order)
+        inner, inner_inputs = self.then.init_all(W, order)
         least, most = self.sums.limits(room[:, 0], room[:, 0], W.dtype)
         shift = jnp.zeros(out, W.dtype) if self._shifts else None
         carry = AXEState(room, room, least, most, started(self.then, inner, out), shift)
         tile = order // self.sums.size(n)
         theta = self._thresholds(W, order) if self.soft else None
 
-        def told(levels):
+        def inputs_of(levels):
             threshold = None if theta is None else theta(self.sums.step_of(levels, order))[tile]
-            return AXEInputs(tile, _after(tile), threshold, None, inner_told(levels))
+            return AXEInputs(tile, _after(tile), threshold, None, inner_inputs(levels))
 
-        return carry, told
+        return carry, inputs_of
 
-    def keep(self, codes, levels, order, rounding, carry, given):
+    def constrain(self, codes, levels, order, rounding, carry, inputs):
         k = levels.integers(codes)
         above, below = (self.sums.capacity - x.T for x in self.sums.of_codes(k, order))
         tile, out = order // self.sums.size(codes.shape[0]), codes.shape[1]
@@ -115,24 +117,24 @@ class AXE(Bounded):
         least, most = self.sums.limits(above[:, tile[0]] + freed[0], below[:, tile[0]] + freed[1], codes.dtype)
         then = rounding.then if isinstance(rounding, AXE) else rounding
         start = AXEState(above, below, least, most, started(then, carry, out), None)
-        told = AXEInputs(tile, _after(tile), None, (k, _after(k)), given)
-        return dataclasses.replace(self, then=then, feedback="argument"), start, told
+        own = AXEInputs(tile, _after(tile), None, (k, _after(k)), inputs)
+        return dataclasses.replace(self, then=then, feedback="argument"), start, own
 
-    def __call__(self, carry, a, here):
-        levels, told = here.levels, here.given
+    def __call__(self, carry, a, context):
+        levels, own = context.levels, context.inputs
         narrow = levels.within(carry.least, carry.most)
-        meant = a if told.threshold is None else jnp.sign(a) * jnp.maximum(jnp.abs(a) - told.threshold, 0)
-        inner, code = self.then(carry.inner, meant, here._replace(levels=narrow, given=told.then))
+        meant = a if own.threshold is None else jnp.sign(a) * jnp.maximum(jnp.abs(a) - own.threshold, 0)
+        inner, code = self.then(carry.inner, meant, context._replace(levels=narrow, inputs=own.then))
         least, most = levels.integer_step * carry.least, levels.integer_step * carry.most
         shift = a - jnp.clip(meant, least, most) if self._shifts else None
 
         up, down = self.sums.spent(levels.integers(code))
-        if told.now is not None:
-            up, down = (x - y for x, y in zip((up, down), self.sums.spent(told.now[0]), strict=True))
-        above, below = _take(carry.above, told.tile, up), _take(carry.below, told.tile, down)
-        left, right = (x.at[told.after].get(mode="promise_in_bounds") for x in (above, below))
-        if told.now is not None:
-            left, right = (x + y for x, y in zip((left, right), self.sums.spent(told.now[1]), strict=True))
+        if own.now is not None:
+            up, down = (x - y for x, y in zip((up, down), self.sums.spent(own.now[0]), strict=True))
+        above, below = _take(carry.above, own.tile, up), _take(carry.below, own.tile, down)
+        left, right = (x.at[own.after].get(mode="promise_in_bounds") for x in (above, below))
+        if own.now is not None:
+            left, right = (x + y for x, y in zip((left, right), self.sums.spent(own.now[1]), strict=True))
         least, most = self.sums.limits(left, right, a.dtype)
         return AXEState(above, below, least, most, inner, shift), code
 
@@ -143,8 +145,8 @@ class AXE(Bounded):
         return levels.span
 
     @property
-    def settled(self):
-        then = self.then.settled
+    def for_finish(self):
+        then = self.then.for_finish
         return None if then is None else dataclasses.replace(self, then=then, feedback="argument")
 
     @property
@@ -154,7 +156,7 @@ class AXE(Bounded):
     def _thresholds(self, W, order) -> Callable[[jax.Array], jax.Array]:
         """The threshold of each tile (tiles, out) as a function of its step: that of the projection on an l1 ball.
 
-        As in Brevitas, the zeros that fill up the last tile count as weights.
+        As in Brevitas, the zeros that pad the last tile count as weights.
         """
         tiles = self.sums.split(W, order)
         centred = jnp.abs(tiles - tiles.mean(1, keepdims=True))
@@ -168,12 +170,21 @@ class AXE(Bounded):
 class ToZero(Bounded):
     """EP-init: the weights of each tile projected on the l1 ball that keeps sums within bounds, then rounded towards zero.
 
-    Inputs of one sign bound positive and negative codes apart: each part is projected by itself.
+    Inputs of one sign bound positive and negative codes separately, and each part is projected by itself.
     """
 
     sums: SumSpec
 
-    def meet(self, W, order):
+    def check(self, recipe):
+        super().check(recipe)
+        if not recipe.method.memoryless:
+            raise ValueError(
+                f"EPInit bounds weights that are rounded as they are: method=jpfq.MSQ(), not {recipe.method}."
+            )
+        if recipe.finish is not None and recipe.finish.descends:
+            raise ValueError(f"{recipe.finish} would break the bound that {self} keeps: take finish=Refit() or None.")
+
+    def init_all(self, W, order):
         own = self.sums.split(W, order)
         parts = jnp.maximum(own, 0), jnp.maximum(-own, 0), jnp.abs(own)
         tile, positive = order // self.sums.size(W.shape[0]), W > 0
@@ -181,22 +192,22 @@ class ToZero(Bounded):
         magnitude = jnp.maximum(as_int(self.sums.hi), -as_int(self.sums.lo)).astype(W.dtype)
         both = (as_int(self.sums.lo) < 0) & (as_int(self.sums.hi) > 0)
 
-        def told(levels):
+        def inputs_of(levels):
             radius = capacity / magnitude * self.sums.step_of(levels, order)
             up, down, whole = (_l1_threshold(part, radius)[tile] for part in parts)
             return jnp.where(both, whole, jnp.where(positive, up, down))
 
-        return None, told
+        return None, inputs_of
 
-    def __call__(self, carry, a, here):
-        levels = here.levels
-        return carry, levels.toward_zero(jnp.sign(a) * jnp.maximum(jnp.abs(a) - here.given, 0))
+    def __call__(self, carry, a, context):
+        levels = context.levels
+        return carry, levels.toward_zero(jnp.sign(a) * jnp.maximum(jnp.abs(a) - context.inputs, 0))
 
     def error(self, levels):
         return levels.span
 
     @property
-    def settled(self):
+    def for_finish(self):
         return None
 
 
@@ -205,7 +216,8 @@ class ToZero(Bounded):
 class FitScale(Based):
     """The steps of `base`, enlarged where weights rounded to nearest would not fit the sums.
 
-    No further than to the largest weight of a neuron, whose code is then 1: where that does not fit, AXE leaves codes out.
+    They grow no further than to the largest weight of a neuron, whose code is then 1; where that does not fit, AXE sets
+    weights to 0.
     """
 
     base: Scale
@@ -316,14 +328,6 @@ def started(rounding: Rounding, carry: Any, out: int) -> Any:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (out, *jnp.shape(x))), rounding.init())
 
 
-def scales_with_radius(rounding: Rounding) -> bool:
-    """True if a threshold is in units of the top level, which moves where a grid is narrowed."""
-    nested = getattr(rounding, "then", None)
-    return (isinstance(rounding, _Threshold) and rounding.unit == "radius") or (
-        nested is not None and scales_with_radius(nested)
-    )
-
-
 def _l1_threshold(x: jax.Array, radius: jax.Array) -> jax.Array:
     """theta >= 0 such that shrinking magnitudes x (tiles, T, out) by it leaves a sum of at most `radius` (tiles, out).
 
@@ -353,7 +357,7 @@ def _after(x):
 
 def _check(guard):
     name, bits, tile = type(guard).__name__, guard.bits, guard.tile
-    if isinstance(bits, (bool, str)) or (is_number(bits) and (bits != bits or bits not in range(2, MAX_WIDTH + 1))):
+    if not may_be(bits, lambda x: x in range(2, MAX_WIDTH + 1)):
         raise ValueError(f"{name} takes an integer number of bits from 2 to {MAX_WIDTH}; got {bits!r}.")
-    if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 1):
+    if tile is not None and not is_count(tile):
         raise ValueError(f"{name}: tile is a positive number of inputs, or None for one sum over all; got {tile!r}.")

@@ -10,6 +10,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from .predicates import is_count
+
 MAX_LEVELS = 2**16
 MAX_BITS = 31
 
@@ -100,14 +102,14 @@ def unpack_bits(words: jax.Array, bits: int, count: int) -> jax.Array:
 
 def _kind(bits):
     """The smallest type of codes of so many bits."""
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= MAX_BITS:
+    if not is_count(bits) or bits > MAX_BITS:
         raise ValueError(f"Codes are packed at a whole number of bits from 1 to {MAX_BITS}; got {bits!r}.")
     return next(kind for kind in (jnp.uint8, jnp.uint16, jnp.uint32) if bits <= jnp.iinfo(kind).bits)
 
 
 def _chunk(levels: int) -> tuple[int, int]:
     """(codes, bytes) of the smallest run of bytes that holds whole codes."""
-    if not isinstance(levels, int) or isinstance(levels, bool) or not 1 <= levels <= MAX_LEVELS:
+    if not is_count(levels) or levels > MAX_LEVELS:
         raise ValueError(f"Codes are packed for 1 to {MAX_LEVELS} levels; got {levels!r}.")
     width = _width(levels)
     digits = next(n for n in range(8, -1, -1) if max(levels, 2) ** n <= 2**8)

@@ -1,6 +1,6 @@
 """Sums of squares of numbers so large or so small that their squares leave the range of float32.
 
-Such numbers are divided by a power of two first, 2^k, and their squares are told in units of 4^k. For all others k is 0.
+Such numbers are divided by a power of two first, 2^k, and their squares are in units of 4^k. For all others k is 0.
 """
 
 from typing import Any
@@ -15,9 +15,9 @@ ORDINARY = 30  # numbers from 2^-30 to 2^30 are squared as they are: sums of man
 
 def exponent_of(*largest: jax.Array) -> jax.Array:
     """k for products of numbers, of which the largest are given (); 0 where one is 0, NaN or infinite."""
-    told = [jnp.isfinite(x) & (x > 0) for x in largest]
+    usable = [jnp.isfinite(x) & (x > 0) for x in largest]
     k = sum((jnp.frexp(x)[1] for x in largest), jnp.zeros((), jnp.int32))
-    extreme = jnp.all(jnp.stack(told)) & (jnp.abs(k) > ORDINARY)
+    extreme = jnp.all(jnp.stack(usable)) & (jnp.abs(k) > ORDINARY)
     return jnp.where(extreme, k, 0)
 
 
@@ -35,7 +35,7 @@ def _power(k, dtype):
 
 
 def aligned(squares: Any, exponents: Any) -> tuple[Any, Any]:
-    """Squares (parts, ..) told in units of 4^k, in those of the largest k among the parts; and this k."""
+    """Squares (parts, ..) in units of 4^k, in those of the largest k among the parts; and this k."""
     library = np if isinstance(exponents, np.ndarray) else jnp
     k = exponents.max(0, keepdims=True)
     return library.ldexp(squares, (2 * (exponents - k)).astype(np.int32)), k[0]

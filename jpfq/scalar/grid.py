@@ -76,7 +76,7 @@ class Grid(abc.ABC):
 
     @property
     def has_zero(self) -> bool | None:
-        """True if the value 0 is a level; None where the numbers of the grid cannot be looked at."""
+        """True if the value 0 is a level; None where the grid is traced."""
         lo, hi, zero, _ = self.alphabet()
         if zero is None:
             return not self.offset

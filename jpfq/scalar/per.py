@@ -2,10 +2,12 @@
 
 import abc
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from .predicates import is_count
 from .pytree import refuse_traced
 
 
@@ -17,6 +19,7 @@ class Per(abc.ABC):
     """The groups of weights of a matrix W (in, out) that share one step."""
 
     neurons: int | None = 1  # how many share a step; None for all
+    refits: int | None = None  # inputs in a group whose steps are chosen on the way; None if all are chosen beforehand
 
     @abc.abstractmethod
     def split(self, W: jax.Array) -> jax.Array:
@@ -26,6 +29,14 @@ class Per(abc.ABC):
         """The reason why a kernel of n inputs and `out` neurons cannot have these groups; None if it can."""
         del n, out
         return None
+
+    def run(self, n: int) -> int:
+        """The number of consecutive inputs, of n, that share a step."""
+        return n
+
+    def check(self, recipe: Any) -> None:
+        """Raises where these groups contradict another part of a recipe."""
+        del recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +84,25 @@ class PerGroup(Per):
 
     def __post_init__(self):
         refuse_traced("PerGroup", "size", self.size)
-        if not isinstance(self.size, int) or self.size < 1:
+        if not is_count(self.size):
             raise ValueError(f"PerGroup takes a positive number of input coordinates; got {self.size!r}.")
+
+    @property
+    def refits(self) -> int | None:  # type: ignore[override]
+        return self.size if self.refit else None
+
+    def run(self, n):
+        return self.size
+
+    def check(self, recipe):
+        if not self.refit:
+            return
+        if recipe.scale.searches:
+            raise ValueError(
+                f"{recipe.scale} searches for steps beforehand, which PerGroup(refit=True) chooses on the way."
+            )
+        if not recipe.order.natural:
+            raise ValueError("PerGroup(refit=True) takes groups as the recursion meets them: it needs order=Natural().")
 
     def misfit(self, n, out):
         if n % self.size == 0:
@@ -105,8 +133,20 @@ class PerBlock(Per):
         for name in ("size", "neurons"):
             value = getattr(self, name)
             refuse_traced("PerBlock", name, value)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_count(value):
                 raise ValueError(f"PerBlock takes positive numbers of inputs and of neurons; got {name}={value!r}.")
+
+    def run(self, n):
+        return self.size
+
+    def check(self, recipe):
+        if not recipe.scale.in_blocks or not recipe.moves_step:
+            return
+        searches = recipe.scale.searches
+        mover, remedy = (recipe.scale, "scale=jpfq.scale.AbsMax") if searches else (recipe.finish, "finish=Descend()")
+        raise ValueError(
+            f"{mover} moves the step of each neuron, and {self} has one for a block of them: take {remedy}."
+        )
 
     def misfit(self, n, out):
         if n % self.size == 0 and out % self.neurons == 0:

@@ -13,7 +13,8 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-from .grid import Grid, Number, is_number
+from .grid import Grid, Number
+from .predicates import is_count, may_be
 from .pytree import register_dataclass
 from .scale import ends_of, lay
 from .scaled_grid import ScaledGrid
@@ -107,7 +108,7 @@ class Percentile(Range):
     p: Number = 0.9999
 
     def __post_init__(self):
-        if isinstance(self.p, (bool, str)) or (is_number(self.p) and not 0.5 < self.p <= 1):
+        if not may_be(self.p, lambda x: 0.5 < x <= 1):
             raise ValueError(f"Percentile takes a share p in (0.5, 1], such as 0.999; got {self.p!r}.")
 
     def __call__(self, histogram, grid):
@@ -212,5 +213,5 @@ def _quantile(x, counts, share):
 
 
 def _check_candidates(range_):
-    if not isinstance(range_.candidates, int) or isinstance(range_.candidates, bool) or range_.candidates < 2:
+    if not is_count(range_.candidates, 2):
         raise ValueError(f"{type(range_).__name__} takes two candidates or more; got {range_.candidates!r}.")

@@ -1,7 +1,7 @@
-"""Roundings: the map Q of the recursion q = Q(A - L q), for one number at a time.
+"""Roundings: the map Q of the recursion q = Q(A - L q), for one scalar at a time.
 
-A rounding keeps a carry from one input coordinate of a neuron to the next, so that rules which remember what they did
-(partial sums, budgets) fit the same loop. One that draws random numbers says so and is given a key per coordinate.
+A rounding keeps a carry from one input coordinate of a neuron to the next, so that rules with a state (partial
+sums, past errors) fit the same loop. A random one sets `random`, and then gets a key per coordinate.
 
     Nearest         the level p of least (a - p)^2
     Stochastic      the level below or above, at random, so that its mean is a             (SPFQ; on two levels: 1-bit UNI)
@@ -18,8 +18,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .grid import Number, is_number
+from .grid import Number
+from .predicates import may_be
 from .pytree import register_dataclass
+from .scale import Scale
 from .scaled_grid import ScaledGrid
 
 Unit = Literal["weight", "step", "radius"]
@@ -30,7 +32,7 @@ class RoundingContext(NamedTuple):
 
     levels: ScaledGrid  # scalars
     key: Any  # of this neuron and coordinate; None where no key was given
-    given: Any  # what the recursion was told about it
+    inputs: Any  # its own, see `Rounding.init_all`
 
 
 class Rounding(abc.ABC):
@@ -40,12 +42,25 @@ class Rounding(abc.ABC):
     sparse: ClassVar[bool] = False  # sends weights to 0 on purpose, hence needs a grid that has 0
     fills: ClassVar[bool] = False  # whether weights of 0 beside the others change no code of theirs
 
+    def check(self, recipe: Any) -> None:
+        """Raises where this rounding contradicts another part of a recipe."""
+        if self.sparse and recipe.grid.has_zero is False:
+            raise ValueError(f"{self} sends weights to 0, which is no level of {recipe.grid}: take a grid with 0.")
+
+    def refuse(self, recipe: Any, n: int, name: str) -> None:
+        """Raises where this rounding cannot be used on a matrix of n inputs."""
+        del recipe, n, name
+
+    def fitted(self, scale: Scale) -> Scale:
+        """The recommended scale for this rounding, where `scale` is recommended for others."""
+        return scale
+
     def init(self) -> Any:
         """The carry before the first coordinate."""
         return ()
 
-    def meet(self, W: jax.Array, order: jax.Array) -> tuple[Any, Callable[[ScaledGrid], Any]]:
-        """The initial carry and what coordinates are told, for weights W (in, out) in the order of the recursion.
+    def init_all(self, W: jax.Array, order: jax.Array) -> tuple[Any, Callable[[ScaledGrid], Any]]:
+        """The initial carry and the inputs of the coordinates, for weights W (in, out) in the order of the recursion.
 
         Returns the carry of every neuron (out, ..), None for `init()`; and a function from the levels of all weights to the
         tree of arrays (in, out) or (in,) of which each coordinate sees its own entries.
@@ -53,15 +68,15 @@ class Rounding(abc.ABC):
         del W, order
         return None, lambda levels: ()
 
-    def keep(
-        self, codes: jax.Array, levels: ScaledGrid, order: jax.Array, rounding: "Rounding", carry: Any, given: Any
+    def constrain(
+        self, codes: jax.Array, levels: ScaledGrid, order: jax.Array, rounding: "Rounding", carry: Any, inputs: Any
     ) -> tuple["Rounding", Any, Any]:
-        """A rounding for a pass over `codes`, its carry and what it is told, made to keep what this one promises."""
+        """`rounding` for a pass over `codes`, its carry and its inputs, constrained to what this one promises."""
         del codes, levels, order
-        return rounding, carry, given
+        return rounding, carry, inputs
 
     @abc.abstractmethod
-    def __call__(self, carry: Any, a: jax.Array, here: RoundingContext) -> tuple[Any, jax.Array]:
+    def __call__(self, carry: Any, a: jax.Array, context: RoundingContext) -> tuple[Any, jax.Array]:
         """Rounds the argument `a` of one coordinate (a scalar) to a code; returns the new carry and the code."""
 
     def shift(self, carry: Any) -> jax.Array | None:
@@ -73,7 +88,7 @@ class Rounding(abc.ABC):
         """The largest |a - q| of an argument within the range of the grid, in the shape of `levels.step`."""
 
     @property
-    def settled(self) -> "Rounding | None":
+    def for_finish(self) -> "Rounding | None":
         """The rounding that coordinate descent uses afterwards; None if it would undo this rounding."""
         return self
 
@@ -89,8 +104,8 @@ class Nearest(Rounding):
 
     fills = True
 
-    def __call__(self, carry, a, here):
-        return carry, here.levels.encode(a)
+    def __call__(self, carry, a, context):
+        return carry, context.levels.encode(a)
 
     def error(self, levels):
         return levels.gap / 2
@@ -101,7 +116,7 @@ class Nearest(Rounding):
 class Stochastic(Rounding):
     """One of the two levels around a, at random, with mean a: step (floor(x) + Bernoulli(x - floor(x))), x = a / step.
 
-    On a table the upper one is taken with the share of the way to it that a has gone, which has mean a too.
+    On a table the upper level has the probability (a - below) / (above - below), so the mean is a too.
 
     Beyond the grid it saturates. On `Binary()` this is the unbiased 1-bit operator: +-K with P(+K) = (1 + a / K) / 2.
     Source: SPFQ (Zhang, Saab 2023) section 2; the unified framework (H. Zhang, Saab 2024) for one bit.
@@ -113,16 +128,16 @@ class Stochastic(Rounding):
     random = True
     fills = True
 
-    def __call__(self, carry, a, here):
-        below, share = here.levels.between(a)
-        up = jax.random.uniform(here.key, dtype=share.dtype) < share
-        return carry, jnp.clip(jnp.where(up, below + 1, below), here.levels.lo, here.levels.hi)
+    def __call__(self, carry, a, context):
+        below, share = context.levels.between(a)
+        up = jax.random.uniform(context.key, dtype=share.dtype) < share
+        return carry, jnp.clip(jnp.where(up, below + 1, below), context.levels.lo, context.levels.hi)
 
     def error(self, levels):
         return levels.gap
 
     @property
-    def settled(self):
+    def for_finish(self):
         return Nearest()
 
 
@@ -158,9 +173,9 @@ class SoftThreshold(_Threshold):
     def __post_init__(self):
         _check_threshold(self.lam, self.unit, "SoftThreshold: lam")
 
-    def __call__(self, carry, a, here):
-        shrunk = jnp.maximum(jnp.abs(a) - self._of(self.lam, here.levels), 0)
-        return carry, here.levels.encode(jnp.sign(a) * shrunk)
+    def __call__(self, carry, a, context):
+        shrunk = jnp.maximum(jnp.abs(a) - self._of(self.lam, context.levels), 0)
+        return carry, context.levels.encode(jnp.sign(a) * shrunk)
 
     def error(self, levels):
         return levels.gap / 2 + self._of(self.lam, levels)
@@ -185,8 +200,8 @@ class HardThreshold(_Threshold):
     def __post_init__(self):
         _check_threshold(self.lam, self.unit, "HardThreshold: lam")
 
-    def __call__(self, carry, a, here):
-        levels = here.levels
+    def __call__(self, carry, a, context):
+        levels = context.levels
         return carry, jnp.where(jnp.abs(a) <= self._of(self.lam, levels), levels.zero_code, levels.encode(a))
 
     def error(self, levels):
@@ -199,7 +214,7 @@ class Prune(_Threshold):
     """Where |a| < c: c sign(a) with probability |a| / c, else 0, which has mean a. Then the rounding `then`.
 
     With `Stochastic` after it the whole is unbiased, and |a - q| <= c + step; with c a multiple of the step the second
-    rounding leaves what was pruned or raised as it is (H. Zhang, Saab 2024). `prune` is the first part alone.
+    rounding does not change values that the first one changed (H. Zhang, Saab 2024). `prune` is the first part alone.
 
     `unit` is what `c` is measured in: "weight", "step", or "radius", the largest level.
 
@@ -219,15 +234,15 @@ class Prune(_Threshold):
     def init(self):
         return self.then.init()
 
-    def __call__(self, carry, a, here):
-        first, second = jax.random.split(here.key)
-        return self.then(carry, prune(a, self._of(self.c, here.levels), first), here._replace(key=second))
+    def __call__(self, carry, a, context):
+        first, second = jax.random.split(context.key)
+        return self.then(carry, prune(a, self._of(self.c, context.levels), first), context._replace(key=second))
 
     def error(self, levels):
         return self._of(self.c, levels) + self.then.error(levels)
 
     @property
-    def settled(self):
+    def for_finish(self):
         return None
 
 
@@ -238,7 +253,7 @@ def prune(a: jax.Array, c: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _check_threshold(x, unit, what):
-    if isinstance(x, (str, bool)) or (is_number(x) and not x >= 0):
+    if not may_be(x, lambda x: x >= 0):
         raise ValueError(f"{what} must be a number, 0 or more; got {x!r}.")
     if unit not in ("weight", "step", "radius"):
         raise ValueError(f"unit is 'weight', 'step' or 'radius'; got {unit!r}.")

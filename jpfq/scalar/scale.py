@@ -1,7 +1,7 @@
 """Scales: from weights to the step (and zero point) of a grid.
 
 A scale is two choices. How an interval is read off a set of weights: `AbsMax`, `Quantile`, `Median`, `MinMSE`, `MinError`
-(which asks the recursion), or the step itself given by `Fixed`. And which weights share it: `PerTensor`, `PerChannel`,
+(by running the recursion), or the step itself given by `Fixed`. And which weights share it: `PerTensor`, `PerChannel`,
 `PerGroup(size)`, `PerBlock(size, neurons)`. On a symmetric grid the interval is [-radius, radius] and step = radius / reach;
 on `Asymmetric` it is [low, high], widened to contain 0, with step = (high - low) / (levels - 1) and
 zero = round(-low / step); on `Offset` likewise, with offset = -low.
@@ -10,7 +10,7 @@ zero = round(-low / step); on `Offset` likewise, with offset = -low.
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 from .exponent import exponent_of, reduced
 from .grid import Grid, Number, is_number
 from .per import Per, PerChannel, PerTensor, static
+from .predicates import is_count
 from .pytree import register_dataclass
 from .scaled_grid import ScaledGrid
 
@@ -32,6 +33,8 @@ class Scale(abc.ABC):
     """A rule that lays a grid over a weight matrix."""
 
     per: Per
+    searches: ClassVar[bool] = False  # the recursion itself chooses the steps, among multiples of others
+    fixed: ClassVar[bool] = False  # the caller chose the steps, which are to stay
 
     @abc.abstractmethod
     def __call__(self, W: jax.Array, grid: Grid, importance: jax.Array | None = None) -> ScaledGrid:
@@ -57,6 +60,10 @@ class Scale(abc.ABC):
         """True if several neurons share a step, but not all."""
         return not (self.shared or self.per.neurons == 1)
 
+    def run(self, n: int) -> int:
+        """The number of consecutive inputs, of n, that share a step."""
+        return self.per.run(n)
+
     def fills(self, grid: Grid) -> bool:
         """True if weights of 0 beside the others change no step of theirs on this grid."""
         del grid
@@ -70,7 +77,7 @@ class Scale(abc.ABC):
     def multiples(self, dtype) -> tuple[jax.Array, list[jax.Array]] | None:
         """Multiples of the steps, among which the recursion is to find the one of least output error; None: no search.
 
-        The least one, and round by round what is added: first to this one, then to the best so far.
+        Returns the least one, and for each round the offsets: from the least in the first, then from the best so far.
         """
         return None
 
@@ -79,6 +86,9 @@ class Based(Scale):
     """A rule that starts from another, and lets the same weights share a step."""
 
     base: Scale
+
+    def run(self, n):
+        return self.base.run(n)
 
     def fills(self, grid):
         return self.base.fills(grid)
@@ -206,7 +216,7 @@ class MinMSE(Scale):
 
     def __post_init__(self):
         _check_positive(self.norm, "MinMSE: the norm")
-        if not isinstance(self.candidates, int) or self.candidates < 2:
+        if not is_count(self.candidates, 2):
             raise ValueError(f"MinMSE takes two candidates or more; got {self.candidates!r}.")
         if is_number(self.least) and not 0 < self.least < 1:
             raise ValueError(f"MinMSE takes a least share in (0, 1); got {self.least!r}.")
@@ -256,17 +266,18 @@ class MinError(Based):
     most: Number = 1.0
     candidates: int = static(8)
     rounds: int = static(2)
+    searches = True
 
     def __post_init__(self):
         for x in (self.least, self.most):
             _check_positive(x, "MinError: a multiple")
         if is_number(self.least) and is_number(self.most) and not self.least < self.most:
             raise ValueError(f"MinError searches from least to most; got {self.least!r} to {self.most!r}.")
-        if not isinstance(self.candidates, int) or self.candidates < 2:
+        if not is_count(self.candidates, 2):
             raise ValueError(f"MinError takes two candidates or more; got {self.candidates!r}.")
-        if not isinstance(self.rounds, int) or self.rounds < 1:
+        if not is_count(self.rounds):
             raise ValueError(f"MinError takes one round or more; got {self.rounds!r}.")
-        if isinstance(self.base, MinError):
+        if isinstance(self.base, Scale) and self.base.searches:
             raise ValueError("MinError searches among multiples of a plain scale, not of another search.")
 
     @property
@@ -277,8 +288,8 @@ class MinError(Based):
         return self.base(W, grid, importance)
 
     def multiples(self, dtype):
-        # Each number is one product here, and is added elsewhere: a product with its sum a compiler may round once or twice,
-        # and the runs of a sweep are to be the single ones to the bit.
+        # Offsets are multiplied here and added elsewhere: a compiler may fuse a product and a sum, which rounds once instead
+        # of twice, and the runs of a sweep are to agree with single ones to the bit.
         first, inner = np.linspace(0, 1, self.candidates), np.linspace(-1, 1, self.candidates + 2)[1:-1]
         # Each round looks between the neighbours of the best so far.
         reaches = (2 / (self.candidates + 1)) ** np.arange(self.rounds - 1) / (self.candidates - 1)
@@ -299,6 +310,7 @@ class Fixed(Scale):
 
     step: Any
     per = PerChannel()  # not a setting: the shape of the step says it
+    fixed = True
 
     def __post_init__(self):
         _check_positive(self.step, "Fixed: the step")
@@ -310,6 +322,9 @@ class Fixed(Scale):
     @property
     def local(self):
         return False
+
+    def run(self, n):
+        return n // self.step.shape[0] if jnp.ndim(self.step) == 2 else n
 
     def __call__(self, W, grid, importance=None):
         if grid.alphabet().zero is None:
@@ -337,7 +352,7 @@ def _min_max(groups, c, grid):
 
 
 def ends_of(low: jax.Array, high: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
-    """An interval the grid can be laid over: around 0 alike unless its zero point is fitted."""
+    """An interval that the grid can cover: symmetric about 0 unless its zero point is fitted."""
     if grid.alphabet().zero is None:
         return jnp.minimum(low, 0), jnp.maximum(high, 0)
     radius = jnp.maximum(jnp.abs(low), jnp.abs(high))
@@ -345,7 +360,7 @@ def ends_of(low: jax.Array, high: jax.Array, grid: Grid) -> tuple[jax.Array, jax
 
 
 def lay(low, high, grid: Grid, store: Callable | None = None) -> ScaledGrid:
-    """The grid over the intervals [low, high]. `store` gives what becomes of the steps, to which zero points are fitted."""
+    """The grid over the intervals [low, high]. `store` rounds steps as they are stored, and zero points fit those."""
     lo, hi, zero, reach = grid.alphabet()
     if reach is None:
         raise ValueError(

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .grid import Grid
+from .per import Per, PerGroup
 from .scaled_grid import ScaledGrid
 
 
@@ -62,6 +63,28 @@ def step_type(given: Any) -> StepType:
     if name not in TYPES:
         raise ValueError(f"step_dtype is one of {', '.join(TYPES)}, such as jnp.bfloat16; got {given!r}.")
     return None if name == "float32" else TYPES[name]
+
+
+def check_step_type(recipe: Any) -> None:
+    """Raises where the type that steps are stored in contradicts another part of a recipe."""
+    dtype, per = recipe.step_dtype, recipe.scale.per
+    if isinstance(dtype, UnderHalf) and (not isinstance(per, PerGroup) or recipe.refits):
+        raise ValueError(
+            f"step_dtype={str(dtype)!r} has a float16 over {dtype.run} groups of a neuron: take a scale with "
+            f"per=jpfq.scale.PerGroup(..), without refit; got {recipe.scale}."
+        )
+    if recipe.grid.offset and (dtype is None or is_coarse(dtype)):
+        raise ValueError(
+            f"{recipe.grid} stores an offset beside each step: take step_dtype='float16', 'bfloat16' or 'uint6_float16'; "
+            f"got {dtype or 'float32'}."
+        )
+
+
+def step_misfit(dtype: StepType, per: Per, n: int) -> str | None:
+    """The reason why the steps of a matrix of n inputs cannot be stored in a type; None if they can."""
+    if isinstance(dtype, UnderHalf) and isinstance(per, PerGroup) and n % (run := per.size * dtype.run):
+        return f"{dtype} has a float16 for every {run} inputs, which do not divide its {n}: take another format for it"
+    return None
 
 
 def step_bits(dtype: StepType) -> int:

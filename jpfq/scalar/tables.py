@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .grid import Alphabet, Grid, is_number
+from .predicates import is_count
 from .pytree import refuse_traced, register_dataclass
 
 MAX_ENTRIES = 256
@@ -207,7 +208,7 @@ class PowersOfTwo(Table):
 
     def __post_init__(self):
         refuse_traced("PowersOfTwo", "bits", self.bits)
-        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 6:
+        if not is_count(self.bits, 2) or self.bits > 6:
             raise ValueError(f"PowersOfTwo takes from 2 to 6 bits; got {self.bits!r}.")
 
     @property
@@ -244,7 +245,7 @@ def _unit(values: tuple[float, ...]) -> float | None:
 
 def _lloyd(weights, count, importance) -> tuple[float, ...]:
     """Levels that are the weighted means of the numbers nearest to them."""
-    if not isinstance(count, int) or isinstance(count, bool) or not 2 <= count <= MAX_ENTRIES:
+    if not is_count(count, 2) or count > MAX_ENTRIES:
         raise ValueError(f"Levels.fit takes from 2 to {MAX_ENTRIES} levels; got {count!r}.")
     x = np.asarray(weights, np.float64)
     w = np.broadcast_to(1.0 if importance is None else np.asarray(importance, np.float64), x.shape).ravel()

@@ -1,4 +1,4 @@
-"""Resume: a run of `quantize` kept on disk, site by site, which goes on where it was stopped.
+"""Resume: a run of `quantize` saved site by site, which continues where it was stopped.
 
 A folder holds run.json, the fingerprint of all that the codes depend on, and a safetensors file for each site that is
 done; of batches that are fresh at each stop, a file of their checksums too. A file appears whole or not at all, by renaming,
@@ -40,13 +40,13 @@ from ..network.rules import Rule
 from .files import Lock, digest, read_limited, to_disk, writing
 from .solved import read_solved, write_solved
 
-FORMAT = 2  # in 1, which is not gone on with, a site's file does not say whose it is
+FORMAT = 2  # 1, which cannot be resumed, had sites without the name of their run
 MANIFEST = "run.json"
 LARGEST = 2**26  # bytes of what is kept as JSON
 SITE = re.compile(r"site-(\d{4,})-(\d{3,})-([0-9a-f]{16})\.safetensors")
 HALF = re.compile(r"jpfq-\w+\.tmp")  # a file that is being written
 WRONG = ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, safetensors.SafetensorError
-TERMINATED = 128 + 15  # the exit status of what SIGTERM ended
+TERMINATED = 128 + 15  # the exit status after SIGTERM
 
 
 def fingerprint(
@@ -57,7 +57,7 @@ def fingerprint(
     rules: Sequence[Rule],
     **settings: Any,
 ) -> dict[str, Any]:
-    """The figures of all that the codes depend on, in terms of JSON; of arrays a checksum each."""
+    """Everything that the codes depend on, as JSON; arrays by their checksums."""
     named = zip(numbered(functional.paths), functional.leaves, strict=True)
     return {
         "versions": versions(),
@@ -82,10 +82,10 @@ class Checkpoint:
     """The sites of a run in a folder, and the lock on it: to be closed at the end."""
 
     def __init__(self, folder: str | os.PathLike, fingerprint: dict[str, Any], devices: Devices | None):
-        """Begins a run in a new or empty folder, or goes on with the one in it.
+        """Begins a run in a new or empty folder, or resumes the one in it.
 
         Raises:
-            ValueError: the folder is of something else, of another run, of one that another process is at, or damaged.
+            ValueError: the folder is of something else, of another run, of one that another process runs, or damaged.
         """
         self.folder, self.devices, self.asked = Path(os.path.realpath(folder)), devices, False
         self.sites: dict[tuple[int, int], Path] = {}
@@ -107,7 +107,7 @@ class Checkpoint:
             raise
 
     def close(self) -> None:
-        """Lets others go on with the run."""
+        """Releases the lock, so that another process may resume the run."""
         self._lock.close()
 
     def _begun(self, own) -> Lock:
@@ -208,8 +208,8 @@ class Checkpoint:
             logging.getLogger("jpfq").warning("Stopped by SIGTERM; %s. The same call goes on from there.", done)
             raise SystemExit(TERMINATED)
 
-    def meet(self, stop: int, fresh: Shaped) -> None:
-        """Notes the fresh batches of a stop; a run before that read them must have met the same."""
+    def check_batches(self, stop: int, fresh: Shaped) -> None:
+        """Saves the checksums of the batches of a stop, or raises where they differ from those of an earlier run."""
         file, own = self.folder / f"data-{stop:04}.json", {"run": self.run, "stop": stop, "arrays": _data([fresh])}
         if not file.is_file():
             self._write(file.name, json.dumps(own).encode())
@@ -248,7 +248,7 @@ class Checkpoint:
             ) from error
 
     def write(self, stop: int, position: int, solved: SiteResult) -> None:
-        """Keeps a site; what is asked to stop stops here."""
+        """Saves a site; then stops if that was asked for."""
         record, arrays = write_solved(solved)
         noted = {"run": self.run, "site": _site(stop, position), "record": json.dumps(record)}
         content = safetensors.numpy.save(arrays, metadata=noted)
@@ -278,10 +278,10 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def stoppable(kept: Checkpoint | None) -> Iterator[None]:
-    """Within it SIGTERM lets the site at work end and be kept, and then exits with status 143.
+    """On SIGTERM the current site finishes and is saved; the exit status is 143.
 
-    Only the main thread of a process can be told so; elsewhere, where others than Python handle the signal, and where
-    nothing is kept, it does what it did.
+    Only the main thread of a process can handle signals; elsewhere, where others than Python handle SIGTERM, and where
+    nothing is saved, the signal does what it did before.
     """
     here = kept if threading.current_thread() is threading.main_thread() else None
     old = signal.getsignal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Settings and figures as JSON, and back, from a fixed table: reading makes nothing but the classes named here.
+"""Settings and metrics as JSON, and back, from a fixed table: reading creates only the classes named here.
 
 A dataclass becomes {"": its name, field: value, ..}, an array {"": "array", "dtype": .., "data": nested lists}. Numbers of
 arrays are written so that they come back to the bit.
@@ -61,7 +61,7 @@ NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def encode(value: Any) -> Any:
-    """A setting or figure in terms of JSON."""
+    """A setting or metric as JSON."""
     kind = type(value)
     if isinstance(value, (Grid, ranges.Range)):
         value = plain(value)
@@ -86,7 +86,7 @@ def decode(value: Any, kind: type | tuple[type, ...]) -> Any:
     """Decodes what `encode` made: one of the classes named, or an array (`jax.Array`).
 
     Raises:
-        ValueError: anything that `encode` would not have made of these.
+        ValueError: not what `encode` makes of these.
     """
     kinds = kind if isinstance(kind, tuple) else (kind,)
     name = value.get("") if isinstance(value, dict) else None
@@ -124,7 +124,7 @@ def on_device(values: np.ndarray) -> jax.Array:
 
 
 def column(values: Sequence[Any]) -> Any:
-    """Many figures of one kind: as one array where they are numbers of one type in arrays."""
+    """Many values of one kind: as one array where they are numbers of one type in arrays."""
     arrays = [np.asarray(x) for x in values if isinstance(x, (jax.Array, np.ndarray, np.generic))]
     if (
         arrays
@@ -140,7 +140,7 @@ def uncolumn(value: Any, count: int) -> list:
     """The inverse of `column`."""
     stacked = array(value) if isinstance(value, dict) else None
     if len(value) != count if isinstance(value, list) else stacked is None or stacked.shape != (count,):
-        raise ValueError(f"Expected {count} figures; got {str(value)[:80]!r}.")
+        raise ValueError(f"Expected {count} values; got {str(value)[:80]!r}.")
     return [_figure(x) for x in value] if stacked is None else list(stacked)
 
 
@@ -178,7 +178,7 @@ def _unlisted(data, dtype):
 
 
 def _figure(value):
-    """A figure by itself: a number, a text, nothing, or an array."""
+    """A single value: a number, a text, None, or an array."""
     if isinstance(value, list):
         raise ValueError(f"Expected a figure; got {str(value)[:80]!r}.")
     if isinstance(value, str):

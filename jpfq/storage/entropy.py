@@ -22,7 +22,7 @@ def encode(codes: np.ndarray, levels: int) -> np.ndarray:
 
 
 def decode(words: np.ndarray, levels: int, count: int) -> np.ndarray:
-    """The inverse of `encode`, for so many codes. Raises ValueError for words that are nothing `encode` makes."""
+    """The inverse of `encode`, for so many codes. Raises ValueError for words that `encode` does not make."""
     counts, stream = words[:levels].astype(np.int64), words[levels:]
     if levels > MAX_LEVELS or counts.sum() != count or count == 0 or count > PER_WORD * len(stream):
         raise ValueError(f"{len(words)} words do not hold {count} codes of {levels} levels.")

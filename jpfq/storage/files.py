@@ -49,15 +49,15 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike, *others: type[Exception]) -> Iterator[None]:
-    """Says plainly what could not be written; `others` are what a library raises in the place of an OSError."""
+    """Raises an error with the path that could not be written; `others` are errors of a library for it."""
     try:
         yield
     except (OSError, *others) as error:
         found = re.search(r"\(os error (\d+)\)|code: (\d+)", str(error))
         number = getattr(error, "errno", None) or (found and int(found[1] or found[2]))
         reason = os.strerror(number) if number else str(error)
-        told = f"{os.fspath(path)} cannot be written: {reason}"
-        raise (OSError(number, told) if number else OSError(told)) from error
+        message = f"{os.fspath(path)} cannot be written: {reason}"
+        raise (OSError(number, message) if number else OSError(message)) from error
 
 
 class Lock:
@@ -93,7 +93,7 @@ class Lock:
                 return None
 
     def close(self) -> None:
-        """Lets it go."""
+        """Releases the lock."""
         handle, self.handle = self.handle, -1
         if handle >= 0:
             os.close(handle)

@@ -1,4 +1,4 @@
-"""The `Info` of kernels in a saved result: figures by field in JSON, and how far integer sums go, packed.
+"""The `Info` of kernels in a saved result: metrics by field in JSON, and the worst-case integer sums, packed.
 
 Every such sum is nu p + mu g of whole numbers p and g, so all of a kernel are multiples of one unit: of nu, the largest
 input code, where inputs have no sign. Sums are kept in that unit, each in as many bits as the largest takes.
@@ -16,7 +16,7 @@ from ..scalar import SumSpec, WorstCase
 from ..scalar.integer_sums import MAX_WIDTH
 from .codec import column, uncolumn
 
-NEEDED = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(Info) if f.name != "reach"}  # by figure
+NEEDED = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(Info) if f.name != "reach"}  # by metric
 FIELDS = ("bits", "lo", "hi", "tile", "shape", "unit", "width")
 SUFFIX = ".reach"  # of the array of sums, after the name of its kernel
 LARGEST = 2**31 - 1
@@ -32,7 +32,7 @@ class Noted(NamedTuple):
 
 
 def write_infos(infos: Sequence[Info]) -> tuple[dict[str, Any], dict[int, np.ndarray]]:
-    """The figures of all kernels in order, and by number of the kernel its packed sums, where they are bounded."""
+    """The metrics of all kernels in order, and by index of the kernel its packed sums, where they are bounded."""
     told = [name for name in NEEDED if any(_is_told(getattr(info, name), name) for info in infos)]
     columns = {name: column([getattr(info, name) for info in infos]) for name in told}
     rows, arrays = [], {}
@@ -51,29 +51,29 @@ def write_infos(infos: Sequence[Info]) -> tuple[dict[str, Any], dict[int, np.nda
 
 
 def _is_told(x, name):
-    """True if a figure is anything but its default."""
+    """True if a metric is not its default."""
     default = getattr(Info, name, None)
     return NEEDED[name] or (x is not None and (default is None or bool(np.any(np.asarray(x) != default))))
 
 
 def read_infos(columns: Mapping[str, Any], paths: Sequence[str], reaches: Mapping[str, WorstCase]) -> dict[str, Info]:
-    """The `Info` of each kernel that `write_infos` noted, by path; how far sums go is read before.
+    """The `Info` of each kernel that `write_infos` noted, by path; the worst-case sums are read before.
 
     Raises:
-        ValueError: anything that it would not have noted. Likewise `read_noted` and `read_reach`.
+        ValueError: not what `write_infos` writes. Likewise `read_noted` and `read_reach`.
     """
     columns = {name: x for name, x in columns.items() if name != "reach"}
     wrong = [name for name, needed in NEEDED.items() if needed and paths and not isinstance(columns.get(name), dict)]
     wrong += sorted(columns.keys() - NEEDED)
     if wrong:
-        raise ValueError(f"It has other figures of a kernel than this jpfq knows: {', '.join(wrong)}.")
+        raise ValueError(f"It has other metrics of a kernel than this jpfq knows: {', '.join(wrong)}.")
     values = {name: uncolumn(x, len(paths)) for name, x in columns.items()}
     figures = lambda i: {name: x[i] for name, x in values.items()}
     return {path: Info(**figures(i), reach=reaches.get(path)) for i, path in enumerate(paths)}
 
 
 def read_noted(columns: Mapping[str, Any], count: int) -> dict[int, Noted]:
-    """The records of bounded sums, by number of the kernel, of `count`."""
+    """The records of bounded sums, by index of the kernel, of `count`."""
     if "reach" not in columns:
         return {}
     record = columns["reach"]

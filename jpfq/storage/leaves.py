@@ -1,4 +1,4 @@
-"""One leaf of a saved result: what is noted of it in JSON, and its arrays by the suffix of their names.
+"""One leaf of a saved result: a record in JSON, and its arrays by the suffix of their names.
 
 Reading checks everything against the size of what is there before it makes anything.
 """

@@ -1,6 +1,6 @@
 """Save and load: a folder of two files, quantized.json and arrays-*.safetensors.
 
-The first says what there is: kinds, structure, settings, figures, versions, and the checksums of both. The second holds all
+The first says what there is: kinds, structure, settings, metrics, versions, and the checksums of both. The second holds all
 arrays, those of quantized kernels packed at their storage bits. Reading runs nothing that a file says: arrays are numbers,
 and settings are made from a fixed table (codec.py). How the folder is written and read is in store.py.
 """

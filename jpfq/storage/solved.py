@@ -1,4 +1,4 @@
-"""One solved site on disk: what is noted of it in JSON, and its arrays by name.
+"""One solved site on disk: a record in JSON, and its arrays by name.
 
 Reading checks everything against what the run asks of the site before it makes anything.
 """
@@ -52,7 +52,7 @@ def read_solved(record: Any, arrays: dict[str, np.ndarray], asked: SiteRequest, 
     """The inverse of `write_solved`.
 
     Raises:
-        ValueError: anything that it would not have made of such a site.
+        ValueError: not a record that `write_solved` makes for such a site.
     """
     if not isinstance(record, dict) or record.keys() != FIELDS:
         raise ValueError(f"expected the fields {', '.join(sorted(FIELDS))}; got {str(record)[:80]}")
@@ -161,7 +161,7 @@ def _place(x) -> list | None:
 
 
 def _at(place, x, devices):
-    """An array where it was."""
+    """An array with the sharding it had."""
     wrong = ValueError(f"an array {x.shape} was not split by {str(place)[:80]}")
     if place is not None and not (isinstance(place, list) and len(place) <= x.ndim):
         raise wrong

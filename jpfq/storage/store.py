@@ -1,6 +1,6 @@
 """The folder of a saved result: a record in JSON and a file of arrays, written in one step and checked when read.
 
-A result appears by renaming: whatever is killed when, what is there is whole. Of several processes that save into one
+A result appears by renaming, so a folder is whole whenever a process is killed. Of several processes that save into one
 folder, one wins whole; who reads meanwhile reads again. What the record says is save.py's.
 """
 
@@ -18,7 +18,7 @@ import safetensors.numpy
 from ..model.adapters import phrase_of
 from .files import HIDDEN, TURN, digest, hidden, read_limited, to_disk, turn, writing
 
-FORMATS = 1, 2  # the second keeps how far sums go, and is written where there are such
+FORMATS = 1, 2  # the second has worst-case sums too, and is written where there are some
 MANIFEST = "quantized.json"
 LARGEST = 2**26  # bytes of it, which are those of more than 100,000 kernels
 BEGINNING = b'{"arrays":{"bytes":'  # of every record, whose keys are sorted
@@ -27,11 +27,11 @@ FIELDS = {  # of the record, besides its own checksum
     "versions": dict,
     "arrays": dict,  # bytes and checksum of the other file
     "model": str,
-    "leaves": list,  # those of which their arrays do not tell all; first the quantized kernels, in the order of the walk
+    "leaves": list,  # those of which their arrays do not tell all; first the quantized kernels, in the order of calibration
     "order": (list, type(None)),  # of all leaves: [path, whether it is a parameter]; None where the names tell it
     "collections": list,  # of the variables of a Linen module, besides params
     "structure": (list, int, type(None)),  # None where the paths tell it
-    "info": dict,  # by field, of all kernels; how far sums go, of those whose sums are bounded
+    "info": dict,  # by field, of all kernels; worst-case sums, of those whose sums are bounded
     "skipped": dict,
     "inputs": dict,
     "biases": list,

@@ -149,12 +149,12 @@ def test_blocks_lie_along_the_inputs_of_every_kind_of_product():
 
 def test_a_rotation_is_undone_after_rounding():
     x, rotation = skewed(5, 20, 48), jpfq.Hadamard(seed=3)
-    R = np.asarray(rotation.rows(jnp.eye(48)), np.float64)
+    R = np.asarray(rotation.rotate_rows(jnp.eye(48)), np.float64)
     np.testing.assert_allclose(R @ R.T, np.eye(48), atol=1e-6)
-    np.testing.assert_allclose(rotation.forth(x.T).T, rotation.rows(x), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(rotation.rows_back(rotation.rows(x)), x, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(rotation.rotate(x.T).T, rotation.rotate_rows(x), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(rotation.unrotate_rows(rotation.rotate_rows(x)), x, rtol=1e-4, atol=1e-3)
     found = rounded(dataclasses.replace(INT4, rotation=rotation), x)
-    turned = np.asarray(rotation.rows(x))
+    turned = np.asarray(rotation.rotate_rows(x))
     by_hand = expected(INT4, turned) @ R.T
     np.testing.assert_allclose(found, by_hand, rtol=1e-3, atol=1e-5 * np.abs(by_hand).max(1).max())
 

@@ -21,27 +21,27 @@ KERNEL = Kernel(tile=4, interpret=True)  # two tiles, the second with three neur
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Budget(Carrying):
-    """A rounding that is told something of each coordinate and neuron, and keeps a row of numbers for each neuron."""
+    """A rounding with inputs of its own at each coordinate and neuron, and a carry of two numbers for each neuron."""
 
     def init(self):
         return jnp.zeros(2)
 
-    def __call__(self, carry, a, here):
-        share, here_too = here.given
-        code = here.levels.encode(a + share * carry[0] + here_too)
-        return jnp.stack([here.levels.position(a) - code, carry[1] + 1]), code
+    def __call__(self, carry, a, context):
+        share, more = context.inputs
+        code = context.levels.encode(a + share * carry[0] + more)
+        return jnp.stack([context.levels.position(a) - code, carry[1] + 1]), code
 
 
 @functools.partial(jax.jit, static_argnames=("kernel", "block", "rounding"))
-def run(A, L, step, order, about, given, rounding, kernel, block):
+def run(A, L, step, order, about, inputs, rounding, kernel, block):
     recursion = Recursion(levels_of(step), order, A.shape[1], rounding, kernel=kernel)
-    return substitute(A, L, recursion, block=block, about=about, given=given)
+    return substitute(A, L, recursion, block=block, about=about, inputs=inputs)
 
 
-def both(A, L, step, rounding, order=None, about=None, given=(), block=10):
+def both(A, L, step, rounding, order=None, about=None, inputs=(), block=10):
     order = np.arange(len(A)) if order is None else order
     about = np.zeros_like(A) if about is None else about
-    return (run(A, L, step, order, about, given, rounding, kernel, block) for kernel in (KERNEL, None))
+    return (run(A, L, step, order, about, inputs, rounding, kernel, block) for kernel in (KERNEL, None))
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_codes_are_those_of_the_scan(x64, rounding):
     """Blocks of ten coordinates, which is no power of two; groups of steps; an order; about values."""
     A, L, step = system(0, groups=4)
     rng = np.random.default_rng(1)
-    given = (rng.standard_normal(N), rng.standard_normal((N, OUT))) if isinstance(rounding, Budget) else ()
-    fast, plain = both(A, L, step, rounding, rng.permutation(N), rng.standard_normal(A.shape), given)
+    inputs = (rng.standard_normal(N), rng.standard_normal((N, OUT))) if isinstance(rounding, Budget) else ()
+    fast, plain = both(A, L, step, rounding, rng.permutation(N), rng.standard_normal(A.shape), inputs)
     assert_codes_equal(fast.codes, plain.codes)
     np.testing.assert_allclose(fast.q, plain.q, rtol=1e-14)
     np.testing.assert_array_equal(fast.saturated, plain.saturated)

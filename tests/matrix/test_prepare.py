@@ -154,21 +154,21 @@ def test_preparations_in_a_row(x64):
 @pytest.mark.parametrize(("n", "block"), [(40, 8), (32, 32), (6, 2)])
 def test_hadamard_is_orthogonal(x64, n, block):
     turn = jpfq.Hadamard(seed=5)
-    R = np.asarray(turn.back(jnp.eye(n)))
+    R = np.asarray(turn.unrotate(jnp.eye(n)))
     assert_close(R @ R.T, np.eye(n))
-    assert_close(turn.forth(jnp.eye(n)), R.T)
+    assert_close(turn.rotate(jnp.eye(n)), R.T)
     assert_close(np.abs(R[:block, :block]), np.full((block, block), block**-0.5))
     assert np.count_nonzero(R) == n * block
     M = jnp.asarray(np.random.default_rng(0).standard_normal((n, 3)))
-    assert_close(turn.back(turn.forth(M)), M)
-    other = np.asarray(jpfq.Hadamard(seed=6).back(jnp.eye(n)))
+    assert_close(turn.unrotate(turn.rotate(M)), M)
+    other = np.asarray(jpfq.Hadamard(seed=6).unrotate(jnp.eye(n)))
     assert (np.sign(other) != np.sign(R)).any()
 
 
 def test_hadamard_turns_the_gram(x64):
     X, Xq, _ = case()
     turn = jpfq.Hadamard()
-    R = np.asarray(turn.back(jnp.eye(N)))
+    R = np.asarray(turn.unrotate(jnp.eye(N)))
     found, expected = turn.gram(jpfq.Gram.from_data(X, Xq)), jpfq.Gram.from_data(X @ R, Xq @ R)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert_close(a, b)
@@ -188,7 +188,7 @@ def test_a_rotated_solve(x64):
     turn = jpfq.Hadamard(seed=2)
     settings = PLAIN | {"method": jpfq.GPFQ(), "grid": GRID, "scale": jpfq.scale.AbsMax()}
     tensor, info = jpfq.solve(W, jpfq.Gram.from_data(X, Xq), rotation=turn, **settings)
-    R = np.asarray(turn.back(jnp.eye(N)))
+    R = np.asarray(turn.unrotate(jnp.eye(N)))
     levels = jpfq.scale.AbsMax()(jnp.asarray(R.T @ W), GRID)
     seen = np.eye(N)[list(DEAD)] * np.sqrt((Xq**2).sum() / (N - len(DEAD)))
     expected = gpfq.gpfq_state(

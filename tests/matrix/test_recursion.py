@@ -27,8 +27,8 @@ class Carrying(Rounding):
     def init(self):
         return jnp.zeros(()), jnp.zeros((), jnp.int32)
 
-    def __call__(self, carry, a, here):
-        (left, seen), levels = carry, here.levels
+    def __call__(self, carry, a, context):
+        (left, seen), levels = carry, context.levels
         target = a + levels.step * 0.5 * left.astype(a.dtype)
         code = levels.encode(target)
         return ((levels.position(target) - code).astype(left.dtype), seen + 1), code

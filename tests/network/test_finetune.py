@@ -52,7 +52,7 @@ def test_both_ways_start_at_the_quantized_network():
     assert_same(jpfq.fake_quant(q.tunable, q), q.params)
     found = jpfq.fake_quant(q.params, q)
     assert_same({**found, "turned": 0}, {**q.params, "turned": 0})
-    assert_close(found["turned"], q.params["turned"])  # turned forth and back once more
+    assert_close(found["turned"], q.params["turned"])  # rotated and unrotated once more
     shapes = jax.tree.map(jnp.shape, q.tunable)
     assert shapes["grouped"] == jpfq.Steps((4, 16))
     assert shapes["bias"] == (8,)
@@ -101,7 +101,7 @@ def test_float_weights_are_rounded_to_the_nearest_level():
     found = jpfq.fake_quant(PARAMS, q)
     step = q.tensors["stacked"].step
     assert_close(found["stacked"], step * jnp.clip(jnp.floor(PARAMS["stacked"] / step + 0.5), -1, 1))
-    turn = lambda W: q.tensors["turned"].rotated[0].forth(W)
+    turn = lambda W: q.tensors["turned"].rotated[0].rotate(W)
     step = q.tensors["turned"].step
     assert_close(turn(found["turned"]), step * jnp.clip(jnp.floor(turn(PARAMS["turned"]) / step + 0.5), -8, 7))
 

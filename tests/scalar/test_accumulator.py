@@ -46,9 +46,9 @@ def rounded(A, L, about, order, step, top, P, lo, hi, T, how):
         rounding = guard.around(jpfq.rounding.Stochastic() if how is None else jpfq.rounding.Nearest(), (lo, hi))
         levels = ScaledGrid(step, jnp.zeros_like(step), -top - 1, top)
         recursion = Recursion(levels, order, OUT, rounding, key)
-        carry, told = rounding.meet(about, order)
+        carry, inputs_of = rounding.init_all(about, order)
         recursion = recursion._replace(carry=carry)
-        path = substitute(A, L, recursion, block=8, about=about, given=told(recursion.spread()))
+        path = substitute(A, L, recursion, block=8, about=about, inputs=inputs_of(recursion.spread()))
         return jnp.zeros_like(path.codes).at[order].set(path.codes)
 
     keys = jax.random.split(jax.random.key(0), CASES)

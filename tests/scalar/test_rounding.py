@@ -232,9 +232,9 @@ def test_error_has_the_shape_of_the_steps():
 
 
 def test_what_a_descent_rounds_by_afterwards():
-    assert jpfq.rounding.Stochastic().settled == jpfq.rounding.Nearest() == jpfq.rounding.Nearest().settled
-    assert jpfq.rounding.SoftThreshold(0.1).settled == jpfq.rounding.SoftThreshold(0.1)
-    assert jpfq.rounding.Prune(0.1).settled is None
+    assert jpfq.rounding.Stochastic().for_finish == jpfq.rounding.Nearest() == jpfq.rounding.Nearest().for_finish
+    assert jpfq.rounding.SoftThreshold(0.1).for_finish == jpfq.rounding.SoftThreshold(0.1)
+    assert jpfq.rounding.Prune(0.1).for_finish is None
     for rounding in ROUNDINGS.values():
         assert rounding.random == (type(rounding) in (jpfq.rounding.Stochastic, jpfq.rounding.Prune))
         assert rounding.sparse == (

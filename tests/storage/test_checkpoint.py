@@ -214,19 +214,19 @@ def test_fresh_batches_that_are_read_again_must_be_the_same(tmp_path, monkeypatc
 def test_fresh_batches_of_another_stop_or_run_are_refused(tmp_path):
     (shaped,) = read_batches(BATCHES)
     with contextlib.closing(resume.Checkpoint(tmp_path / "run", {"of": "this"}, None)) as kept:
-        kept.meet(4, shaped)
+        kept.check_batches(4, shaped)
         record = tmp_path / "run" / "data-0004.json"
         known = json.loads(record.read_text())
         wrong = [known | {"stop": 3}, known | {"run": "0" * 64}, [], {}, {"arrays": known["arrays"]}, known | {"x": 1}]
         for text in ("{", "[" * 100_000, *map(json.dumps, wrong)):
             record.write_text(text)
             with pytest.raises(ValueError, match=r"data-0004\.json is damaged"):
-                kept.meet(4, shaped)
+                kept.check_batches(4, shaped)
         record.write_text(json.dumps(known | {"arrays": {}}))
         with pytest.raises(ValueError, match="the batches for stop 4 are not those"):
-            kept.meet(4, shaped)
+            kept.check_batches(4, shaped)
         record.write_text(json.dumps(known))
-        kept.meet(4, shaped)
+        kept.check_batches(4, shaped)
 
 
 @pytest.mark.slow
