@@ -170,11 +170,11 @@ def predicts_alike(
 
 @dataclasses.dataclass(frozen=True)
 class Bounding:
-    """How to bound.
+    """The way to bound.
 
     Args:
-        mode: "linear", functions of the inputs that are followed backward from every layer; or "interval", which is wider, and
-            takes the time of a few evaluations of the network.
+        mode: "linear", by functions of the inputs that are followed backward from every layer; or "interval", which is wider
+            and takes the time of some ten evaluations of the network.
         together: boxes that are bounded at a time. More take more memory.
 
     Examples:
@@ -195,11 +195,9 @@ class Bounding:
 def _verify(quantized, given, lower, upper, settings):
     (outputs, _), tree = _run(quantized, given, lower, upper, settings, margins=False)
     whole = lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-    sides = []
-    for name in ("d", "f", "q"):
-        ends = ([whole(np.asarray(end)) for end in ends] for ends in zip(*(getattr(x, name) for x in outputs), strict=True))
-        sides.append(Range(*(tree.unflatten(end) for end in ends)))
-    return Verified(*sides, settings.mode)
+    end = lambda side, i: tree.unflatten([whole(np.asarray(getattr(x, side)[i])) for x in outputs])
+    difference, exact, rounded = (Range(end(side, 0), end(side, 1)) for side in ("d", "f", "q"))
+    return Verified(difference, exact, rounded, settings.mode)
 
 
 @runs_anywhere
@@ -219,14 +217,18 @@ def _run(quantized, given, lower, upper, settings, margins):
     graph, quantizers = graph_of(given, quantized.inputs, one)
     shapes = [v.aval.shape for v in graph.outputs]
     if wrong := [s for s in shapes if s[:1] != (1,)]:
-        raise ValueError(f"verify: an output of one sample has shape {wrong[0]}; its first axis is to be that of samples.")
+        raise ValueError(
+            f"verify: an output of one sample has shape {wrong[0]}; its first axis is to be that of samples."
+        )
     if margins and (len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] < 2):
         raise ValueError(f"predicts_alike takes logits, one output (samples, classes); the model returns {shapes}.")
     run = compiled(Compiled(graph), settings.mode == "linear", margins)
     boxes = [[np.asarray(x, np.float64)[:, None] for x in jax.tree.leaves(end)] for end in (lower, upper)]
     with jax.enable_x64(True):
         ends = [[jnp.asarray(x) for x in end] for end in boxes]
-        found = run(given.leaves, quantized._functional.leaves, quantizers, *ends, min(settings.together, len(boxes[0][0])))
+        found = run(
+            given.leaves, quantized._functional.leaves, quantizers, *ends, min(settings.together, len(boxes[0][0]))
+        )
         return jax.tree.map(np.asarray, found), graph.program.tree
 
 
@@ -249,7 +251,9 @@ def _given(quantized, model, variables, params):
         known = dict(zip(given.paths, given.leaves, strict=True))
         if path not in known or np.shape(known[path]) != shape:
             had = f"has {np.shape(known[path])}" if path in known else "has none"
-            raise ValueError(f"The result belongs to another network: its {path} is {shape}, and the float network {had}.")
+            raise ValueError(
+                f"The result belongs to another network: its {path} is {shape}, and the float network {had}."
+            )
     if len(given.paths) != len(start.paths):
         more = sorted(set(given.paths) - set(start.paths))
         raise ValueError(f"The result belongs to another network: it has no {more[0]}.")
@@ -281,7 +285,10 @@ def _box(box, around, radius):
                 raise ValueError(f"verify: radius is a number of at least 0; got {np.min(np.asarray(r))}.")
         try:
             ends = [
-                [np.asarray(x, np.float64) + sign * np.broadcast_to(np.asarray(r, np.float64), np.shape(x)) for x, r in zip(leaves, radii, strict=True)]
+                [
+                    np.asarray(x, np.float64) + sign * np.broadcast_to(np.asarray(r, np.float64), np.shape(x))
+                    for x, r in zip(leaves, radii, strict=True)
+                ]
                 for sign in (-1, 1)
             ]
         except ValueError as error:
@@ -310,6 +317,8 @@ def _check_inputs(batch, name):
                 "the embedded values, to a model that takes those."
             )
         if x.ndim < 1 or not len(x) or len(x) != len(np.asarray(leaves[0])):
-            raise ValueError(f"verify: {name} holds an array of shape {x.shape}; the first axis is that of samples, of all.")
+            raise ValueError(
+                f"verify: {name} holds an array of shape {x.shape}; the first axis is that of samples, of all."
+            )
         if not np.isfinite(x.astype(np.float64)).all():
             raise ValueError(f"verify: {name} holds NaN or infinity.")

@@ -45,20 +45,26 @@ class Found(NamedTuple):
 
 @functools.lru_cache(maxsize=CACHE)
 def compiled(key: Compiled, linear: bool, margins: bool) -> Callable:
-    """The bounds as a function of (float leaves, quantized leaves, quantizers, lower, upper).
+    """`bounds_of`, compiled."""
+    run = functools.partial(bounds_of, key.graph, linear, margins)
+    return jax.jit(run, static_argnums=5, compiler_options=OPTIONS)
 
-    lower, upper: the leaves of a batch, with one more axis for boxes in front: (boxes, 1, ..).
+
+def bounds_of(
+    graph: Graph, linear: bool, margins: bool, f_leaves, q_leaves, quantizers, lower, upper, together
+) -> Found:
+    """The bounds of all boxes.
+
+    Args:
+        f_leaves, q_leaves: the parameters of both networks.
+        quantizers: those of the rounded inputs.
+        lower, upper: the leaves of a batch, with one more axis in front, for boxes: (boxes, 1, ..).
+        together: boxes that are bounded at a time.
     """
-    graph = key.graph
-
-    @functools.partial(jax.jit, static_argnums=5, compiler_options=OPTIONS)
-    def run(f_leaves, q_leaves, quantizers, lower, upper, together):
-        fixed = Fixed(_fixed(graph.program, f_leaves), _fixed(graph.program, q_leaves))
-        fixed.q.update((i, quantizer.at) for i, quantizer in enumerate(quantizers))
-        one = lambda box: _Engine(graph, fixed, linear).found(*box, margins)
-        return _mapped(one, (lower, upper), together)
-
-    return run
+    fixed = Fixed(_fixed(graph.program, f_leaves), _fixed(graph.program, q_leaves))
+    fixed.q.update((i, quantizer.at) for i, quantizer in enumerate(quantizers))
+    one = lambda box: _Engine(graph, fixed, linear).found(box[0], box[1], margins)
+    return _mapped(one, (lower, upper), together)
 
 
 def _fixed(program, leaves):
@@ -136,8 +142,8 @@ class _Engine:
                 continue
             out = pairs.pop(node.output)
             x = [self.values[v] for v in node.inputs]
-            y = self.values.get(node.output)
-            found, more = node.backward(out, x, y, self.fixed, self.lines.get(node.output))
+            lines: Any = self.lines.get(node.output)
+            found, more = node.backward(out, x, self.values[node.output], self.fixed, lines)
             terms += more
             for v, pair in zip(node.inputs, found, strict=True):
                 if v in pairs:

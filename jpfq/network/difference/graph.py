@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,20 +12,20 @@ import numpy as np
 from ...calibrate.activation import ActivationQuantizer
 from ...model.canonical import segment
 from ...model.compat import bind, is_literal
-from ...model.functional import Functional
+from ...model.functional import Functional, from_function
 from ...model.operands import rounded_operands
 from ...model.program import Program
 from ...model.sites import find_sites
 from .lowering import lowered
 from .nodes import AFFINE, MULTIPLIES, Affine, Apply, Larger, Node, Round, Softmax
-from .relaxations import LOGISTIC, NAMED, TANH, Kink, Smooth
+from .relaxations import LOGISTIC, NAMED, TANH, Kink
 
 SINGLE = {"tanh": TANH, "logistic": LOGISTIC}
 COMPARED = {"ge", "gt", "lt", "le"}
 LONGEST = 24  # equations of a function that is recognised
 KNOWN = (
-    "It knows dense and convolution layers, sums, products with parameters, BatchNorm in inference, ReLU, leaky ReLU, clips, "
-    "tanh, sigmoid, GELU, SiLU, ELU, softplus, average and max pooling, and softmax"
+    "It knows dense and convolution layers, sums, products with parameters, BatchNorm in inference, ReLU, leaky ReLU, "
+    "clips, tanh, sigmoid, GELU, SiLU, ELU, softplus, average and max pooling, and softmax"
 )
 
 
@@ -48,7 +48,9 @@ def graph_of(functional: Functional, inputs: dict[str, list[ActivationQuantizer]
     program = lowered(functional, batch)
     kernels = find_sites(program)[0]
     if rounded_operands(functional, program, kernels, inputs):
-        raise ValueError("verify: products of data with data are rounded (products=, cache=), which it has no bounds for.")
+        raise ValueError(
+            "verify: products of data with data are rounded (products=, cache=), which it has no bounds for."
+        )
     sites = {site.index: site for site in kernels if site.path in inputs}
     for site in sites.values():
         if inputs[site.path][site.use].levels is None:
@@ -105,7 +107,9 @@ class _Builder:
             return Apply(SINGLE[name], tuple(data), out)
         if name not in AFFINE or len(eqn.outvars) != 1:
             return None
-        if name in MULTIPLIES and (len(eqn.invars) != 2 or len(data) != 1 or (name == "div" and eqn.invars[0] is not data[0])):
+        if name in MULTIPLIES and (
+            len(eqn.invars) != 2 or len(data) != 1 or (name == "div" and eqn.invars[0] is not data[0])
+        ):
             return None
         if name in ("select_n", "dynamic_slice", "gather") and self.is_data(eqn.invars[0 if name == "select_n" else 1]):
             return None
@@ -126,10 +130,10 @@ class _Builder:
             return None
         x = compared.invars[0]
         slopes = [self.slope(v, x) for v in eqn.invars[1:]]  # where the comparison is false, and where it is true
-        if x not in self.available or None in slopes:
+        left, right = slopes if compared.primitive.name in ("ge", "gt") else slopes[::-1]
+        if x not in self.available or left is None or right is None:
             return None
-        above = compared.primitive.name in ("ge", "gt")
-        return Apply(Kink(*(slopes if above else slopes[::-1])), (x,), out)
+        return Apply(Kink(left, right), (x,), out)
 
     def slope(self, v, x):
         """The number that x is multiplied by to give v; None if it is not a multiple."""
@@ -156,7 +160,10 @@ class _Builder:
 
     def parts(self, index, out):
         """The equations before one, down to each earlier variable of the same shape that all of them start from."""
-        names = {n: _length(n, out.aval.shape, str(out.aval.dtype)) for n in (*NAMED, *(f"softmax {i}" for i in range(out.aval.ndim)))}
+        names = {
+            n: _length(n, out.aval.shape, str(out.aval.dtype))
+            for n in (*NAMED, *(f"softmax {i}" for i in range(out.aval.ndim)))
+        }
         found: dict[int, Any] = {index: self.program.equations[index]}
         queue = list(self.program.equations[index].invars)
         starts = []
@@ -247,10 +254,9 @@ class _Evaluated:
 
 @functools.cache
 def _traced(name, shape, dtype):
-    from ...model.functional import from_function
-
     if name.startswith("softmax"):
-        f = functools.partial(jax.nn.softmax, axis=int(name.split()[1]))
+        axis = int(name.split()[1])
+        f: Callable = lambda x: jax.nn.softmax(x, axis)
     else:
         f = NAMED[name].function
     program = lowered(from_function(lambda params, x: f(x), {}, {}), jax.ShapeDtypeStruct(shape, dtype))
@@ -281,7 +287,3 @@ def _floats(v):
 
 def _is_zero(v):
     return is_literal(v) and np.ndim(v.val) == 0 and float(v.val) == 0
-
-
-Quantizers = Sequence[ActivationQuantizer]
-__all__ = ["Graph", "Quantizers", "Smooth", "graph_of"]

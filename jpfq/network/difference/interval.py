@@ -91,8 +91,8 @@ class Triple(NamedTuple):
 class Pair(NamedTuple):
     """Coefficients F and Q of a value in the float network and in the quantized one.
 
-    alone: 1 if the sum is of the quantized network alone, 0 if not. Then F is 0, and a function of the value is bounded as in
-    that network.
+    alone: 1 if the sum is of the quantized network alone, 0 if not. If so, F is 0, and functions are bounded as in that
+        network.
     """
 
     f: jax.Array

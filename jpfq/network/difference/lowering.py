@@ -1,6 +1,7 @@
 """Rewrites a program into the equations that bounds are known for: maxima over windows and axes as maxima of pairs."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -38,10 +39,15 @@ def _visit(program, index, eqn, values):
     if name == "reduce_max":
         return [_axes_max(values[0], p["axes"])]
     if name == "clamp":
-        return [lax.min(lax.max(values[1], jnp.broadcast_to(values[0], values[1].shape)), jnp.broadcast_to(values[2], values[1].shape))]
+        return [
+            lax.min(
+                lax.max(values[1], jnp.broadcast_to(values[0], values[1].shape)),
+                jnp.broadcast_to(values[2], values[1].shape),
+            )
+        ]
     if name == "split":
         starts = np.cumsum([0, *p["sizes"]])
-        return [lax.slice_in_dim(values[0], int(a), int(b), axis=p["axis"]) for a, b in zip(starts, starts[1:])]
+        return [lax.slice_in_dim(values[0], int(a), int(b), axis=p["axis"]) for a, b in itertools.pairwise(starts)]
     if name == "max":
         sides = [i for i, v in enumerate(eqn.invars) if is_literal(v) and np.all(np.asarray(v.val) == -math.inf)]
         if sides:
@@ -57,13 +63,15 @@ def _window_max(x, p, eqn):
     for axis, (size, stride, (before, after), base, dilation) in enumerate(zipped):
         reach = (size - 1) * dilation
         if base != 1 or dilation != 1 or min(before, after) < 0 or max(before, after) > reach or x.shape[axis] < 1:
-            raise ValueError("verify: max pooling with dilation, or with padding that fills a window, is not supported.")
+            raise ValueError(
+                "verify: max pooling with dilation, or with padding that fills a window, is not supported."
+            )
         if size == 1 and stride == 1:
             continue
         first, last = (lax.slice_in_dim(x, a, a + 1, axis=axis) for a in (0, x.shape[axis] - 1))
         padded = lax.concatenate([*[first] * before, x, *[last] * after], axis) if before or after else x
         count = (padded.shape[axis] - reach - 1) // stride + 1
-        cut = lambda i: lax.slice_in_dim(padded, i, i + (count - 1) * stride + 1, stride, axis)  # noqa: B023
+        cut = lambda i: lax.slice_in_dim(padded, i, i + (count - 1) * stride + 1, stride, axis)
         x = _tree([cut(i) for i in range(size)])
     return x
 
@@ -72,7 +80,7 @@ def _axes_max(x, axes):
     for axis in axes:
         while (n := x.shape[axis]) > 1:
             half = n // 2
-            cut = lambda a, b: lax.slice_in_dim(x, a, b, axis=axis)  # noqa: B023
+            cut = lambda a, b: lax.slice_in_dim(x, a, b, axis=axis)
             y = lax.max(cut(0, half), cut(half, 2 * half))
             x = lax.concatenate([y, cut(2 * half, n)], axis) if n % 2 else y
     return lax.squeeze(x, tuple(axes))

@@ -1,8 +1,8 @@
 """Nodes: what bounds do at each equation. Forward they map ranges to ranges, backward coefficients to coefficients.
 
-Backward, an upper bound of the sum of F f + Q q over the outputs of a node becomes one over its inputs, plus a number. Affine
-equations are transposed, each network with its own weights. A function phi of one number is bounded by lines, of S phi(f) with
-S = F + Q and of Q (phi(q) - phi(f)), so that a small difference stays small.
+Backward, an upper bound of the sum of F f + Q q over the outputs of a node becomes one over its inputs, plus a number.
+Affine equations are transposed, each network with its own weights. A function phi of one number is bounded by lines: of
+(F + Q) phi(f), and of Q (phi(q) - phi(f)), so that a small difference stays small.
 """
 
 import dataclasses
@@ -119,7 +119,8 @@ class Affine:
         """What `backward` takes: the rounding errors of either network."""
         nets = zip(("f", "q"), fixed, strict=True)
         return tuple(
-            4 * gamma(self.terms) * self._magnitude([getattr(v, net) for v in x], self.fixed(values)) for net, values in nets
+            4 * gamma(self.terms) * self._magnitude([getattr(v, net) for v in x], self.fixed(values))
+            for net, values in nets
         )
 
     def backward(self, out: Pair, x: list[Triple], y: Triple, fixed: Fixed, lines: Any) -> tuple[list[Pair], list]:
@@ -218,7 +219,9 @@ class Round:
         half = levels.gap / 2
         low, high = levels.at(levels.lo if levels.table is None else levels.table[0]), levels.radius
         error = Interval(jnp.minimum(-half, high - x.hi), jnp.maximum(half, low - x.lo))
-        return error.meet(Interval(first - x.hi, last - x.lo)).wider(16 * U * (x.largest + jnp.abs(low) + jnp.abs(high)))
+        return error.meet(Interval(first - x.hi, last - x.lo)).wider(
+            16 * U * (x.largest + jnp.abs(low) + jnp.abs(high))
+        )
 
     def forward(self, x: list[Triple], fixed: Fixed) -> Triple:
         """The ranges of the output."""

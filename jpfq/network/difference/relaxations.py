@@ -4,12 +4,12 @@ Everything follows from one question: for a in [a.lo, a.hi] and t in [t.lo, t.hi
 
     phi(a + t) - phi(a)
 
-lie? With a = f and t = d it is the difference of the two networks after the function (for ReLU the cases of QEBVerif, arXiv
-2212.02781, §4, are among those that follow). With a fixed and t = x - a it is the function itself.
+lie? With a = f and t = d it is the difference of the two networks after the function; for ReLU the cases of QEBVerif (arXiv
+2212.02781, §4) follow. With a fixed and t = x - a it is the function itself.
 
-For a convex function the increment grows with a where t >= 0 and falls where t < 0, so its extremes are at the ends of a. For
-others, it lies between the least and the largest slope times t. Either way the extremes are piecewise linear in t (for these
-functions), and the best line of a given slope touches them at a breakpoint.
+For a convex function the increment grows with a where t >= 0 and falls where t < 0, so its extremes are at the ends of a.
+For others, it lies between the least and the largest slope times t. Either way the extremes are piecewise linear in t, and
+the best line of a given slope touches them at a breakpoint.
 """
 
 import dataclasses
@@ -128,7 +128,10 @@ class Smooth:
         return Lines(
             lines.slope,
             tuple(  # pyright: ignore[reportArgumentType]
-                b + shift - s * x.middle + sign * (error + 8 * U * (jnp.abs(b) + jnp.abs(s) * x.largest + jnp.abs(shift)))
+                b
+                + shift
+                - s * x.middle
+                + sign * (error + 8 * U * (jnp.abs(b) + jnp.abs(s) * x.largest + jnp.abs(shift)))
                 for s, b, sign in zip(*lines, (-1, 1), strict=True)
             ),
         )
