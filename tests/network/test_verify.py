@@ -167,13 +167,13 @@ def test_lines_hold_what_they_bound(activation, x64):
     share = jnp.linspace(0, 1, 41)
     a = x.f.lo + (x.f.hi - x.f.lo) * share[:, None, None]
     t = x.d.lo + (x.d.hi - x.d.lo) * share[None, :, None]
-    values = {"f": (a, activation(a)), "d": (t, activation(a + t) - activation(a))}
-    for name, (at, y) in values.items():
-        line = getattr(lines, name)
-        assert (line.slope[0] * at + line.shift[0] <= y).all()
-        assert (line.slope[1] * at + line.shift[1] >= y).all()
-    assert (ends.lo <= values["d"][1]).all()
-    assert (ends.hi >= values["d"][1]).all()
+    own, change, plane = activation(a), activation(a + t) - activation(a), lines.d
+    assert (lines.f.slope[0] * a + lines.f.shift[0] <= own).all()
+    assert (lines.f.slope[1] * a + lines.f.shift[1] >= own).all()
+    assert (plane.f[0] * a + plane.q[0] * (a + t) + plane.shift[0] <= change + 1e-12).all()
+    assert (plane.f[1] * a + plane.q[1] * (a + t) + plane.shift[1] >= change - 1e-12).all()
+    assert (ends.lo <= change).all()
+    assert (ends.hi >= change).all()
 
 
 class Everything(nn.Module):

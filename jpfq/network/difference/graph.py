@@ -149,6 +149,8 @@ class _Builder:
 
     def named(self, index, eqn, out):
         """A function of several equations, which are those of a known function."""
+        if not _floats(out):
+            return None
         for names, x, equations in self.parts(index, out):
             for name in names:
                 if segment(equations, [x], [out]) == _known(name, x.aval.shape, str(x.aval.dtype)):

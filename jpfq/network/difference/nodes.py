@@ -292,18 +292,17 @@ def _along(out: Pair, lines: Relaxed, size) -> tuple[Pair, list]:
     """The coefficients of the argument of a function, from those of its value."""
     base, other = _split(out)
     own = jax.tree.map(lambda f, q: jnp.where(out.alone > 0, q, f), lines.f, lines.q)
-    spread = sum(size * sum(map(jnp.abs, line.slope)) + sum(map(jnp.abs, line.shift)) for line in lines)
-    a, g = _slope(base, own), _slope(other, lines.d)
-    pair = out.with_((1 - out.alone) * (a - g), jnp.where(out.alone > 0, a, g))
-    return pair, [_shift(base, own) + _shift(other, lines.d) + 16 * U * out.magnitude * spread]
+    slopes = lines.f.slope, lines.q.slope, lines.d.f, lines.d.q
+    total = lambda tree: sum(jnp.abs(leaf) for leaf in jax.tree.leaves(tree))
+    spread = size * total(slopes) + total([part.shift for part in lines])
+    a, d = _side(base, own.slope), lines.d
+    pair = out.with_((1 - out.alone) * (a + _side(other, d.f)), jnp.where(out.alone > 0, a, _side(other, d.q)))
+    return pair, [_side(base, own.shift) + _side(other, d.shift) + 16 * U * out.magnitude * spread]
 
 
-def _slope(c, line):
-    return c * jnp.where(c > 0, line.slope[1], line.slope[0])
-
-
-def _shift(c, line):
-    return c * jnp.where(c > 0, line.shift[1], line.shift[0])
+def _side(c, ends):
+    """A coefficient times what bounds its value from above."""
+    return c * jnp.where(c > 0, ends[1], ends[0])
 
 
 def _each(f, w):

@@ -32,12 +32,20 @@ class Lines(NamedTuple):
     shift: tuple[jax.Array, jax.Array]
 
 
+class Planes(NamedTuple):
+    """Linear bounds of both: f[0] f + q[0] q + shift[0] <= y <= f[1] f + q[1] q + shift[1]."""
+
+    f: tuple[jax.Array, jax.Array]
+    q: tuple[jax.Array, jax.Array]
+    shift: tuple[jax.Array, jax.Array]
+
+
 class Relaxed(NamedTuple):
-    """Lines of phi(f) in f, of phi(q) in q, and of phi(q) - phi(f) in d."""
+    """Lines of phi(f) in f and of phi(q) in q, and planes of phi(q) - phi(f)."""
 
     f: Lines
     q: Lines
-    d: Lines
+    d: Planes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +165,35 @@ def difference(activation: Activation, x: Triple) -> Interval:
 
 
 def relaxed(activation: Activation, x: Triple) -> Relaxed:
-    """The lines of a function of x in both networks."""
-    return Relaxed(activation.own(x.f), activation.own(x.q), _lines(activation, x.f, x.d, x.f.hull(x.q)))
+    """The lines of a function of x in both networks.
+
+    The difference is bounded by those of its increment in d, or by those of the two values apart, which are narrower where
+    the difference is larger than the ranges: for each entry and side by what may be off by less.
+    """
+    f, q = activation.own(x.f), activation.own(x.q)
+    lower, upper, points = activation.increments(x.f, x.d, x.f.hull(x.q))
+    d = _lines(activation, x.f, x.d, x.f.hull(x.q))
+    at = lambda line, side, p: line.slope[side] * p + line.shift[side]
+    gaps = {name: _gaps(activation, line, getattr(x, name)) for name, line in (("f", f), ("q", q))}
+    apart = gaps["q"][0] + gaps["f"][1], gaps["q"][1] + gaps["f"][0]
+    together = jnp.max(upper(points) - at(d, 0, points), 0), jnp.max(at(d, 1, points) - lower(points), 0)
+    sides = []
+    for side in (0, 1):
+        pick = lambda a, b, side=side: jnp.where(apart[side] < together[side], a, b)
+        error = 8 * U * (jnp.abs(q.shift[side]) + jnp.abs(f.shift[1 - side]))
+        shift = q.shift[side] - f.shift[1 - side] + (2 * side - 1) * error
+        slopes = pick(-f.slope[1 - side], -d.slope[side]), pick(q.slope[side], d.slope[side])
+        sides.append((*slopes, pick(shift, d.shift[side])))
+    return Relaxed(f, q, Planes(*zip(*sides, strict=True)))
+
+
+def _gaps(activation, line, x):
+    """How far the lines of a function may be off, below and above."""
+    points = _stack(x, x.middle, getattr(activation, "at", 0.0))
+    values = activation(points)
+    return tuple(
+        jnp.max(sign * (line.slope[side] * points + line.shift[side] - values), 0) for side, sign in ((0, -1), (1, 1))
+    )
 
 
 def _lines(activation, a, t, hull) -> Lines:
