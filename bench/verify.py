@@ -75,58 +75,55 @@ def measured(name, bits, quantized, model, given, apply, x):
     return rows, facts
 
 
+def mlp(args) -> str:
+    """Rows for the MNIST MLP."""
+    model = mnist_mlp.MLP()
+    variables = mnist_mlp.variables_of(needed(args.data, "mlp_mnist_500_300_trained_here.npz"))
+    mnist = np.load(needed(args.data, "mnist.npz"))
+    batches, x = [mnist_mlp.pixels(mnist["x_train"][:2000])], mnist_mlp.pixels(mnist["x_test"][: args.images])
+    rules = {"4": 4, "8": 8, "8, inputs 8": jpfq.Rule(".*", bits=8, activation_bits=8)}
+    return compared(args, "MLP", rules, model, batches, variables, x)
+
+
+def cnn(args) -> str:
+    """Rows for the digits CNN."""
+    images, labels, test, _ = demo.digits()
+    model, variables = demo.train_cnn(images, labels)
+    x = jnp.asarray(test[: args.images])
+    return compared(args, "CNN", {"4": 4, "8": 8}, model, [jnp.asarray(images[:512])], variables, x)
+
+
+def compared(args, name, rules, model, batches, variables, x) -> str:
+    """The table of a network, and verdicts."""
+    rows, facts = [], []
+    for bits, rule in rules.items():
+        quantized = jpfq.quantize(model, batches, rule, variables=variables, progress=False)
+        apply = lambda z: model.apply(variables, z)
+        more, found = measured(name, bits, quantized, model, {"variables": variables}, apply, x)
+        rows, facts = rows + more, facts + found
+    head = ("network", "bits", "radius", "found", "linear", "interval", "two linear", "two interval")
+    head = (*head, "% alike", "% at most", "s")
+    interval, linear = (np.array([fact[i] for fact in facts]) for i in (0, 1))
+    claims = (
+        (interval.min() >= 10, f"at least 10 times narrower than two interval bounds: {interval.min():.1f} at least"),
+        (linear.min() >= 3, f"at least 3 times narrower than two linear bounds: {linear.min():.1f} at least"),
+    )
+    note = f"{args.images} test images; mean widths over outputs and images; seconds per image in both modes, with compiling"
+    return "\n\n".join([note, table(head, rows).strip("\n"), "\n".join(verdict(*claim) for claim in claims)])
+
+
+PARTS = {"mlp": mlp, "cnn": cnn, "resnet20": lambda args: resnet(*networks.resnet20(args.data))}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=6)
-    parser.add_argument("--without", default="", help="parts left out: mlp, cnn, resnet")
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--part", choices=PARTS, help="one alone; else all, one after the other")
     add_data(parser)
     args = parser.parse_args()
-    rows, facts, notes = [], [], []
-    if "mlp" not in args.without:
-        model = mnist_mlp.MLP()
-        variables = mnist_mlp.variables_of(needed(args.data, "mlp_mnist_500_300_trained_here.npz"))
-        mnist = np.load(needed(args.data, "mnist.npz"))
-        batches = [mnist_mlp.pixels(mnist["x_train"][:2000])]
-        x = mnist_mlp.pixels(mnist["x_test"][: args.images])
-        apply = lambda z: model.apply(variables, z)
-        for bits, rules in (("4", 4), ("8", 8), ("8, inputs 8", jpfq.Rule(".*", bits=8, activation_bits=8))):
-            quantized = jpfq.quantize(model, batches, rules, variables=variables, progress=False)
-            more, found = measured("MLP", bits, quantized, model, {"variables": variables}, apply, x)
-            rows, facts = rows + more, facts + found
-    if "cnn" not in args.without:
-        images, labels, test, _ = demo.digits()
-        model, variables = demo.train_cnn(images, labels)
-        batches, x = [jnp.asarray(images[:512])], jnp.asarray(test[: args.images])
-        apply = lambda z: model.apply(variables, z)
-        for bits in (4, 8):
-            quantized = jpfq.quantize(model, batches, bits, variables=variables, progress=False)
-            more, found = measured("CNN", str(bits), quantized, model, {"variables": variables}, apply, x)
-            rows, facts = rows + more, facts + found
-    if "resnet" not in args.without:
-        model, variables = networks.resnet20(args.data)
-        notes.append(resnet(model, variables))
-    head = (
-        "network",
-        "bits",
-        "radius",
-        "found",
-        "linear",
-        "interval",
-        "two linear",
-        "two interval",
-        "% alike",
-        "% at most",
-        "s",
-    )
-    interval, linear = (np.array([fact[i] for fact in facts]) for i in (0, 1))
-    verdicts = [
-        verdict(
-            interval.min() >= 10, f"at least 10 times narrower than two interval bounds: {interval.min():.1f} at least"
-        ),
-        verdict(linear.min() >= 3, f"at least 3 times narrower than two linear bounds: {linear.min():.1f} at least"),
-    ]
-    text = f"{args.images} test images; mean widths over outputs and images; seconds per image in both modes"
-    report("verify", parser, args, text, table(head, rows), *notes, "\n".join(verdicts))
+    parts, args.part = [args.part] if args.part else list(PARTS), None
+    for part in parts:
+        report(f"verify_{part}", parser, args, PARTS[part](args))
 
 
 def resnet(model, variables) -> str:

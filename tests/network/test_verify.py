@@ -108,7 +108,7 @@ def test_no_input_leaves_the_bounds(linear):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "seed", "drift"), [("relu", 1, 0.01), ("relu", 2, 0.3), ("leaky", 3, 0.05), ("tanh", 4, 0.05)]
+    ("name", "seed", "drift"), [("relu", 1, 0.01), ("relu", 2, 0.3), ("relu", 3, 0.05), ("tanh", 4, 0.05)]
 )
 def test_no_input_of_two_thousand_networks_leaves_the_bounds(name, seed, drift):
     for linear in (False, True):
@@ -189,6 +189,17 @@ class Everything(nn.Module):
         return nn.softmax(nn.Dense(3)(nn.silu(nn.Dense(4)(x))))
 
 
+class Some(nn.Module):
+    """Pooling, BatchNorm, a residual and a smooth function."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(2, (3, 3))(x)))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = x + nn.gelu(nn.Conv(2, (1, 1))(x))
+        return nn.Dense(3)(x.reshape(len(x), -1))
+
+
 def off(quantized, apply, middle, radius, count=200):
     """Differences at inputs drawn from the boxes."""
     share = np.random.default_rng(1).uniform(-1, 1, (count, *middle.shape))
@@ -198,9 +209,9 @@ def off(quantized, apply, middle, radius, count=200):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [FAST, TIGHT], ids=lambda s: s.mode)
-def test_all_layers_have_bounds(settings):
-    model, x = Everything(), jax.random.normal(jax.random.key(0), (32, 4, 4, 1))
+@pytest.mark.parametrize(("model", "settings"), [(Everything(), FAST), (Some(), TIGHT)], ids=["interval", "linear"])
+def test_all_layers_have_bounds(model, settings):
+    x = jax.random.normal(jax.random.key(0), (32, 4, 4, 1))
     variables = model.init(jax.random.key(1), x)
     rule = jpfq.Rule(".*", bits=4, plain=True, activation_bits=8)
     quantized = jpfq.quantize(model, [x], rule, variables=variables, progress=False)
@@ -209,8 +220,7 @@ def test_all_layers_have_bounds(settings):
         d = off(quantized, jax.jit(functools.partial(model.apply, variables)), np.asarray(x[:3]), radius)
         assert (d >= found.lower - 1e-6).all()  # float32 of the two networks themselves
         assert (d <= found.upper + 1e-6).all()
-        assert (found.lower >= -1 - 1e-9).all()
-        assert (found.upper <= 1 + 1e-9).all()
+        assert found.largest.max() < 20 * radius + 2 * np.abs(d).max()
 
 
 PARAMS = {"a": np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32), "b": np.eye(5, 3, dtype=np.float32)}
@@ -312,6 +322,8 @@ def test_other_networks_and_steps_of_the_moment_are_refused():
     dynamic = small(activations=jpfq.Activations(jpfq.Integer(8), per="row"))
     with pytest.raises(ValueError, match="inputs of a are rounded with steps taken while the network runs"):
         jpfq.verify(dynamic, mlp, around=X, radius=0.1, params=PARAMS)
+    with pytest.raises(ValueError, match=r"takes the result of jpfq\.quantize; got dict"):
+        jpfq.verify(PARAMS, mlp, around=X, radius=0.1, params=PARAMS)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="together is a positive number"):
         jpfq.Bounding(together=0)
     with pytest.raises(ValueError, match="mode"):

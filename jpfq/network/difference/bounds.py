@@ -8,7 +8,7 @@ the standard model of floating point (interval.py), with 2^-40 for the elementar
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,10 @@ from ...model.functional import check_values
 from ...model.mesh import on_auto_axes
 from ...scalar.checks import check_choice
 from ...scalar.predicates import is_count
+from ..quantized import Quantized
 from ..table import table
 from .engine import Compiled, compiled
 from .graph import graph_of
-
-if TYPE_CHECKING:
-    from ..quantized import Quantized
 
 Mode = Literal["interval", "linear"]
 
@@ -91,7 +89,7 @@ class Verified:
 
 
 def verify(
-    quantized: "Quantized",
+    quantized: Quantized,
     model: Any,
     box: tuple[Any, Any] | None = None,
     *,
@@ -108,7 +106,8 @@ def verify(
 
     Args:
         quantized: the result of `jpfq.quantize` or `jpfq.load`.
-        model, variables, params: the float network, the same as for `jpfq.quantize`.
+        model, variables, params: the float network, the same as for `jpfq.quantize`. If that took `kwargs`, give a function
+            of the parameters and a batch that passes them on.
         box: (lower, upper): two batches in the structure of the calibration batches; each sample is a box of its own.
         around, radius: in place of `box` its centres, a batch, and how far each entry may lie from it: a number, or arrays
             that broadcast.
@@ -133,7 +132,7 @@ def verify(
 
 
 def predicts_alike(
-    quantized: "Quantized",
+    quantized: Quantized,
     model: Any,
     x: Any,
     radius: Any = 0.0,
@@ -245,6 +244,8 @@ def _checked(settings):
 
 def _given(quantized, model, variables, params):
     """The float network, which the result is to belong to."""
+    if not isinstance(quantized, Quantized):
+        raise ValueError(f"verify takes the result of jpfq.quantize; got {type(quantized).__name__}.")
     given = adapt(model, variables, params, None)
     start = quantized._functional
     for path, shape in ((p, np.shape(x)) for p, x in zip(start.paths, start.leaves, strict=True)):
