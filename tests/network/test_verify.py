@@ -309,11 +309,8 @@ def test_bad_boxes_are_refused(given, complaint):
     ],
 )
 def test_what_has_no_bounds_is_refused_by_name(model, complaint):
-    quantized = jpfq.quantize(
-        model, [jnp.asarray(X)], jpfq.Rule("a", bits=4, plain=True), params=PARAMS, progress=False
-    )
     with pytest.raises(ValueError, match=complaint):
-        jpfq.verify(quantized, model, around=X, radius=0.1, params=PARAMS)
+        jpfq.verify(small(), model, around=X, radius=0.1, params=PARAMS)
 
 
 def test_other_networks_and_steps_of_the_moment_are_refused():
