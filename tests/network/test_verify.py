@@ -221,7 +221,9 @@ def test_all_layers_have_bounds(model, settings):
         d = off(quantized, jax.jit(functools.partial(model.apply, variables)), np.asarray(x[:3]), radius)
         assert (d >= found.lower - 1e-6).all()  # float32 of the two networks themselves
         assert (d <= found.upper + 1e-6).all()
-        assert found.largest.max() < 20 * radius + 2 * np.abs(d).max()
+        assert (
+            found.largest <= (1 + 1e-9 if settings is FAST else 1e3)
+        ).all()  # softmax; and no more than a network of this size can do
 
 
 PARAMS = {"a": np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32), "b": np.eye(5, 3, dtype=np.float32)}
