@@ -74,6 +74,10 @@ from .network.best import best as best
 from .network.budget import budget as budget
 from .network.certify import Certificate as Certificate
 from .network.certify import certify as certify
+from .network.difference.bounds import Bounding as Bounding
+from .network.difference.bounds import Verified as Verified
+from .network.difference.bounds import predicts_alike as predicts_alike
+from .network.difference.bounds import verify as verify
 from .network.finetune import Steps as Steps
 from .network.finetune import fake_quant as fake_quant
 from .network.fold import fold_batchnorm as fold_batchnorm

@@ -53,6 +53,10 @@ SLOW = {
     "plot.accumulators",
     "Certificate",
     "prepare.MalySaab",
+    "verify",
+    "Verified",
+    "Bounding",
+    "predicts_alike",
 }  # programs of their own, which the README or other tests run as well
 NEEDS = {
     "Sweep.frame": "pandas",
