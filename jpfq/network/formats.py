@@ -21,15 +21,9 @@ import re
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from ..calibrate.activation import Activations
-from ..calibrate.batches import shapes_of
-from ..matrix.explicit_mesh import context
-from ..model.adapters import adapt
-from ..model.mesh import on_auto_axes
-from ..model.traced import find_kernels
 from ..scalar import (
     E2M1,
     E2M3,
@@ -53,6 +47,7 @@ from ..scalar import (
 from ..scalar.step_types import E4M3 as E4M3_STEP
 from ..scalar.step_types import E8M0 as E8M0_STEP
 from ..scalar.step_types import INT8, UINT6
+from .fitted_grids import fit_grids
 from .rules import Rule
 
 BLOCKS_OF_256 = Activations(Integer(8), group=256)  # Q8_K of llama.cpp
@@ -321,8 +316,9 @@ def codebook(
         >>> small.tensors["hidden/kernel"].grid.levels
         8
     """
-    own = _weights_of(model, batch, {"variables": variables, "params": params, "kwargs": kwargs}, group, pattern)
-    return _fitted(own, lambda found: Levels.fit(found, levels), group, settings)
+    state = {"variables": variables, "params": params, "kwargs": kwargs}
+    grids = fit_grids(lambda found: Levels.fit(found, levels), model, batch, state, group, pattern)
+    return _per_kernel(grids, group, settings)
 
 
 def two_ranges(
@@ -356,45 +352,15 @@ def two_ranges(
         >>> bool((fine.dequantize() + coarse.dequantize() == small.params["hidden"]["kernel"]).all())
         True
     """
-    own = _weights_of(model, batch, {"variables": variables, "params": params, "kwargs": kwargs}, group, pattern)
-    return _fitted(own, lambda found: TwoRanges.fit(found, bits), group, settings)
+    state = {"variables": variables, "params": params, "kwargs": kwargs}
+    grids = fit_grids(lambda found: TwoRanges.fit(found, bits), model, batch, state, group, pattern)
+    return _per_kernel(grids, group, settings)
 
 
-def _weights_of(model, batch, state, group, pattern) -> dict[str, np.ndarray]:
-    """The weights of each kernel that is meant, over the largest magnitudes among those that share a step."""
-    functional = on_auto_axes(adapt(model, state["variables"], state["params"], state["kwargs"]))
-    per: Per = PerChannel() if group is None else PerGroup(group)
-    meant = Rule(pattern, skip=True)
-    numbers: dict[str, list[np.ndarray]] = {}
-    with context(functional.leaves):
-        for site in find_kernels(functional, shapes_of(batch)).sites:
-            if meant.matches(site.path):
-                numbers.setdefault(site.path, []).extend(_over_radius(site.matrices(functional.leaves[site.leaf]), per))
-    if not numbers:
-        raise ValueError(f"{pattern!r} matches none of the kernels that can be quantized.")
-    return {path: np.concatenate(found) for path, found in numbers.items()}
-
-
-def _fitted(weights, fit, group, settings) -> list[Rule]:
+def _per_kernel(grids: dict[str, Grid], group: int | None, settings: dict[str, Any]) -> list[Rule]:
     """A rule for each kernel, with the grid that is fitted to its weights."""
-    settings, rules = {"unsupported": "skip"} | settings, []
-    for path, found in weights.items():
-        try:
-            grid = fit(found)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error} Leave it out by pattern=.., or take fewer levels.") from error
-        rules += _rule(re.escape(path), grid, group, jnp.float32, settings)
-    return rules
-
-
-def _over_radius(matrices, per) -> list[np.ndarray]:
-    """The weights of matrices (B, in, out) over the largest magnitudes among those that share a step."""
-    found = []
-    for W in np.asarray(matrices):
-        groups = np.asarray((PerChannel() if per.misfit(*W.shape) else per).split(W))
-        radius = np.abs(groups).max(1, keepdims=True)
-        found.append((groups / np.where(radius > 0, radius, 1)).ravel())
-    return found
+    settings = {"unsupported": "skip"} | settings
+    return [rule for path, grid in grids.items() for rule in _rule(re.escape(path), grid, group, jnp.float32, settings)]
 
 
 def _rule(

@@ -37,15 +37,14 @@ class Quantized:
     inputs: the quantizers of a kernel's inputs by path, one for each use of the kernel; and of operands of products without
         weights, by name, one each.
     biases: paths of the corrected biases.
-    uses: the number of products that share a kernel, by path; its codes were chosen on the inputs of all of them.
+    uses: the number of products that share a kernel, by path; its codes were chosen on all their inputs.
     output_error: relative error of the model's outputs on the calibration data, the largest over its output arrays; nan
         if some are NaN or infinite in one of the two networks only, or if none is a finite floating number. The codes were
         chosen on these data, so the error on others is larger: see `held_out_error`.
     outputs: the error of the outputs that are finite in both networks, the number that are in only one, and the number
         compared. None if that is unknown, as after training.
     embeddings: of each quantized embedding, by path, the number of products that use its codes, too: 0 unless it is tied.
-    held_out: the same as `outputs` on the batches given as `held_out`; None without them.
-    learned: the losses before and after `jpfq.learn`; None of other results.
+    held_out: as `outputs`, of the batches given as `held_out`. learned: the losses before and after `jpfq.learn`. Or None.
 
     Examples:
         >>> quantized = jpfq.quantize(model, batches, 4, variables=variables)
