@@ -184,9 +184,8 @@ class Median(Scale):
 
     def __call__(self, W, grid, importance=None):
         if grid.alphabet().zero is None:
-            raise ValueError(
-                f"Median gives one radius, but {'Offset' if grid.offset else 'Asymmetric'} needs two ends: use AbsMax, Quantile or MinMSE."
-            )
+            name = "Offset" if grid.offset else "Asymmetric"
+            raise ValueError(f"Median gives one radius, but {name} needs two ends: use AbsMax, Quantile or MinMSE.")
         radius = self.c * jnp.median(jnp.abs(self.per.split(W)), axis=1)
         return lay(-radius, radius, grid)
 

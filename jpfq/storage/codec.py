@@ -247,6 +247,7 @@ FIELDS: dict[type, dict[str, Callable]] = {
     ScaledGrid: {
         **dict.fromkeys(("step", "zero", "lo", "hi"), _array),
         **dict.fromkeys(("table", "unit"), _maybe(_array)),
+        "offset": _flag,
     },
     SumSpec: {"bits": _array, "lo": _array, "hi": _array, "tile": _maybe(_whole)},
     ActivationQuantizer: {

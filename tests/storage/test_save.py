@@ -109,9 +109,7 @@ def test_every_grid_comes_back_to_the_bit(tmp_path, entropy_coded):
 
 
 def test_files_know_every_field_of_every_setting():
-    inside = {
-        jpfq.scalar.Codes: {"table", "unit", "offset"}
-    }  # of programs: results hold the grids that these stand for
+    inside = {jpfq.scalar.Codes: {"table", "unit", "offset"}}  # of programs: results hold the grids these stand for
     for kind, checks in FIELDS.items():
         assert {field.name for field in dataclasses.fields(kind)} - inside.get(kind, set()) == checks.keys(), kind
 
