@@ -153,14 +153,9 @@ def holds_for_all(examples):
 
 @pytest.mark.slow
 def test_random_programs():
-    assert {True, None} <= set(holds_for_all(6))
-
-
-@pytest.mark.slow
-def test_many_random_programs():
-    found = holds_for_all(320)
-    assert len(found) >= 300
-    assert found.count(True) > 20
+    found = holds_for_all(80)
+    assert len(found) >= 70
+    assert found.count(True) > 4 and None in found
 
 
 @pytest.mark.parametrize("name", ["attention", "strided", "positions first", "causal", "memory", "heads", "patches"])
