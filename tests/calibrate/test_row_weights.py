@@ -155,7 +155,7 @@ def holds_for_all(examples):
 def test_random_programs():
     found = holds_for_all(80)
     assert len(found) >= 70
-    assert found.count(True) > 4 and None in found
+    assert {True, None} <= set(found)
 
 
 @pytest.mark.parametrize("name", ["attention", "strided", "positions first", "causal", "memory", "heads", "patches"])

@@ -63,7 +63,8 @@ def bounds_of(
     """
     fixed = Fixed(_fixed(graph.program, f_leaves), _fixed(graph.program, q_leaves))
     fixed.q.update((i, quantizer.at) for i, quantizer in enumerate(quantizers))
-    one = lambda box: _Engine(graph, fixed, linear).found(box[0], box[1], margins)
+    apart = _Apart(jnp.abs(lower[0].reshape(-1)[0]) >= 0)
+    one = lambda box: _Engine(graph, fixed, linear, apart).found(box[0], box[1], margins)
     return _mapped(one, (lower, upper), together)
 
 
@@ -77,11 +78,27 @@ def _fixed(program, leaves):
     return env
 
 
+class _Apart(NamedTuple):
+    """Calls a function in a computation of its own.
+
+    Each end of a range is read several times. Where XLA fuses layers into one loop it computes each of them anew for every
+    reader, so that the time would double with every layer. It does not fuse across a branch.
+    """
+
+    always: jax.Array  # True, which the compiler does not know; False for NaN, of which NaN comes
+
+    def __call__(self, f: Callable, *args: Any) -> Any:
+        shapes = jax.eval_shape(f, *args)
+        return lax.cond(
+            self.always, f, lambda *args: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes), *args
+        )
+
+
 class _Engine:
     """The bounds of one box."""
 
-    def __init__(self, graph: Graph, fixed: Fixed, linear: bool):
-        self.graph, self.fixed, self.linear = graph, fixed, linear
+    def __init__(self, graph: Graph, fixed: Fixed, linear: bool, apart: _Apart):
+        self.graph, self.fixed, self.linear, self.apart = graph, fixed, linear, apart
         self.nodes = [_placed(node, fixed.f) for node in graph.nodes]
         self.values: dict = {}  # variable -> Triple
         self.lines: dict = {}  # output of a node that relaxes -> its lines
@@ -98,7 +115,7 @@ class _Engine:
                 self.relax(i, node, x, refined=passed > 0)
                 x = [self.values[v] for v in node.inputs]
             passed += node.relaxes
-            self.values[node.output] = node.forward(x, self.fixed)
+            self.values[node.output] = self.apart(lambda x, node=node: node.forward(x, self.fixed), x)
             if isinstance(node, Affine) and self.linear:
                 self.lines[node.output] = node.lines(x, self.fixed)
         outputs = list(dict.fromkeys(self.graph.outputs))
