@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .predicates import is_count
 from .pytree import refuse_traced, register_dataclass
 from .tables import Table
 
@@ -41,14 +42,14 @@ class TwoRanges(Table):
             refuse_traced("TwoRanges", name, getattr(self, name))
         _check_width(self.bits)
         most = 2 ** (self.bits - 1) - 1
-        if not _is_whole(self.fine) or not 1 <= self.fine <= most:
+        if not is_count(self.fine) or self.fine > most:
             raise ValueError(f"TwoRanges: fine is from 1 to {most} at {self.bits} bits; got {self.fine!r}.")
-        if not _is_whole(self.ratio) or self.ratio not in RATIOS:
+        if not is_count(self.ratio) or self.ratio not in RATIOS:
             raise ValueError(f"TwoRanges: ratio is one of {', '.join(map(str, RATIOS))}; got {self.ratio!r}.")
 
     @functools.cached_property
     def parts(self) -> tuple[np.ndarray, np.ndarray]:
-        """What each code is made of (levels,): an integer of the fine kernel and one of the coarse; one of them is 0."""
+        """An integer of the fine kernel and one of the coarse for each code (levels,); one of them is 0."""
         above = 2 ** (self.bits - 1) - 1 - self.fine
         first = self.fine // self.ratio + 1
         coarse = np.arange(first, first + above + 1)
@@ -106,10 +107,6 @@ def _square_error(values, at, mass):
     return float(mass @ (nearest - at) ** 2)
 
 
-def _is_whole(x) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
 def _check_width(bits) -> None:
-    if not _is_whole(bits) or not 2 <= bits <= 8:
+    if not is_count(bits, 2) or bits > 8:
         raise ValueError(f"TwoRanges takes from 2 to 8 bits; got {bits!r}.")

@@ -248,8 +248,8 @@ def _given(quantized, model, variables, params):
         raise ValueError(f"verify takes the result of jpfq.quantize; got {type(quantized).__name__}.")
     given = adapt(model, variables, params, None)
     start = quantized._functional
+    known = dict(zip(given.paths, given.leaves, strict=True))
     for path, shape in ((p, np.shape(x)) for p, x in zip(start.paths, start.leaves, strict=True)):
-        known = dict(zip(given.paths, given.leaves, strict=True))
         if path not in known or np.shape(known[path]) != shape:
             had = f"has {np.shape(known[path])}" if path in known else "has none"
             raise ValueError(

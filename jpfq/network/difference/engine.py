@@ -63,7 +63,8 @@ def bounds_of(
     """
     fixed = Fixed(_fixed(graph.program, f_leaves), _fixed(graph.program, q_leaves))
     fixed.q.update((i, quantizer.at) for i, quantizer in enumerate(quantizers))
-    apart = _Apart(jnp.abs(lower[0].reshape(-1)[0]) >= 0)
+    first = lower[0].reshape(-1)[0]
+    apart = _Apart(first < first + 1 + jnp.abs(first))
     one = lambda box: _Engine(graph, fixed, linear, apart).found(box[0], box[1], margins)
     return _mapped(one, (lower, upper), together)
 
@@ -85,7 +86,7 @@ class _Apart(NamedTuple):
     reader, so that the time would double with every layer. It does not fuse across a branch.
     """
 
-    always: jax.Array  # True, which the compiler does not know; False for NaN, of which NaN comes
+    always: jax.Array  # (), true of all finite data, which the compiler does not know; NaN follows where it is false
 
     def __call__(self, f: Callable, *args: Any) -> Any:
         shapes = jax.eval_shape(f, *args)
