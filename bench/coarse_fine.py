@@ -56,7 +56,7 @@ def fresh(key) -> dict:
 
 
 def branches_of(block, x, stride) -> dict:
-    """What each branch gives before its BatchNorm."""
+    """The outputs of each branch before its BatchNorm."""
     found = {name: conv(x, kernel, stride) for name, kernel in block["kernels"].items()}
     return found | ({"same": x} if "same" in block["scales"] else {})
 

@@ -70,7 +70,7 @@ def problems(n: int, out: int, kind: str, drift: float, rows: int, asleep: bool,
 
 @functools.partial(jax.jit, static_argnames="name")
 def errors(W, gram, X, Xq, bits, name):
-    """Of each seed, on new rows."""
+    """The error on new rows, by seed."""
     settings = PLAIN if name == "plain" else METHODS[name]
 
     def one(W, gram, X, Xq):

@@ -114,7 +114,7 @@ class Kept:
 
 
 class Part(NamedTuple):
-    """What formats are compared on. `call` are the arguments of `jpfq.plan` and the like but for the rules."""
+    """A subject that formats are compared on. `call` are the arguments of `jpfq.plan` and the like but for the rules."""
 
     name: str
     unit: str

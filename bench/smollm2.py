@@ -51,7 +51,7 @@ USUAL = ("W4", "W4 g64", "W3", "W3 g64")
 
 
 def rule(method: str, configuration: str) -> jpfq.Rule:
-    """What is quantized how."""
+    """The kernels that are quantized, and their settings."""
     bits, group, activations = CONFIGURATIONS[configuration]
     settings: dict[str, Any] = {"activation_bits": activations} if activations else {}
     if group:
@@ -89,7 +89,7 @@ class Compiled:
             self.seconds.append((seconds, fun_name))
 
     def figures(self) -> dict[str, Any]:
-        """How many since the last time, how long they took, and those that took longest."""
+        """The number since the last time, the seconds they took, and those that took longest."""
         by_name: collections.Counter = collections.Counter()
         for seconds, name in self.seconds:
             by_name[name] += seconds
@@ -164,7 +164,7 @@ def counted(args: argparse.Namespace) -> dict:
 
 
 def spawned(args: argparse.Namespace, *more: str) -> dict:
-    """What a fresh process finds."""
+    """The findings of a fresh process."""
     names = ("windows", "length", "score", "batch", "model", "data")
     same = [text for name in names for text in (f"--{name}", str(getattr(args, name)))]
     command = [sys.executable, __file__, *same, "--configurations", *args.configurations, *more]

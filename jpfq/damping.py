@@ -1,4 +1,4 @@
-"""What is added to the diagonal before it is factored: the choices of `damping`, of OPTQ and its relatives."""
+"""The choices of `damping`, of OPTQ and its relatives: an amount added to the diagonal of H before it is factored."""
 
 from .matrix import MeanDiagonal as MeanDiagonal
 from .matrix import TopEigenvalue as TopEigenvalue

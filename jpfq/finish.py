@@ -1,4 +1,4 @@
-"""What improves codes and steps after the recursion: the choices of `finish`."""
+"""The choices of `finish`, which improve codes and steps after the recursion."""
 
 from .matrix import CosineDescend as CosineDescend
 from .matrix import Descend as Descend

@@ -1,4 +1,4 @@
-"""What changes the weights before the recursion: the choices of `prepare`."""
+"""The choices of `prepare`, which change the weights before the recursion."""
 
 from .matrix import Align as Align
 from .matrix import LeastSquares as LeastSquares

@@ -1,4 +1,4 @@
-"""How one number becomes a code: the choices of `rounding`."""
+"""The choices of `rounding`, which make one number a code."""
 
 from .scalar import HardThreshold as HardThreshold
 from .scalar import Nearest as Nearest

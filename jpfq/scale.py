@@ -1,4 +1,4 @@
-"""How the step of a grid is chosen, and how many weights share it: the choices of `scale`."""
+"""The choices of `scale`: the way to choose the step of a grid, and the weights that share it."""
 
 from .scalar import AbsMax as AbsMax
 from .scalar import Fixed as Fixed

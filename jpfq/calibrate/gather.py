@@ -135,7 +135,7 @@ class Gather:
         return sum(len(stream.batches) * rows(site) for stream, site in self.streams)
 
     def _laned(self, picked):
-        """Whether the input of the quantized networks, and whether the indices of rows have lanes."""
+        """True for the input of the quantized networks, and for the indices of rows, if they have lanes."""
         return self.forked, picked is not None and picked.ndim > 1
 
     def _gram(self, centred):

@@ -1,1 +1,1 @@
-"""What other runtimes read: one file for each format."""
+"""Export to files that other runtimes read: one module for each format."""

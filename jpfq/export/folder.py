@@ -217,7 +217,7 @@ def _bytes(arrays):
 
 
 def _foreign(folder: Path) -> list[Path]:
-    """What in a folder is no file of an export, nor of one that is being written."""
+    """The entries of a folder that belong to no export, nor to one that is being written."""
     return [x for x in folder.iterdir() if not (OWN.fullmatch(x.name) or HIDDEN.fullmatch(x.name) or x.name == TURN)]
 
 

@@ -34,7 +34,7 @@ MX = {E2M1: ("mxfp4-pack-quantized", 4), E2M3: ("mxfp6-pack-quantized", 6), E4M3
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """How a server rounds the inputs of a layer: by one step, or by one for each token, found as it runs."""
+    """The rounding of a layer's inputs by a server: by one step, or by one for each token, found as it runs."""
 
     bits: int
     type: str
@@ -42,7 +42,7 @@ class Inputs:
     dynamic: bool
 
     def config(self) -> dict[str, Any]:
-        """What config.json says of it."""
+        """Its entry of config.json."""
         strategy = "token" if self.dynamic else "tensor"
         return {
             "num_bits": self.bits,
@@ -58,7 +58,7 @@ DYNAMIC = {"int8": Inputs(8, "int", True, True), "fp8": Inputs(8, "float", True,
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How one layer is quantized."""
+    """The quantization of one layer."""
 
     format: str
     bits: int
@@ -69,7 +69,7 @@ class Scheme:
     block: tuple[int, int] | None = None  # outputs and inputs that share a step
 
     def config(self) -> dict[str, Any]:
-        """What config.json says of it, but for the names of the layers."""
+        """Its entry of config.json, without the names of the layers."""
         strategy = "channel" if self.group is None else "group"
         weights: dict[str, Any] = {
             "num_bits": self.bits,
@@ -117,7 +117,7 @@ def layer(tensor: QTensor, path: str, site: Site | None, inputs: Inputs | None) 
 
 
 def inputs_of(quantizers: list[ActivationQuantizer] | None) -> tuple[Inputs | None, Arrays]:
-    """How a server is to round the inputs of a layer as they were calibrated, and the arrays it takes.
+    """The rounding of a layer's inputs by a server as they were calibrated, and the arrays it takes.
 
     Raises:
         ValueError: no server rounds them so, and why.

@@ -1,4 +1,4 @@
-"""Which parameter of a model a tensor of a file is, found by value, whatever both are called.
+"""Matches tensors of a file with parameters of a model by value, whatever both are called.
 
 Two matrices are compared by the correlation of a few random combinations of their columns. That of a quantized kernel with
 the float one is near 1, and that of two layers near 0.

@@ -109,7 +109,7 @@ def _with_offsets(tensor, path, site) -> Blocks:
 
 
 def _factors(x: np.ndarray, kind: UnderHalf) -> tuple[np.ndarray, np.ndarray]:
-    """Of numbers (out, groups), a float16 for each run of them and the integers that it multiplies."""
+    """A float16 for each run of numbers (out, groups), and the integers that it multiplies."""
     if x.shape[1] % kind.run:
         raise ValueError(f"its inputs are no multiple of {SUPERBLOCK}")
     return factors(x.reshape(len(x), -1, kind.run), kind.top)

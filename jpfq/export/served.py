@@ -1,4 +1,4 @@
-"""What servers load: the layers of a result in their terms, by the matrices that files would hold."""
+"""The layers of a result in the terms of servers, by the matrices that files would hold."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ def served(quantized: Any, batch: Any = None, dynamic_inputs: str | None = None)
 
 
 def exported(quantized: Any, kind: str, left: dict[str, str], options: dict[str, Any]) -> Exported:
-    """What `Quantized.export` returns, from what the format could not hold."""
+    """The return value of `Quantized.export`, from the kernels that the format could not hold."""
     forms = _forms(quantized, options.get("batch"))
     return Exported(left, loads_file(kind, forms, left, options.get("dynamic_inputs")))
 

@@ -18,7 +18,7 @@ from .gguf_file import GGUFFile
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What `load` returns.
+    """The return value of `load`.
 
     Args:
         config: sizes and switches.

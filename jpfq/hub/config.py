@@ -120,7 +120,7 @@ def from_json(config: Mapping[str, Any]) -> Config:
 
 
 def as_json(config: Config) -> dict[str, Any]:
-    """What config.json says of a config: the inverse of `from_json`.
+    """A config as config.json has it: the inverse of `from_json`.
 
     Raises:
         ValueError: for rotary frequencies or biases that config.json has no words for.
@@ -165,7 +165,7 @@ def _refuse(config):
 
 
 def _factors(rope, config):
-    """What each frequency is divided by, from `rope_scaling` or `rope_parameters`; None where nothing is scaled."""
+    """The divisor of each frequency, from `rope_scaling` or `rope_parameters`; None where nothing is scaled."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None

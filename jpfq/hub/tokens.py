@@ -97,7 +97,7 @@ def losses(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def _cut(tokenizers, name):
-    """What cuts text into words, and writes their bytes as letters."""
+    """The part that cuts text into words, and writes their bytes as letters."""
     pre = tokenizers.pre_tokenizers
     if name in PATTERNS:
         split = pre.Split(tokenizers.Regex(PATTERNS[name]), "isolated")

@@ -21,7 +21,7 @@ HAIKU = {
 
 
 def remedy_of(model: Any) -> tuple[bool, str]:
-    """Whether a model is of a framework whose models contain their parameters, and what to write for such a model."""
+    """A framework whose models contain their parameters: the test for its models, and the line to write for one."""
     package = _package(model)
     return package in OWNING, OWNING.get(package or "", PARTITION)
 

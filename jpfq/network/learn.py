@@ -103,7 +103,7 @@ class Learning:
 
 
 class _State(NamedTuple):
-    """What is trained: the numbers of kernels, and other parameters, by path."""
+    """The trained numbers of kernels, and other parameters, by path."""
 
     kernels: Any
     others: dict

@@ -86,7 +86,7 @@ class Bound(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moves:
-    """What may change in the kernels of a result, and how far.
+    """The changes that the kernels of a result may see, and their limits.
 
     parts: "codes", "steps", "zeros". reach: levels by which a code may differ from its start.
     keep_zeros: whether weights that are quantized to 0 stay 0.

@@ -11,7 +11,7 @@ from .table import table
 
 
 def notes(path: str, info: Info) -> Iterator[str]:
-    """What is to be said of a kernel besides its row in the table."""
+    """Remarks on a kernel besides its row in the table."""
     if int(info.saturated_steps):
         yield f"{path}: {int(info.saturated_steps)} steps were beyond what their type stores; they took the nearest it has."
     if info.rows is not None:

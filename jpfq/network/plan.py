@@ -70,7 +70,7 @@ class Plan:
         return max(stage.total for stage in self.stages.values())
 
     def servers(self, *, dynamic_inputs: Literal["int8", "fp8"] | None = None) -> Servers:
-        """Which server would load which layer, and the product it meets there, or why not.
+        """The servers that would load each layer, and the product it meets there, or why not.
 
         Args:
             dynamic_inputs: as for `Quantized.export`.

@@ -348,7 +348,7 @@ class Quantized:
 
     @anywhere
     def servers(self, *, batch: Any = None, dynamic_inputs: Literal["int8", "fp8"] | None = None) -> Servers:
-        """Which server will load which layer, and the product it meets there, or why not.
+        """The servers that will load each layer, and the product it meets there, or why not.
 
         Args:
             batch: an input, of the form calibrated on, as for `export`.

@@ -35,7 +35,7 @@ OTHERS = {E2M1: "E2M1 in other blocks", E2M3: "E2M3 in other blocks", E5M2: "E5M
 
 
 class Form(NamedTuple):
-    """How a layer is quantized, in the terms of servers. group: inputs that share a step, None for all of a neuron."""
+    """A quantized layer in the terms of servers. group: inputs that share a step, None for all of a neuron."""
 
     weights: str
     inputs: str
@@ -58,7 +58,7 @@ class Fact(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether a server loads a layer; and the call that writes it and the product it meets there, or why not."""
+    """True if a server loads a layer; and the call that writes it and the product it meets there, or why not."""
 
     loads: bool
     text: str
@@ -95,7 +95,7 @@ FACTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Servers:
-    """Which server loads which layer. Print it.
+    """The servers that load each layer. Print it.
 
     layers: by path of a kernel and name of a server, whether it loads, and how or why not.
 
@@ -128,7 +128,7 @@ class Servers:
 
 
 class Exported(dict[str, str]):
-    """What `Quantized.export` returns: a dict of the kernels written dequantized, by path, with the reason. Print it.
+    """The return value of `Quantized.export`: a dict of the kernels written dequantized, by path, with the reason. Print it.
 
     servers: by name of each server that reads such files, whether it will load this one, and how or why not.
 
@@ -155,7 +155,7 @@ class Exported(dict[str, str]):
 def loads_file(
     kind: str, forms: Mapping[str, Form], left: Mapping[str, str], dynamic_inputs: str | None = None
 ) -> dict[str, Verdict]:
-    """What each server that reads files of a kind says of one, but for the kernels `left` in floats, which it loads."""
+    """The verdict of each server that reads files of a kind on one, but for the kernels `left` in floats, which it loads."""
     call = f'export("{kind}")'
     given = {path: _served(form, dynamic_inputs) for path, form in forms.items() if path not in left}
     found = {}
@@ -169,14 +169,14 @@ def loads_file(
 
 
 def servers(forms: Mapping[str, Form], dynamic_inputs: str | None = None) -> Servers:
-    """What all servers say of layers by path. `dynamic_inputs`: as for `Quantized.export`."""
+    """The verdicts of all servers on layers, by path. `dynamic_inputs`: as for `Quantized.export`."""
     names = list(dict.fromkeys(fact.server for fact in FACTS))
     given = {path: _served(form, dynamic_inputs) for path, form in forms.items()}
     return Servers({path: {name: verdict(name, form) for name in names} for path, form in given.items()})
 
 
 def verdict(server: str, form: Form, only: str | None = None) -> Verdict:
-    """What a server says of a layer; with `only`, of one that this call wrote."""
+    """The verdict of a server on a layer; with `only`, on one that this call wrote."""
     if form.refused:
         return Verdict(False, form.refused)
     calls = {fact.call for fact in FACTS} if only is None else {only}

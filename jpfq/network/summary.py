@@ -55,7 +55,7 @@ def summary(quantized: "Quantized") -> str:
 
 
 def left(skipped: Mapping[str, str], rest: Iterable[str]) -> list[str]:
-    """What is not quantized: a table of kernels with the reason for each, and a line that counts biases and norms.
+    """The kernels left in float: a table of kernels with the reason for each, and a line that counts biases and norms.
 
     Args:
         skipped: the reason, by path of each kernel.
@@ -70,7 +70,7 @@ def left(skipped: Mapping[str, str], rest: Iterable[str]) -> list[str]:
 
 
 def counted(paths: Iterable[str]) -> str:
-    """How many parameters of each kind there are, such as "24 biases and 13 norm scales"."""
+    """The number of parameters of each kind, such as "24 biases and 13 norm scales"."""
     kinds = collections.Counter(kind_of(path) or OTHER for path in paths)
     phrases = [f"{count:,} {words[count > 1]}" for words, count in sorted(kinds.items())]
     return " and ".join([", ".join(phrases[:-1])] * (len(phrases) > 1) + phrases[-1:])

@@ -1,4 +1,4 @@
-"""How many weights share a step."""
+"""The weights that share a step."""
 
 import abc
 import dataclasses

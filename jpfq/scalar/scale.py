@@ -184,8 +184,9 @@ class Median(Scale):
 
     def __call__(self, W, grid, importance=None):
         if grid.alphabet().zero is None:
-            name = "Offset" if grid.offset else "Asymmetric"
-            raise ValueError(f"Median gives one radius, but {name} needs two ends: use AbsMax, Quantile or MinMSE.")
+            raise ValueError(
+                f"Median gives one radius, but {_kind(grid)} needs two ends: use AbsMax, Quantile or MinMSE."
+            )
         radius = self.c * jnp.median(jnp.abs(self.per.split(W)), axis=1)
         return lay(-radius, radius, grid)
 
@@ -327,9 +328,7 @@ class Fixed(Scale):
 
     def __call__(self, W, grid, importance=None):
         if grid.alphabet().zero is None:
-            raise ValueError(
-                f"Fixed gives a step but no zero point, which {type(grid).__name__} needs: use AbsMax or MinMSE."
-            )
+            raise ValueError(f"Fixed gives a step but no zero point, which {_kind(grid)} needs: use AbsMax or MinMSE.")
         step = jnp.asarray(self.step, W.dtype)
         if step.ndim > 2 or (step.ndim and step.shape[-1] not in (1, W.shape[1])):
             raise ValueError(
@@ -389,3 +388,8 @@ def levels_of(grid: Grid, dtype) -> tuple[jax.Array | None, jax.Array | None]:
     """Table and unit of a grid, for `ScaledGrid`."""
     number = lambda x: None if x is None or grid.table is None else jnp.asarray(x, dtype)
     return number(grid.table), number(grid.unit)
+
+
+def _kind(grid) -> str:
+    """The name of a grid whose zero point or offset is fitted; within a solve it comes as bare codes."""
+    return "Offset" if grid.offset else "Asymmetric"

@@ -118,7 +118,7 @@ def kernel_bits(dtype: StepType) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class StepStorage:
-    """What steps become in a file: `dtype`, times `unit`, a power of two that all steps of a kernel share.
+    """Steps as a file holds them: `dtype`, times `unit`, a power of two that all steps of a kernel share.
 
     up_from: the multiple of a power of two from which on a step takes the next one.
     """

@@ -247,7 +247,7 @@ def _uses(record, tensors, least):
 
 
 def _learned(record):
-    """What learning did, if the result was learned."""
+    """The record of learning, if the result was learned."""
     if record is None:
         return None
     kinds = str, float, float, int, int, float

@@ -53,7 +53,7 @@ class Interval(NamedTuple):
         return Interval(self.lo - other.hi, self.hi - other.lo).wider(0 * self.lo)
 
     def meet(self, other: "Interval") -> "Interval":
-        """What lies in both."""
+        """The intersection."""
         return Interval(jnp.maximum(self.lo, other.lo), jnp.minimum(self.hi, other.hi))
 
     def hull(self, other: "Interval") -> "Interval":
@@ -79,7 +79,7 @@ class Triple(NamedTuple):
         return Triple(self.f.meet(self.q.minus(d)), self.q.meet(self.f.plus(d)), d)
 
     def meet(self, other: "Triple") -> "Triple":
-        """What lies in both, tightened."""
+        """The intersection, tightened."""
         return Triple(*(a.meet(b) for a, b in zip(self, other, strict=True))).tightened()
 
     @property

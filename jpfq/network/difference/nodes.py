@@ -116,7 +116,7 @@ class Affine:
         return Triple(f, q, sides[0].meet(sides[1])).tightened()
 
     def lines(self, x: list[Triple], fixed: Fixed) -> tuple:
-        """What `backward` takes: the rounding errors of either network."""
+        """The rounding errors of either network, for `backward`."""
         nets = zip(("f", "q"), fixed, strict=True)
         return tuple(
             4 * gamma(self.terms) * self._magnitude([getattr(v, net) for v in x], self.fixed(values))
@@ -159,7 +159,7 @@ class Apply:
         return Triple(f, q, difference(self.activation, x[0])).tightened()
 
     def lines(self, argument: Triple, fixed: Fixed) -> Relaxed:
-        """What `backward` takes."""
+        """The lines for `backward`."""
         return relaxed(self.activation, argument)
 
     def backward(self, out: Pair, x: list[Triple], y: Triple, fixed: Fixed, lines: Relaxed) -> tuple[list[Pair], list]:
@@ -193,7 +193,7 @@ class Larger:
         return Triple(most[0], most[1], a.hull(b)).tightened()
 
     def lines(self, argument: Triple, fixed: Fixed) -> Relaxed:
-        """What `backward` takes."""
+        """The lines for `backward`."""
         return relaxed(self.activation, argument)
 
     def backward(self, out: Pair, x: list[Triple], y: Triple, fixed: Fixed, lines: Relaxed) -> tuple[list[Pair], list]:
@@ -214,7 +214,7 @@ class Round:
     relaxes = True
 
     def errors(self, x: Interval, levels: Any) -> Interval:
-        """What rounding adds: half a gap within the grid, and the distance to its end beyond."""
+        """The error of rounding: half a gap within the grid, and the distance to its end beyond."""
         first, last = (levels.decode(levels.encode(v)) for v in x)
         half = levels.gap / 2
         low, high = levels.at(levels.lo if levels.table is None else levels.table[0]), levels.radius
@@ -232,7 +232,7 @@ class Round:
         return Triple(x[0].f, q, x[0].d.plus(error)).tightened()
 
     def lines(self, argument: Triple, fixed: Fixed) -> Interval:
-        """What `backward` takes."""
+        """The lines for `backward`."""
         return self.errors(argument.q, fixed.q[self.quantizer](argument.q.lo))
 
     def backward(self, out: Pair, x: list[Triple], y: Triple, fixed: Fixed, lines: Interval) -> tuple[list[Pair], list]:

@@ -188,7 +188,7 @@ def relaxed(activation: Activation, x: Triple) -> Relaxed:
 
 
 def _gaps(activation, line, x):
-    """How far the lines of a function may be off, below and above."""
+    """The largest distance of the lines from a function, below and above."""
     points = _stack(x, x.middle, getattr(activation, "at", 0.0))
     values = activation(points)
     return tuple(

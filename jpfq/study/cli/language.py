@@ -42,7 +42,7 @@ def add_text(parser) -> None:
 
 
 def is_language(options) -> bool:
-    """Whether the model is named by a path, and not as MODULE:FACTORY."""
+    """True if the model is named by a path, and not as MODULE:FACTORY."""
     name = options.factory
     return ":" not in name and not name.endswith(".py") and (name.endswith(".gguf") or Path(name).exists())
 
